@@ -1,0 +1,38 @@
+# Two commands: `make demo` and `make test`. Each makes its own .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo test test-long serve lint proto clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m examples.demo
+
+test: $(VENV)/.installed lint
+	$(BIN)/python -m pytest -n 2 -m 'not long' tests
+
+test-long: $(VENV)/.installed
+	$(BIN)/python -m pytest -m long tests
+
+serve: $(VENV)/.installed
+	$(BIN)/python -m examples.demo --serve_only
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+proto:
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[proto]'
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. serving/v1/jblock.proto
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-run

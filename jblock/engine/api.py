@@ -1,0 +1,166 @@
+"""The engine's boundary: plain data only, so the loop may sit in a thread, a process or elsewhere.
+
+A front end calls `submit` and `cancel` and reads `poll`; nothing else crosses. Every message is a
+frozen dataclass of ints, floats, strings and tuples of them: no arrays, no callbacks.
+"""
+
+import dataclasses
+from typing import Protocol
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request picks its tokens.
+
+    Attributes:
+      temperature: 0 is greedy; otherwise logits are divided by it.
+      top_k: keep the k best tokens; 0 keeps all.
+      top_p: keep the smallest set of best tokens whose probability reaches this; 1 keeps all.
+      seed: makes a sampled request reproducible whatever else is in the batch; None draws one.
+      max_tokens: most tokens generated.
+      stop_token_ids: ids that end the generation beside the model's own eos ids.
+      ignore_eos: go on past the model's eos ids.
+      logprobs: return the log-probability of each generated token (of the unmodified logits).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    max_tokens: int = 128
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """One generation. `request_id` is unique among those in flight; `model` is a chain name."""
+
+    request_id: str
+    model: str
+    token_ids: tuple[int, ...]
+    sampling: SamplingParams = SamplingParams()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Output:
+    """What one step brought to one request. The one with a finish_reason is its last.
+
+    Attributes:
+      request_id: whose.
+      token_ids: newly generated ids, in order (the eos or stop id is not among them).
+      logprobs: one for each of token_ids when asked for, else empty.
+      finish_reason: None while running; "stop" (eos or stop id), "length", "cancelled", "error".
+      error_code: name of a gRPC status code when finish_reason is "error" ("NOT_FOUND", ...).
+      error_message: what was given, what was expected and what to do.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    finish_reason: str | None = None
+    error_code: str = ""
+    error_message: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """One served chain, as a front end needs to know it.
+
+    Attributes:
+      name: chain name.
+      version: chain version.
+      family: architecture.
+      vocab_size: ids go from 0 to vocab_size - 1.
+      max_model_len: most tokens of prompt and output together.
+      tokenizer_path: folder with tokenizer.json, or "" when only token ids are served.
+      base: "name@version" of the chain an adapter rides on, or "".
+      blocks: how many blocks its chain has.
+      shared_blocks: how many of them at least one other served chain uses too.
+    """
+
+    name: str
+    version: int
+    family: str
+    vocab_size: int
+    max_model_len: int
+    tokenizer_path: str = ""
+    base: str = ""
+    blocks: int = 0
+    shared_blocks: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """Counters since start and gauges of now.
+
+    Attributes:
+      steps: sweeps run.
+      block_calls: executions of a block, embeddings and heads included.
+      block_rows: rows (tokens) those carried, padding not counted.
+      model_calls: executions a server of one model each would have needed for the same work.
+      compiles_on_serving_path: programs compiled while a request waited (promise: 0).
+      compiles_in_background: programs compiled at warm-up or in the background.
+      running: sequences in flight.
+      waiting: requests queued, not yet started.
+      pages_free: free KV pages over all groups.
+      pages_total: KV pages over all groups.
+      rows_free: free register rows.
+      rows_total: register rows.
+      resident_bytes: parameter bytes on the device.
+      prompt_tokens: prompt tokens computed.
+      generated_tokens: tokens generated.
+    """
+
+    steps: int = 0
+    block_calls: int = 0
+    block_rows: int = 0
+    model_calls: int = 0
+    compiles_on_serving_path: int = 0
+    compiles_in_background: int = 0
+    running: int = 0
+    waiting: int = 0
+    pages_free: int = 0
+    pages_total: int = 0
+    rows_free: int = 0
+    rows_total: int = 0
+    resident_bytes: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+
+
+class EngineDied(RuntimeError):
+    """The engine's loop ended without being asked to; the message says how."""
+
+
+class Engine(Protocol):
+    """What a front end holds. Thread-safe; `poll` is called from one thread only."""
+
+    def models(self) -> tuple[ModelInfo, ...]:
+        """The served chains. Blocks until the engine is warm."""
+        ...
+
+    def submit(self, request: Request) -> None:
+        """Hands a request over and returns at once. Refusals arrive as an Output with an error."""
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """Asks for a request to end; its last Output says "cancelled". Unknown ids are ignored."""
+        ...
+
+    def poll(self, timeout: float) -> list[Output]:
+        """Outputs since the last call; waits up to `timeout` seconds for the first.
+
+        Raises:
+          EngineDied: the loop is gone; every request still open is lost.
+        """
+        ...
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges, at most a step old."""
+        ...
+
+    def close(self) -> None:
+        """Stops the loop and frees what it held. Safe to call twice."""
+        ...

@@ -1,0 +1,127 @@
+"""What the zoo stores beside tensors: component, delta and chain records. Plain data, no I/O."""
+
+import dataclasses
+import re
+from typing import Any
+
+from jblock.blocks.spec import ComponentSpec, DeltaSpec
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
+
+
+class ZooError(ValueError):
+    """What the zoo refuses: says what was given, what was expected and what to do."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorRecord:
+    """One stored tensor: `shape`, and `dtype` by its numpy name ("bfloat16", "float32", ...)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComponentRecord:
+    """One immutable component.
+
+    Attributes:
+      id: sha256 (hex) over the canonical spec, references and tensor bytes.
+      spec: dimensions and options.
+      tensors: the tensors the component owns, by name.
+      refs: tensor name -> (component id, tensor name) it is tied to; those are not stored twice.
+      nbytes: bytes of the owned tensors.
+    """
+
+    id: str
+    spec: ComponentSpec
+    tensors: dict[str, TensorRecord]
+    refs: dict[str, tuple[str, str]]
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeltaRecord:
+    """One immutable delta; `component` is the id of the component it applies to."""
+
+    id: str
+    spec: DeltaSpec
+    component: str
+    tensors: dict[str, TensorRecord]
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of a chain: a component id and the ordered delta ids that ride on it."""
+
+    component: str
+    deltas: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chain:
+    """One immutable version of one public model name.
+
+    Attributes:
+      name: public model name.
+      version: 1, 2, ...; given by the zoo on publishing.
+      family: name of the architecture ("llama", ...), for export.
+      steps: embedding, then attention and ffn alternating, then norm, unembedding.
+      tokenizer: tokenizer id, or None when the source had none (token ids only).
+      max_position: longest sequence in tokens the model was made for.
+      vocab_size: rows of the embedding.
+      eos_token_ids: ids that end a generation.
+      bos_token_id: id the tokenizer puts first, if any.
+      base: "name@version" of the chain an adapter was attached to, else None.
+      generation: the source's generation_config, as far as it is about sampling defaults.
+      source: the source's config.json as it was (for export and inspection).
+    """
+
+    name: str
+    version: int = 0
+    family: str
+    steps: tuple[Step, ...]
+    tokenizer: str | None
+    max_position: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    base: str | None = None
+    generation: dict[str, Any] = dataclasses.field(default_factory=dict)
+    source: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON of the chain."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Chain":
+        """Inverse of `to_json`.
+
+        Raises:
+          ZooError: fields missing or unknown.
+        """
+        fields = dict(data)
+        try:
+            fields["steps"] = tuple(
+                Step(component=s["component"], deltas=tuple(s["deltas"])) for s in fields["steps"]
+            )
+            fields["eos_token_ids"] = tuple(fields.get("eos_token_ids", ()))
+            return cls(**fields)
+        except (TypeError, KeyError) as e:
+            raise ZooError(f"chain record has missing or unknown fields: {e}") from e
+
+
+def check_name(name: str) -> str:
+    """Returns `name` if it can be a public model name.
+
+    Raises:
+      ZooError: anything but letters, digits, '_', '-' and single inner dots, or over 128 long.
+    """
+    if not _NAME.fullmatch(name) or len(name) > 128:
+        raise ZooError(
+            f"name {name!r} cannot be used: give 1 to 128 letters, digits, '_' or '-', with single "
+            "dots only between them (no slash, no leading dot)"
+        )
+    return name
