@@ -209,7 +209,7 @@ class LoraSpec:
         Raises:
           SpecError: base has no projection of a target's name.
         """
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         base_shapes = base.tensors()
         for name, target in sorted(self.targets.items()):
             if f"{name}.weight" not in base_shapes:

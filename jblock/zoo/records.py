@@ -76,6 +76,9 @@ class Chain:
       base: "name@version" of the chain an adapter was attached to, else None.
       generation: the source's generation_config, as far as it is about sampling defaults.
       source: the source's config.json as it was (for export and inspection).
+      adapter: the adapter's adapter_config.json as it was; empty for a chain without one.
+      source_files: id of the folder with the source's small files byte by byte, and the headers of
+        its weight files: what an export needs to write the same files again.
     """
 
     name: str
@@ -90,6 +93,8 @@ class Chain:
     base: str | None = None
     generation: dict[str, Any] = dataclasses.field(default_factory=dict)
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
+    adapter: dict[str, Any] = dataclasses.field(default_factory=dict)
+    source_files: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON of the chain."""

@@ -1,0 +1,149 @@
+"""Writing so that a crash at any instant leaves what was there before readable.
+
+Everything is written in a private scratch folder, forced to the disk, and renamed into place. A
+scratch folder whose writer is gone is told by its lock, which the kernel drops with the process:
+unlike a process id, that also holds between containers that share a zoo.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from jblock.zoo.records import ZooError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL_TEXT = ("No space left", "Disk quota exceeded", "File too large")
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns a full disk and other failing writes under `path` into a ZooError with a remedy.
+
+    Orbax and its storage library report a full disk as an error of their own type, which is why
+    the text is looked at too.
+    """
+    try:
+        yield
+    except ZooError:
+        raise
+    except Exception as e:
+        full = isinstance(e, OSError) and e.errno in _FULL
+        if full or any(text in str(e) for text in _FULL_TEXT):
+            raise ZooError(
+                f"no space left to write to {path}: nothing was added; free some space (or raise "
+                "the quota or file size limit) and run the same command again"
+            ) from e
+        if isinstance(e, OSError):
+            raise ZooError(f"cannot write to {path}: {e}") from e
+        raise
+
+
+def fsync_path(path: Path) -> None:
+    """Forces one file or directory to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fsync_tree(root: Path) -> None:
+    """Forces every file and directory under `root`, and `root` itself, to the disk."""
+    for folder, _, files in os.walk(root, topdown=False):
+        for name in files:
+            fsync_path(Path(folder, name))
+        fsync_path(Path(folder))
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Writes a file that does not exist yet and forces it to the disk."""
+    with open(path, "xb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def write_atomic(path: Path, data: bytes, scratch: Path) -> None:
+    """Replaces `path` in one step: readers see the old bytes or the new ones."""
+    aside = scratch / secrets.token_hex(8)
+    write_new(aside, data)
+    os.replace(aside, path)
+    fsync_path(path.parent)
+
+
+def move_dir(source: Path, target: Path) -> bool:
+    """Renames a finished folder into place. False when the target exists: it has the same content,
+    because folders are named by their content."""
+    try:
+        os.rename(source, target)
+    except OSError as e:
+        if e.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            return False
+        raise
+    fsync_path(target.parent)
+    return True
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock on the file `path`, made when absent, waiting for it if need be."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def scratch(tmp: Path) -> Iterator[Path]:
+    """A private folder under `tmp`, removed at the end whatever happens."""
+    while True:
+        folder = tmp / secrets.token_hex(8)
+        lock = folder.with_suffix(".lock")
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if _same(lock, fd):
+            break
+        os.close(fd)  # a cleaner took it between open and lock
+    try:
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.unlink(missing_ok=True)
+        os.close(fd)
+
+
+def clean_scratch(tmp: Path) -> int:
+    """Removes scratch folders whose writers are gone; returns how many."""
+    removed = 0
+    for lock in sorted(tmp.glob("*.lock")):
+        try:
+            fd = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _same(lock, fd):
+                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+                lock.unlink(missing_ok=True)
+                removed += 1
+        except OSError:
+            continue  # its writer lives
+        finally:
+            os.close(fd)
+    return removed
+
+
+def _same(path: Path, fd: int) -> bool:
+    try:
+        here, there = os.lstat(path), os.fstat(fd)
+    except FileNotFoundError:
+        return False
+    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)

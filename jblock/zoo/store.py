@@ -1,0 +1,344 @@
+"""The zoo on disk: content-addressed components and deltas, and the chains that name them.
+
+    zoo.json                        format version
+    components/<id>/                spec.json, params/ (orbax); immutable
+    deltas/<id>/                    the same, naming the component they apply to
+    tokenizers/<id>/                tokenizer.json and its companions
+    sources/<id>/                   small files of a checkpoint as they were, for export
+    chains/<name>/<version>.json    immutable; chains/<name>/current holds the live version
+    partition/current.json          blocks of the live chains; derived, replaceable
+    tmp/                            scratch folders of writers at work
+    lock                            held while a chain is published
+
+Reading needs no lock: everything under a final name is complete.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jblock.blocks.spec import ComponentSpec, DeltaSpec, canonical_json
+from jblock.zoo import codec, disk, ids, params, partition
+from jblock.zoo.records import (
+    Chain,
+    ComponentRecord,
+    DeltaRecord,
+    TensorRecord,
+    ZooError,
+    check_name,
+)
+from jblock.zoo.writer import Writer
+
+FORMAT = 1
+FOLDERS = ("components", "deltas", "tokenizers", "sources", "chains", "partition", "edges", "tmp")
+_VERSION_FILE = re.compile(r"([1-9][0-9]{0,8})\.json")
+
+
+class Zoo:
+    """One zoo. Make it with `Zoo.create` or `Zoo.open`.
+
+    Attributes:
+      path: its folder, links resolved.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @classmethod
+    def create(cls, path: str | os.PathLike) -> "Zoo":
+        """Makes an empty zoo, or opens the one that is there.
+
+        Raises:
+          ZooError: the folder holds something else, or cannot be written.
+        """
+        root = Path(path)
+        if (root / "zoo.json").exists():
+            return cls.open(root)
+        with disk.disk_errors(root):
+            # A writer killed in here leaves only folders of these names, and no zoo.json.
+            if root.exists() and not set(os.listdir(root)) <= {*FOLDERS, "lock", "zoo.json"}:
+                raise ZooError(f"{root} holds something else than a zoo: give an empty folder")
+            for folder in FOLDERS:
+                (root / folder).mkdir(parents=True, exist_ok=True)
+            disk.fsync_path(root)
+            with disk.scratch(root / "tmp") as scratch:
+                data = canonical_json({"format": FORMAT}) + "\n"
+                disk.write_atomic(root / "zoo.json", data.encode(), scratch)
+        return cls.open(root)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> "Zoo":
+        """Opens a zoo for reading and adding.
+
+        Raises:
+          ZooError: there is no zoo, or it is of a format this version does not know.
+        """
+        try:
+            root = Path(path).resolve(strict=True)
+            found = json.loads((root / "zoo.json").read_bytes())
+        except FileNotFoundError as e:
+            raise ZooError(
+                f"{path} is not a zoo (no zoo.json): make one with 'jblock-convert hf SRC --zoo "
+                f"{path} --name NAME'"
+            ) from e
+        except (OSError, ValueError) as e:
+            raise ZooError(f"{path}/zoo.json cannot be read: {e}") from e
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise ZooError(f"{path}/zoo.json says {found!r}; this version reads format {FORMAT}")
+        return cls(root)
+
+    # Components and deltas
+
+    def component(self, id: str) -> ComponentRecord:
+        """The record of a component.
+
+        Raises:
+          ZooError: no such component, or its record is damaged.
+        """
+        return codec.component_record(id, self._record("components", id))
+
+    def load_component(self, id: str, verify: bool = False) -> dict[str, np.ndarray]:
+        """The tensors of a component by the names of its spec, tied ones included.
+
+        Args:
+          id: component id.
+          verify: recompute the content hash of what is read, and of what it is tied to.
+
+        Raises:
+          ZooError: no such component, or it is damaged.
+        """
+        record = self.component(id)
+        tensors = self._load("components", id, record.tensors)
+        if verify:
+            self._verify(id, codec.component_header(record), tensors)
+        for name, (component, tensor) in record.refs.items():
+            target = self.component(component)
+            if tensor not in target.tensors:
+                raise ZooError(f"component {id}: {name!r} refers to {component}/{tensor}: damaged")
+            tensors[name] = self._load("components", component, {tensor: target.tensors[tensor]})[
+                tensor
+            ]
+            if verify:
+                own = self._load("components", component, target.tensors)
+                self._verify(component, codec.component_header(target), own)
+        return tensors
+
+    def delta(self, id: str) -> DeltaRecord:
+        """The record of a delta.
+
+        Raises:
+          ZooError: no such delta, or its record is damaged.
+        """
+        return codec.delta_record(id, self._record("deltas", id))
+
+    def load_delta(self, id: str, verify: bool = False) -> dict[str, np.ndarray]:
+        """The tensors of a delta by the names of its spec.
+
+        Raises:
+          ZooError: no such delta, or it is damaged.
+        """
+        record = self.delta(id)
+        tensors = self._load("deltas", id, record.tensors)
+        if verify:
+            self._verify(id, codec.delta_header(record), tensors)
+        return tensors
+
+    # Adding
+
+    @contextmanager
+    def writer(self) -> Iterator[Writer]:
+        """Stages additions; they enter the zoo together when the block ends without an error.
+
+        Raises:
+          ZooError: a full disk, or no permission to write.
+        """
+        with disk.disk_errors(self.path):
+            disk.clean_scratch(self.path / "tmp")
+            with disk.scratch(self.path / "tmp") as scratch:
+                writer = Writer(self, scratch)
+                yield writer
+                writer.commit()
+
+    def put_component(
+        self,
+        spec: ComponentSpec,
+        tensors: Mapping[str, np.ndarray],
+        refs: Mapping[str, tuple[str, str]] | None = None,
+    ) -> str:
+        """Adds one component; see `Writer.put_component`."""
+        with self.writer() as writer:
+            return writer.put_component(spec, tensors, refs)
+
+    def put_delta(self, spec: DeltaSpec, component: str, tensors: Mapping[str, np.ndarray]) -> str:
+        """Adds one delta; see `Writer.put_delta`."""
+        with self.writer() as writer:
+            return writer.put_delta(spec, component, tensors)
+
+    def put_tokenizer(self, files: Mapping[str, bytes]) -> str:
+        """Adds the files of a tokenizer; returns its id."""
+        with self.writer() as writer:
+            return writer.put_files("tokenizers", files)
+
+    def tokenizer_path(self, id: str) -> Path:
+        """The folder of a tokenizer.
+
+        Raises:
+          ZooError: no such tokenizer.
+        """
+        return self.folder("tokenizers", id)
+
+    def publish(self, chain: Chain) -> Chain:
+        """Makes `chain` the live version of its name and returns it with its version.
+
+        The version is a new one, unless the zoo has an equal version already: that one goes live.
+
+        Raises:
+          ZooError: the chain names something the zoo does not hold, or the disk is full.
+        """
+        self.check_chain(chain)
+        with disk.disk_errors(self.path), disk.locked(self.path / "lock"):
+            folder = self._inside(self.path / "chains" / chain.name)
+            folder.mkdir(exist_ok=True)
+            disk.fsync_path(folder.parent)
+            with disk.scratch(self.path / "tmp") as scratch:
+                published = self._add_version(chain, folder, scratch)
+                live = f"{published.version}\n".encode()
+                disk.write_atomic(folder / "current", live, scratch)
+                self._write_partition(scratch)
+        return published
+
+    def check_chain(self, chain: Chain) -> None:
+        """Checks that everything a chain names is there and fits.
+
+        Raises:
+          ZooError: what is missing or does not fit.
+        """
+        check_name(chain.name)
+        for step in chain.steps:
+            self.component(step.component)
+            for id_ in step.deltas:
+                if self.delta(id_).component != step.component:
+                    raise ZooError(f"delta {id_} is for another component than {step.component}")
+        if chain.tokenizer is not None:
+            self.tokenizer_path(chain.tokenizer)
+        if chain.source_files is not None:
+            self.folder("sources", chain.source_files)
+
+    # Chains
+
+    def chains(self) -> list[str]:
+        """Names of the models that have a live version, sorted."""
+        folder = self.path / "chains"
+        return sorted(n for n in os.listdir(folder) if (folder / n / "current").is_file())
+
+    def versions(self, name: str) -> list[int]:
+        """Versions of a model, oldest first; empty when there is none."""
+        folder = self._inside(self.path / "chains" / check_name(name))
+        if not folder.is_dir():
+            return []
+        found = (_VERSION_FILE.fullmatch(f) for f in os.listdir(folder))
+        return sorted(int(m[1]) for m in found if m)
+
+    def chain(self, name: str, version: int | None = None) -> Chain:
+        """One version of a model, by default the live one.
+
+        Raises:
+          ZooError: no such model or version (the known ones are named), or a damaged record.
+        """
+        folder = self._inside(self.path / "chains" / check_name(name))
+        known = self.chains()
+        if version is None and name in known:
+            version = self.current(name)
+        if version is None or version not in self.versions(name):
+            what = name if version is None else f"{name}@{version}"
+            raise ZooError(f"no model {what!r} in {self.path}; known: {', '.join(known) or 'none'}")
+        path = folder / f"{version}.json"
+        chain = Chain.from_json(codec.read_json(self._inside(path)))
+        if (chain.name, chain.version) != (name, version):
+            raise ZooError(f"{path} describes {chain.name}@{chain.version}: the zoo is damaged")
+        return chain
+
+    def current(self, name: str) -> int:
+        """The live version of a model.
+
+        Raises:
+          ZooError: there is none, or its record is damaged.
+        """
+        path = self._inside(self.path / "chains" / check_name(name) / "current")
+        try:
+            return int(path.read_bytes().decode())
+        except (OSError, ValueError) as e:
+            raise ZooError(f"{path} does not name the live version ({e}); run fsck") from e
+
+    # Paths
+
+    def folder(self, kind: str, id: str) -> Path:
+        """The folder of a component, delta, tokenizer or source.
+
+        Raises:
+          ZooError: `id` is no id, or the zoo does not hold it.
+        """
+        path = self._inside(self.path / kind / codec.check_id(id))
+        if not path.is_dir():
+            raise ZooError(f"{self.path} has no {kind[:-1]} {id}: it was removed or never added")
+        return path
+
+    def _inside(self, path: Path) -> Path:
+        if Path(os.path.realpath(path)) != path:
+            raise ZooError(f"{path} is a link: a zoo holds everything itself; replace it by a copy")
+        return path
+
+    def _record(self, kind: str, id: str) -> dict[str, Any]:
+        return codec.read_json(self._inside(self.folder(kind, id) / "spec.json"))
+
+    def _load(
+        self, kind: str, id: str, records: Mapping[str, TensorRecord]
+    ) -> dict[str, np.ndarray]:
+        if not records:
+            return {}
+        return params.load(self._inside(self.folder(kind, id) / "params"), records)
+
+    def _verify(self, id: str, header: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+        found = ids.content_id(header, tensors)
+        if found != id:
+            raise ZooError(
+                f"{id} holds other content than its id says (hash {found}): the zoo is damaged; "
+                "remove the folder and convert the model again"
+            )
+
+    def _add_version(self, chain: Chain, folder: Path, scratch: Path) -> Chain:
+        wanted = {**chain.to_json(), "version": 0}
+        versions = self.versions(chain.name)
+        for version in versions:
+            there = codec.read_json(folder / f"{version}.json")
+            if canonical_json({**there, "version": 0}) == canonical_json(wanted):
+                return self.chain(chain.name, version)
+        version = max(versions, default=0) + 1
+        while True:
+            data = canonical_json({**wanted, "version": version}) + "\n"
+            aside = scratch / f"{version}.json"
+            disk.write_new(aside, data.encode())
+            try:
+                # A link, not a rename: it fails when another writer took the number.
+                os.link(aside, folder / f"{version}.json")
+                break
+            except FileExistsError:
+                version += 1
+        disk.fsync_path(folder)
+        return self.chain(chain.name, version)
+
+    def _write_partition(self, scratch: Path) -> None:
+        live = {}
+        for name in self.chains():
+            try:
+                live[name] = self.chain(name)
+            except ZooError:
+                continue  # fsck reports it; the partition is derived and can be made again
+        data = canonical_json({"blocks": partition.to_json(partition.blocks(live))}) + "\n"
+        disk.write_atomic(self.path / "partition" / "current.json", data.encode(), scratch)
