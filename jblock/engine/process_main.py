@@ -1,0 +1,138 @@
+"""The child's side of `jblock.engine.process`: builds an engine and passes messages on.
+
+Started as `python -m jblock.engine.process_main FD`, where FD is one end of a pipe. The first frame
+names the factory. The child ends when told to, when its engine dies, or when the pipe closes
+because the parent is gone: an engine without a server would hold a device for nobody.
+"""
+
+import importlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+from jblock.engine import api, wire
+
+# Seconds between looks at a quiet engine: how late gauges and a close may be noticed.
+_POLL_SECONDS = 0.05
+
+
+def load_factory(name: str) -> Any:
+    """The function a "module:function" string names.
+
+    Raises:
+      ValueError: there is no such function.
+    """
+    module_name, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"factory: {name!r} cannot be loaded ({error}); "
+            "give 'module:function' of an importable module"
+        ) from error
+
+
+class _Inbox(threading.Thread):
+    """Reads the parent's messages; those that come before the engine is there wait for it."""
+
+    def __init__(self, connection: Connection):
+        super().__init__(name="engine-inbox", daemon=True)
+        self.closing = threading.Event()
+        self.warm = False
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._engine: api.Engine | None = None
+        self._early: list[tuple[str, Any]] = []
+
+    def attach(self, engine: api.Engine) -> None:
+        """Hands the engine what came so far, and from now on everything at once."""
+        with self._lock:
+            self._engine = engine
+            for kind, body in self._early:
+                _pass_on(engine, kind, body)
+
+    def run(self) -> None:
+        while True:
+            try:
+                kind, body = wire.unpack(self._connection.recv_bytes())
+            except (EOFError, OSError):
+                os._exit(0)
+            if kind == "close":
+                if not self.warm:
+                    os._exit(0)  # A compilation cannot be interrupted otherwise.
+                self.closing.set()
+                continue
+            with self._lock:
+                if self._engine is None:
+                    self._early.append((kind, body))
+                else:
+                    _pass_on(self._engine, kind, body)
+
+
+def _pass_on(engine: api.Engine, kind: str, body: Any) -> None:
+    if kind == "submit":
+        engine.submit(wire.from_plain(api.Request, body))
+    elif kind == "cancel":
+        engine.cancel(body)
+    else:
+        raise ValueError(f"kind: {kind!r} is unknown; both ends must run the same jblock")
+
+
+def _serve(connection: Connection, inbox: _Inbox, engine: api.Engine) -> None:
+    """Passes what the engine brings to the parent until told to close."""
+    models = engine.models()
+    inbox.warm = True
+    connection.send_bytes(wire.pack("models", [wire.to_plain(m) for m in models]))
+    sent: api.EngineStats | None = None
+    while not inbox.closing.is_set():
+        outputs = engine.poll(_POLL_SECONDS)
+        stats = engine.stats()
+        if outputs or stats != sent:
+            body = [[wire.to_plain(o) for o in outputs], wire.to_plain(stats)]
+            connection.send_bytes(wire.pack("step", body))
+            sent = stats
+
+
+def main(fd: int) -> int:
+    """Runs the child; returns its exit code."""
+    # The parent decides when to stop: a signal to the whole group must not cut its drain short.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    connection = Connection(fd)
+    _, start = wire.unpack(connection.recv_bytes())
+    inbox = _Inbox(connection)
+    inbox.start()
+    built = False
+    try:
+        engine = load_factory(start["factory"])(**start["kwargs"])
+        built = True
+        inbox.attach(engine)
+        _serve(connection, inbox, engine)
+        engine.close()
+    except BrokenPipeError:
+        return 0
+    except ValueError as error:
+        if built:
+            traceback.print_exc()
+        connection.send_bytes(wire.pack("died" if built else "invalid", str(error)))
+        return 1
+    except api.EngineDied as error:
+        connection.send_bytes(wire.pack("died", str(error)))
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        connection.send_bytes(wire.pack("died", f"{type(error).__name__}: {error}"))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    code = main(int(sys.argv[1]))
+    sys.stderr.flush()
+    sys.stdout.flush()
+    # Background threads of an engine that failed must not keep its process, and its memory, alive.
+    os._exit(code)
