@@ -127,7 +127,9 @@ class Family:
     num_kv_heads: int | None = None
     sliding_window: Callable[[Config, int], int | None] = no_window
     fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
-    projections: Mapping[str, tuple[str, str]] = PROJECTIONS
+    projections: Mapping[str, tuple[str, str]] = dataclasses.field(
+        default_factory=lambda: PROJECTIONS
+    )
 
     def plan(self, config: Config) -> Plan:
         """Lays out the steps of a checkpoint with this config.

@@ -5,6 +5,7 @@ foreign file is told before anything is read.
 """
 
 import functools
+import logging
 import os
 import stat
 from collections.abc import Mapping
@@ -22,10 +23,16 @@ def _orbax() -> tuple[Any, Any]:
     # Imported late: `list` and `inspect` read no tensor and should not wait for jax.
     import orbax.checkpoint as ocp
 
+    # Orbax tells a dozen things about every component it touches; its warnings stay.
+    logging.getLogger("absl").addFilter(_not_chatter)
     # The handler without the Checkpointer around it: the zoo has its own atomic rename, and a
     # second one, with its marker files, costs half of the time of a small component.
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, use_compression=False)
     return ocp, handler
+
+
+def _not_chatter(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.INFO or "orbax" not in record.pathname
 
 
 def save(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:

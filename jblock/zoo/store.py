@@ -121,13 +121,20 @@ class Zoo:
             target = self.component(component)
             if tensor not in target.tensors:
                 raise ZooError(f"component {id}: {name!r} refers to {component}/{tensor}: damaged")
-            tensors[name] = self._load("components", component, {tensor: target.tensors[tensor]})[
-                tensor
-            ]
             if verify:
-                own = self._load("components", component, target.tensors)
-                self._verify(component, codec.component_header(target), own)
+                self.check_component(target)
+            only = {tensor: target.tensors[tensor]}
+            tensors[name] = self._load("components", component, only)[tensor]
         return tensors
+
+    def check_component(self, record: ComponentRecord) -> None:
+        """Recomputes the content hash of a component's own tensors.
+
+        Raises:
+          ZooError: the tensors are damaged.
+        """
+        tensors = self._load("components", record.id, record.tensors)
+        self._verify(record.id, codec.component_header(record), tensors)
 
     def delta(self, id: str) -> DeltaRecord:
         """The record of a delta.

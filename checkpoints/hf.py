@@ -1,0 +1,159 @@
+"""`jblock-convert hf`: a Hugging Face checkpoint becomes a chain of components."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+from checkpoints.errors import CheckpointError
+from checkpoints.progress import Progress
+from checkpoints.source import Source, open_source, read_json
+from checkpoints.tokenizer import largest_id, read_tokenizer
+from jblock.blocks.spec import AttentionSpec
+from jblock.families import Plan, family_for
+from jblock.families.config import token_ids
+from jblock.zoo.records import Chain, Step, check_name
+from jblock.zoo.store import Zoo
+
+_SMALL = ("config.json", "generation_config.json", "model.safetensors.index.json")
+_SAMPLING = (
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "max_new_tokens",
+    "max_length",
+)
+
+
+def convert(source_path: Path, zoo_path: Path, name: str, progress: Progress) -> tuple[Chain, bool]:
+    """Adds the checkpoint in `source_path` to the zoo (made when absent) as model `name`.
+
+    One component is in memory at a time. Whatever goes wrong, no chain changes.
+
+    Returns:
+      The chain, and whether it is a new version (False: the zoo had it).
+
+    Raises:
+      CheckpointError, ConfigError, SpecError, ZooError: see `errors.BAD_INPUT`.
+    """
+    check_name(name)
+    config = read_json(source_path / "config.json")
+    generation = read_json(source_path / "generation_config.json", required=False)
+    family = family_for(config)
+    plan = family.plan(config)
+    source = open_source(source_path)
+    check_tensors(plan, source)
+    eos = token_ids(generation, "eos_token_id", plan.vocab_size)
+    bos = token_ids(generation, "bos_token_id", plan.vocab_size)
+    eos = eos or token_ids(config, "eos_token_id", plan.vocab_size)
+    bos = bos or token_ids(config, "bos_token_id", plan.vocab_size)
+    tokenizer = read_tokenizer(source_path)
+    check_ids(tokenizer, plan.vocab_size, source_path, progress)
+
+    zoo = Zoo.create(zoo_path)
+    with zoo.writer() as writer:
+        owners: dict[str, tuple[str, str]] = {}  # checkpoint tensor -> (component, tensor)
+        steps = []
+        total = sum(t.nbytes for t in source.tensors.values())
+        with progress.bar(f"{name}: components", total) as advance:
+            for step in plan.steps:
+                tied = {t: owners[n] for t, n in step.tensors.items() if n in owners}
+                own = {t: source.read(n) for t, n in step.tensors.items() if t not in tied}
+                id_ = writer.put_component(step.spec, own, tied)
+                owners |= {step.tensors[t]: (id_, t) for t in own}
+                steps.append(Step(component=id_))
+                advance(sum(v.nbytes for v in own.values()))
+        small = source.small_files(_SMALL) | _left_out(plan, source)
+        chain = Chain(
+            name=name,
+            family=family.name,
+            steps=tuple(steps),
+            tokenizer=None if tokenizer is None else writer.put_files("tokenizers", tokenizer),
+            max_position=plan.max_position,
+            vocab_size=plan.vocab_size,
+            eos_token_ids=eos,
+            bos_token_id=bos[0] if bos else None,
+            generation={k: generation[k] for k in _SAMPLING if generation.get(k) is not None},
+            source=config,
+            source_files=writer.put_files("sources", small),
+        )
+        progress.note(f"{name}: {writer.new_bytes} of {total} bytes are new to the zoo")
+    before = zoo.versions(name)
+    published = zoo.publish(chain)
+    return published, published.version not in before
+
+
+def check_tensors(plan: Plan, source: Source) -> None:
+    """Checks that a checkpoint holds what its config promises, and nothing else.
+
+    Raises:
+      CheckpointError: a tensor is missing, surplus, or of another shape; or a copy that differs.
+    """
+    wanted: dict[str, tuple[int, ...]] = {}
+    for step in plan.steps:
+        shapes = step.spec.tensors()
+        wanted |= {source_name: shapes[name] for name, source_name in step.tensors.items()}
+    for name, shape in wanted.items():
+        if name not in source.tensors:
+            raise CheckpointError(
+                f"{source.path}: tensor {name!r} is missing: give the whole checkpoint, and the "
+                "config.json that belongs to it"
+            )
+        if source.tensors[name].shape != shape:
+            raise CheckpointError(
+                f"{source.path}: tensor {name!r} has shape {list(source.tensors[name].shape)}, "
+                f"config.json makes it {list(shape)}: one of the two is of another model"
+            )
+    for name in sorted(source.tensors.keys() - wanted.keys()):
+        if name in plan.copies:
+            if not source.equal(name, plan.copies[name]):
+                raise CheckpointError(
+                    f"{source.path}: config.json ties {name!r} to {plan.copies[name]!r}, but the "
+                    "two differ: set tie_word_embeddings to false if both are meant"
+                )
+        elif name in plan.inverse_frequencies:
+            _check_frequencies(plan, source, name)
+        else:
+            raise CheckpointError(
+                f"{source.path}: tensor {name!r} is surplus: config.json describes a model "
+                "without it, so what it is for is not known"
+            )
+
+
+def check_ids(
+    tokenizer: Mapping[str, bytes] | None, vocab_size: int, path: Path, progress: Progress
+) -> None:
+    """Notes what a user of the tokenizer should know."""
+    if tokenizer is None:
+        progress.note(f"{path} has no tokenizer: the model can be served with token ids only")
+        return
+    largest = largest_id(tokenizer["tokenizer.json"], path)
+    if largest >= vocab_size:
+        # Usual for a padding token added after training, which no prompt contains.
+        progress.note(f"the tokenizer has ids up to {largest}, the model only {vocab_size - 1}")
+
+
+def _left_out(plan: Plan, source: Source) -> dict[str, bytes]:
+    """Rope tables kept aside, so that an export can write them again."""
+    names = [n for n in plan.inverse_frequencies if n in source.tensors]
+    tensors = {n: source.read(n) for n in names}
+    return {"left_out.safetensors": safetensors.numpy.save(tensors)} if tensors else {}
+
+
+def _check_frequencies(plan: Plan, source: Source, name: str) -> None:
+    spec = next(s.spec for s in plan.steps if isinstance(s.spec, AttentionSpec))
+    exponents = np.arange(0, spec.head_dim, 2) / spec.head_dim
+    expected = spec.rope.theta**-exponents
+    if source.tensors[name].shape == expected.shape and spec.rope.kind == "default":
+        found = source.read(name).astype(np.float64)
+        if np.allclose(found, expected, rtol=1e-2, atol=0):
+            return
+    raise CheckpointError(
+        f"{source.path}: {name!r} is not the rope that config.json describes (theta "
+        f"{spec.rope.theta}, {spec.rope.kind}): only what config.json says can be served"
+    )

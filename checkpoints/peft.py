@@ -1,0 +1,162 @@
+"""`jblock-convert peft`: a PEFT LoRA adapter becomes a chain of deltas on a chain's components."""
+
+import dataclasses
+from pathlib import Path
+
+from checkpoints.errors import CheckpointError
+from checkpoints.hf import check_ids
+from checkpoints.peft_config import LoraSettings, read_settings
+from checkpoints.progress import Progress
+from checkpoints.source import Source, open_source, read_json
+from checkpoints.tokenizer import read_tokenizer
+from jblock.blocks.spec import LoraSpec, LoraTarget
+from jblock.families import families
+from jblock.zoo.records import Chain, Step, check_name
+from jblock.zoo.store import Zoo
+
+_PREFIX = "base_model.model."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlannedDelta:
+    """The delta on one step: `index` of the step, and delta tensor -> adapter tensor."""
+
+    index: int
+    spec: LoraSpec
+    tensors: dict[str, str]
+
+
+def convert(
+    source_path: Path, zoo_path: Path, base_name: str, name: str, progress: Progress
+) -> tuple[Chain, bool]:
+    """Adds the adapter in `source_path` as model `name`, riding on the live version of `base_name`.
+
+    Returns:
+      The chain, and whether it is a new version (False: the zoo had it).
+
+    Raises:
+      CheckpointError, ConfigError, SpecError, ZooError: see `errors.BAD_INPUT`.
+    """
+    check_name(name)
+    zoo = Zoo.open(zoo_path)
+    base = zoo.chain(base_name)
+    config = read_json(source_path / "adapter_config.json")
+    settings = read_settings(config)
+    if name == base_name:
+        raise CheckpointError(f"--name {name!r} is the base itself: give the adapter its own name")
+    _check_base(zoo, base, settings)
+    source = open_source(source_path, "adapter_model")
+    planned = plan_deltas(zoo, base, settings, source)
+    tokenizer = read_tokenizer(source_path)
+    if tokenizer is not None:
+        check_ids(tokenizer, base.vocab_size, source_path, progress)
+
+    with zoo.writer() as writer:
+        added: dict[int, str] = {}
+        total = sum(t.nbytes for t in source.tensors.values())
+        with progress.bar(f"{name}: deltas", total) as advance:
+            for delta in planned:
+                tensors = {t: source.read(n) for t, n in delta.tensors.items()}
+                component = base.steps[delta.index].component
+                added[delta.index] = writer.put_delta(delta.spec, component, tensors)
+                advance(sum(v.nbytes for v in tensors.values()))
+        chain = dataclasses.replace(
+            base,
+            name=name,
+            version=0,
+            steps=tuple(
+                Step(component=s.component, deltas=s.deltas + ((added[i],) if i in added else ()))
+                for i, s in enumerate(base.steps)
+            ),
+            base=f"{base.name}@{base.version}",
+            adapter=config,
+            source_files=writer.put_files("sources", source.small_files(("adapter_config.json",))),
+        )
+        if tokenizer is not None:
+            chain = dataclasses.replace(chain, tokenizer=writer.put_files("tokenizers", tokenizer))
+        progress.note(f"{name}: {writer.new_bytes} of {total} bytes are new to the zoo")
+    before = zoo.versions(name)
+    published = zoo.publish(chain)
+    return published, published.version not in before
+
+
+def plan_deltas(
+    zoo: Zoo, base: Chain, settings: LoraSettings, source: Source
+) -> tuple[PlannedDelta, ...]:
+    """Which step gets which tensors of an adapter.
+
+    Raises:
+      CheckpointError: a tensor that fits no projection of the base, has another shape or rank than
+        expected, or is missing.
+    """
+    modules = _modules(base)
+    left = set(source.tensors)
+    found: dict[int, dict[str, LoraTarget]] = {}
+    names: dict[int, dict[str, str]] = {}
+    for module, (index, projection) in modules.items():
+        pair = {h: f"{_PREFIX}{module}.lora_{h.upper()}.weight" for h in ("a", "b")}
+        there = {h for h, n in pair.items() if n in source.tensors}
+        if not there:
+            if settings.targets(module):
+                raise CheckpointError(
+                    f"{source.path}: tensor {pair['a']!r} is missing, though target_modules of "
+                    "adapter_config.json names its module: give the whole adapter"
+                )
+            continue
+        if len(there) == 1:
+            raise CheckpointError(
+                f"{source.path}: tensor {pair[({'a', 'b'} - there).pop()]!r} is missing: give the "
+                "whole adapter"
+            )
+        rank, scale = settings.rank_and_scale(module)
+        out, inner = zoo.component(base.steps[index].component).spec.tensors()[
+            f"{projection}.weight"
+        ]
+        for half, shape in (("a", (rank, inner)), ("b", (out, rank))):
+            if source.tensors[pair[half]].shape != shape:
+                raise CheckpointError(
+                    f"{source.path}: tensor {pair[half]!r} has shape "
+                    f"{list(source.tensors[pair[half]].shape)}, expected {list(shape)} (rank "
+                    f"{rank} on {base.name}): the adapter is for another base, or its r and "
+                    "rank_pattern do not belong to it"
+                )
+        found.setdefault(index, {})[projection] = LoraTarget(rank=rank, scale=scale)
+        names.setdefault(index, {}).update({f"{projection}.{h}": n for h, n in pair.items()})
+        left -= set(pair.values())
+    if left:
+        raise CheckpointError(
+            f"{source.path}: tensor {min(left)!r} fits no projection of {base.name} "
+            f"({base.family}, {max(i for i, _ in modules.values()) // 2} layers): the adapter is "
+            "for another base, or adapts what cannot be served"
+        )
+    if not found:
+        raise CheckpointError(f"{source.path} has no LoRA tensors: give a trained adapter")
+    return tuple(
+        PlannedDelta(index=i, spec=LoraSpec(targets=found[i]), tensors=names[i])
+        for i in sorted(found)
+    )
+
+
+def _modules(base: Chain) -> dict[str, tuple[int, str]]:
+    """Module path in the checkpoint -> (index of the step, projection)."""
+    family = families()[base.family]
+    modules = {}
+    for index, step in enumerate(family.plan(base.source).steps):
+        for template, (kind, projection) in family.projections.items():
+            if step.layer is not None and step.spec.kind == kind:
+                modules[template.format(i=step.layer)] = (index, projection)
+    return modules
+
+
+def _check_base(zoo: Zoo, base: Chain, settings: LoraSettings) -> None:
+    if base.base is not None or any(step.deltas for step in base.steps):
+        raise CheckpointError(
+            f"--base {base.name!r} is itself an adapter on {base.base}; adapters on adapters are "
+            f"not served yet: give {(base.base or '').rpartition('@')[0]!r}, or merge it first"
+        )
+    declared = settings.base.rstrip("/").rsplit("/", 1)[-1]
+    if declared != base.name and declared in zoo.chains():
+        raise CheckpointError(
+            f"adapter_config.json: base_model_name_or_path is {settings.base!r}, which this zoo "
+            f"holds as {declared!r}, but --base is {base.name!r}: give --base {declared}"
+        )

@@ -1,0 +1,162 @@
+"""Strict reading of adapter_config.json: LoRA in the forms that can be served, the rest refused."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from checkpoints.errors import CheckpointError
+
+# Fields that only say how the adapter was made, or are read below.
+_HARMLESS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "alpha_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+}
+# Start values that also rewrite the base's weights: the adapter is no sum on the plain base.
+_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_REMEDY = {
+    "use_dora": "merge it into the base and convert the result with 'hf'",
+    "bias": "train with bias='none', or merge it into the base",
+    "lora_bias": "train with lora_bias=False, or merge it into the base",
+    "modules_to_save": "it holds whole modules: merge it into the base and convert with 'hf'",
+    "trainable_token_indices": "merge it into the base and convert the result with 'hf'",
+    "fan_in_fan_out": "it is meant for Conv1D bases, which no family here has",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """What an adapter_config.json says, as far as it matters here.
+
+    Attributes:
+      base: base_model_name_or_path, "" when not given.
+      rank: r.
+      alpha: lora_alpha.
+      rslora: divide alpha by sqrt(rank) (arXiv 2312.03732) instead of by rank.
+      ranks: pattern over module paths -> rank.
+      alphas: pattern over module paths -> alpha.
+      modules: endings of the modules that must be there; None: whatever the weights hold.
+    """
+
+    base: str
+    rank: int
+    alpha: float
+    rslora: bool
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+    modules: tuple[str, ...] | None
+
+    def rank_and_scale(self, module: str) -> tuple[int, float]:
+        """Rank of the adapter on `module`, and what its product is multiplied by."""
+        rank = _match(self.ranks, module, self.rank)
+        alpha = _match(self.alphas, module, self.alpha)
+        return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def targets(self, module: str) -> bool:
+        """Whether the config promises an adapter on `module`."""
+        return self.modules is not None and any(
+            module == m or module.endswith(f".{m}") for m in self.modules
+        )
+
+
+def read_settings(config: Mapping[str, Any]) -> LoraSettings:
+    """Reads an adapter_config.json.
+
+    Raises:
+      CheckpointError: another method than LoRA, an option that cannot be served, or a malformed
+        field; the message names it.
+    """
+    if config.get("peft_type") != "LORA":
+        raise _refuse("peft_type", config.get("peft_type"), "only 'LORA' can be served")
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise _refuse("task_type", config["task_type"], "only 'CAUSAL_LM' can be served")
+    for field, value in config.items():
+        # Off, in every spelling PEFT has for it.
+        off = value is None or value is False or value == "none" or value in ([], {}, "")
+        if not off and field not in _HARMLESS:
+            raise _refuse(field, value, _REMEDY.get(field, "this option cannot be served"))
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(_REWRITES_BASE):
+        raise _refuse(
+            "init_lora_weights",
+            config["init_lora_weights"],
+            "it changes the base's weights too: save the adapter again with "
+            "path_initial_model_for_weight_conversion",
+        )
+    modules = config.get("target_modules")
+    partial = any(config.get(f) for f in ("layers_pattern", "exclude_modules"))
+    partial = partial or config.get("layers_to_transform") is not None
+    named = isinstance(modules, list) and not partial
+    return LoraSettings(
+        base=str(config.get("base_model_name_or_path") or ""),
+        rank=_rank("r", config.get("r")),
+        alpha=_alpha("lora_alpha", config.get("lora_alpha")),
+        rslora=bool(config.get("use_rslora")),
+        ranks=_patterns(config, "rank_pattern", _rank),
+        alphas=_patterns(config, "alpha_pattern", _alpha),
+        modules=tuple(str(m) for m in modules) if named and isinstance(modules, list) else None,
+    )
+
+
+def _refuse(field: str, value: Any, remedy: str) -> CheckpointError:
+    return CheckpointError(f"adapter_config.json: {field} is {value!r}: {remedy}")
+
+
+def _rank(field: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 65536:
+        raise _refuse(field, value, "give an integer of 1 or more")
+    return value
+
+
+def _alpha(field: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise _refuse(field, value, "give a number")
+    return float(value)
+
+
+def _patterns(config: Mapping[str, Any], field: str, check: Any) -> dict[str, Any]:
+    patterns = config.get(field) or {}
+    if not isinstance(patterns, dict):
+        raise _refuse(field, patterns, "give an object of pattern and value")
+    for pattern in patterns:
+        # Groups can nest repetitions, which can match for hours; plain names never need them.
+        if any(c in pattern for c in "(){}"):
+            raise _refuse(field, pattern, "patterns with groups cannot be served: list the modules")
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise _refuse(field, pattern, f"no valid pattern ({e})") from e
+    return {p: check(f"{field}[{p!r}]", v) for p, v in patterns.items()}
+
+
+def _match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    # As PEFT does: the first pattern that matches the path from any dot on.
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default

@@ -1,0 +1,162 @@
+"""Reading one safetensors file, tensor by tensor, without trusting a number in it.
+
+The format is an 8-byte little-endian length, a JSON header of that length, then the tensors' bytes
+(https://huggingface.co/docs/safetensors). The header is parsed here, rather than by the library,
+because an export must write the very same header again, and because errors should name the tensor.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints.errors import CheckpointError
+from jblock.zoo.ids import DTYPES
+
+_MAX_HEADER = 100_000_000  # as in the safetensors library
+_CHUNK = 1 << 24
+_DTYPES = {"F32": DTYPES["float32"], "F16": DTYPES["float16"], "BF16": DTYPES["bfloat16"]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """Where one tensor lies: `dtype`, `shape`, and its bytes in `path` from `start` to `end`."""
+
+    name: str
+    path: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.end - self.start
+
+    def chunks(self) -> Iterator[bytes]:
+        """The raw bytes in pieces of at most 16 MiB."""
+        with open(self.path, "rb") as f:
+            f.seek(self.start)
+            left = self.nbytes
+            while left:
+                piece = f.read(min(left, _CHUNK))
+                if not piece:
+                    raise CheckpointError(f"{self.path} ended within {self.name!r}: copy it again")
+                left -= len(piece)
+                yield piece
+
+    def read(self) -> np.ndarray:
+        """The tensor, in memory of its own.
+
+        Raises:
+          CheckpointError: the file became shorter, or the tensor holds NaN or Inf.
+        """
+        value = np.fromfile(
+            self.path, dtype=self.dtype, count=math.prod(self.shape), offset=self.start
+        )
+        if value.nbytes != self.nbytes:
+            raise CheckpointError(f"{self.path} ended within {self.name!r}: copy it again")
+        _check_finite(self.name, value)
+        return value.reshape(self.shape)
+
+
+def read_header(path: Path) -> tuple[bytes, dict[str, TensorInfo]]:
+    """The header of a safetensors file, as it is and parsed.
+
+    Raises:
+      CheckpointError: truncated or malformed; tensors that overlap, leave holes, reach past the
+        end, have a size that does not fit their shape, or a dtype that is not served.
+    """
+    try:
+        with open(path, "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            prefix = f.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise CheckpointError(f"{path} is no complete safetensors file: download it again")
+            raw = f.read(length)
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be read: {e.strerror}") from e
+    try:
+        header = json.loads(raw.decode(), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path}: header is malformed ({e}): download it again") from e
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: header is malformed (no object): download it again")
+    header.pop("__metadata__", None)
+    tensors = {n: _tensor(path, n, e, 8 + length, size) for n, e in header.items()}
+    at = 8 + length
+    for info in sorted(tensors.values(), key=lambda t: (t.start, t.end)):
+        if info.start != at:
+            raise CheckpointError(
+                f"{path}: tensor {info.name!r} starts at byte {info.start}, expected {at}: tensors "
+                "must follow each other; save the checkpoint again"
+            )
+        at = info.end
+    if at != size:
+        raise CheckpointError(f"{path} has {size} bytes, its header describes {at}: copy it again")
+    return raw, tensors
+
+
+def _tensor(path: Path, name: str, entry: Any, base: int, size: int) -> TensorInfo:
+    try:
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        ints = (*shape, start, end)
+        if any(type(n) is not int or n < 0 for n in ints) or len(shape) > 8:
+            raise ValueError("negative or fractional number")
+    except (TypeError, KeyError, ValueError) as e:
+        raise CheckpointError(f"{path}: entry of tensor {name!r} is malformed: {e}") from e
+    if dtype not in _DTYPES:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has dtype {dtype!r}; served: {', '.join(_DTYPES)}: convert "
+            "the unquantised checkpoint"
+        )
+    if base + end > size:
+        raise CheckpointError(
+            f"{path} is truncated: tensor {name!r} ends at byte {base + end}, the file has {size}: "
+            "download it again"
+        )
+    if end - start != math.prod(shape) * _DTYPES[dtype].itemsize:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} of shape {list(shape)} and dtype {dtype} has {end - start} "
+            "bytes: save the checkpoint again"
+        )
+    return TensorInfo(
+        name=name,
+        path=path,
+        dtype=_DTYPES[dtype],
+        shape=shape,
+        start=base + start,
+        end=base + end,
+    )
+
+
+def _check_finite(name: str, value: np.ndarray) -> None:
+    # By the bits of the exponent: numpy has no fast isfinite for bfloat16.
+    word, mask = {
+        "float32": (np.uint32, 0x7F800000),
+        "float16": (np.uint16, 0x7C00),
+        "bfloat16": (np.uint16, 0x7F80),
+    }[value.dtype.name]
+    bits = value.view(word)
+    for i in range(0, bits.size, 1 << 20):
+        bad = (bits[i : i + (1 << 20)] & word(mask)) == word(mask)
+        if bad.any():
+            raise CheckpointError(
+                f"tensor {name!r} holds NaN or Inf (element {i + int(bad.argmax())}): a model with "
+                "such weights cannot be served; take an intact checkpoint"
+            )
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return out

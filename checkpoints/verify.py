@@ -1,0 +1,97 @@
+"""`jblock-convert verify`: is a model of the zoo, bit by bit, the checkpoint it was made from?"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from checkpoints import hf, peft
+from checkpoints.peft_config import read_settings
+from checkpoints.progress import Progress
+from checkpoints.source import Source, open_source, read_json
+from checkpoints.tokenizer import read_tokenizer
+from jblock.families import family_for
+from jblock.zoo.ids import files_id, raw_bytes
+from jblock.zoo.records import Chain
+from jblock.zoo.store import Zoo
+
+
+def verify(zoo_path: Path, name: str, source_path: Path, progress: Progress) -> list[str]:
+    """Differences between the live version of `name` and the checkpoint or adapter, one line each.
+
+    Raises:
+      CheckpointError, ConfigError, SpecError, ZooError: either side cannot be read.
+    """
+    zoo = Zoo.open(zoo_path)
+    chain = zoo.chain(name)
+    if (source_path / "adapter_config.json").is_file():
+        differences = _adapter(zoo, chain, source_path, progress)
+    else:
+        differences = _checkpoint(zoo, chain, source_path, progress)
+    tokenizer = read_tokenizer(source_path)
+    if tokenizer is not None and chain.tokenizer != files_id(tokenizer):
+        differences.append("the tokenizer files differ")
+    if tokenizer is None and chain.tokenizer is not None and chain.base is None:
+        differences.append(f"{source_path} has no tokenizer, the zoo has one")
+    return differences
+
+
+def _checkpoint(zoo: Zoo, chain: Chain, path: Path, progress: Progress) -> list[str]:
+    config = read_json(path / "config.json")
+    plan = family_for(config).plan(config)
+    source = open_source(path)
+    hf.check_tensors(plan, source)
+    if chain.base is not None:
+        return [f"{chain.name} is an adapter on {chain.base}, {path} a whole model"]
+    differences = [] if config == chain.source else ["config.json differs"]
+    if len(plan.steps) != len(chain.steps):
+        return [*differences, f"{len(plan.steps)} components, the zoo has {len(chain.steps)}"]
+    total = sum(t.nbytes for t in source.tensors.values())
+    with progress.bar(f"{chain.name}: comparing", total) as advance:
+        for planned, step in zip(plan.steps, chain.steps, strict=True):
+            if planned.spec != zoo.component(step.component).spec:
+                differences.append(f"component {step.component} has another spec")
+                continue
+            stored = zoo.load_component(step.component)
+            differences += _compare(source, planned.tensors, stored)
+            advance(sum(value.nbytes for value in stored.values()))
+    return differences
+
+
+def _adapter(zoo: Zoo, chain: Chain, path: Path, progress: Progress) -> list[str]:
+    config = read_json(path / "adapter_config.json")
+    settings = read_settings(config)
+    source = open_source(path, "adapter_model")
+    if chain.base is None:
+        return [f"{chain.name} is a whole model, {path} an adapter"]
+    base_name, _, version = chain.base.rpartition("@")
+    base = zoo.chain(base_name, int(version))
+    planned = {d.index: d for d in peft.plan_deltas(zoo, base, settings, source)}
+    differences = [] if config == chain.adapter else ["adapter_config.json differs"]
+    total = sum(t.nbytes for t in source.tensors.values())
+    with progress.bar(f"{chain.name}: comparing", total) as advance:
+        for i, (step, under) in enumerate(zip(chain.steps, base.steps, strict=True)):
+            ids = step.deltas[len(under.deltas) :]
+            if step.component != under.component or len(ids) != (i in planned):
+                differences.append(f"step {i} has other components or deltas")
+            elif ids:
+                if zoo.delta(ids[0]).spec != planned[i].spec:
+                    differences.append(f"step {i} has other ranks or scales")
+                    continue
+                stored = zoo.load_delta(ids[0])
+                differences += _compare(source, planned[i].tensors, stored)
+                advance(sum(value.nbytes for value in stored.values()))
+    return differences
+
+
+def _compare(
+    source: Source, names: Mapping[str, str], stored: Mapping[str, np.ndarray]
+) -> list[str]:
+    out = []
+    for name, source_name in names.items():
+        value = source.read(source_name)
+        if value.dtype != stored[name].dtype or value.shape != stored[name].shape:
+            out.append(f"tensor {source_name!r} has another dtype or shape")
+        elif not np.array_equal(raw_bytes(value), raw_bytes(stored[name])):
+            out.append(f"tensor {source_name!r} differs")
+    return out
