@@ -1,0 +1,115 @@
+"""`jblock-client`: asks a server from the shell."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from absl import app
+from absl.flags import argparse_flags
+
+from serving.client import Client
+from serving.values import Chunk, ClientError
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line; argparse ends the process with code 2 on a bad one."""
+    parser = argparse_flags.ArgumentParser(prog="jblock-client", description=__doc__)
+    parser.add_argument("--target", default="127.0.0.1:8470", help="host:port of the server")
+    parser.add_argument("--timeout", type=float, help="seconds until a request is given up")
+    commands = parser.add_subparsers(dest="command", required=True)
+    generate = commands.add_parser("generate", help="ask a model")
+    generate.add_argument("--model", required=True)
+    prompt = generate.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="text; '-' reads standard input")
+    prompt.add_argument("--token_ids", type=_ids, help="ids instead of text: 1,2,3")
+    generate.add_argument("--stream", action="store_true", help="print text as it comes")
+    generate.add_argument(
+        "--json", action="store_true", help="print ids, usage and all, one JSON object a message"
+    )
+    for name, kind in _SAMPLING.items():
+        generate.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
+    generate.add_argument("--stop", action="append", default=[], help="may be given several times")
+    generate.add_argument("--stop_token_ids", type=_ids, default=[])
+    generate.add_argument("--ignore_eos", action="store_true")
+    generate.add_argument("--logprobs", action="store_true")
+    models = commands.add_parser("models", help="list the models, or show one")
+    models.add_argument("name", nargs="?")
+    commands.add_parser("health", help="whether the server serves")
+    return parser.parse_args(argv[1:])
+
+
+_SAMPLING = {"max_tokens": int, "temperature": float, "top_k": int, "top_p": float, "seed": int}
+_FLAGS = ("stop", "stop_token_ids", "ignore_eos", "logprobs")
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of ids such as 1,2,3") from error
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs one command; returns the exit code: 0, or 2 when the server, or the input, says no."""
+    commands = {"generate": _generate, "models": _models, "health": _health}
+    try:
+        with Client(args.target, timeout=args.timeout) as client:
+            return commands[args.command](client, args)
+    except (ClientError, ValueError) as error:
+        print(f"jblock-client: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _generate(client: Client, args: argparse.Namespace) -> int:
+    sampling: Any = {name: getattr(args, name) for name in _SAMPLING if hasattr(args, name)}
+    sampling |= {name: getattr(args, name) for name in _FLAGS}
+    prompt = args.token_ids if args.prompt is None else args.prompt
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    if args.stream:
+        for chunk in client.stream(args.model, prompt, **sampling):
+            _show(chunk, args.json, end="")
+        if not args.json:
+            print()
+    else:
+        _show(client.generate(args.model, prompt, **sampling), args.json, end="\n")
+    return 0
+
+
+def _show(chunk: Chunk, as_json: bool, end: str) -> None:
+    """Text, or everything, ids too, as JSON."""
+    if as_json:
+        print(json.dumps(dataclasses.asdict(chunk), ensure_ascii=False), flush=True)
+    else:
+        print(chunk.text, end=end, flush=True)
+
+
+def _models(client: Client, args: argparse.Namespace) -> int:
+    if args.name:
+        for name, value in dataclasses.asdict(client.model(args.name)).items():
+            print(f"{name}: {value}")
+        return 0
+    for model in client.models():
+        shared = f"{model.shared_blocks} of {model.blocks} blocks shared"
+        on = f", on {model.base}" if model.base else ""
+        print(f"{model.name}@{model.version}: {model.family}, {shared}{on}")
+    return 0
+
+
+def _health(client: Client, args: argparse.Namespace) -> int:
+    status = client.health()
+    print(status)
+    return 0 if status == "SERVING" else 2
+
+
+def run() -> None:
+    """Entry point of `jblock-client`."""
+    app.run(main, flags_parser=parse)
+
+
+if __name__ == "__main__":
+    run()

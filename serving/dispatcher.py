@@ -1,0 +1,237 @@
+"""Between the engine and the event loop: admission, and the outputs of each request.
+
+One thread waits on the engine; it hands what a poll brought to the event loop in one call. Outputs
+of a request that its client has not yet taken are merged, so a slow client costs no more memory
+than its answer.
+"""
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Callable, Mapping
+from types import TracebackType
+
+import grpc
+from absl import logging
+
+from jblock.engine import api
+from serving import errors
+from serving.text import TextCodec
+from serving.validation import ServedModel
+
+# Seconds the reader waits for outputs before it looks whether it is to end.
+_POLL_SECONDS = 0.2
+
+
+class Dispatcher:
+    """Owns an engine on behalf of one event loop. Everything but `_read` runs in that loop.
+
+    Attributes:
+      models: what is served, by name; empty until the engine is warm.
+      ready: set once the engine is warm.
+      dead: set once the engine can serve no more; `failure` says why.
+      failure: an exception of the engine, ValueError when it refused its configuration.
+    """
+
+    def __init__(self, engine: api.Engine, max_queue: int):
+        """Takes the engine over; `start` begins to read it."""
+        self.engine = engine
+        self.models: Mapping[str, ServedModel] = {}
+        self.ready = asyncio.Event()
+        self.dead = asyncio.Event()
+        self.failure: Exception | None = None
+        self._max_queue = max_queue
+        self._open: dict[str, Ticket] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+        self._stop = threading.Event()
+        self._loop = asyncio.get_running_loop()
+        self._numbers = itertools.count()
+        self._thread = threading.Thread(target=self._read, name="engine-reader", daemon=True)
+
+    @property
+    def num_open(self) -> int:
+        """Requests admitted whose pages the engine has not yet given back."""
+        return len(self._open)
+
+    def start(self) -> None:
+        """Begins to read the engine; `ready` or `dead` follows."""
+        self._thread.start()
+
+    def admit(self) -> "Ticket":
+        """A place for one request; use it as a context.
+
+        Raises:
+          RequestError: the engine is not there, or all places are taken.
+        """
+        if self.dead.is_set():
+            raise errors.unavailable(f"engine: {self.failure}; restart the server")
+        if self._draining:
+            raise errors.unavailable("server: is shutting down; send the request to another one")
+        if not self.ready.is_set():
+            raise errors.unavailable("engine: is warming up; try again when health is SERVING")
+        if len(self._open) >= self._max_queue:
+            raise errors.RequestError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"queue: {len(self._open)} requests are open, which is all this server admits; "
+                "try again later, or raise --max_queue",
+            )
+        ticket = Ticket(self, str(next(self._numbers)))
+        self._open[ticket.request_id] = ticket
+        self._idle.clear()
+        return ticket
+
+    async def drain(self, seconds: float) -> bool:
+        """Admits nothing more; whether all open requests ended within `seconds`."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Ends the reader and the engine. Requests still open fail."""
+        self._stop.set()
+        self.engine.close()
+        if self._thread.is_alive():
+            self._thread.join(2 * _POLL_SECONDS)
+        self._die(api.EngineDied("the server is shutting down"))
+
+    def release(self, ticket: "Ticket") -> None:
+        """Frees a place."""
+        self._open.pop(ticket.request_id, None)
+        if not self._open:
+            self._idle.set()
+
+    def _read(self) -> None:
+        """The reader thread."""
+        try:
+            models = load_models(self.engine.models())
+            self._call(self._become_ready, models)
+            while not self._stop.is_set():
+                outputs = self.engine.poll(_POLL_SECONDS)
+                if outputs:
+                    self._call(self._deliver, outputs)
+        except Exception as error:
+            if not isinstance(error, ValueError | api.EngineDied):
+                logging.exception("reading the engine failed")
+            self._call(self._die, error)
+
+    def _call(self, function: Callable, *args: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:
+            self._stop.set()  # The loop is closed; nobody is left to tell.
+
+    def _become_ready(self, models: Mapping[str, ServedModel]) -> None:
+        self.models = models
+        self.ready.set()
+
+    def _deliver(self, outputs: list[api.Output]) -> None:
+        for output in outputs:
+            ticket = self._open.get(output.request_id)
+            if ticket is None:
+                continue
+            ticket.put(output)
+            if output.finish_reason is not None:
+                self.release(ticket)
+
+    def _die(self, error: Exception) -> None:
+        if self.dead.is_set():
+            return
+        self.failure = error
+        self.dead.set()
+        for ticket in list(self._open.values()):
+            ticket.fail(errors.unavailable(f"engine: {error}; try again elsewhere"))
+            self.release(ticket)
+
+
+class Ticket:
+    """One admitted request. Leaving its context cancels it in the engine unless it has ended."""
+
+    def __init__(self, dispatcher: Dispatcher, request_id: str):
+        self.request_id = request_id
+        self._dispatcher = dispatcher
+        self._submitted = False
+        self._ended = False
+        self._error: errors.RequestError | None = None
+        self._arrived = asyncio.Event()
+        self._token_ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._last: api.Output | None = None
+
+    def __enter__(self) -> "Ticket":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._submitted:
+            self._dispatcher.release(self)
+        elif not self._ended:
+            # The place stays taken until the engine confirms, or a client that opens and cancels
+            # could queue without bound.
+            self._dispatcher.engine.cancel(self.request_id)
+
+    def submit(self, request: api.Request) -> None:
+        """Hands the request to the engine; its id must be this ticket's."""
+        self._dispatcher.engine.submit(request)
+        self._submitted = True
+
+    async def next(self) -> api.Output:
+        """All that came since the last call, merged; the one with a finish_reason is the last.
+
+        Raises:
+          RequestError: the engine failed the request, or died.
+        """
+        await self._arrived.wait()
+        self._arrived.clear()
+        if self._error is not None:
+            raise self._error
+        last = self._last
+        if last is not None and last.finish_reason == "error":
+            raise errors.from_engine(last.error_code, last.error_message)
+        if last is not None and last.finish_reason == "cancelled":
+            raise errors.unavailable("engine: cancelled this request; try again")
+        merged = api.Output(
+            request_id=self.request_id,
+            token_ids=tuple(self._token_ids),
+            logprobs=tuple(self._logprobs),
+            finish_reason=last.finish_reason if last else None,
+        )
+        self._token_ids.clear()
+        self._logprobs.clear()
+        return merged
+
+    def put(self, output: api.Output) -> None:
+        """Takes what the engine brought."""
+        self._token_ids.extend(output.token_ids)
+        self._logprobs.extend(output.logprobs)
+        if output.finish_reason is not None:
+            self._last = output
+            self._ended = True
+        self._arrived.set()
+
+    def fail(self, error: errors.RequestError) -> None:
+        """Ends the request with an error; the engine is gone."""
+        self._error = error
+        self._ended = True
+        self._arrived.set()
+
+
+def load_models(infos: tuple[api.ModelInfo, ...]) -> dict[str, ServedModel]:
+    """Reads the tokenizers; models that share one share it in memory too.
+
+    Raises:
+      ValueError: a tokenizer cannot be read.
+    """
+    codecs: dict[str, TextCodec] = {}
+    for path in {info.tokenizer_path for info in infos if info.tokenizer_path}:
+        codecs[path] = TextCodec.load(path)
+    return {i.name: ServedModel(info=i, codec=codecs.get(i.tokenizer_path)) for i in infos}

@@ -1,0 +1,80 @@
+"""Refusals as gRPC statuses. A request either succeeds or ends with one; there are no flags."""
+
+import dataclasses
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+
+class RequestError(Exception):
+    """Ends one request with a status; the message says what was given, expected, and what to do."""
+
+    def __init__(self, code: grpc.StatusCode, message: str):
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+def invalid(message: str) -> RequestError:
+    """INVALID_ARGUMENT."""
+    return RequestError(grpc.StatusCode.INVALID_ARGUMENT, message)
+
+
+def unavailable(message: str) -> RequestError:
+    """UNAVAILABLE."""
+    return RequestError(grpc.StatusCode.UNAVAILABLE, message)
+
+
+def from_engine(code: str, message: str) -> RequestError:
+    """The error of an engine's Output. An unknown code is INTERNAL."""
+    status = grpc.StatusCode.__members__.get(code, grpc.StatusCode.INTERNAL)
+    return RequestError(status, message or f"the engine failed this request with {code!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Undecodable:
+    """Stands for a request that is no message, until its handler can answer."""
+
+    message: str
+
+
+class DecodeErrors(grpc.aio.ServerInterceptor):
+    """Answers INVALID_ARGUMENT to bytes that are no request, such as a string not in UTF-8.
+
+    Without it grpc answers INTERNAL, as if the fault were the server's, and logs a traceback.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Wraps the handlers of our own services."""
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith("/jblock."):
+            return handler
+        parse = handler.request_deserializer
+
+        def deserialize(data: bytes) -> Any:
+            try:
+                return parse(data)
+            except DecodeError as error:
+                return _Undecodable(
+                    f"request: {len(data)} bytes could not be decoded ({error}); send the message "
+                    "of serving/v1/jblock.proto, its strings in UTF-8"
+                )
+
+        def checked(answer: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Any]:
+            async def respond(request: Any, context: grpc.aio.ServicerContext) -> Any:
+                if isinstance(request, _Undecodable):
+                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, request.message)
+                return await answer(request, context)
+
+            return respond
+
+        kind = "unary_stream" if handler.response_streaming else "unary_unary"
+        return handler._replace(
+            request_deserializer=deserialize, **{kind: checked(getattr(handler, kind))}
+        )

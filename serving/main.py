@@ -1,0 +1,119 @@
+"""`jblock-serve`: serves the models of a zoo over gRPC."""
+
+import asyncio
+import os
+import signal
+import sys
+
+from absl import app, flags
+
+from jblock.engine import api
+from jblock.engine.process import ProcessEngine
+from jblock.engine.process_main import load_factory
+from serving.server import Server, ServerConfig, serve
+
+_FACTORY = "jblock.engine.agent:build_engine"
+
+_ZOO = flags.DEFINE_string("zoo", None, "Folder of the zoo.", required=True)
+_MODELS = flags.DEFINE_list("models", None, "Chains to serve; default: all of the zoo.")
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
+_PORT = flags.DEFINE_integer("port", 8470, "Port to listen on; 0 picks a free one.")
+_PORT_FILE = flags.DEFINE_string("port_file", None, "Where to write the port, once ready.")
+_MAX_QUEUE = flags.DEFINE_integer("max_queue", 256, "Most requests open at once.")
+_METRICS_HOST = flags.DEFINE_string("metrics_host", "127.0.0.1", "Address for Prometheus.")
+_METRICS_PORT = flags.DEFINE_integer(
+    "metrics_port", None, "Port for Prometheus; 0 picks a free one; default: no metrics."
+)
+_DRAIN_SECONDS = flags.DEFINE_float(
+    "drain_seconds", 30.0, "How long open requests may go on after SIGTERM or Ctrl-C."
+)
+_ENGINE = flags.DEFINE_enum(
+    "engine", "process", ["process", "thread"], "Where the engine's loop runs."
+)
+_PROFILER_PORT = flags.DEFINE_integer(
+    "profiler_port", None, "Port of the engine's XLA profiler server; default: none."
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Type of the weights in matmuls."
+)
+_MAX_NUM_SEQS = flags.DEFINE_integer("max_num_seqs", None, "Most sequences in flight.")
+_MAX_MODEL_LEN = flags.DEFINE_integer(
+    "max_model_len", None, "Most tokens of prompt and output together."
+)
+_PAGE_SIZE = flags.DEFINE_integer("page_size", None, "Tokens a KV page holds.")
+_KV_MEMORY_MB = flags.DEFINE_integer("kv_memory_mb", None, "Memory of the KV cache.")
+_SHARE = flags.DEFINE_bool("share", None, "Share blocks between models; --noshare: a set each.")
+
+_ENGINE_FLAGS = (
+    _ZOO,
+    _MODELS,
+    _DTYPE,
+    _MAX_NUM_SEQS,
+    _MAX_MODEL_LEN,
+    _PAGE_SIZE,
+    _KV_MEMORY_MB,
+    _SHARE,
+    _PROFILER_PORT,
+)
+
+
+def engine_kwargs() -> dict:
+    """The factory's arguments; what was not given keeps the engine's own default."""
+    return {f.name: f.value for f in _ENGINE_FLAGS if f.value is not None}
+
+
+def _announce(server: Server) -> None:
+    models = f"{server.num_models} model" + "s" * (server.num_models != 1)
+    metrics = f", metrics on port {server.metrics_port}" if server.metrics_port else ""
+    print(f"jblock: serving {models} on {_HOST.value}:{server.port}{metrics}", flush=True)
+    if _PORT_FILE.value:
+        # Aside and renamed: who waits for the file never reads half a number.
+        aside = f"{_PORT_FILE.value}.{os.getpid()}"
+        with open(aside, "w") as file:
+            file.write(f"{server.port}\n")
+        os.replace(aside, _PORT_FILE.value)
+
+
+async def _serve(config: ServerConfig, engine: api.Engine) -> bool:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    return await serve(config, engine, stop, _announce)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the server; returns the exit code: 0, 1 if the engine fails, 2 on bad configuration."""
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"arguments: {argv[1:]} are not understood; all options are flags")
+        config = ServerConfig(
+            host=_HOST.value,
+            port=_PORT.value,
+            max_queue=_MAX_QUEUE.value,
+            metrics_host=_METRICS_HOST.value,
+            metrics_port=_METRICS_PORT.value,
+            drain_seconds=_DRAIN_SECONDS.value,
+        )
+        engine: api.Engine
+        if _ENGINE.value == "process":
+            engine = ProcessEngine(_FACTORY, engine_kwargs())
+        else:
+            engine = load_factory(_FACTORY)(**engine_kwargs())
+        asyncio.run(_serve(config, engine))
+    except (ValueError, OSError) as error:
+        print(f"jblock-serve: {error}", file=sys.stderr)
+        return 2
+    except api.EngineDied as error:
+        print(f"jblock-serve: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run() -> None:
+    """Entry point of `jblock-serve`."""
+    app.run(main)
+
+
+if __name__ == "__main__":
+    run()

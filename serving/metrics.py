@@ -1,0 +1,107 @@
+"""What a server tells Prometheus: its requests, and the engine's counters and gauges."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import prometheus_client as prom
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from jblock.engine import api
+
+# What each field of EngineStats is called in a scrape, and whether it only grows.
+_HELP = {
+    "steps": ("counter", "Sweeps of the engine's loop."),
+    "block_calls": ("counter", "Executions of a block, embeddings and heads included."),
+    "block_rows": ("counter", "Rows those executions carried, padding not counted."),
+    "model_calls": ("counter", "Executions a server of one model each would have needed."),
+    "compiles_on_serving_path": ("counter", "Programs compiled while a request waited."),
+    "compiles_in_background": ("counter", "Programs compiled at warm-up or in the background."),
+    "running": ("gauge", "Sequences in flight."),
+    "waiting": ("gauge", "Requests queued in the engine."),
+    "pages_free": ("gauge", "Free KV pages over all groups."),
+    "pages_total": ("gauge", "KV pages over all groups."),
+    "rows_free": ("gauge", "Free register rows."),
+    "rows_total": ("gauge", "Register rows."),
+    "resident_bytes": ("gauge", "Parameter bytes on the device."),
+    "prompt_tokens": ("counter", "Prompt tokens computed."),
+    "generated_tokens": ("counter", "Tokens generated."),
+}
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
+class Metrics:
+    """The metrics of one server, in a registry of their own.
+
+    Attributes:
+      registry: what a scrape reads.
+      requests: ended requests by model ("" when unknown) and status code.
+      time_to_first_token: seconds from a request's arrival to its first token, by model.
+      request_time: seconds from a request's arrival to its end, by model.
+      tokens: prompt and completion tokens of requests that succeeded, by model and kind.
+    """
+
+    def __init__(
+        self, stats: Callable[[], api.EngineStats], num_open: Callable[[], int], up: Callable
+    ):
+        """Reads the engine's `stats`, the open requests and whether it is `up` at each scrape."""
+        self.registry = prom.CollectorRegistry()
+        self.requests = prom.Counter(
+            "jblock_requests", "Ended requests.", ["model", "code"], registry=self.registry
+        )
+        self.time_to_first_token = self._histogram(
+            "time_to_first_token", "Seconds from arrival to the first token."
+        )
+        self.request_time = self._histogram("request_time", "Seconds from arrival to the end.")
+        self.tokens = prom.Counter(
+            "jblock_tokens",
+            "Tokens of requests that succeeded.",
+            ["model", "kind"],
+            registry=self.registry,
+        )
+        self._gauge("requests_open", "Requests admitted and not yet over.", num_open)
+        self._gauge("engine_up", "1 while the engine serves.", up)
+        self.registry.register(_EngineCollector(stats))
+
+    def serve(self, host: str, port: int) -> tuple[int, Callable[[], None]]:
+        """Answers scrapes over HTTP in a thread.
+
+        Args:
+          host: address to listen on.
+          port: 0 picks one.
+
+        Returns:
+          The port, and a function that ends it.
+
+        Raises:
+          OSError: the port is taken.
+        """
+        server, thread = prom.start_http_server(port, addr=host, registry=self.registry)
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        return server.server_port, stop
+
+    def _histogram(self, name: str, text: str) -> prom.Histogram:
+        return prom.Histogram(
+            f"jblock_{name}_seconds", text, ["model"], buckets=_SECONDS, registry=self.registry
+        )
+
+    def _gauge(self, name: str, text: str, function: Callable) -> None:
+        prom.Gauge(f"jblock_{name}", text, registry=self.registry).set_function(function)
+
+
+class _EngineCollector(Collector):
+    """EngineStats, read when scraped."""
+
+    def __init__(self, stats: Callable[[], api.EngineStats]):
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        for name, value in dataclasses.asdict(self._stats()).items():
+            kind, text = _HELP.get(name, ("gauge", name))
+            family = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
+            yield family(f"jblock_{name}", text, value=value)

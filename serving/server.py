@@ -1,0 +1,206 @@
+"""A gRPC server around an engine: its life from the first connection to the last.
+
+It imports no jax: the engine is elsewhere, behind `jblock.engine.api`.
+"""
+
+import asyncio
+import dataclasses
+from collections.abc import Callable
+
+import grpc
+from absl import logging
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from jblock.engine import api
+from serving.dispatcher import Dispatcher
+from serving.errors import DecodeErrors
+from serving.metrics import Metrics
+from serving.service import Inference, Models
+from serving.v1 import jblock_pb2, jblock_pb2_grpc
+
+_SERVICES = tuple(s.full_name for s in jblock_pb2.DESCRIPTOR.services_by_name.values())
+# Seconds that calls get at the very end to send what they have; health watchers never end alone.
+_LAST_WORDS_SECONDS = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """How a server meets its clients.
+
+    Attributes:
+      host: address to listen on.
+      port: 0 picks a free one.
+      max_queue: most requests open at once; more are refused.
+      metrics_host: address for Prometheus.
+      metrics_port: None: no metrics; 0 picks a free one.
+      drain_seconds: how long open requests may go on after the server is told to stop.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    max_queue: int = 256
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = None
+    drain_seconds: float = 30.0
+
+    def __post_init__(self):
+        for name in ("port", "metrics_port"):
+            port = getattr(self, name)
+            if port is not None and not 0 <= port <= 65535:
+                raise ValueError(f"{name}: {port} is no port; give 0 (any) to 65535")
+        if self.max_queue < 1:
+            raise ValueError(f"max_queue: {self.max_queue} admits nothing; give at least 1")
+        if not self.drain_seconds >= 0:
+            raise ValueError(f"drain_seconds: {self.drain_seconds} is below 0; give 0 or more")
+
+
+class Server:
+    """One listening server. Made and used within one event loop.
+
+    Attributes:
+      port: where it listens, once started.
+      metrics_port: where Prometheus may ask, once started; None without metrics.
+    """
+
+    def __init__(self, config: ServerConfig, engine: api.Engine):
+        """Takes the engine over: `stop` closes it."""
+        self.config = config
+        self.port = 0
+        self.metrics_port: int | None = None
+        self._dispatcher = Dispatcher(engine, config.max_queue)
+        self._metrics = Metrics(
+            engine.stats, lambda: self._dispatcher.num_open, lambda: int(self.is_serving)
+        )
+        self._stop_metrics: Callable[[], None] = lambda: None
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(
+            interceptors=(DecodeErrors(),),
+            # Two servers on one port would share its clients at random.
+            options=(("grpc.so_reuseport", 0),),
+        )
+        self._watcher: asyncio.Task | None = None
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether the engine is warm and alive."""
+        return self._dispatcher.ready.is_set() and not self._dispatcher.dead.is_set()
+
+    @property
+    def num_models(self) -> int:
+        """How many models are served."""
+        return len(self._dispatcher.models)
+
+    async def start(self) -> None:
+        """Listens; requests are answered UNAVAILABLE, and health NOT_SERVING, until `warm`.
+
+        Raises:
+          OSError: a port is taken.
+        """
+        jblock_pb2_grpc.add_InferenceServicer_to_server(
+            Inference(self._dispatcher, self._metrics), self._server
+        )
+        jblock_pb2_grpc.add_ModelsServicer_to_server(Models(self._dispatcher), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        address = f"{self.config.host}:{self.config.port}"
+        try:
+            self.port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(
+                f"port: cannot listen on {address}; free it, or give another (0: any)"
+            ) from error
+        if self.config.metrics_port is not None:
+            self.metrics_port, self._stop_metrics = self._metrics.serve(
+                self.config.metrics_host, self.config.metrics_port
+            )
+        await self._server.start()
+        self._dispatcher.start()
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def warm(self) -> None:
+        """Waits until the engine serves.
+
+        Raises:
+          ValueError: the engine refused its configuration.
+          EngineDied: it ended before it was warm.
+        """
+        events = (self._dispatcher.ready, self._dispatcher.dead)
+        waits = [asyncio.create_task(event.wait()) for event in events]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if self._dispatcher.failure is not None:
+            raise self._dispatcher.failure
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self) -> bool:
+        """Admits no more, lets open requests end, then closes everything.
+
+        Returns:
+          Whether all open requests ended within `drain_seconds`.
+        """
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        drained = await self._dispatcher.drain(self.config.drain_seconds)
+        if self._watcher is not None:
+            self._watcher.cancel()
+        await self._server.stop(_LAST_WORDS_SECONDS)
+        self._dispatcher.close()
+        self._stop_metrics()
+        return drained
+
+    async def _watch(self) -> None:
+        """Keeps health true to the engine."""
+        await self._dispatcher.ready.wait()
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        await self._dispatcher.dead.wait()
+        logging.error("the engine is gone: %s", self._dispatcher.failure)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def _set_health(self, status: int) -> None:
+        for service in ("", *_SERVICES):
+            await self._health.set(service, status)
+
+
+async def serve(
+    config: ServerConfig,
+    engine: api.Engine,
+    stop: asyncio.Event,
+    on_ready: Callable[[Server], None] = lambda server: None,
+) -> bool:
+    """Serves until `stop` is set, then drains and closes the engine.
+
+    Args:
+      config: how to serve.
+      engine: what to serve; closed at the end, whatever happens.
+      stop: ends it.
+      on_ready: called once requests are answered.
+
+    Returns:
+      Whether all open requests ended in time.
+
+    Raises:
+      OSError: a port is taken.
+      ValueError: the engine refused its configuration.
+      EngineDied: the engine ended before it was warm.
+    """
+    server = Server(config, engine)
+    try:
+        await server.start()
+        stopped = asyncio.create_task(stop.wait())
+        warm = asyncio.create_task(server.warm())
+        await asyncio.wait((stopped, warm), return_when=asyncio.FIRST_COMPLETED)
+        if warm.done():
+            warm.result()
+            on_ready(server)
+        else:
+            warm.cancel()
+        await stopped
+    finally:
+        drained = await server.stop()
+    return drained

@@ -1,0 +1,149 @@
+"""From a request as it came to one the engine can run, or to an error that says what to change."""
+
+import dataclasses
+import math
+from typing import Any
+
+from jblock.engine import api
+from serving.errors import invalid
+from serving.text import TextCodec
+from serving.v1 import jblock_pb2 as pb
+
+_MAX_STOPS = 16
+_MAX_STOP_LENGTH = 256
+_MAX_STOP_IDS = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """One model and its tokenizer, if it has one."""
+
+    info: api.ModelInfo
+    codec: TextCodec | None
+
+
+async def prompt_ids(request: pb.GenerateRequest, model: ServedModel) -> tuple[int, ...]:
+    """The ids of the prompt, encoded if it is text, and known to fit.
+
+    Raises:
+      RequestError: the prompt is missing, empty, too long or not of this vocabulary.
+    """
+    given = request.WhichOneof("prompt")
+    if given == "text":
+        if model.codec is None:
+            raise invalid(f"text: {model.info.name} has no tokenizer; send token_ids")
+        if not request.text:
+            raise invalid("text: is empty; send at least one character")
+        ids = await model.codec.encode(request.text)
+        if not ids:
+            raise invalid(f"text: {request.text[:40]!r} encodes to no token; send other text")
+    elif given == "token_ids":
+        ids = tuple(request.token_ids.ids)
+        if not ids:
+            raise invalid("token_ids: is empty; send at least one id")
+        _check_ids("token_ids", ids, model.info)
+    else:
+        raise invalid("prompt: is missing; set text or token_ids")
+    most = model.info.max_model_len - 1
+    if len(ids) > most:
+        raise invalid(
+            f"{given}: prompt has {len(ids)} tokens, {model.info.name} takes at most {most}; "
+            "shorten it"
+        )
+    return ids
+
+
+def sampling_params(
+    request: pb.GenerateRequest, model: ServedModel, prompt_tokens: int
+) -> api.SamplingParams:
+    """The sampling fields, checked, with defaults for what was not set.
+
+    Raises:
+      RequestError: a field is out of its range.
+    """
+    default = api.SamplingParams()
+    left = model.info.max_model_len - prompt_tokens
+    params = api.SamplingParams(
+        temperature=_given(request, "temperature", default.temperature),
+        top_k=_given(request, "top_k", default.top_k),
+        top_p=_given(request, "top_p", default.top_p),
+        seed=_given(request, "seed", None),
+        max_tokens=_given(request, "max_tokens", min(default.max_tokens, left)),
+        stop_token_ids=tuple(request.stop_token_ids),
+        ignore_eos=request.ignore_eos,
+        logprobs=request.logprobs,
+    )
+    if not (math.isfinite(params.temperature) and params.temperature >= 0):
+        raise invalid(
+            f"temperature: {params.temperature} is not a finite number >= 0; 0 is greedy, 1 plain"
+        )
+    if params.top_k < 0:
+        raise invalid(f"top_k: {params.top_k} is below 0; 0 keeps all tokens")
+    if not 0 < params.top_p <= 1:
+        raise invalid(f"top_p: {params.top_p} is outside (0, 1]; 1 keeps all tokens")
+    if params.max_tokens < 1:
+        raise invalid(f"max_tokens: {params.max_tokens} is below 1; ask for at least one token")
+    if params.max_tokens > left:
+        raise invalid(
+            f"max_tokens: {params.max_tokens} is more than the {left} tokens that "
+            f"{model.info.name} has left after {prompt_tokens} of prompt; ask for fewer, "
+            "or leave it unset"
+        )
+    if len(params.stop_token_ids) > _MAX_STOP_IDS:
+        raise invalid(
+            f"stop_token_ids: {len(params.stop_token_ids)} ids are more than {_MAX_STOP_IDS}; "
+            "send fewer"
+        )
+    _check_ids("stop_token_ids", params.stop_token_ids, model.info)
+    return params
+
+
+def stop_strings(request: pb.GenerateRequest, model: ServedModel) -> tuple[str, ...]:
+    """The stop strings, checked.
+
+    Raises:
+      RequestError: one is empty or too long, or they are too many.
+    """
+    stops = tuple(request.stop)
+    if stops and model.codec is None:
+        raise invalid(f"stop: {model.info.name} has no tokenizer; use stop_token_ids")
+    if len(stops) > _MAX_STOPS:
+        raise invalid(f"stop: {len(stops)} strings are more than {_MAX_STOPS}; send fewer")
+    for at, stop in enumerate(stops):
+        if not stop:
+            raise invalid(f"stop[{at}]: is empty; leave it out")
+        if len(stop) > _MAX_STOP_LENGTH:
+            raise invalid(
+                f"stop[{at}]: has {len(stop)} characters, at most {_MAX_STOP_LENGTH} are taken; "
+                "shorten it"
+            )
+    return stops
+
+
+def check_policy(request: pb.GenerateRequest) -> None:
+    """Only exact serving exists so far.
+
+    Raises:
+      RequestError: another policy, or a number that is none, was asked for.
+    """
+    if request.policy in (pb.POLICY_UNSPECIFIED, pb.POLICY_EXACT):
+        return
+    if request.policy not in pb.Policy.values():
+        raise invalid(f"policy: {request.policy} is no policy; leave it unset for POLICY_EXACT")
+    raise invalid(
+        f"policy: {pb.Policy.Name(request.policy)} is not enabled on this server; "
+        "leave it unset for POLICY_EXACT"
+    )
+
+
+def _given(request: pb.GenerateRequest, field: str, default: Any) -> Any:
+    return getattr(request, field) if request.HasField(field) else default
+
+
+def _check_ids(field: str, ids: tuple[int, ...], info: api.ModelInfo) -> None:
+    for at, token_id in enumerate(ids):
+        if not 0 <= token_id < info.vocab_size:
+            raise invalid(
+                f"{field}[{at}]: {token_id} is no token id of {info.name}; "
+                f"ids go from 0 to {info.vocab_size - 1}"
+            )

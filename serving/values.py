@@ -1,0 +1,142 @@
+"""What a client gives and gets: plain values, so that callers need not know the proto."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import grpc
+
+from serving.v1 import jblock_pb2 as pb
+
+
+class ClientError(RuntimeError):
+    """A request failed.
+
+    Attributes:
+      code: name of the gRPC status, such as "INVALID_ARGUMENT".
+      message: what the server said.
+    """
+
+    def __init__(self, code: str, message: str):
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message
+
+    @classmethod
+    def of(cls, error: grpc.RpcError) -> "ClientError":
+        """From what a stub raises; it is a call too, and knows its status."""
+        call: Any = error
+        return cls(call.code().name, call.details() or "")
+
+
+class Sampling(TypedDict, total=False):
+    """The optional keywords of a generation; see `GenerateRequest` for their defaults."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int | None
+    max_tokens: int
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    logprobs: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What a request took: counts of tokens, and seconds from its arrival at the server."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    time_to_first_token: float
+    total_time: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """A part of a stream, or with `generate` the whole.
+
+    Attributes:
+      text: new text; may lag behind token_ids.
+      token_ids: new ids.
+      logprobs: one for each of token_ids if asked for, else empty.
+      finish_reason: "stop" or "length" in the last part, else None.
+      usage: in the last part, else None.
+      policy: "exact", "near" or "adaptive".
+      model: who answered.
+      model_version: in which version.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str | None
+    usage: Usage | None
+    policy: str
+    model: str
+    model_version: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A served model; see the proto's message of that name."""
+
+    name: str
+    version: int
+    family: str
+    vocab_size: int
+    max_model_len: int
+    has_tokenizer: bool
+    base: str
+    blocks: int
+    shared_blocks: int
+
+
+def to_request(model: str, prompt: str | Sequence[int], sampling: Sampling) -> pb.GenerateRequest:
+    """The message of a request; a string is text, anything else token ids.
+
+    Raises:
+      ValueError: a value does not fit its field.
+    """
+    try:
+        request = pb.GenerateRequest(model=model, **sampling)
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.token_ids.SetInParent()
+            request.token_ids.ids.extend(prompt)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"request: {error}; see serving.values.Sampling for the fields") from error
+    return request
+
+
+def to_chunk(message: pb.GenerateResponse | pb.GenerateStreamResponse) -> Chunk:
+    """The values of an answer."""
+    usage = None
+    if message.HasField("usage"):
+        usage = Usage(**{f.name: getattr(message.usage, f.name) for f in dataclasses.fields(Usage)})
+    finish_reason = None
+    if message.finish_reason:
+        finish_reason = _enum(pb.FinishReason, "FINISH_REASON_", message.finish_reason)
+    return Chunk(
+        text=message.text,
+        token_ids=tuple(message.token_ids),
+        logprobs=tuple(message.logprobs),
+        finish_reason=finish_reason,
+        usage=usage,
+        policy=_enum(pb.Policy, "POLICY_", message.policy),
+        model=message.model,
+        model_version=message.model_version,
+    )
+
+
+def to_model(message: pb.Model) -> Model:
+    """The values of a model."""
+    return Model(**{f.name: getattr(message, f.name) for f in dataclasses.fields(Model)})
+
+
+def _enum(enum: Any, prefix: str, number: int) -> str:
+    """ "stop" of FINISH_REASON_STOP; the number, as text, of one newer than this client."""
+    value = enum.DESCRIPTOR.values_by_number.get(number)
+    return value.name.removeprefix(prefix).lower() if value else str(number)
