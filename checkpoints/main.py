@@ -85,7 +85,8 @@ def _progress(args: argparse.Namespace) -> Progress:
     return Progress(bars=args.progress, quiet=args.quiet)
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line of one command; exits with 2 when it is malformed."""
     parser = argparse_flags.ArgumentParser(prog="jblock-convert", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -127,7 +128,13 @@ _FIELDS = {
 def main(args: argparse.Namespace) -> int:
     """Runs one command; returns its exit code."""
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader (`| head`) has what it wants; keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except BAD_INPUT as e:
         print(f"jblock-convert: error: {e}", file=sys.stderr)
         return 2
@@ -137,7 +144,7 @@ def run() -> None:
     """Console entry point."""
     # The converter computes nothing; it should not wait for, or take, an accelerator.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from checkpoints.errors import CheckpointError
-from jblock.zoo.ids import DTYPES
+from jblock.zoo.ids import DTYPES, raw_bytes
 
 _MAX_HEADER = 100_000_000  # as in the safetensors library
 _CHUNK = 1 << 24
@@ -51,6 +51,15 @@ class TensorInfo:
                     raise CheckpointError(f"{self.path} ended within {self.name!r}: copy it again")
                 left -= len(piece)
                 yield piece
+
+    def holds(self, value: np.ndarray) -> bool:
+        """Whether the bytes are those of `value`, without holding them in memory."""
+        raw, at = raw_bytes(value).data, 0
+        for piece in self.chunks():
+            if raw[at : at + len(piece)] != piece:
+                return False
+            at += len(piece)
+        return at == raw.nbytes
 
     def read(self) -> np.ndarray:
         """The tensor, in memory of its own.

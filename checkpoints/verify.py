@@ -11,7 +11,7 @@ from checkpoints.progress import Progress
 from checkpoints.source import Source, open_source, read_json
 from checkpoints.tokenizer import read_tokenizer
 from jblock.families import family_for
-from jblock.zoo.ids import files_id, raw_bytes
+from jblock.zoo.ids import files_id
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
 
@@ -89,9 +89,9 @@ def _compare(
 ) -> list[str]:
     out = []
     for name, source_name in names.items():
-        value = source.read(source_name)
-        if value.dtype != stored[name].dtype or value.shape != stored[name].shape:
+        info, value = source.tensors[source_name], stored[name]
+        if (info.dtype, info.shape) != (value.dtype, value.shape):
             out.append(f"tensor {source_name!r} has another dtype or shape")
-        elif not np.array_equal(raw_bytes(value), raw_bytes(stored[name])):
+        elif not info.holds(value):
             out.append(f"tensor {source_name!r} differs")
     return out

@@ -1,10 +1,12 @@
 """The tensors of one component on disk: an orbax checkpoint without compression.
 
-Orbax then keeps every tensor as one raw file, so its size is known beforehand: a missing, cut or
-foreign file is told before anything is read.
+Orbax then keeps every tensor as one raw file beside a description (zarr 2). So any orbax can read a
+zoo, while this file reads the raw bytes itself: 16 MB in 4 ms instead of 15, a small component in
+under 1 ms instead of 6, without a second copy in memory and without importing jax.
 """
 
 import functools
+import json
 import logging
 import os
 import stat
@@ -17,17 +19,27 @@ import numpy as np
 from jblock.zoo.ids import DTYPES
 from jblock.zoo.records import TensorRecord, ZooError
 
+_ZARR_DTYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "bfloat16"}
+
 
 @functools.cache
 def _orbax() -> tuple[Any, Any]:
-    # Imported late: `list` and `inspect` read no tensor and should not wait for jax.
+    # Imported late: only writing needs orbax, and with it jax.
     import orbax.checkpoint as ocp
 
     # Orbax tells a dozen things about every component it touches; its warnings stay.
     logging.getLogger("absl").addFilter(_not_chatter)
+    # The default handler copies every array first, for saves that go on in the background.
+    numpy_handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, numpy_handler))
     # The handler without the Checkpointer around it: the zoo has its own atomic rename, and a
     # second one, with its marker files, costs half of the time of a small component.
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, use_compression=False)
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False,
+        use_zarr3=False,
+        use_compression=False,
+        type_handler_registry=registry,
+    )
     return ocp, handler
 
 
@@ -39,45 +51,63 @@ def save(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes `tensors` into the new folder `folder`."""
     ocp, handler = _orbax()
     folder.mkdir()
-    handler.save(folder, args=ocp.args.PyTreeSave(dict(tensors)))
+    contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    handler.save(folder, args=ocp.args.PyTreeSave(contiguous))
 
 
 def load(folder: Path, records: Mapping[str, TensorRecord]) -> dict[str, np.ndarray]:
-    """Reads the tensors `records` names, on the host.
+    """Reads the tensors `records` names, into host memory of their own.
 
     Raises:
-      ZooError: a file is missing, is no regular file, or has another size, shape or dtype.
+      ZooError: a file is missing, is no regular file, or does not hold what its record says.
     """
-    for name, record in records.items():
-        _check_file(folder, name, record)
-    ocp, handler = _orbax()
-    args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in records}
-    try:
-        restored = handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=args))
-    except Exception as e:
-        raise ZooError(f"{folder} cannot be read ({e}): the zoo is damaged; run fsck") from e
-    for name, record in records.items():
-        value = restored.get(name)
-        if (
-            not isinstance(value, np.ndarray)
-            or value.shape != record.shape
-            or value.dtype != DTYPES[record.dtype]
-        ):
-            raise ZooError(f"{folder} does not hold {name!r} as recorded: the zoo is damaged")
-    return {name: restored[name] for name in records}
+    return {name: _read(folder / name, record) for name, record in records.items()}
 
 
-def _check_file(folder: Path, name: str, record: TensorRecord) -> None:
-    path = folder / name / ".".join("0" for _ in record.shape)
-    expected = DTYPES[record.dtype].itemsize * int(np.prod(record.shape, dtype=np.int64))
+def _read(folder: Path, record: TensorRecord) -> np.ndarray:
+    description = {
+        "zarr_format": 2,
+        "shape": list(record.shape),
+        "chunks": list(record.shape),  # the whole tensor is one file
+        "dtype": _ZARR_DTYPES[record.dtype],
+        "order": "C",
+        "compressor": None,
+        "filters": None,
+    }
+    raw = folder / ".".join("0" for _ in record.shape)
+    dtype = DTYPES[record.dtype]
+    count = int(np.prod(record.shape, dtype=np.int64))
     try:
-        if stat.S_ISLNK(os.lstat(path.parent).st_mode):
-            raise ZooError(f"{path.parent} is a link: a zoo holds its tensors itself; run fsck")
-        found = os.lstat(path)
-    except OSError as e:
-        raise ZooError(f"{path} cannot be read ({e.strerror}): the zoo is damaged") from e
-    if not stat.S_ISREG(found.st_mode) or found.st_size != expected:
-        raise ZooError(
-            f"{path} has {found.st_size} bytes, expected a file of {expected}: the zoo is damaged; "
-            "run fsck and convert the model again"
-        )
+        if stat.S_ISLNK(os.lstat(folder).st_mode):
+            raise _damaged(folder, "a link")
+        found = json.loads(_read_regular(folder / ".zarray", 4096))
+        if not isinstance(found, dict) or {k: found.get(k) for k in description} != description:
+            raise _damaged(folder / ".zarray", f"{found}, expected {description}")
+        with open(raw, "rb", opener=_no_links) as f:
+            size = os.fstat(f.fileno()).st_size
+            if not stat.S_ISREG(os.fstat(f.fileno()).st_mode) or size != count * dtype.itemsize:
+                raise _damaged(raw, f"{size} bytes, expected {count * dtype.itemsize}")
+            value = np.fromfile(f, dtype=dtype, count=count)
+    except ZooError:
+        raise
+    except (OSError, ValueError) as e:
+        raise _damaged(folder, str(e)) from e
+    if value.size != count:
+        raise _damaged(raw, f"{value.nbytes} bytes, expected {count * dtype.itemsize}")
+    return value.reshape(record.shape)
+
+
+def _read_regular(path: Path, limit: int) -> bytes:
+    with open(path, "rb", opener=_no_links) as f:
+        return f.read(limit)
+
+
+def _no_links(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW)
+
+
+def _damaged(path: Path, found: str) -> ZooError:
+    return ZooError(
+        f"{path}: {found}: the zoo is damaged; run fsck, remove what it names and convert the "
+        "model again"
+    )
