@@ -1,0 +1,1 @@
+"""Training of the demo family: texts, tasks, a small Llama, and the writers of its checkpoints."""
