@@ -99,7 +99,8 @@ class EngineStats:
       steps: sweeps run.
       block_calls: executions of a block, embeddings and heads included.
       block_rows: rows (tokens) those carried, padding not counted.
-      model_calls: executions a server of one model each would have needed for the same work.
+      model_calls: batches a server of one model each would have run for the same work.
+      model_rows: rows (tokens) those would have carried.
       compiles_on_serving_path: programs compiled while a request waited (promise: 0).
       compiles_in_background: programs compiled at warm-up or in the background.
       running: sequences in flight.
@@ -117,6 +118,7 @@ class EngineStats:
     block_calls: int = 0
     block_rows: int = 0
     model_calls: int = 0
+    model_rows: int = 0
     compiles_on_serving_path: int = 0
     compiles_in_background: int = 0
     running: int = 0

@@ -1,0 +1,158 @@
+"""The engine in one process: builds an agent from a zoo and runs its loop in a thread."""
+
+import queue
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import logging
+
+from jblock.engine.api import EngineDied, EngineStats, ModelInfo, Output, Request
+from jblock.engine.assembly import Assembly, assemble
+from jblock.engine.config import EngineConfig
+from jblock.engine.device import Device
+from jblock.engine.loop import Loop
+from jblock.zoo.records import Chain, ZooError
+from jblock.zoo.store import Zoo
+
+
+class ThreadEngine:
+    """An `api.Engine` whose loop is a thread of this process."""
+
+    def __init__(self, zoo: Zoo, chains: dict[str, Chain], config: EngineConfig):
+        """Loads the chains, compiles every program they can need, and starts the loop.
+
+        Raises:
+          ZooError: a chain or component that cannot be read.
+          ValueError: settings that do not fit the chains.
+        """
+        self._assembly = assemble(zoo, chains, config)
+        device = Device(self._assembly, config)
+        device.executables.warm(device.program_keys(self._assembly), config.compile_workers)
+        logging.info(
+            "%d programs compiled for %d blocks of %d models",
+            len(device.executables),
+            len(self._assembly.instances),
+            len(chains),
+        )
+        self._models = _model_infos(zoo, self._assembly, config)
+        self._loop = Loop(self._assembly, device, config)
+        self._inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[list[Output]] = queue.SimpleQueue()
+        self._death: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="jblock-engine", daemon=True)
+        self._thread.start()
+
+    def models(self) -> tuple[ModelInfo, ...]:
+        """The served chains."""
+        return self._models
+
+    def submit(self, request: Request) -> None:
+        """Hands a request to the loop."""
+        self._inbox.put(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Asks the loop to end a request."""
+        self._inbox.put(request_id)
+
+    def poll(self, timeout: float) -> list[Output]:
+        """Outputs since the last call; waits up to `timeout` seconds for the first.
+
+        Raises:
+          EngineDied: the loop is gone.
+        """
+        try:
+            outputs = list(self._outbox.get(timeout=timeout))
+        except queue.Empty:
+            self._check_alive()
+            return []
+        while not self._outbox.empty():
+            outputs.extend(self._outbox.get())
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges, at most a step old."""
+        return self._loop.stats()
+
+    def close(self) -> None:
+        """Stops the loop and waits for it."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _check_alive(self) -> None:
+        if not self._thread.is_alive():
+            raise EngineDied(f"the engine's loop ended: {self._death or 'it was closed'}")
+
+    def _run(self) -> None:
+        try:
+            while self._receive():
+                outputs = self._loop.step()
+                if outputs:
+                    self._outbox.put(outputs)
+        except BaseException as e:
+            logging.exception("the engine's loop failed")
+            self._death = e
+
+    def _receive(self) -> bool:
+        """Takes all messages in; waits for one only when there is nothing to do. False: stop."""
+        while True:
+            try:
+                message = self._inbox.get(block=self._loop.idle)
+            except queue.Empty:
+                return True
+            if message is None:
+                return False
+            if isinstance(message, str):
+                self._loop.cancel(message)
+            else:
+                self._loop.submit(message)
+            if self._inbox.empty():
+                return True
+
+
+def build_engine(
+    *, zoo: str, models: Sequence[str] = (), profiler_port: int = 0, **settings: Any
+) -> ThreadEngine:
+    """An engine over a zoo on disk.
+
+    Args:
+      zoo: folder of the zoo.
+      models: chain names to serve; all of the zoo's when empty.
+      profiler_port: port an XLA profiler session may attach to; 0 opens none.
+      **settings: fields of EngineConfig.
+
+    Raises:
+      ZooError: the zoo or a chain cannot be read.
+      ValueError: a setting that cannot be used.
+    """
+    config = EngineConfig(**settings)
+    store = Zoo.open(zoo)
+    names = list(models) or store.chains()
+    if not names:
+        raise ZooError(
+            f"zoo {zoo!r} has no chains; convert a model first: jblock-convert hf --help"
+        )
+    chains = {name: store.chain(name) for name in names}
+    if profiler_port:
+        jax.profiler.start_server(profiler_port)
+    return ThreadEngine(store, chains, config)
+
+
+def _model_infos(zoo: Zoo, assembly: Assembly, config: EngineConfig) -> tuple[ModelInfo, ...]:
+    return tuple(
+        ModelInfo(
+            name=name,
+            version=route.chain.version,
+            family=route.chain.family,
+            vocab_size=route.chain.vocab_size,
+            max_model_len=min(config.max_model_len, route.chain.max_position),
+            tokenizer_path=str(zoo.tokenizer_path(route.chain.tokenizer))
+            if route.chain.tokenizer
+            else "",
+            base=route.chain.base or "",
+            blocks=len(route.instances),
+            shared_blocks=route.shared_blocks,
+        )
+        for name, route in sorted(assembly.routes.items())
+    )

@@ -1,0 +1,292 @@
+"""From chains in a zoo to blocks resident on this agent: instances, units and the route of each chain."""
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jblock.blocks.spec import AttentionSpec, ComponentSpec, EmbeddingSpec, FfnSpec, LoraSpec
+from jblock.engine import params as parameters
+from jblock.engine.config import EngineConfig
+from jblock.engine.sequence import Item
+from jblock.engine.signature import LoraForm, Signature
+from jblock.zoo.partition import Block, blocks
+from jblock.zoo.records import Chain, Step
+from jblock.zoo.store import Zoo
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class KvGroup:
+    """The attention layers of one KV shape in a chain. Chains of equal groups share its pools: a
+    sequence passes one block at each depth, so layer i of the pool serves every variant of layer i."""
+
+    num_kv_heads: int
+    head_dim: int
+    layers: int
+
+    @property
+    def bytes_per_token(self) -> int:
+        """float32 bytes of K and V over all layers."""
+        return 2 * 4 * self.num_kv_heads * self.head_dim * self.layers
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Unit:
+    """What one executable call runs: an embedding, one layer, or a head.
+
+    Attributes:
+      signature: decides the program.
+      params: one dict of device tensors a component.
+      tables: one dict of LoRA slot tables a component; empty where it has none.
+      group: KV group its attention belongs to; None without attention.
+      kv_layer: index of its attention in the group's pools.
+    """
+
+    signature: Signature
+    params: tuple[parameters.Tensors, ...]
+    tables: tuple[parameters.Tensors, ...]
+    group: KvGroup | None = None
+    kv_layer: int = 0
+
+
+@dataclasses.dataclass(eq=False)
+class Instance:
+    """A block resident on this agent, with its own queue and counters.
+
+    Attributes:
+      name: for traces and logs.
+      depth: index of its first step in the chains that use it; the sweep goes in this order.
+      units: run one after another over the same rows.
+      queue: items ready to run here.
+      calls: batches run.
+      rows: rows (tokens) those carried.
+    """
+
+    name: str
+    depth: int
+    units: tuple[Unit, ...]
+    queue: collections.deque[Item] = dataclasses.field(default_factory=collections.deque)
+    calls: int = 0
+    rows: int = 0
+
+    @property
+    def is_head(self) -> bool:
+        """Whether it ends a chain with logits."""
+        return self.units[0].signature.kind == "head"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Route:
+    """One served chain.
+
+    Attributes:
+      chain: its record.
+      instances: the blocks a row of it visits, in order.
+      groups: the KV groups its sequences need pages in.
+      slot: its slot in the delta tables; 0 is none.
+      shared_blocks: how many of its blocks another route uses too.
+    """
+
+    chain: Chain
+    instances: tuple[Instance, ...]
+    groups: tuple[KvGroup, ...]
+    slot: int
+    shared_blocks: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Assembly:
+    """Everything resident on one agent.
+
+    Attributes:
+      routes: by chain name.
+      instances: in sweep order.
+      resident_bytes: of all parameters and slot tables.
+    """
+
+    routes: dict[str, Route]
+    instances: tuple[Instance, ...]
+    resident_bytes: int
+
+
+def assemble(zoo: Zoo, chains: Mapping[str, Chain], config: EngineConfig) -> Assembly:
+    """Loads the components of `chains` and wires them into instances.
+
+    Raises:
+      ZooError: a record or tensor the zoo cannot read.
+      ValueError: a chain this engine cannot run.
+    """
+    if config.share:
+        return _assemble(zoo, chains, config)
+    parts = [_assemble(zoo, {name: chain}, config) for name, chain in chains.items()]
+    instances = sorted((i for p in parts for i in p.instances), key=lambda i: i.depth)
+    return Assembly(
+        routes={name: route for p in parts for name, route in p.routes.items()},
+        instances=tuple(instances),
+        resident_bytes=sum(p.resident_bytes for p in parts),
+    )
+
+
+def _assemble(zoo: Zoo, chains: Mapping[str, Chain], config: EngineConfig) -> Assembly:
+    loader = _Loader(zoo, chains, config)
+    partition = blocks(dict(chains))
+    users: dict[tuple, set[str]] = {}
+    instances: dict[tuple, Instance] = {}
+    wired = {}
+    for name, chain in chains.items():
+        keys = []
+        for block in partition[name]:
+            placement = loader.kv_placement(name, block)
+            key = (block.components, block.first, placement)
+            if key not in instances:
+                instances[key] = loader.instance(chain, block, placement)
+            users.setdefault(key, set()).add(name)
+            keys.append(key)
+        wired[name] = keys
+    routes = {
+        name: Route(
+            chain=chain,
+            instances=tuple(instances[key] for key in wired[name]),
+            groups=loader.groups(name),
+            slot=loader.slots.get(name, 0),
+            shared_blocks=sum(len(users[key]) > 1 for key in wired[name]),
+        )
+        for name, chain in chains.items()
+    }
+    units = [u for i in instances.values() for u in i.units]
+    return Assembly(
+        routes=routes,
+        instances=tuple(sorted(instances.values(), key=lambda i: i.depth)),
+        resident_bytes=parameters.nbytes([t for u in units for t in (*u.params, *u.tables)]),
+    )
+
+
+class _Loader:
+    """Reads components once each and builds units from them."""
+
+    def __init__(self, zoo: Zoo, chains: Mapping[str, Chain], config: EngineConfig):
+        self.zoo, self.chains, self.config = zoo, chains, config
+        ids = {s.component for c in chains.values() for s in c.steps}
+        self.records = {i: zoo.component(i) for i in ids}
+        adapted = [n for n, c in chains.items() if any(s.deltas for s in c.steps)]
+        self.slots = {name: slot for slot, name in enumerate(adapted, 1)}
+        self.deltas = self._deltas()
+        self.forms = self._forms()
+        self._params: dict[tuple[str, bool], parameters.Tensors] = {}
+
+    def _deltas(self) -> dict[str, dict[int, list[tuple[LoraSpec, dict[str, np.ndarray]]]]]:
+        """Component id -> slot -> its LoRA deltas."""
+        out: dict[str, dict[int, list]] = {}
+        for name, slot in self.slots.items():
+            for step in self.chains[name].steps:
+                parts = [(self.zoo.delta(d).spec, self.zoo.load_delta(d)) for d in step.deltas]
+                if parts:
+                    out.setdefault(step.component, {})[slot] = parts
+        return out
+
+    def _forms(self) -> dict[ComponentSpec, LoraForm]:
+        """One form for all adapted components of a spec, so that they share their programs."""
+        targets: dict[ComponentSpec, set[str]] = {}
+        ranks: dict[ComponentSpec, int] = {}
+        for component, slots in self.deltas.items():
+            spec = self.records[component].spec
+            for parts in slots.values():
+                width: collections.Counter[str] = collections.Counter()
+                for lora, _ in parts:
+                    width.update({t: v.rank for t, v in lora.targets.items()})
+                targets.setdefault(spec, set()).update(width)
+                ranks[spec] = max(ranks.get(spec, 0), *width.values())
+        return {
+            spec: LoraForm(
+                targets=tuple(sorted(names)),
+                rank=-(-ranks[spec] // 8) * 8,
+                slots=len(self.slots) + 1,
+            )
+            for spec, names in targets.items()
+        }
+
+    def groups(self, name: str) -> tuple[KvGroup, ...]:
+        """The KV groups of a chain."""
+        shapes: collections.Counter[tuple[int, int]] = collections.Counter()
+        for step in self.chains[name].steps:
+            spec = self.records[step.component].spec
+            if isinstance(spec, AttentionSpec):
+                shapes[spec.num_kv_heads, spec.head_dim] += 1
+        return tuple(KvGroup(h, d, n) for (h, d), n in sorted(shapes.items()))
+
+    def kv_placement(self, name: str, block: Block) -> tuple[tuple[KvGroup, int], ...]:
+        """For each attention of the block: its group, and its layer in the group's pools."""
+        by_shape = {(g.num_kv_heads, g.head_dim): g for g in self.groups(name)}
+        seen: collections.Counter[KvGroup] = collections.Counter()
+        placement = []
+        steps = self.chains[name].steps[: block.first + len(block.components)]
+        for position, step in enumerate(steps):
+            spec = self.records[step.component].spec
+            if isinstance(spec, AttentionSpec):
+                group = by_shape[spec.num_kv_heads, spec.head_dim]
+                if position >= block.first:
+                    placement.append((group, seen[group]))
+                seen[group] += 1
+        return tuple(placement)
+
+    def instance(
+        self, chain: Chain, block: Block, placement: Sequence[tuple[KvGroup, int]]
+    ) -> Instance:
+        """A block with its parameters on the device."""
+        kv = iter(placement)
+        units: list[Unit] = []
+        steps = chain.steps[block.first : block.first + len(block.components)]
+        for run in _unit_runs([self.records[s.component].spec for s in steps]):
+            units.append(self._unit([steps[i] for i in run], kv))
+        name = f"{units[0].signature.kind}_{block.first}_{block.components[0][:8]}"
+        return Instance(name=name, depth=block.first, units=tuple(units))
+
+    def _unit(self, steps: Sequence[Step], kv) -> Unit:
+        records = [self.records[s.component] for s in steps]
+        specs = tuple(r.spec for r in records)
+        lora = tuple(self.forms[r.spec] if r.id in self.deltas else None for r in records)
+        tied = bool(records[-1].refs) and self.config.dtype == "float32"
+        signature = Signature(specs=specs, lora=lora, dtype=self.config.dtype, tied=tied)
+        group, layer = next(kv) if signature.attentions else (None, 0)
+        return Unit(
+            signature=signature,
+            params=tuple(self._load(r.id, tied and bool(r.refs)) for r in records),
+            tables=tuple(
+                parameters.lora_tables(r.spec, form, self.deltas.get(r.id, {}))
+                for r, form in zip(records, lora, strict=True)
+            ),
+            group=group,
+            kv_layer=layer,
+        )
+
+    def _load(self, component: str, tied: bool) -> parameters.Tensors:
+        """Device tensors of a component, read once; a tied table is its embedding's own array."""
+        key = (component, tied)
+        if key not in self._params:
+            record = self.records[component]
+            if tied:
+                owner, tensor = record.refs["weight"]
+                self._params[key] = {"weight": self._load(owner, False)[tensor]}
+            else:
+                self._params[key] = parameters.prepare(
+                    record.spec, self.zoo.load_component(component), self.config.dtype, False
+                )
+        return self._params[key]
+
+
+def _unit_runs(specs: Sequence[ComponentSpec]) -> list[list[int]]:
+    """Cuts a block into units: an attention with the ffn behind it, or norm with unembedding."""
+    runs: list[list[int]] = []
+    for i, spec in enumerate(specs):
+        previous = specs[runs[-1][-1]] if runs else None
+        joins = (isinstance(spec, FfnSpec) and isinstance(previous, AttentionSpec)) or (
+            spec.kind == "unembedding" and previous is not None and previous.kind == "norm"
+        )
+        if joins:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    if any(isinstance(specs[r[0]], EmbeddingSpec) for r in runs) and len(runs) > 1:
+        raise ValueError("an embedding is a block of its own; write the partition record anew")
+    return runs

@@ -1,0 +1,80 @@
+"""From items to the static grids and index arrays programs take."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from jblock.engine.config import Bucket
+from jblock.engine.programs import INDEX_COLUMNS
+from jblock.engine.sampling import OPTION_COLUMNS
+from jblock.engine.sequence import Item
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Items that share one call.
+
+    Attributes:
+      bucket: grid of the call.
+      items: at most bucket.num_seqs of them, each of chunk bucket.q_len.
+    """
+
+    bucket: Bucket
+    items: tuple[Item, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Real rows, padding not counted."""
+        return sum(item.q_len for item in self.items)
+
+
+def batches(items: Iterable[Item], buckets: Sequence[Bucket]) -> Iterator[Batch]:
+    """Groups items by chunk length, decoding first, and cuts each group to the buckets.
+
+    A group takes the smallest bucket that holds what is left of it, or the largest there is.
+    """
+    by_chunk: dict[int, list[Item]] = {}
+    for item in items:
+        by_chunk.setdefault(item.chunk, []).append(item)
+    for chunk in sorted(by_chunk):
+        group = by_chunk[chunk]
+        sizes = sorted(b.num_seqs for b in buckets if b.q_len == chunk)
+        while group:
+            size = next((s for s in sizes if s >= len(group)), sizes[-1])
+            yield Batch(Bucket(size, chunk), tuple(group[:size]))
+            group = group[size:]
+
+
+def index_array(batch: Batch, num_rows: int) -> np.ndarray:
+    """int32 [S, 4 + 2Q] as programs.py describes; padding names register row `num_rows`."""
+    q = batch.bucket.q_len
+    index = np.zeros((batch.bucket.num_seqs, INDEX_COLUMNS + 2 * q), np.int32)
+    index[:, INDEX_COLUMNS : INDEX_COLUMNS + q] = num_rows
+    for i, item in enumerate(batch.items):
+        sequence = item.sequence
+        index[i, :INDEX_COLUMNS] = (item.start, item.q_len, sequence.route.slot, sequence.seq_slot)
+        index[i, INDEX_COLUMNS : INDEX_COLUMNS + item.q_len] = item.rows
+        tokens = item.tokens or (-1,)
+        index[i, INDEX_COLUMNS + q : INDEX_COLUMNS + q + item.q_len] = tokens
+    return index
+
+
+def page_table(batch: Batch, group, max_pages: int) -> np.ndarray:
+    """int32 [S, max_pages] of the items' pages in one KV group; 0, the null page, elsewhere."""
+    table = np.zeros((batch.bucket.num_seqs, max_pages), np.int32)
+    for i, item in enumerate(batch.items):
+        pages = item.sequence.pages[group]
+        table[i, : len(pages)] = pages
+    return table
+
+
+def option_array(batch: Batch) -> np.ndarray:
+    """int32 [S, 4] of sampling options as sampling.sampled describes."""
+    options = np.zeros((batch.bucket.num_seqs, OPTION_COLUMNS), np.int32)
+    for i, item in enumerate(batch.items):
+        sampling = item.sequence.request.sampling
+        floats = np.array([sampling.temperature, sampling.top_p], np.float32).view(np.int32)
+        seed = np.array(item.sequence.seed & 0xFFFFFFFF, np.uint32).view(np.int32)
+        options[i] = (floats[0], sampling.top_k, floats[1], seed)
+    return options

@@ -1,0 +1,81 @@
+"""How one agent is set up."""
+
+import dataclasses
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Bucket:
+    """The static grid of one program: `num_seqs` sequences of up to `q_len` new tokens each.
+
+    q_len 1 is decoding, more is a chunk of prefill.
+    """
+
+    num_seqs: int
+    q_len: int
+
+    def __str__(self) -> str:
+        return f"{self.num_seqs}x{self.q_len}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Settings of one agent.
+
+    Attributes:
+      dtype: weights of the matmuls, "float32" or "bfloat16". Norms, registers and KV are float32.
+      max_num_seqs: most sequences in flight.
+      max_model_len: most tokens of prompt and output of one sequence.
+      page_size: tokens in a KV page. 64 measured best on CPU.
+      kv_memory_mb: memory of all KV pools together, in 10^6 bytes.
+      decode_sizes: batch sizes decode programs are compiled for.
+      prefill_grids: (sequences, tokens) grids prefill programs are compiled for; the token counts are
+        the chunk lengths a prompt is cut into.
+      share: blocks with equal contents are held and run once; off, every chain has its own.
+      compile_workers: threads that compile at warm-up.
+    """
+
+    dtype: str = "float32"
+    max_num_seqs: int = 64
+    max_model_len: int = 1024
+    page_size: int = 64
+    kv_memory_mb: int = 256
+    decode_sizes: tuple[int, ...] = (1, 4, 16, 64)
+    prefill_grids: tuple[tuple[int, int], ...] = (
+        (1, 16),
+        (4, 16),
+        (16, 16),
+        (1, 64),
+        (4, 64),
+        (1, 256),
+    )
+    share: bool = True
+    compile_workers: int = 2
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is not served; give one of {', '.join(DTYPES)}")
+        for field in ("max_num_seqs", "max_model_len", "page_size", "kv_memory_mb"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field} is {value!r}; give a whole number of at least 1")
+        if not self.decode_sizes or not self.prefill_grids:
+            raise ValueError("decode_sizes and prefill_grids need at least one entry each")
+
+    @property
+    def decode_buckets(self) -> tuple[Bucket, ...]:
+        """Decode grids up to max_num_seqs, smallest first."""
+        sizes = sorted({min(s, self.max_num_seqs) for s in self.decode_sizes})
+        return tuple(Bucket(s, 1) for s in sizes)
+
+    @property
+    def prefill_buckets(self) -> tuple[Bucket, ...]:
+        """Prefill grids, sorted by chunk length, then by sequences."""
+        grids = {Bucket(min(s, self.max_num_seqs), q) for s, q in self.prefill_grids}
+        return tuple(sorted(grids, key=lambda b: (b.q_len, b.num_seqs)))
+
+    @property
+    def max_pages(self) -> int:
+        """Pages of the longest sequence."""
+        return -(-self.max_model_len // self.page_size)

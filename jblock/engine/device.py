@@ -1,0 +1,185 @@
+"""What lives on the device beside parameters: registers, KV pools, last tokens; and the calls on them."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jblock.engine import batching
+from jblock.engine.assembly import Assembly, Instance, KvGroup, Unit
+from jblock.engine.batching import Batch
+from jblock.engine.config import Bucket, EngineConfig
+from jblock.engine.executables import (
+    SCRUB_PAGES,
+    Executables,
+    Geometry,
+    PoolShape,
+    ProgramKey,
+    vocab_size,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """Tokens on their way from the device: `packed` int32 [S, 3] as sampling.py describes."""
+
+    batch: Batch
+    packed: jax.Array
+
+
+class Device:
+    """The mutable arrays of one agent. Every call enqueues work and returns without waiting for it.
+
+    Attributes:
+      num_rows: rows of each register.
+      pool_shapes: pages of each KV group.
+      executables: the compiled programs.
+    """
+
+    def __init__(self, assembly: Assembly, config: EngineConfig):
+        """Allocates registers and pools for an assembly.
+
+        Raises:
+          ValueError: the KV memory does not hold one sequence of the longest length.
+        """
+        self.config = config
+        prefill_rows = max(b.num_seqs * b.q_len for b in config.prefill_buckets)
+        self.num_rows = config.max_num_seqs + prefill_rows
+        self.executables = Executables(
+            Geometry(
+                num_rows=self.num_rows,
+                max_num_seqs=config.max_num_seqs,
+                max_pages=config.max_pages,
+            )
+        )
+        groups = sorted({g for route in assembly.routes.values() for g in route.groups})
+        self.pool_shapes = {g: _pool_shape(g, len(groups), config) for g in groups}
+        self._pools = {
+            group: [
+                tuple(jnp.zeros(a.shape, a.dtype) for a in shape.abstract_layer())
+                for _ in range(shape.layers)
+            ]
+            for group, shape in self.pool_shapes.items()
+        }
+        widths = {u.signature.hidden_size for i in assembly.instances for u in i.units}
+        self._registers = {d: jnp.zeros((self.num_rows, d), jnp.float32) for d in widths}
+        self._last_tokens = jnp.zeros((config.max_num_seqs,), jnp.int32)
+        self._arrays: dict[tuple, jax.Array] = {}
+
+    def program_keys(self, assembly: Assembly) -> Iterator[ProgramKey]:
+        """Every program the assembly can ask for."""
+        buckets = (*self.config.decode_buckets, *self.config.prefill_buckets)
+        units = [u for i in assembly.instances for u in i.units]
+        for unit in units:
+            for bucket in buckets:
+                yield self._unit_key(unit, bucket)
+        for vocab in {vocab_size(u.signature) for u in units if u.signature.kind == "head"}:
+            for size in {b.num_seqs for b in buckets}:
+                for kind in ("greedy", "sampled"):
+                    yield ProgramKey(kind=kind, bucket=Bucket(size, 1), vocab_size=vocab)
+        for shape in self.pool_shapes.values():
+            yield ProgramKey(kind="scrub", pool=shape)
+
+    def begin_step(self) -> None:
+        """Forgets the index arrays of the step before."""
+        self._arrays.clear()
+
+    def scrub(self, group: KvGroup, pages: Sequence[int]) -> None:
+        """Zeroes pages that were just handed to a new owner."""
+        shape = self.pool_shapes[group]
+        program = self.executables.get(ProgramKey(kind="scrub", pool=shape))
+        for begin in range(0, len(pages), SCRUB_PAGES):
+            ids = np.full(SCRUB_PAGES, shape.num_pages, np.int32)
+            part = pages[begin : begin + SCRUB_PAGES]
+            ids[: len(part)] = part
+            self._pools[group] = list(program(tuple(self._pools[group]), jax.device_put(ids)))
+
+    def run(self, instance: Instance, batch: Batch) -> Sampled | None:
+        """Enqueues one batch through a block; a head samples too and returns its tokens."""
+        index = self._index(batch)
+        logits = meta = None
+        with jax.profiler.TraceAnnotation(instance.name, rows=batch.num_rows):
+            for unit in instance.units:
+                signature = unit.signature
+                program = self.executables.get(self._unit_key(unit, batch.bucket))
+                registers = self._registers[signature.hidden_size]
+                if signature.kind == "embedding":
+                    registers = program(unit.params, registers, self._last_tokens, index)
+                    self._registers[signature.hidden_size] = registers
+                elif signature.kind == "head":
+                    logits, meta = program(unit.params, registers, index)
+                else:
+                    self._run_layer(unit, program, registers, index, batch)
+        if logits is None:
+            return None
+        return self._sample(logits, meta, batch)
+
+    def _run_layer(self, unit: Unit, program, registers, index, batch: Batch) -> None:
+        pools: tuple = ()
+        if unit.group is not None:
+            pools = (self._pools[unit.group][unit.kv_layer],)
+        pages = self._page_table(batch, unit.group or next(iter(self.pool_shapes)))
+        registers, pools = program(unit.params, unit.tables, registers, pools, index, pages)
+        self._registers[unit.signature.hidden_size] = registers
+        if unit.group is not None:
+            self._pools[unit.group][unit.kv_layer] = pools[0]
+
+    def _sample(self, logits: jax.Array, meta: jax.Array | None, batch: Batch) -> Sampled:
+        greedy = all(i.sequence.request.sampling.temperature == 0 for i in batch.items)
+        program = self.executables.get(
+            ProgramKey(
+                kind="greedy" if greedy else "sampled",
+                bucket=Bucket(batch.bucket.num_seqs, 1),
+                vocab_size=logits.shape[1],
+            )
+        )
+        options = () if greedy else (jax.device_put(batching.option_array(batch)),)
+        self._last_tokens, packed = program(logits, self._last_tokens, meta, *options)
+        return Sampled(batch, packed)
+
+    def _unit_key(self, unit: Unit, bucket: Bucket) -> ProgramKey:
+        pool = None
+        if unit.group is not None:
+            pool = self.pool_shapes[unit.group]
+        return ProgramKey(
+            kind=unit.signature.kind, bucket=bucket, signature=unit.signature, pool=pool
+        )
+
+    def _index(self, batch: Batch) -> jax.Array:
+        """The batch's index array, built once per group of rows and step."""
+        key = (batch.bucket, *map(id, batch.items))
+        if key not in self._arrays:
+            self._arrays[key] = jax.device_put(batching.index_array(batch, self.num_rows))
+        return self._arrays[key]
+
+    def _page_table(self, batch: Batch, group: KvGroup) -> jax.Array:
+        key = (group, batch.bucket, *map(id, batch.items))
+        if key not in self._arrays:
+            table = batching.page_table(batch, group, self.config.max_pages)
+            self._arrays[key] = jax.device_put(table)
+        return self._arrays[key]
+
+
+def _pool_shape(group: KvGroup, num_groups: int, config: EngineConfig) -> PoolShape:
+    """An equal share of the KV memory, page 0 (the null page) beside it, and never more pages than
+    max_num_seqs sequences can fill."""
+    page_bytes = group.bytes_per_token * config.page_size
+    pages = min(
+        config.kv_memory_mb * 10**6 // num_groups // page_bytes,
+        config.max_num_seqs * config.max_pages,
+    )
+    if pages < config.max_pages:
+        needed = -(-config.max_pages * page_bytes * num_groups // 10**6)
+        raise ValueError(
+            f"kv_memory_mb {config.kv_memory_mb} does not hold one sequence of max_model_len "
+            f"{config.max_model_len}: give at least {needed}, or a smaller max_model_len"
+        )
+    return PoolShape(
+        num_pages=pages + 1,
+        page_size=config.page_size,
+        num_kv_heads=group.num_kv_heads,
+        head_dim=group.head_dim,
+        layers=group.layers,
+    )

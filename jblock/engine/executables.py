@@ -1,0 +1,190 @@
+"""Ahead-of-time compiled programs in one table. Nothing else in the engine compiles."""
+
+import concurrent.futures
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jblock.blocks.spec import UnembeddingSpec
+from jblock.engine import programs, sampling
+from jblock.engine.config import Bucket
+from jblock.engine.params import abstract_params, abstract_tables
+from jblock.engine.signature import Signature
+from jblock.pallas_kernels.paged_attention.api import kv_shapes
+
+SCRUB_PAGES = 16
+_ANY = Bucket(1, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolShape:
+    """One KV group's pools: `layers` pairs of K and V page arrays."""
+
+    num_pages: int
+    page_size: int
+    num_kv_heads: int
+    head_dim: int
+    layers: int
+
+    def abstract_layer(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of one layer's K and V pages."""
+        k, v = kv_shapes(self.num_pages, self.page_size, self.num_kv_heads, self.head_dim)
+        return jax.ShapeDtypeStruct(k, jnp.float32), jax.ShapeDtypeStruct(v, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Sizes every program of an agent shares.
+
+    Attributes:
+      num_rows: rows of each register.
+      max_num_seqs: entries of the last-token array.
+      max_pages: columns of a page table.
+    """
+
+    num_rows: int
+    max_num_seqs: int
+    max_pages: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProgramKey:
+    """Names one program: its kind, and what decides its shapes.
+
+    Attributes:
+      kind: "embedding", "layer", "head", "greedy", "sampled" or "scrub".
+      bucket: grid of the batch; samplers ignore its q_len, so they carry 1.
+      signature: of embedding, layer and head.
+      pool: of layer and scrub.
+      vocab_size: of the samplers.
+    """
+
+    kind: str
+    bucket: Bucket = dataclasses.field(default=_ANY)
+    signature: Signature | None = None
+    pool: PoolShape | None = None
+    vocab_size: int = 0
+
+    @property
+    def name(self) -> str:
+        """What a trace calls the program."""
+        what = self.signature.name if self.signature else self.kind
+        return f"{what}_{self.bucket}"
+
+
+class Executables:
+    """Compiles programs, at warm-up in the background or, as a last resort, while a request waits.
+
+    Attributes:
+      compiles_on_serving_path: programs `get` had to compile.
+      compiles_in_background: programs `warm` compiled.
+    """
+
+    def __init__(self, geometry: Geometry):
+        self.geometry = geometry
+        self.compiles_on_serving_path = 0
+        self.compiles_in_background = 0
+        self.compile_seconds = 0.0
+        self._table: dict[ProgramKey, Any] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def get(self, key: ProgramKey) -> Any:
+        """The compiled program. A miss compiles on the spot and is counted against us."""
+        program = self._table.get(key)
+        if program is None:
+            program = self._compile(key)
+            self.compiles_on_serving_path += 1
+        return program
+
+    def warm(
+        self,
+        keys: Iterable[ProgramKey],
+        workers: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Compiles every key that is missing, on `workers` threads.
+
+        Args:
+          keys: programs wanted.
+          workers: threads; XLA compiles without holding the interpreter lock.
+          progress: called with (done, total) after each program.
+        """
+        missing = [k for k in dict.fromkeys(keys) if k not in self._table]
+        with concurrent.futures.ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
+            futures = [pool.submit(self._compile, key) for key in missing]
+            for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
+                future.result()
+                self.compiles_in_background += 1
+                if progress:
+                    progress(done, len(missing))
+
+    def _compile(self, key: ProgramKey) -> Any:
+        begin = time.perf_counter()
+        function, donate, arguments = self._describe(key)
+        function.__name__ = function.__qualname__ = key.name
+        program = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+        with self._lock:
+            self._table[key] = program
+            self.compile_seconds += time.perf_counter() - begin
+        return program
+
+    def _describe(self, key: ProgramKey) -> tuple[Callable[..., Any], tuple[int, ...], tuple]:
+        """The function of a key, its donated arguments, and the shapes it is compiled for."""
+        geometry, bucket, signature = self.geometry, key.bucket, key.signature
+        s = bucket.num_seqs
+        i32, f32 = jnp.int32, jnp.float32
+        index = jax.ShapeDtypeStruct((s, programs.INDEX_COLUMNS + 2 * bucket.q_len), i32)
+        meta = jax.ShapeDtypeStruct((s, programs.INDEX_COLUMNS), i32)
+        page_table = jax.ShapeDtypeStruct((s, geometry.max_pages), i32)
+        last_tokens = jax.ShapeDtypeStruct((geometry.max_num_seqs,), i32)
+        logits = jax.ShapeDtypeStruct((s, key.vocab_size), f32)
+        if key.kind == "scrub" and key.pool:
+            pools = tuple(key.pool.abstract_layer() for _ in range(key.pool.layers))
+            pages = jax.ShapeDtypeStruct((SCRUB_PAGES,), i32)
+            return _copy(programs.scrub_program), (0,), (pools, pages)
+        if key.kind == "greedy":
+            return _copy(sampling.greedy), (1,), (logits, last_tokens, meta)
+        if key.kind == "sampled":
+            options = jax.ShapeDtypeStruct((s, sampling.OPTION_COLUMNS), i32)
+            return _copy(sampling.sampled), (1,), (logits, last_tokens, meta, options)
+        if signature is None:
+            raise ValueError(f"program kind {key.kind!r} needs a signature")
+        registers = jax.ShapeDtypeStruct((geometry.num_rows, signature.hidden_size), f32)
+        params = abstract_params(signature)
+        if key.kind == "embedding":
+            return (
+                programs.embedding_program(signature, bucket),
+                (1,),
+                (params, registers, last_tokens, index),
+            )
+        if key.kind == "head":
+            return programs.head_program(signature, bucket), (), (params, registers, index)
+        if key.pool is None and signature.attentions:
+            raise ValueError("a layer with attention needs the shape of its KV pool")
+        pools = tuple(key.pool.abstract_layer() for _ in signature.attentions) if key.pool else ()
+        return (
+            programs.layer_program(signature, bucket),
+            (2, 3),
+            (params, abstract_tables(signature), registers, pools, index, page_table),
+        )
+
+
+def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A wrapper that may be renamed without renaming the original."""
+    return lambda *args: function(*args)
+
+
+def vocab_size(signature: Signature) -> int:
+    """Width of a head's logits."""
+    last = signature.specs[-1]
+    if not isinstance(last, UnembeddingSpec):
+        raise ValueError(f"a head ends with an unembedding, not with {last.kind}")
+    return last.vocab_size

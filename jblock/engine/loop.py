@@ -1,0 +1,298 @@
+"""The agent's loop: admit, plan, sweep the instances, read tokens one step behind."""
+
+import collections
+import dataclasses
+import secrets
+
+import jax
+import numpy as np
+
+from jblock.engine.api import EngineStats, Output, Request
+from jblock.engine.assembly import Assembly, KvGroup, Route
+from jblock.engine.batching import batches
+from jblock.engine.config import EngineConfig
+from jblock.engine.device import Device, Sampled
+from jblock.engine.kv import Allocator
+from jblock.engine.sequence import Item, Sequence, chunk_for
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One sweep that was enqueued: the tokens it will bring, and the rows to give back then."""
+
+    sampled: tuple[Sampled, ...]
+
+
+class Loop:
+    """One agent's scheduling state. Not thread-safe: `submit`, `cancel` and `step` are called by one
+    thread; `stats` may be called by any."""
+
+    def __init__(self, assembly: Assembly, device: Device, config: EngineConfig):
+        self.assembly, self.device, self.config = assembly, device, config
+        self._waiting: collections.deque[Sequence] = collections.deque()
+        self._running: dict[str, Sequence] = {}
+        self._rows = Allocator(device.num_rows)
+        self._seq_slots = Allocator(config.max_num_seqs)
+        self._pages = {g: Allocator(s.num_pages - 1, 1) for g, s in device.pool_shapes.items()}
+        self._chunks = tuple(sorted({b.q_len for b in config.prefill_buckets}))
+        self._buckets = (*config.decode_buckets, *config.prefill_buckets)
+        self._outputs: list[Output] = []
+        self._in_flight: Step | None = None
+        self._steps = 0
+        self._model_calls = self._model_rows = 0
+        self._prompt_tokens = self._generated_tokens = 0
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is waiting, running or in flight."""
+        return not (self._waiting or self._running or self._in_flight)
+
+    def submit(self, request: Request) -> None:
+        """Queues a request, or refuses it with an error output."""
+        route = self.assembly.routes.get(request.model)
+        if route is None:
+            known = ", ".join(sorted(self.assembly.routes))
+            self._refuse(
+                request, "NOT_FOUND", f"model {request.model!r} is not served; served: {known}"
+            )
+            return
+        problem = self._problem(request, route)
+        if problem:
+            self._refuse(request, "INVALID_ARGUMENT", problem)
+            return
+        sampling = request.sampling
+        room = self._max_model_len(route) - len(request.token_ids)
+        self._waiting.append(
+            Sequence(
+                request=request,
+                route=route,
+                max_tokens=min(sampling.max_tokens, room),
+                seed=secrets.randbits(32) if sampling.seed is None else sampling.seed,
+            )
+        )
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request; what it held is free for the next step."""
+        sequence = self._running.get(request_id)
+        if sequence is None:
+            sequence = next((s for s in self._waiting if s.request.request_id == request_id), None)
+            if sequence is None:
+                return
+            self._waiting.remove(sequence)
+        self._finish(sequence, "cancelled")
+
+    def step(self) -> list[Output]:
+        """Enqueues one sweep, then reads the tokens of the sweep before it.
+
+        Returns:
+          Outputs since the last call.
+        """
+        self._admit()
+        items = self._plan()
+        enqueued = self._sweep(items) if items else None
+        if self._in_flight is not None:
+            self._collect(self._in_flight)
+        self._in_flight = enqueued
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges."""
+        instances = self.assembly.instances
+        executables = self.device.executables
+        return EngineStats(
+            steps=self._steps,
+            block_calls=sum(i.calls for i in instances),
+            block_rows=sum(i.rows for i in instances),
+            model_calls=self._model_calls,
+            model_rows=self._model_rows,
+            compiles_on_serving_path=executables.compiles_on_serving_path,
+            compiles_in_background=executables.compiles_in_background,
+            running=len(self._running),
+            waiting=len(self._waiting),
+            pages_free=sum(a.free for a in self._pages.values()),
+            pages_total=sum(a.total for a in self._pages.values()),
+            rows_free=self._rows.free,
+            rows_total=self._rows.total,
+            resident_bytes=self.assembly.resident_bytes,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+        )
+
+    def _max_model_len(self, route: Route) -> int:
+        return min(self.config.max_model_len, route.chain.max_position)
+
+    def _problem(self, request: Request, route: Route) -> str:
+        """What makes a request impossible to serve, or ""."""
+        limit = self._max_model_len(route)
+        count = len(request.token_ids)
+        vocab = route.chain.vocab_size
+        if count == 0:
+            return "token_ids is empty; give at least one token"
+        if count >= limit:
+            return (
+                f"token_ids has {count} tokens; model {request.model!r} takes at most {limit - 1} "
+                "and one to generate: shorten the prompt"
+            )
+        wrong = next((t for t in request.token_ids if not 0 <= t < vocab), None)
+        if wrong is not None:
+            return f"token_ids has {wrong}; ids of {request.model!r} go from 0 to {vocab - 1}"
+        if request.sampling.max_tokens < 1:
+            return f"max_tokens is {request.sampling.max_tokens}; give at least 1"
+        if request.request_id in self._running:
+            return f"request_id {request.request_id!r} is already in flight; give another"
+        return ""
+
+    def _refuse(self, request: Request, code: str, message: str) -> None:
+        self._outputs.append(
+            Output(
+                request_id=request.request_id,
+                finish_reason="error",
+                error_code=code,
+                error_message=message,
+            )
+        )
+
+    def _admit(self) -> None:
+        """Starts waiting requests in order. One that lacks pages holds back only those that want
+        pages of the same group."""
+        held: set[KvGroup] = set()
+        still_waiting: collections.deque[Sequence] = collections.deque()
+        while self._waiting and self._seq_slots.free and self._rows.free:
+            sequence = self._waiting.popleft()
+            groups = sequence.route.groups
+            count = -(-sequence.capacity // self.config.page_size)
+            if held.intersection(groups) or any(self._pages[g].free < count for g in groups):
+                held.update(groups)
+                still_waiting.append(sequence)
+                continue
+            sequence.seq_slot = self._seq_slots.take(1)[0]
+            sequence.row = self._rows.take(1)[0]
+            for group in groups:
+                sequence.pages[group] = self._pages[group].take(count)
+                self.device.scrub(group, sequence.pages[group])
+            self._running[sequence.request.request_id] = sequence
+        still_waiting.extend(self._waiting)
+        self._waiting = still_waiting
+
+    def _plan(self) -> list[Item]:
+        """One item a sequence: the token it decodes, or the next chunk of its prompt if rows allow.
+
+        Decoding goes first; prompts take the rows that are left, oldest first.
+        """
+        items: list[Item] = []
+        prefilling = []
+        for sequence in self._running.values():
+            if sequence.computed < sequence.prompt_len:
+                prefilling.append(sequence)
+            elif sequence.sampled < sequence.max_tokens:
+                start = sequence.prompt_len + sequence.sampled - 1
+                items.append(Item(sequence, start, 1, 1, [sequence.row], (), True))
+                sequence.sampled += 1
+        for sequence in prefilling:
+            start = sequence.computed
+            length, chunk = chunk_for(sequence.prompt_len - start, self._chunks)
+            if length - 1 > self._rows.free:
+                break
+            rows = [sequence.row, *self._rows.take(length - 1)]
+            tokens = sequence.request.token_ids[start : start + length]
+            sequence.computed += length
+            samples = sequence.computed == sequence.prompt_len
+            sequence.sampled += samples
+            items.append(Item(sequence, start, length, chunk, rows, tokens, samples))
+        return items
+
+    def _sweep(self, items: list[Item]) -> Step:
+        """Takes every item through all its instances, in chain order, batching per instance."""
+        self._count(items)
+        self.device.begin_step()
+        for item in items:
+            item.sequence.route.instances[0].queue.append(item)
+        sampled = []
+        with jax.profiler.StepTraceAnnotation("sweep", step_num=self._steps):
+            for instance in self.assembly.instances:
+                if not instance.queue:
+                    continue
+                ready = list(instance.queue)
+                instance.queue.clear()
+                for batch in batches(ready, self._buckets):
+                    result = self.device.run(instance, batch)
+                    instance.calls += 1
+                    instance.rows += batch.num_rows
+                    if result is not None:
+                        sampled.append(result)
+                for item in ready:
+                    self._forward(item)
+        self._steps += 1
+        # The device runs calls in the order they were enqueued, so rows are free for the next sweep.
+        for item in items:
+            self._rows.give(item.rows[1:])
+        return Step(tuple(sampled))
+
+    def _forward(self, item: Item) -> None:
+        """Queues an item at its next instance; one whose logits nobody wants skips the head."""
+        item.hop += 1
+        route = item.sequence.route
+        if item.hop < len(route.instances):
+            instance = route.instances[item.hop]
+            if item.samples or not instance.is_head:
+                instance.queue.append(item)
+
+    def _count(self, items: list[Item]) -> None:
+        """Counts what a server of one model each would have run: a batch a chain and chunk length."""
+        self._model_calls += len({(id(i.sequence.route), i.chunk) for i in items})
+        self._model_rows += sum(i.q_len for i in items)
+        self._prompt_tokens += sum(len(i.tokens) for i in items)
+
+    def _collect(self, step: Step) -> None:
+        """Reads a step's tokens from the device and hands them to their requests."""
+        for sampled in step.sampled:
+            packed = np.asarray(sampled.packed)
+            logprobs = packed[:, 1].view(np.float32)
+            for i, item in enumerate(sampled.batch.items):
+                # A sequence that ended a step ago still had this row in flight.
+                if not item.sequence.finished:
+                    self._token(
+                        item.sequence, int(packed[i, 0]), float(logprobs[i]), bool(packed[i, 2])
+                    )
+
+    def _token(self, sequence: Sequence, token: int, logprob: float, finite: bool) -> None:
+        request, chain = sequence.request, sequence.route.chain
+        if not finite:
+            self._finish(
+                sequence,
+                "error",
+                error_code="INTERNAL",
+                error_message=(
+                    f"model {chain.name!r} version {chain.version} computed NaN or Inf for this "
+                    "request; check its weights with `jblock-convert fsck`, other models go on"
+                ),
+            )
+            return
+        sampling = request.sampling
+        is_eos = token in chain.eos_token_ids and not sampling.ignore_eos
+        if is_eos or token in sampling.stop_token_ids:
+            self._finish(sequence, "stop")
+            return
+        sequence.generated.append(token)
+        self._generated_tokens += 1
+        token_ids = (token,)
+        logprobs = (logprob,) if sampling.logprobs else ()
+        if len(sequence.generated) >= sequence.max_tokens:
+            self._finish(sequence, "length", token_ids=token_ids, logprobs=logprobs)
+        else:
+            self._outputs.append(
+                Output(request_id=request.request_id, token_ids=token_ids, logprobs=logprobs)
+            )
+
+    def _finish(self, sequence: Sequence, reason: str, **fields) -> None:
+        """Sends the last output and gives back all the sequence held."""
+        sequence.finished = True
+        request_id = sequence.request.request_id
+        self._outputs.append(Output(request_id=request_id, finish_reason=reason, **fields))
+        if self._running.pop(request_id, None) is None:
+            return
+        for group, pages in sequence.pages.items():
+            self._pages[group].give(pages)
+        self._rows.give([sequence.row])
+        self._seq_slots.give([sequence.seq_slot])

@@ -1,0 +1,110 @@
+"""Component weights on the device, in the layout the blocks compute with.
+
+The zoo keeps a tensor as its checkpoint had it (`[out, in]`); here projections become `[in, out]`,
+which XLA's CPU matmul reads up to 1.7 times faster at 2 to 32 rows, and take the serving dtype.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from jblock.blocks.spec import EmbeddingSpec, LoraSpec, NormSpec, UnembeddingSpec
+from jblock.engine.signature import LoraForm, Signature
+
+Tensors = Mapping[str, jax.Array]
+_NUMPY_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def _placement(spec, name: str, dtype: str, tied: bool) -> tuple[bool, np.dtype]:
+    """(transposed, dtype) of one tensor on the device."""
+    matrix = name.endswith("weight") and len(spec.tensors()[name]) == 2
+    if isinstance(spec, EmbeddingSpec) or tied:
+        # XLA's CPU gather converts a whole bf16 table first, so tables that are gathered are float32.
+        return False, _NUMPY_DTYPES["float32"]
+    return matrix, _NUMPY_DTYPES[dtype if matrix else "float32"]
+
+
+def prepare(
+    spec, tensors: Mapping[str, np.ndarray], dtype: str, tied: bool
+) -> dict[str, jax.Array]:
+    """Device tensors of one component.
+
+    Args:
+      spec: of the component.
+      tensors: as stored, by name.
+      dtype: of the matmul weights.
+      tied: the component is an unembedding that shares the embedding's table as it is.
+    """
+    out = {}
+    for name in spec.tensors():
+        transposed, wanted = _placement(spec, name, dtype, tied)
+        array = tensors[name].astype(wanted)
+        out[name] = jnp.asarray(np.ascontiguousarray(array.T) if transposed else array)
+    return out
+
+
+def abstract_params(signature: Signature) -> tuple[dict[str, jax.ShapeDtypeStruct], ...]:
+    """Shapes and dtypes of a unit's parameters, one dict a component."""
+    out = []
+    for spec in signature.specs:
+        tied = signature.tied and isinstance(spec, UnembeddingSpec)
+        tensors = {}
+        for name, shape in spec.tensors().items():
+            transposed, wanted = _placement(spec, name, signature.dtype, tied)
+            tensors[name] = jax.ShapeDtypeStruct(shape[::-1] if transposed else shape, wanted)
+        out.append(tensors)
+    return tuple(out)
+
+
+def abstract_tables(signature: Signature) -> tuple[dict[str, jax.ShapeDtypeStruct], ...]:
+    """Shapes and dtypes of a unit's LoRA slot tables, one dict a component."""
+    return tuple(
+        {
+            name: jax.ShapeDtypeStruct(shape, jnp.float32)
+            for name, shape in _table_shapes(spec, form).items()
+        }
+        for spec, form in zip(signature.specs, signature.lora, strict=True)
+    )
+
+
+def _table_shapes(spec, form: LoraForm | None) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    if form is not None and not isinstance(spec, (EmbeddingSpec, NormSpec, UnembeddingSpec)):
+        for target in form.targets:
+            out, inner = spec.tensors()[f"{target}.weight"]
+            shapes[f"{target}.a"] = (form.slots, inner, form.rank)
+            shapes[f"{target}.b"] = (form.slots, form.rank, out)
+    return shapes
+
+
+def lora_tables(
+    spec,
+    form: LoraForm | None,
+    deltas: Mapping[int, Sequence[tuple[LoraSpec, Mapping[str, np.ndarray]]]],
+) -> dict[str, jax.Array]:
+    """Slot tables of one component.
+
+    Args:
+      spec: of the component.
+      form: shape of the tables; None gives none.
+      deltas: slot -> the LoRA deltas of that slot, added up by putting their ranks side by side.
+    """
+    tables = {n: np.zeros(shape, np.float32) for n, shape in _table_shapes(spec, form).items()}
+    for slot, parts in deltas.items():
+        used: dict[str, int] = {}
+        for lora, tensors in parts:
+            for target, rank_scale in lora.targets.items():
+                begin = used.get(target, 0)
+                end = used[target] = begin + rank_scale.rank
+                a, b = (tensors[f"{target}.{side}"].astype(np.float32) for side in "ab")
+                tables[f"{target}.a"][slot, :, begin:end] = a.T
+                tables[f"{target}.b"][slot, begin:end, :] = b.T * rank_scale.scale
+    return {name: jnp.asarray(table) for name, table in tables.items()}
+
+
+def nbytes(tensors: Sequence[Tensors]) -> int:
+    """Bytes of distinct device arrays."""
+    return sum({id(a): a.nbytes for t in tensors for a in t.values()}.values())

@@ -1,0 +1,128 @@
+"""The functions that become executables: one step of one unit over registers, KV pools and rows.
+
+Every function takes the batch as two int32 arrays built once per group of rows and step:
+
+* `index [S, 4 + 2Q]`: start position, real tokens, delta slot, sequence slot, then Q register rows,
+  then Q token ids (-1: take the sequence's last sampled token, which never left the device);
+* `page_table [S, max_pages]`: physical KV pages.
+
+Registers and KV pools are donated and returned, so a call updates them in place. Padding rows carry a
+register row that does not exist: a gather clips it, a scatter drops it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jblock.blocks.attention import Attention
+from jblock.blocks.embedding import Embedding, Head
+from jblock.blocks.ffn import Ffn
+from jblock.blocks.rows import Rows
+from jblock.blocks.spec import AttentionSpec, FfnSpec, NormSpec
+from jblock.engine.config import Bucket
+from jblock.engine.signature import Signature
+from jblock.pallas_kernels.paged_attention.api import paged_attention
+
+INDEX_COLUMNS = 4
+KvPages = tuple[jax.Array, jax.Array]
+
+
+def unpack(index: jax.Array, bucket: Bucket) -> tuple[Rows, jax.Array, jax.Array, jax.Array]:
+    """Splits `index` into the rows, sequence slots [S], register rows [S, Q] and token ids [S, Q]."""
+    q = bucket.q_len
+    rows = Rows(
+        num_seqs=bucket.num_seqs,
+        q_len=q,
+        starts=index[:, 0],
+        q_lens=index[:, 1],
+        slots=index[:, 2],
+    )
+    registers = index[:, INDEX_COLUMNS : INDEX_COLUMNS + q]
+    tokens = index[:, INDEX_COLUMNS + q : INDEX_COLUMNS + 2 * q]
+    return rows, index[:, 3], registers, tokens
+
+
+def embedding_program(signature: Signature, bucket: Bucket) -> Callable[..., jax.Array]:
+    """(params, registers, last_tokens [max_num_seqs], index) -> registers."""
+
+    def embed(params: Any, registers: jax.Array, last_tokens: jax.Array, index: jax.Array):
+        _, seq_slots, register_rows, tokens = unpack(index, bucket)
+        tokens = jnp.where(tokens < 0, last_tokens[seq_slots][:, None], tokens).reshape(-1)
+        with jax.named_scope("embedding"):
+            x = Embedding(params[0]["weight"])(tokens)
+        return registers.at[register_rows.reshape(-1)].set(x, mode="drop")
+
+    return embed
+
+
+def layer_program(signature: Signature, bucket: Bucket) -> Callable[..., Any]:
+    """(params, tables, registers, kv pools, index, page_table) -> (registers, kv pools)."""
+
+    def layer(
+        params: Sequence[Mapping[str, jax.Array]],
+        tables: Sequence[Mapping[str, jax.Array]],
+        registers: jax.Array,
+        pools: tuple[KvPages, ...],
+        index: jax.Array,
+        page_table: jax.Array,
+    ):
+        rows, _, register_rows, _ = unpack(index, bucket)
+        register_rows = register_rows.reshape(-1)
+        x = registers.at[register_rows].get(mode="clip")
+        updated: list[KvPages] = []
+        for spec, tensors, deltas in zip(signature.specs, params, tables, strict=True):
+            if isinstance(spec, AttentionSpec):
+                pages = pools[len(updated)]
+
+                def attend(q, k, v, pages=pages, window=spec.sliding_window):
+                    out, new = paged_attention(
+                        q, k, v, pages, page_table, rows, sliding_window=window
+                    )
+                    updated.append(new)
+                    return out
+
+                with jax.named_scope("attention"):
+                    x = Attention(spec, tensors, deltas)(x, rows, attend)
+            elif isinstance(spec, FfnSpec):
+                with jax.named_scope("ffn"):
+                    x = Ffn(spec, tensors, deltas)(x, rows)
+        return registers.at[register_rows].set(x, mode="drop"), tuple(updated)
+
+    return layer
+
+
+def head_program(
+    signature: Signature, bucket: Bucket
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """(params, registers, index) -> logits float32 [S, vocab] of each sequence's last real row, and
+    the leading columns of the index, so that one sampler serves every chunk length."""
+    norm = signature.specs[0]
+    if not isinstance(norm, NormSpec):
+        raise ValueError(f"a head starts with a norm, not with {norm.kind}")
+
+    def head(params: Any, registers: jax.Array, index: jax.Array):
+        rows, _, register_rows, _ = unpack(index, bucket)
+        last = jnp.maximum(rows.q_lens - 1, 0)[:, None]
+        row = jnp.take_along_axis(register_rows, last, axis=1)[:, 0]
+        x = registers.at[row].get(mode="clip")
+        with jax.named_scope("head"):
+            logits = Head(params[0]["weight"], norm.eps, params[1]["weight"], tied=signature.tied)(
+                x
+            )
+        return logits, index[:, :INDEX_COLUMNS]
+
+    return head
+
+
+def scrub_program(pools: Sequence[KvPages], pages: jax.Array) -> tuple[KvPages, ...]:
+    """Zeroes pages that change hands: what an old tenant left can neither leak nor be 0 x NaN.
+
+    Args:
+      pools: every layer's K and V pages (donated).
+      pages: int32 [n] page ids; ids past the end are dropped.
+    """
+    return tuple(
+        (k.at[pages].set(0, mode="drop"), v.at[pages].set(0, mode="drop")) for k, v in pools
+    )

@@ -1,0 +1,88 @@
+"""One request on its way through the engine, and the piece of it that is in flight."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from jblock.engine.api import Request
+
+if TYPE_CHECKING:
+    from jblock.engine.assembly import KvGroup, Route
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """A request admitted or waiting.
+
+    Attributes:
+      request: as submitted.
+      route: the chain version it is bound to until it ends.
+      max_tokens: most tokens to generate, the model's limit applied.
+      seed: of its draws.
+      seq_slot: its entry in the device's last-token array; -1 while waiting.
+      row: its register row for decoding.
+      pages: physical pages by KV group.
+      computed: prompt tokens handed to the device so far.
+      sampled: tokens the device was asked to sample so far, those not yet read included.
+      generated: tokens read so far.
+      finished: its last output has been sent.
+    """
+
+    request: Request
+    route: "Route"
+    max_tokens: int
+    seed: int
+    seq_slot: int = -1
+    row: int = -1
+    pages: dict["KvGroup", list[int]] = dataclasses.field(default_factory=dict)
+    computed: int = 0
+    sampled: int = 0
+    generated: list[int] = dataclasses.field(default_factory=list)
+    finished: bool = False
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.token_ids)
+
+    @property
+    def capacity(self) -> int:
+        """Positions it may fill."""
+        return self.prompt_len + self.max_tokens
+
+
+@dataclasses.dataclass(eq=False)
+class Item:
+    """Some consecutive tokens of one sequence travelling along its chain together.
+
+    Attributes:
+      sequence: whose.
+      start: position of the first token.
+      q_len: how many tokens.
+      chunk: token columns of the bucket it needs: 1 for decoding.
+      rows: its register rows, one a token.
+      tokens: token ids, or () to take the sequence's last sampled token on the device.
+      samples: its last token's logits are wanted.
+      hop: index of the instance it is at.
+    """
+
+    sequence: Sequence
+    start: int
+    q_len: int
+    chunk: int
+    rows: list[int]
+    tokens: tuple[int, ...]
+    samples: bool
+    hop: int = 0
+
+
+def chunk_for(remaining: int, chunks: tuple[int, ...]) -> tuple[int, int]:
+    """(tokens to compute now, chunk columns) for a prompt with `remaining` tokens to go.
+
+    Depends on the sequence alone, so that its arithmetic is the same whatever else is in the batch.
+    A chunk is taken whole, or where it would be at least half full; the rest goes in smaller ones.
+    """
+    fitting = [c for c in chunks if c <= remaining]
+    above = [c for c in chunks if c >= remaining]
+    if above and (not fitting or 2 * remaining >= min(above)):
+        return remaining, min(above)
+    return max(fitting), max(fitting)

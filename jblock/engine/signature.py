@@ -1,0 +1,87 @@
+"""What decides the program of a block: its form without its weights."""
+
+import dataclasses
+
+from jblock.blocks.spec import (
+    AttentionSpec,
+    ComponentSpec,
+    EmbeddingSpec,
+    FfnSpec,
+    NormSpec,
+    UnembeddingSpec,
+    canonical_json,
+    spec_to_json,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraForm:
+    """Shape of the LoRA slot tables of one component.
+
+    Attributes:
+      targets: projections that have a table, sorted.
+      rank: width of every table; smaller adapters are padded with zeros.
+      slots: rows of every table, slot 0 (none) included.
+    """
+
+    targets: tuple[str, ...]
+    rank: int
+    slots: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Signature:
+    """Everything that decides the XLA program of a unit of serving, apart from its bucket.
+
+    Attributes:
+      specs: the components it runs, in order: an embedding, an attention and/or ffn, or a norm with
+        its unembedding.
+      lora: for each component the form of its slot tables, or None.
+      dtype: dtype of the matmul weights.
+      tied: the unembedding reads the embedding's own table.
+    """
+
+    specs: tuple[ComponentSpec, ...]
+    lora: tuple[LoraForm | None, ...]
+    dtype: str
+    tied: bool = False
+
+    @property
+    def kind(self) -> str:
+        """ "embedding", "layer" or "head"."""
+        first = self.specs[0]
+        if isinstance(first, EmbeddingSpec):
+            return "embedding"
+        if isinstance(first, (NormSpec, UnembeddingSpec)):
+            return "head"
+        return "layer"
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the register it reads and writes."""
+        return self.specs[0].hidden_size
+
+    @property
+    def attentions(self) -> tuple[AttentionSpec, ...]:
+        """The attention components, one KV layer each."""
+        return tuple(s for s in self.specs if isinstance(s, AttentionSpec))
+
+    @property
+    def name(self) -> str:
+        """Short name for traces and logs, such as "layer_d256_lora16"."""
+        parts = [self.kind, f"d{self.hidden_size}"]
+        if self.kind == "layer" and len(self.specs) == 1:
+            parts[0] = "ffn" if isinstance(self.specs[0], FfnSpec) else "attention"
+        ranks = [form.rank for form in self.lora if form]
+        return "_".join(parts + ([f"lora{max(ranks)}"] if ranks else []))
+
+    def key(self) -> str:
+        """Canonical text: equal exactly when the programs are."""
+        return canonical_json(
+            {
+                "specs": [spec_to_json(s) for s in self.specs],
+                "lora": [dataclasses.asdict(f) if f else None for f in self.lora],
+                "dtype": self.dtype,
+                "tied": self.tied,
+            }
+        )
