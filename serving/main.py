@@ -65,13 +65,13 @@ def engine_kwargs() -> dict:
 def _announce(server: Server) -> None:
     models = f"{server.num_models} model" + "s" * (server.num_models != 1)
     metrics = f", metrics on port {server.metrics_port}" if server.metrics_port else ""
-    print(f"jblock: serving {models} on {_HOST.value}:{server.port}{metrics}", flush=True)
     if _PORT_FILE.value:
         # Aside and renamed: who waits for the file never reads half a number.
         aside = f"{_PORT_FILE.value}.{os.getpid()}"
         with open(aside, "w") as file:
             file.write(f"{server.port}\n")
         os.replace(aside, _PORT_FILE.value)
+    print(f"jblock: serving {models} on {_HOST.value}:{server.port}{metrics}", flush=True)
 
 
 async def _serve(config: ServerConfig, engine: api.Engine) -> bool:

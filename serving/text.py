@@ -44,12 +44,13 @@ class TextCodec:
     async def encode(self, text: str) -> tuple[int, ...]:
         """The ids of a text, the special tokens of the tokenizer's template added."""
         if len(text) < _LONG_TEXT:
-            return self._encode(text)
+            return tuple(self._tokenizer.encode(text).ids)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(_threads, self._encode, text)
+        return await loop.run_in_executor(_threads, self._encode_long, text)
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(text).ids)
+    def _encode_long(self, text: str) -> tuple[int, ...]:
+        # Of the library's ways to encode, only the batched ones let other Python threads run.
+        return tuple(self._tokenizer.encode_batch_fast([text])[0].ids)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

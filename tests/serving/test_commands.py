@@ -1,0 +1,171 @@
+"""`jblock-serve` and `jblock-client` as a shell sees them: output, exit codes, signals."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+import server_harness as harness
+from tokenizer_fixtures import byte_level
+
+from serving.client import Client
+from serving.values import ClientError
+
+HERE = pathlib.Path(__file__).parent
+SERVE = "import serving.main as m; m._FACTORY = 'served_mock:build_engine'; m.run()"
+
+
+@pytest.fixture
+def start_server():
+    """Starts servers, and leaves none behind."""
+    servers = []
+
+    def start(*flags):
+        path = os.pathsep.join([str(HERE), str(HERE.parent.parent)])
+        servers.append(
+            subprocess.Popen(
+                [sys.executable, "-c", SERVE, *flags],
+                env={**os.environ, "PYTHONPATH": path},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.kill()
+        server.communicate()
+
+
+def client(*args):
+    return subprocess.run(
+        [sys.executable, "-m", "serving.client_main", *args],
+        capture_output=True,
+        text=True,
+        cwd=HERE.parent.parent,
+    )
+
+
+@pytest.mark.parametrize(
+    ("engine", "number"),
+    [("process", signal.SIGTERM), ("process", signal.SIGINT), ("thread", signal.SIGTERM)],
+)
+def test_serve_says_where_drains_and_ends_with_0(start_server, tmp_path, engine, number):
+    port_file = tmp_path / "port"
+    server = start_server(
+        "--zoo=x", "--port=0", f"--port_file={port_file}", f"--engine={engine}", "--metrics_port=0"
+    )
+    line = server.stdout.readline()
+    port = int(port_file.read_text())
+    assert line.startswith(f"jblock: serving 1 model on 127.0.0.1:{port}, metrics on port ")
+    with Client(f"127.0.0.1:{port}") as stub:
+        stream = stub.stream("echo", [1], max_tokens=30)
+        next(stream)
+        server.send_signal(number)
+        assert list(stream)[-1].usage.completion_tokens == 30
+    out, err = server.communicate(timeout=20)
+    assert (server.returncode, out) == (0, "")
+    assert "Traceback" not in err
+
+
+def test_every_engine_flag_reaches_the_engine(start_server):
+    flags = {
+        "dtype": "bfloat16",
+        "kv_memory_mb": 5,
+        "max_model_len": 7,
+        "max_num_seqs": 8,
+        "models": ["a", "b"],
+        "page_size": 9,
+        "profiler_port": 6,
+    }
+    given = [f"--{k}={','.join(v) if isinstance(v, list) else v}" for k, v in flags.items()]
+    server = start_server("--zoo=show", "--port=0", "--noshare", *given)
+    _, err = server.communicate(timeout=20)
+    assert server.returncode == 2
+    assert f"jblock-serve: settings: {dict(sorted({**flags, 'share': False}.items()))}" in err
+
+
+def test_what_is_not_given_is_left_to_the_engine(start_server):
+    server = start_server("--zoo=show", "--port=0")
+    _, err = server.communicate(timeout=20)
+    assert "jblock-serve: settings: {}" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--zoo=x", "--port=99999"], "jblock-serve: port: 99999 is no port"),
+        (["--zoo=x", "--max_queue=0"], "jblock-serve: max_queue: 0 admits nothing"),
+        (["--zoo=x", "stray"], "jblock-serve: arguments: ['stray'] are not understood"),
+        ([], "zoo"),
+    ],
+)
+def test_bad_flags(start_server, flags, message):
+    server = start_server(*flags)
+    out, err = server.communicate(timeout=20)
+    assert server.returncode != 0
+    assert message in out + err
+    assert "Traceback" not in err
+
+
+def test_client_generates(fast):
+    to = f"--target={fast.target}"
+    max_tokens = f"--max_tokens={len(byte_level().encode('héllo 🙂').ids)}"
+    done = client(to, "generate", "--model=echo", "--prompt=héllo 🙂", max_tokens)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "héllo 🙂\n"
+    streamed = client(to, "generate", "--model=echo", "--prompt=héllo 🙂", max_tokens, "--stream")
+    assert streamed.stdout == done.stdout
+    as_json = client(
+        to, "generate", "--model=ids", "--token_ids=1,2", "--max_tokens=3", "--json", "--logprobs"
+    )
+    assert '"token_ids": [2, 3, 2]' in as_json.stdout
+    assert '"logprobs": [-0.5, -0.5, -0.5]' in as_json.stdout
+
+
+def test_client_shows_models_and_health(fast):
+    to = f"--target={fast.target}"
+    listed = client(to, "models")
+    assert "echo@3: mock, 4 of 5 blocks shared\n" in listed.stdout
+    assert "adapter@1: mock, 0 of 0 blocks shared, on echo@3\n" in listed.stdout
+    assert f"vocab_size: {harness.VOCAB_SIZE}\n" in client(to, "models", "echo").stdout
+    checked = client(to, "health")
+    assert (checked.returncode, checked.stdout) == (0, "SERVING\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["generate", "--model=nobody", "--prompt=x"], "jblock-client: NOT_FOUND: model: 'nobody'"),
+        (
+            ["generate", "--model=echo", "--prompt=x", "--top_p=2"],
+            "jblock-client: INVALID_ARGUMENT: top_p: 2.0 is outside (0, 1]",
+        ),
+        (["generate", "--model=echo", "--prompt=x", "--seed=-1"], "jblock-client: request: "),
+        (["generate", "--model=echo"], "one of the arguments --prompt --token_ids is required"),
+        (["generate", "--model=echo", "--token_ids=1,x"], "'1,x' is no list of ids such as 1,2,3"),
+        (["models", "nobody"], "jblock-client: NOT_FOUND: name: 'nobody'"),
+        ([], "the following arguments are required: command"),
+    ],
+)
+def test_client_says_what_is_wrong_and_ends_with_2(fast, args, message):
+    done = client(f"--target={fast.target}", *args)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_client_without_a_server():
+    done = client("--target=127.0.0.1:1", "models")
+    assert done.returncode == 2
+    assert "jblock-client: UNAVAILABLE" in done.stderr
+
+
+def test_client_errors_carry_the_status():
+    with Client("127.0.0.1:1") as stub, pytest.raises(ClientError) as caught:
+        stub.health()
+    assert caught.value.code == "UNAVAILABLE"
