@@ -25,13 +25,17 @@ _ZARR_DTYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "bfloat16"}
 @functools.cache
 def _orbax() -> tuple[Any, Any]:
     # Imported late: only writing needs orbax, and with it jax.
+    import jax
     import orbax.checkpoint as ocp
 
     # Orbax tells a dozen things about every component it touches; its warnings stay.
     logging.getLogger("absl").addFilter(_not_chatter)
     # The default handler copies every array first, for saves that go on in the background.
-    numpy_handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
-    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, numpy_handler))
+    handlers = ocp.type_handlers
+    registry = handlers.create_type_handler_registry(
+        (np.ndarray, handlers.NumpyHandler(deepcopy_host_arrays=False)),
+        (jax.Array, handlers.ArrayHandler()),  # not used; orbax warns without one
+    )
     # The handler without the Checkpointer around it: the zoo has its own atomic rename, and a
     # second one, with its marker files, costs half of the time of a small component.
     handler = ocp.PyTreeCheckpointHandler(

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-import tiny
-from tiny import ADAPTER, CONFIG
+import tiny_checkpoints as tiny
+from tiny_checkpoints import ADAPTER, CONFIG
 
 from jblock.blocks.spec import LoraTarget
 from jblock.zoo.store import Zoo
