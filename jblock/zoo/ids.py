@@ -25,7 +25,8 @@ def tensor_records(tensors: Mapping[str, np.ndarray]) -> dict[str, TensorRecord]
     """
     records = {}
     for name, value in sorted(tensors.items()):
-        if DTYPES.get(value.dtype.name) != value.dtype:
+        # By name first: numpy takes None for float64 in a comparison.
+        if value.dtype.name not in DTYPES or value.dtype != DTYPES[value.dtype.name]:
             raise ZooError(
                 f"tensor {name!r} is {value.dtype}; the zoo stores {', '.join(DTYPES)}: cast it"
             )

@@ -1,0 +1,119 @@
+"""fsck: what is damaged is named; what a crash can leave is not called damage."""
+
+import json
+import shutil
+
+import pytest
+import zoos
+
+from jblock.zoo.fsck import fsck
+from jblock.zoo.records import ZooError
+from jblock.zoo.store import Zoo
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """A zoo nothing is wrong with."""
+    zoo = Zoo.create(tmp_path_factory.mktemp("sound") / "zoo")
+    zoos.fill(zoo)
+    return zoo.path
+
+
+@pytest.fixture
+def zoo(sound, tmp_path):
+    """A copy of it to damage."""
+    shutil.copytree(sound, tmp_path / "zoo")
+    return Zoo.open(tmp_path / "zoo")
+
+
+def flip(path, at=-1):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def edit(path, **change):
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+def component(zoo, step=1):
+    return zoo.path / "components" / zoo.chain("m").steps[step].component
+
+
+def delta(zoo):
+    return zoo.path / "deltas" / zoo.chain("m").steps[1].deltas[0]
+
+
+def tokenizer(zoo):
+    return zoo.path / "tokenizers" / zoo.chain("m").tokenizer
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda z: flip(component(z) / "params" / "up.weight" / "0.0"),
+        lambda z: (component(z) / "params" / "up.weight" / "0.0").write_bytes(b""),
+        lambda z: (component(z) / "params" / "up.weight" / "0.0").unlink(),
+        lambda z: (component(z) / "params" / "up.weight" / ".zarray").write_text("[]"),
+        lambda z: (component(z) / "params" / "up.weight" / ".zarray").write_text("{"),
+        lambda z: edit(component(z) / "params/up.weight/.zarray", order="F"),
+        lambda z: edit(component(z) / "params/up.weight/.zarray", dtype="<i4"),
+        lambda z: shutil.rmtree(component(z) / "params"),
+        lambda z: shutil.rmtree(component(z)),
+        lambda z: shutil.rmtree(component(z, 0)),
+        lambda z: (component(z) / "spec.json").write_text("{"),
+        lambda z: (component(z) / "spec.json").write_text("[]"),
+        lambda z: (component(z) / "spec.json").unlink(),
+        lambda z: edit(component(z) / "spec.json", nbytes=1),
+        lambda z: edit(component(z) / "spec.json", tensors={}),
+        lambda z: edit(component(z) / "spec.json", spec={"kind": "warp"}),
+        lambda z: edit(component(z, 3) / "spec.json", refs={"weight": ["0" * 64, "weight"]}),
+        lambda z: edit(component(z, 3) / "spec.json", refs={"weight": "x"}),
+        lambda z: component(z).rename(z.path / "components" / ("0" * 64)),
+        lambda z: (z.path / "components" / "stray").mkdir(),
+        lambda z: flip(delta(z) / "params" / "up.a" / "0.0"),
+        lambda z: edit(delta(z) / "spec.json", component="0" * 64),
+        lambda z: shutil.rmtree(delta(z)),
+        lambda z: flip(tokenizer(z) / "tokenizer.json"),
+        lambda z: (tokenizer(z) / "merges.txt").unlink(),
+        lambda z: shutil.rmtree(tokenizer(z)),
+        lambda z: edit(z.path / "chains/m/1.json", version=2),
+        lambda z: edit(z.path / "chains/m/1.json", name="n"),
+        lambda z: edit(z.path / "chains/m/1.json", surprise=1),
+        lambda z: edit(z.path / "chains/m/1.json", base="gone@1"),
+        lambda z: (z.path / "chains/m/1.json").write_text("{"),
+        lambda z: (z.path / "chains/m/1.json").unlink(),
+        lambda z: (z.path / "chains/m/current").write_text("2\n"),
+        lambda z: (z.path / "chains/m/current").write_text("one"),
+    ],
+)
+def test_damage_is_found(zoo, damage):
+    assert fsck(zoo) == []
+    damage(zoo)
+    problems = fsck(zoo)
+    assert problems
+    assert all("\n" not in line for line in problems)
+
+
+def test_damaged_bytes_are_told_on_a_checked_load(zoo):
+    id_ = zoo.chain("m").steps[0].component
+    flip(component(zoo, 0) / "params" / "weight" / "0.0")
+    zoo.load_component(id_)
+    with pytest.raises(ZooError, match="other content"):
+        zoo.load_component(id_, verify=True)
+    head = zoo.chain("m").steps[3].component
+    with pytest.raises(ZooError, match="other content"):
+        zoo.load_component(head, verify=True)
+
+
+def test_what_a_crash_leaves_is_no_damage(zoo):
+    (zoo.path / "chains" / "new").mkdir()  # killed before its first version
+    (zoo.path / "chains" / "newer").mkdir()
+    edit_to = json.loads((zoo.path / "chains/m/1.json").read_text()) | {"name": "newer"}
+    (zoo.path / "chains/newer/1.json").write_text(json.dumps(edit_to))  # killed before it was live
+    (zoo.path / "tmp" / "dead.lock").write_text("")
+    (zoo.path / "tmp" / "dead" / "components-x").mkdir(parents=True)
+    (zoo.path / "partition" / "current.json").unlink()
+    assert fsck(zoo) == []
+    assert zoo.chains() == ["m"]
+    assert not any((zoo.path / "tmp").iterdir())

@@ -1,0 +1,118 @@
+"""The partition: blocks cover every chain, and cut exactly where sharing begins or ends."""
+
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jblock.zoo.partition import Block, blocks, to_json
+from jblock.zoo.records import Chain, Step
+
+
+def chain(*components, deltas=()):
+    return Chain(
+        name="x",
+        family="llama",
+        steps=tuple(
+            Step(component=c, deltas=("d",) if i in deltas else ())
+            for i, c in enumerate(components)
+        ),
+        tokenizer=None,
+        max_position=1,
+        vocab_size=1,
+    )
+
+
+def cut(chains):
+    return {key: [b.components for b in run] for key, run in blocks(chains).items()}
+
+
+def test_one_chain_is_embedding_body_and_head():
+    assert cut({"a": chain("e", "0", "1", "2", "3", "n", "u")}) == {
+        "a": [("e",), ("0", "1", "2", "3"), ("n", "u")]
+    }
+
+
+def test_a_fine_tune_of_the_last_layers_cuts_once():
+    assert cut(
+        {
+            "base": chain("e", "0", "1", "2", "3", "n", "u"),
+            "tuned": chain("e", "0", "1", "x", "y", "n", "u"),
+        }
+    ) == {
+        "base": [("e",), ("0", "1"), ("2", "3"), ("n", "u")],
+        "tuned": [("e",), ("0", "1"), ("x", "y"), ("n", "u")],
+    }
+
+
+def test_chains_part_and_meet_again():
+    got = blocks(
+        {
+            "a": chain("e", "0", "1", "2", "n", "u"),
+            "b": chain("e", "0", "x", "2", "n", "v"),
+        }
+    )
+    assert got["b"] == (
+        Block(components=("e",), first=0),
+        Block(components=("0",), first=1),
+        Block(components=("x",), first=2),
+        Block(components=("2",), first=3),
+        Block(components=("n", "v"), first=4),
+    )
+
+
+def test_deltas_do_not_cut():
+    plain, adapted = chain("e", "0", "1", "n", "u"), chain("e", "0", "1", "n", "u", deltas=(1,))
+    assert cut({"a": plain, "b": adapted})["b"] == [("e",), ("0", "1"), ("n", "u")]
+
+
+def test_a_component_used_twice_is_a_block_of_its_own():
+    assert cut({"a": chain("e", "0", "0", "1", "n", "u")})["a"] == [
+        ("e",),
+        ("0",),
+        ("0",),
+        ("1",),
+        ("n", "u"),
+    ]
+
+
+bodies = st.lists(st.sampled_from("01234567"), max_size=8)
+
+
+@given(st.dictionaries(st.sampled_from("abcd"), bodies, max_size=4))
+def test_invariants(layers):
+    chains = {key: chain("e", *body, "n", f"u{key}") for key, body in layers.items()}
+    partition = blocks(chains)
+    holders: dict[str, set[tuple[str, ...]]] = {}
+    for key, run in partition.items():
+        flat = [c for block in run for c in block.components]
+        assert flat == [s.component for s in chains[key].steps]
+        assert [b.first for b in run] == [
+            sum(len(b.components) for b in run[:i]) for i in range(len(run))
+        ]
+        assert (run[0].components, run[-1].components) == (("e",), ("n", f"u{key}"))
+        for block in run[1:-1]:
+            for component in block.components:
+                holders.setdefault(component, set()).add(block.components)
+    # A component is in one block only, whichever chain it is looked at from.
+    assert all(len(found) == 1 for found in holders.values())
+    # No two neighbours could be joined without losing that.
+    for run in partition.values():
+        for left, right in itertools.pairwise(run[1:-1]):
+            pair = left.components + right.components
+            together = [
+                "".join(body).count("".join(pair)) == "".join(body).count("".join(part))
+                for body in layers.values()
+                for part in (left.components, right.components)
+            ]
+            assert not all(together) or left == right
+
+
+def test_json_is_plain():
+    assert to_json(blocks({"a": chain("e", "0", "n", "u")})) == {
+        "a": [
+            {"first": 0, "components": ["e"]},
+            {"first": 1, "components": ["0"]},
+            {"first": 2, "components": ["n", "u"]},
+        ]
+    }

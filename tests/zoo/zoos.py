@@ -1,0 +1,59 @@
+"""Small zoos made without a checkpoint."""
+
+import numpy as np
+
+from jblock.blocks.spec import (
+    EmbeddingSpec,
+    FfnSpec,
+    LoraSpec,
+    LoraTarget,
+    NormSpec,
+    UnembeddingSpec,
+)
+from jblock.zoo.records import Chain, Step
+
+VOCAB, HIDDEN = 8, 4
+EMBEDDING = EmbeddingSpec(vocab_size=VOCAB, hidden_size=HIDDEN)
+FFN = FfnSpec(hidden_size=HIDDEN, intermediate_size=6, norm_eps=1e-5)
+NORM = NormSpec(hidden_size=HIDDEN, eps=1e-5)
+HEAD = UnembeddingSpec(vocab_size=VOCAB, hidden_size=HIDDEN)
+LORA = LoraSpec(targets={"up": LoraTarget(rank=2, scale=0.5)})
+
+
+def tensors(spec, seed=0, dtype=np.float32):
+    """Random tensors of a component."""
+    rng = np.random.default_rng(seed)
+    return {n: rng.standard_normal(s).astype(dtype) for n, s in spec.tensors().items()}
+
+
+def lora_tensors(seed=0):
+    """Random tensors of LORA on FFN."""
+    rng = np.random.default_rng(seed)
+    return {n: rng.standard_normal(s).astype("f4") for n, s in LORA.tensors(FFN).items()}
+
+
+def fill(zoo, name="m", seed=0):
+    """Adds a tied model with one ffn and a delta on it; returns its chain."""
+    embedding = zoo.put_component(EMBEDDING, tensors(EMBEDDING, seed))
+    ffn = zoo.put_component(FFN, tensors(FFN, seed))
+    norm = zoo.put_component(NORM, tensors(NORM, seed))
+    head = zoo.put_component(HEAD, {}, {"weight": (embedding, "weight")})
+    delta = zoo.put_delta(LORA, ffn, lora_tensors(seed))
+    tokenizer = zoo.put_tokenizer({"tokenizer.json": b"{}", "merges.txt": b"a b"})
+    steps = (
+        Step(component=embedding),
+        Step(component=ffn, deltas=(delta,)),
+        Step(component=norm),
+        Step(component=head),
+    )
+    return zoo.publish(
+        Chain(
+            name=name,
+            family="llama",
+            steps=steps,
+            tokenizer=tokenizer,
+            max_position=16,
+            vocab_size=VOCAB,
+            source={"a": [1, 2.5, None]},
+        )
+    )
