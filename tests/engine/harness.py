@@ -1,0 +1,97 @@
+"""A zoo of the oracle's fixtures, and an agent driven step by step with its logits in reach."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from checkpoints import hf, peft
+from checkpoints.progress import Progress
+from jblock.engine.api import Output, Request, SamplingParams
+from jblock.engine.assembly import Assembly, assemble
+from jblock.engine.config import EngineConfig
+from jblock.engine.device import Device
+from jblock.engine.loop import Loop
+from jblock.zoo.store import Zoo
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+BASES = sorted(p.name for p in (FIXTURES / "hf").iterdir() if (p / "oracle.npz").exists())
+ADAPTERS = sorted(p.name for p in (FIXTURES / "peft").iterdir() if (p / "oracle.npz").exists())
+
+
+def base_of(adapter: str) -> str:
+    """Name of the fixture an adapter was made on."""
+    return "qwen3_qknorm" if adapter.startswith("qwen3") else "llama_gqa_untied"
+
+
+def oracle(name: str) -> dict[str, np.ndarray]:
+    """What transformers (and peft) computed for a fixture."""
+    kind = "peft" if name in ADAPTERS else "hf"
+    with np.load(FIXTURES / kind / name / "oracle.npz") as arrays:
+        return dict(arrays)
+
+
+def make_zoo(path: Path) -> Path:
+    """Converts every fixture into a zoo."""
+    quiet = Progress(False)
+    for name in BASES:
+        hf.convert(FIXTURES / "hf" / name, path, name, quiet)
+    for name in ADAPTERS:
+        peft.convert(FIXTURES / "peft" / name, path, base_of(name), name, quiet)
+    return path
+
+
+class LogitsDevice(Device):
+    """A device that keeps the logits it samples from, as (batch, float32 [S, vocab])."""
+
+    def _sample(self, logits, meta, batch):
+        self.seen.append((batch, np.asarray(logits)))
+        return super()._sample(logits, meta, batch)
+
+    def __init__(self, assembly: Assembly, config: EngineConfig):
+        super().__init__(assembly, config)
+        self.seen = []
+
+
+@dataclasses.dataclass
+class Agent:
+    """One agent on the test's own thread."""
+
+    assembly: Assembly
+    device: LogitsDevice
+    loop: Loop
+
+    @classmethod
+    def make(cls, zoo: Path, models: list[str], config: EngineConfig) -> "Agent":
+        """Assembles `models` of a zoo; programs compile when first used."""
+        store = Zoo.open(zoo)
+        assembly = assemble(store, {name: store.chain(name) for name in models}, config)
+        device = LogitsDevice(assembly, config)
+        return cls(assembly, device, Loop(assembly, device, config))
+
+    def run(self) -> dict[str, list[Output]]:
+        """Steps until nothing is left; outputs by request id."""
+        outputs: dict[str, list[Output]] = {}
+        while not self.loop.idle or not outputs:
+            for output in self.loop.step():
+                outputs.setdefault(output.request_id, []).append(output)
+        return outputs
+
+    def generate(
+        self, prompts: dict[str, tuple[str, np.ndarray]], **sampling
+    ) -> dict[str, list[int]]:
+        """Runs requests {id: (model, prompt ids)} together; generated ids by request id."""
+        for request_id, (model, prompt) in prompts.items():
+            self.loop.submit(request(request_id, model, prompt, **sampling))
+        return {i: [t for o in out for t in o.token_ids] for i, out in self.run().items()}
+
+
+def request(request_id: str, model: str, prompt, **sampling) -> Request:
+    """A request that runs to its length unless told otherwise."""
+    options = {"max_tokens": 64, "ignore_eos": True, **sampling}
+    return Request(
+        request_id=request_id,
+        model=model,
+        token_ids=tuple(int(t) for t in prompt),
+        sampling=SamplingParams(**options),
+    )
