@@ -77,15 +77,17 @@ def write_atomic(path: Path, data: bytes, scratch: Path) -> None:
 
 
 def move_dir(source: Path, target: Path) -> bool:
-    """Renames a finished folder into place. False when the target exists: it has the same content,
-    because folders are named by their content."""
+    """Renames a finished folder into place; the caller forces the parent to the disk.
+
+    Returns:
+      False when the target exists: it has the same content, because folders are named by it.
+    """
     try:
         os.rename(source, target)
     except OSError as e:
         if e.errno in (errno.EEXIST, errno.ENOTEMPTY):
             return False
         raise
-    fsync_path(target.parent)
     return True
 
 

@@ -24,13 +24,14 @@ class Writer:
     """Stages components, deltas and folders of small files. Made by `Zoo.writer`.
 
     Nothing staged is visible before the `with` block ends without an error. Then everything is
-    renamed into the zoo in the order it was put, so what a component refers to comes before it.
+    renamed into the zoo, what others refer to first.
     """
 
     def __init__(self, zoo: Zoo, scratch: Path):
         self._zoo = zoo
         self._scratch = scratch
-        self._staged: dict[Path, Path] = {}  # target -> staged folder, in order
+        self._staged: dict[Path, Path] = {}  # target -> staged folder
+        self._referring: set[Path] = set()  # targets that name other components
         self._records: dict[str, ComponentRecord] = {}
         self.new_bytes = 0
 
@@ -69,7 +70,7 @@ class Writer:
             id=id_, spec=spec, tensors=records, refs=refs, nbytes=_nbytes(tensors)
         )
         self._records[id_] = record
-        self._stage(self._zoo.path / "components" / id_, header, tensors)
+        self._stage(self._zoo.path / "components" / id_, header, tensors, bool(refs))
         return id_
 
     def put_delta(self, spec: DeltaSpec, component: str, tensors: Mapping[str, np.ndarray]) -> str:
@@ -83,7 +84,7 @@ class Writer:
         codec.check_shapes(spec.kind, shapes, spec.tensors(base.spec))
         header = {"spec": spec_to_json(spec), "component": component}
         id_ = ids.content_id(header, tensors)
-        self._stage(self._zoo.path / "deltas" / id_, header, tensors)
+        self._stage(self._zoo.path / "deltas" / id_, header, tensors, True)
         return id_
 
     def put_files(self, kind: str, files: Mapping[str, bytes]) -> str:
@@ -96,17 +97,26 @@ class Writer:
         if target not in self._staged and not target.exists():
             folder = self._new_folder(target)
             for name, data in files.items():
-                disk.write_new(folder / name, data)
-            disk.fsync_path(folder)
+                (folder / name).write_bytes(data)
         return id_
 
     def commit(self) -> None:
         """Moves what was staged into the zoo."""
-        for target, folder in self._staged.items():
-            disk.move_dir(folder, target)
+        # All at once, because every forced write waits for the disk's journal.
+        for folder in self._staged.values():
+            disk.fsync_tree(folder)
+        # What others refer to is in place, on the disk, before what refers to it.
+        for refers in (False, True):
+            targets = [t for t in self._staged if (t in self._referring) is refers]
+            for target in targets:
+                disk.move_dir(self._staged[target], target)
+            for parent in {t.parent for t in targets}:
+                disk.fsync_path(parent)
         self._staged.clear()
 
-    def _stage(self, target: Path, header: dict, tensors: Mapping[str, np.ndarray]) -> None:
+    def _stage(
+        self, target: Path, header: dict, tensors: Mapping[str, np.ndarray], refers: bool
+    ) -> None:
         if target in self._staged or target.exists():
             return
         nbytes = _nbytes(tensors)
@@ -114,8 +124,9 @@ class Writer:
         if tensors:
             params.save(folder / "params", tensors)
         record = codec.record_json(header, ids.tensor_records(tensors), nbytes)
-        disk.write_new(folder / "spec.json", (canonical_json(record) + "\n").encode())
-        disk.fsync_tree(folder)
+        (folder / "spec.json").write_text(canonical_json(record) + "\n")
+        if refers:
+            self._referring.add(target)
         self.new_bytes += nbytes
 
     def _new_folder(self, target: Path) -> Path:
