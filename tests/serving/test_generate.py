@@ -9,8 +9,10 @@ import pytest
 import server_harness as harness
 from tokenizer_fixtures import byte_level
 
+from jblock.engine.mock import build_engine
 from serving.client import AsyncClient, Client
 from serving.v1 import jblock_pb2 as pb
+from serving.v1 import jblock_pb2_grpc
 from serving.values import ClientError
 
 TEXT = "héllo 你好 🙂 the cat"
@@ -219,3 +221,16 @@ def test_models(fast):
     assert (echo.blocks, echo.shared_blocks) == (5, 4)
     assert fast.client.model("adapter").base == "echo@3"
     assert not fast.client.model("ids").has_tokenizer
+
+
+def test_a_client_that_does_not_read_gets_few_messages_once_it_does(tmp_path):
+    # One message a token would be 1.4 MB; flow control lets little of that leave before.
+    engine = build_engine(models=[{"name": "echo", "max_model_len": 30_000}])
+    options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_536)]
+    with harness.serving(engine) as running, grpc.insecure_channel(running.target, options) as to:
+        request = harness.ids_request(ids=(1, 2), max_tokens=20_000, logprobs=True)
+        stream = jblock_pb2_grpc.InferenceStub(to).GenerateStream(request)
+        assert harness.eventually(lambda: engine.stats().generated_tokens == 20_000, 30)
+        messages = list(stream)
+        assert sum(len(m.token_ids) for m in messages) == 20_000
+        assert len(messages) < 10_000
