@@ -1,6 +1,5 @@
 """`jblock-convert hf`: a Hugging Face checkpoint becomes a chain of components."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import safetensors.numpy
 from checkpoints.errors import CheckpointError
 from checkpoints.progress import Progress
 from checkpoints.source import Source, open_source, read_json
-from checkpoints.tokenizer import largest_id, read_tokenizer
+from checkpoints.tokenizer import TokenizerFiles, read_tokenizer
 from jblock.blocks.spec import AttentionSpec
 from jblock.families import Plan, family_for
 from jblock.families.config import token_ids
@@ -53,7 +52,7 @@ def convert(source_path: Path, zoo_path: Path, name: str, progress: Progress) ->
     eos = eos or token_ids(config, "eos_token_id", plan.vocab_size)
     bos = bos or token_ids(config, "bos_token_id", plan.vocab_size)
     tokenizer = read_tokenizer(source_path)
-    check_ids(tokenizer, plan.vocab_size, source_path, progress)
+    note_tokenizer(tokenizer, plan.vocab_size, source_path, progress)
 
     zoo = Zoo.create(zoo_path)
     with zoo.writer() as writer:
@@ -73,7 +72,9 @@ def convert(source_path: Path, zoo_path: Path, name: str, progress: Progress) ->
             name=name,
             family=family.name,
             steps=tuple(steps),
-            tokenizer=None if tokenizer is None else writer.put_files("tokenizers", tokenizer),
+            tokenizer=None
+            if tokenizer is None
+            else writer.put_files("tokenizers", tokenizer.files),
             max_position=plan.max_position,
             vocab_size=plan.vocab_size,
             eos_token_ids=eos,
@@ -125,17 +126,20 @@ def check_tensors(plan: Plan, source: Source) -> None:
             )
 
 
-def check_ids(
-    tokenizer: Mapping[str, bytes] | None, vocab_size: int, path: Path, progress: Progress
+def note_tokenizer(
+    tokenizer: TokenizerFiles | None, vocab_size: int, path: Path, progress: Progress
 ) -> None:
     """Notes what a user of the tokenizer should know."""
     if tokenizer is None:
         progress.note(f"{path} has no tokenizer: the model can be served with token ids only")
         return
-    largest = largest_id(tokenizer["tokenizer.json"], path)
-    if largest >= vocab_size:
+    if tokenizer.made:
+        progress.note("tokenizer.json was made from tokenizer.model")
+    if tokenizer.largest_id >= vocab_size:
         # Usual for a padding token added after training, which no prompt contains.
-        progress.note(f"the tokenizer has ids up to {largest}, the model only {vocab_size - 1}")
+        progress.note(
+            f"the tokenizer has ids up to {tokenizer.largest_id}, the model only {vocab_size - 1}"
+        )
 
 
 def _left_out(plan: Plan, source: Source) -> dict[str, bytes]:

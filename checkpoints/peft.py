@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from checkpoints.errors import CheckpointError
-from checkpoints.hf import check_ids
+from checkpoints.hf import note_tokenizer
 from checkpoints.peft_config import LoraSettings, read_settings
 from checkpoints.progress import Progress
 from checkpoints.source import Source, open_source, read_json
@@ -49,7 +49,7 @@ def convert(
     planned = plan_deltas(zoo, base, settings, source)
     tokenizer = read_tokenizer(source_path)
     if tokenizer is not None:
-        check_ids(tokenizer, base.vocab_size, source_path, progress)
+        note_tokenizer(tokenizer, base.vocab_size, source_path, progress)
 
     with zoo.writer() as writer:
         added: dict[int, str] = {}
@@ -73,7 +73,8 @@ def convert(
             source_files=writer.put_files("sources", source.small_files(("adapter_config.json",))),
         )
         if tokenizer is not None:
-            chain = dataclasses.replace(chain, tokenizer=writer.put_files("tokenizers", tokenizer))
+            own = writer.put_files("tokenizers", tokenizer.files)
+            chain = dataclasses.replace(chain, tokenizer=own)
         progress.note(f"{name}: {writer.new_bytes} of {total} bytes are new to the zoo")
     before = zoo.versions(name)
     published = zoo.publish(chain)

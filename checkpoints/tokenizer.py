@@ -1,8 +1,10 @@
 """The tokenizer files of a checkpoint: what the zoo keeps, and what it refuses."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints.errors import CheckpointError
+from checkpoints.source import read_json
 
 # tokenizer.json is what serves; the rest is for chat templates, special tokens and export.
 _FILES = (
@@ -16,43 +18,51 @@ _FILES = (
     "vocab.json",
     "merges.txt",
 )
-_SLOW = ("tokenizer.model", "vocab.json", "spiece.model")
 
 
-def read_tokenizer(path: Path) -> dict[str, bytes] | None:
-    """Name -> bytes of the tokenizer files in a checkpoint folder; None when there are none.
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFiles:
+    """What the zoo keeps of a tokenizer.
+
+    Attributes:
+      files: name -> bytes; tokenizer.json is always among them.
+      largest_id: the largest id it can give.
+      made: tokenizer.json was made here, from a SentencePiece model.
+    """
+
+    files: dict[str, bytes]
+    largest_id: int
+    made: bool
+
+
+def read_tokenizer(path: Path) -> TokenizerFiles | None:
+    """The tokenizer in a checkpoint folder; None when there is none.
 
     Raises:
       CheckpointError: a tokenizer that cannot be served, or a tokenizer.json that does not load.
     """
-    if not (path / "tokenizer.json").is_file():
-        slow = [name for name in _SLOW if (path / name).is_file()]
-        if not slow:
+    import tokenizers
+
+    files = {name: (path / name).read_bytes() for name in _FILES if (path / name).is_file()}
+    made = "tokenizer.json" not in files and "tokenizer.model" in files
+    if made:
+        from checkpoints import sentencepiece_model
+
+        config = read_json(path / "tokenizer_config.json", required=False)
+        added = read_json(path / "added_tokens.json", required=False)
+        text = sentencepiece_model.convert(files["tokenizer.model"], config, added)
+        files["tokenizer.json"] = text.encode()
+    elif "tokenizer.json" not in files:
+        if "vocab.json" not in files:
             return None
         raise CheckpointError(
-            f"{path} has {slow[0]} but no tokenizer.json: make one (transformers: AutoTokenizer."
+            f"{path} has vocab.json but no tokenizer.json: make one (transformers: AutoTokenizer."
             "from_pretrained(folder).save_pretrained(folder)), or remove the tokenizer files to "
             "serve token ids only"
         )
-    files = {name: (path / name).read_bytes() for name in _FILES if (path / name).is_file()}
-    load(files["tokenizer.json"], path)
-    return files
-
-
-def load(data: bytes, path: Path):
-    """A `tokenizers.Tokenizer` from the bytes of tokenizer.json.
-
-    Raises:
-      CheckpointError: it does not load.
-    """
-    import tokenizers
-
     try:
-        return tokenizers.Tokenizer.from_str(data.decode())
+        tokenizer = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
     except Exception as e:  # the library raises plain Exception
         raise CheckpointError(f"{path}/tokenizer.json cannot be loaded: {e}") from e
-
-
-def largest_id(data: bytes, path: Path) -> int:
-    """The largest id a tokenizer can give."""
-    return max(load(data, path).get_vocab(with_added_tokens=True).values(), default=-1)
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    return TokenizerFiles(files=files, largest_id=largest, made=made)

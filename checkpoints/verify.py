@@ -29,7 +29,7 @@ def verify(zoo_path: Path, name: str, source_path: Path, progress: Progress) -> 
     else:
         differences = _checkpoint(zoo, chain, source_path, progress)
     tokenizer = read_tokenizer(source_path)
-    if tokenizer is not None and chain.tokenizer != files_id(tokenizer):
+    if tokenizer is not None and chain.tokenizer != files_id(tokenizer.files):
         differences.append("the tokenizer files differ")
     if tokenizer is None and chain.tokenizer is not None and chain.base is None:
         differences.append(f"{source_path} has no tokenizer, the zoo has one")
