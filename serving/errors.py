@@ -7,6 +7,8 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
+_MAX_MESSAGE = 1000
+
 
 class RequestError(Exception):
     """Ends one request with a status; the message says what was given, expected, and what to do."""
@@ -14,7 +16,8 @@ class RequestError(Exception):
     def __init__(self, code: grpc.StatusCode, message: str):
         super().__init__(message)
         self.code = code
-        self.message = message
+        # It travels as metadata, of which clients take 8 KB.
+        self.message = message[:_MAX_MESSAGE]
 
 
 def invalid(message: str) -> RequestError:

@@ -41,7 +41,6 @@ async def prompt_ids(request: pb.GenerateRequest, model: ServedModel) -> tuple[i
         ids = tuple(request.token_ids.ids)
         if not ids:
             raise invalid("token_ids: is empty; send at least one id")
-        _check_ids("token_ids", ids, model.info)
     else:
         raise invalid("prompt: is missing; set text or token_ids")
     most = model.info.max_model_len - 1
@@ -49,6 +48,13 @@ async def prompt_ids(request: pb.GenerateRequest, model: ServedModel) -> tuple[i
         raise invalid(
             f"{given}: prompt has {len(ids)} tokens, {model.info.name} takes at most {most}; "
             "shorten it"
+        )
+    if given == "token_ids":
+        _check_ids("token_ids", ids, model.info)
+    elif max(ids) >= model.info.vocab_size:  # Tokens added to a tokenizer, not to its model.
+        raise invalid(
+            f"text: encodes to the id {max(ids)}, {model.info.name} has ids from 0 to "
+            f"{model.info.vocab_size - 1}; leave that token out"
         )
     return ids
 

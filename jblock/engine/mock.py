@@ -44,7 +44,7 @@ class _Running:
     generated: int = 0
 
 
-class MockEngine:
+class MockEngine(api.Engine):
     """Implements `jblock.engine.api.Engine` in a thread.
 
     Attributes:

@@ -21,7 +21,7 @@ from jblock.engine import api, wire
 _CLOSE_SECONDS = 10.0
 
 
-class ProcessEngine:
+class ProcessEngine(api.Engine):
     """Implements `jblock.engine.api.Engine` over a child process.
 
     The child builds the real engine with a factory named as "module:function" and plain keyword
@@ -142,6 +142,10 @@ class ProcessEngine:
             try:
                 kind, body = wire.unpack(self._connection.recv_bytes())
             except (EOFError, OSError):
+                break
+            except ValueError as error:
+                self._told = str(error)
+                self._process.kill()  # It speaks another language; nothing it says can be used.
                 break
             with self._changed:
                 if kind == "step":

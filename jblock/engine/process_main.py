@@ -56,6 +56,15 @@ class _Inbox(threading.Thread):
                 _pass_on(engine, kind, body)
 
     def run(self) -> None:
+        """Reads until told to close. An engine that hears nothing any more must not live on."""
+        try:
+            self._read()
+        except Exception:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+
+    def _read(self) -> None:
         while True:
             try:
                 kind, body = wire.unpack(self._connection.recv_bytes())

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jblock.engine import api, wire
@@ -62,6 +62,7 @@ requests = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(requests)
 def test_a_request_survives_the_wire(request):
     kind, body = wire.unpack(wire.pack("submit", wire.to_plain(request)))
@@ -195,6 +196,31 @@ def test_a_killed_child_ends_poll_and_models():
         engine.models()
     engine.submit(api.Request(request_id="1", model="echo", token_ids=(1,)))
     engine.close()
+
+
+def test_a_child_that_is_told_nonsense_ends():
+    engine = ProcessEngine(MOCK)
+    engine.models()
+    engine._outbox.put(b"nonsense")
+    with pytest.raises(api.EngineDied, match=r"code 1.*must run the same version of jblock"):
+        while True:
+            engine.poll(5.0)
+    engine.close()
+
+
+def test_a_child_that_talks_nonsense_is_ended():
+    engine = ProcessEngine("test_process:nonsense_engine")
+    with pytest.raises(api.EngineDied, match="must run the same version of jblock"):
+        engine.models()
+    engine.close()
+
+
+def nonsense_engine():
+    """Writes to the pipe past the protocol, from within the child."""
+    from multiprocessing.connection import Connection
+
+    Connection(int(sys.argv[1])).send_bytes(b"nonsense")
+    time.sleep(60)
 
 
 def test_a_loop_that_dies_is_reported_with_its_words():

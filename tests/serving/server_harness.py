@@ -89,6 +89,7 @@ def mock(folder: Path, **options: Any) -> MockEngine:
         {"name": "echo", **text, "version": 3, "blocks": 5, "shared_blocks": 4},
         {"name": "adapter", **text, "base": "echo@3"},
         {"name": "ids", "offset": 1, "max_model_len": 64, "eos_token_ids": [9]},
+        {"name": "small", **text, "vocab_size": 300},
         {"name": "broken", **text, "error_code": "INTERNAL", "error_after": 2},
     ]
     return build_engine(models=models, **options)

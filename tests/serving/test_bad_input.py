@@ -22,7 +22,7 @@ CASES = {
     "unknown model": (
         ask(model="nobody"),
         "NOT_FOUND",
-        "model: 'nobody' is not served; choose one of adapter, broken, echo, ids",
+        "model: 'nobody' is not served; choose one of adapter, broken, echo, ids, small",
     ),
     "no prompt": (
         pb.GenerateRequest(model="echo"),
@@ -59,6 +59,11 @@ CASES = {
         pb.GenerateRequest(model="echo", text="🙂" * 1024),
         "INVALID_ARGUMENT",
         "takes at most 1023; shorten it",
+    ),
+    "text past the vocabulary": (
+        pb.GenerateRequest(model="small", text="the cat the cat sat on the mat"),
+        "INVALID_ARGUMENT",
+        "small has ids from 0 to 299; leave that token out",
     ),
     "negative temperature": (ask(temperature=-0.1), "INVALID_ARGUMENT", "temperature: -0.1 is not"),
     "temperature nan": (ask(temperature=NAN), "INVALID_ARGUMENT", "temperature: nan is not"),
@@ -197,4 +202,4 @@ def test_bad_configuration(fields, message):
 
 def test_a_stub_of_the_proto_needs_no_more(fast):
     answer = jblock_pb2_grpc.ModelsStub(fast.channel).List(pb.ListModelsRequest())
-    assert len(answer.models) == 4
+    assert len(answer.models) == 5

@@ -187,7 +187,7 @@ def test_an_async_stream_left_early_is_cancelled(slow):
             assert await client.health() == "SERVING"
             assert (await client.generate("echo", [300], max_tokens=1)).token_ids == (300,)
             assert [m.name for m in await client.models()] == sorted(
-                ["adapter", "broken", "echo", "ids"]
+                ["adapter", "broken", "echo", "ids", "small"]
             )
             assert (await client.model("echo")).version == 3
 
@@ -214,7 +214,7 @@ def test_a_deadline_ends_the_work(slow, method):
 
 
 def test_models(fast):
-    assert [m.name for m in fast.client.models()] == ["adapter", "broken", "echo", "ids"]
+    assert [m.name for m in fast.client.models()] == ["adapter", "broken", "echo", "ids", "small"]
     echo = fast.client.model("echo")
     assert (echo.version, echo.family, echo.vocab_size) == (3, "mock", harness.VOCAB_SIZE)
     assert (echo.max_model_len, echo.has_tokenizer) == (1024, True)

@@ -1,7 +1,7 @@
 """Stop strings: what is found does not depend on how the text was cut."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.stop import StopMatcher
@@ -49,6 +49,7 @@ def test_only_what_may_begin_a_stop_string_is_held_back():
 texts = st.text("ab", max_size=20)
 
 
+@settings(deadline=None)
 @given(st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), texts, st.data())
 def test_the_cut_of_the_text_does_not_matter(stops, text, data):
     pieces, at = [], 0
