@@ -33,12 +33,4 @@ class Head(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, hidden_size] -> [T, vocab_size]."""
-        x, weight = self.norm(x), self.weight[...]
-        if not self.tied:
-            return matmul(x, weight)
-        return jax.lax.dot_general(
-            x.astype(weight.dtype),
-            weight,
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
+        return matmul(self.norm(x), self.weight[...], transposed=self.tied)

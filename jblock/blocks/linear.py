@@ -8,18 +8,30 @@ from flax import nnx
 
 from jblock.blocks.rows import Rows
 
+_BF16_ROWS = 8
 
-def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+
+def matmul(x: jax.Array, weight: jax.Array, *, transposed: bool = False) -> jax.Array:
     """`x [T, in] @ weight [in, out]` in the weight's dtype, accumulated and returned in float32.
 
-    The accumulation type is stated because XLA's CPU backend takes its AVX-512 bf16 path only then.
+    The accumulation type is stated because XLA's CPU backend takes its AVX-512 bf16 path only then,
+    and fewer than 8 bf16 rows are padded to 8, because below it falls back to a far slower loop.
+
+    Args:
+      x: [T, in].
+      weight: [in, out], or [out, in] when transposed.
+      transposed: how the weight lies.
     """
-    return jax.lax.dot_general(
+    count = x.shape[0]
+    if weight.dtype == jnp.bfloat16 and count < _BF16_ROWS:
+        x = jnp.pad(x, ((0, _BF16_ROWS - count), (0, 0)))
+    y = jax.lax.dot_general(
         x.astype(weight.dtype),
         weight,
-        (((1,), (0,)), ((), ())),
+        (((1,), (1 if transposed else 0,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
+    return y[:count]
 
 
 class Linear(nnx.Module):

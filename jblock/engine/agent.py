@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,8 +11,9 @@ from absl import logging
 
 from jblock.engine.api import EngineDied, EngineStats, ModelInfo, Output, Request
 from jblock.engine.assembly import Assembly, assemble
-from jblock.engine.config import EngineConfig
+from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.device import Device
+from jblock.engine.executable_cache import ExecutableCache, default_folder
 from jblock.engine.loop import Loop
 from jblock.zoo.records import Chain, ZooError
 from jblock.zoo.store import Zoo
@@ -20,29 +22,36 @@ from jblock.zoo.store import Zoo
 class ThreadEngine:
     """An `api.Engine` whose loop is a thread of this process."""
 
-    def __init__(self, zoo: Zoo, chains: dict[str, Chain], config: EngineConfig):
-        """Loads the chains, compiles every program they can need, and starts the loop.
+    def __init__(
+        self,
+        zoo: Zoo,
+        chains: dict[str, Chain],
+        config: EngineConfig,
+        cache: ExecutableCache | None = None,
+    ):
+        """Loads the chains, compiles the first tier of programs and starts the loop; the other tiers
+        follow in the background, and each grid is used as soon as its programs are there.
 
         Raises:
           ZooError: a chain or component that cannot be read.
           ValueError: settings that do not fit the chains.
         """
+        self._config = config
         self._assembly = assemble(zoo, chains, config)
-        device = Device(self._assembly, config)
-        device.executables.warm(device.program_keys(self._assembly), config.compile_workers)
-        logging.info(
-            "%d programs compiled for %d blocks of %d models",
-            len(device.executables),
-            len(self._assembly.instances),
-            len(chains),
-        )
+        self._device = Device(self._assembly, config, cache)
+        self._closing = threading.Event()
+        self._warm(config.first_buckets)
         self._models = _model_infos(zoo, self._assembly, config)
-        self._loop = Loop(self._assembly, device, config)
+        self._loop = Loop(self._assembly, self._device, config)
         self._inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[list[Output]] = queue.SimpleQueue()
         self._death: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="jblock-engine", daemon=True)
         self._thread.start()
+        self._compiler = threading.Thread(
+            target=self._warm_rest, name="jblock-compiler", daemon=True
+        )
+        self._compiler.start()
 
     def models(self) -> tuple[ModelInfo, ...]:
         """The served chains."""
@@ -77,8 +86,35 @@ class ThreadEngine:
 
     def close(self) -> None:
         """Stops the loop and waits for it."""
+        self._closing.set()
         self._inbox.put(None)
         self._thread.join()
+        self._compiler.join()
+
+    def settle(self) -> None:
+        """Waits until the background compiler has nothing left to do."""
+        self._compiler.join()
+
+    def _warm(self, buckets: tuple[Bucket, ...]) -> None:
+        """Makes the programs of these grids, then adds the grids to those the loop may use."""
+        device = self._device
+        keys = device.program_keys(self._assembly, buckets)
+        device.executables.warm(keys, self._config.compile_workers, stop=self._closing)
+        if not self._closing.is_set():
+            known = () if buckets == self._config.first_buckets else device.buckets
+            device.buckets = tuple(sorted({*known, *buckets}, key=lambda b: (b.q_len, b.num_seqs)))
+
+    def _warm_rest(self) -> None:
+        rest = [
+            bucket
+            for bucket in (*self._config.decode_buckets, *self._config.prefill_buckets)
+            if bucket not in self._config.first_buckets
+        ]
+        try:
+            for bucket in rest:
+                self._warm((bucket,))
+        except Exception:
+            logging.exception("the background compiler failed; the grids there are go on serving")
 
     def _check_alive(self) -> None:
         if not self._thread.is_alive():
@@ -112,7 +148,12 @@ class ThreadEngine:
 
 
 def build_engine(
-    *, zoo: str, models: Sequence[str] = (), profiler_port: int = 0, **settings: Any
+    *,
+    zoo: str,
+    models: Sequence[str] = (),
+    profiler_port: int = 0,
+    executable_cache: str = "",
+    **settings: Any,
 ) -> ThreadEngine:
     """An engine over a zoo on disk.
 
@@ -120,6 +161,7 @@ def build_engine(
       zoo: folder of the zoo.
       models: chain names to serve; all of the zoo's when empty.
       profiler_port: port an XLA profiler session may attach to; 0 opens none.
+      executable_cache: folder of compiled programs; `executable_cache.default_folder()` when empty.
       **settings: fields of EngineConfig.
 
     Raises:
@@ -136,7 +178,9 @@ def build_engine(
     chains = {name: store.chain(name) for name in names}
     if profiler_port:
         jax.profiler.start_server(profiler_port)
-    return ThreadEngine(store, chains, config)
+    cache = ExecutableCache(Path(executable_cache) if executable_cache else default_folder())
+    cache.prune()
+    return ThreadEngine(store, chains, config, cache)
 
 
 def _model_infos(zoo: Zoo, assembly: Assembly, config: EngineConfig) -> tuple[ModelInfo, ...]:

@@ -33,7 +33,7 @@ class EngineConfig:
       prefill_grids: (sequences, tokens) grids prefill programs are compiled for; the token counts are
         the chunk lengths a prompt is cut into.
       share: blocks with equal contents are held and run once; off, every chain has its own.
-      compile_workers: threads that compile at warm-up.
+      compile_workers: threads that compile, before the first request and in the background.
     """
 
     dtype: str = "float32"
@@ -74,6 +74,19 @@ class EngineConfig:
         """Prefill grids, sorted by chunk length, then by sequences."""
         grids = {Bucket(min(s, self.max_num_seqs), q) for s, q in self.prefill_grids}
         return tuple(sorted(grids, key=lambda b: (b.q_len, b.num_seqs)))
+
+    @property
+    def first_buckets(self) -> tuple[Bucket, ...]:
+        """One grid for decoding and one for prefill: what has to be compiled before the first request.
+
+        They are mid-sized, because until the others are there they carry everything.
+        """
+        decode = self.decode_buckets
+        prefill = [b for b in self.prefill_buckets if b.num_seqs == 1] or list(self.prefill_buckets)
+        return (
+            min(decode, key=lambda b: abs(b.num_seqs - 16)),
+            min(prefill, key=lambda b: abs(b.q_len - 64)),
+        )
 
     @property
     def max_pages(self) -> int:

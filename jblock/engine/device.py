@@ -11,6 +11,7 @@ from jblock.engine import batching
 from jblock.engine.assembly import Assembly, Instance, KvGroup, Unit
 from jblock.engine.batching import Batch
 from jblock.engine.config import Bucket, EngineConfig
+from jblock.engine.executable_cache import ExecutableCache
 from jblock.engine.executables import (
     SCRUB_PAGES,
     Executables,
@@ -36,9 +37,12 @@ class Device:
       num_rows: rows of each register.
       pool_shapes: pages of each KV group.
       executables: the compiled programs.
+      buckets: grids that may be used now; replaced as a whole when more are compiled.
     """
 
-    def __init__(self, assembly: Assembly, config: EngineConfig):
+    def __init__(
+        self, assembly: Assembly, config: EngineConfig, cache: ExecutableCache | None = None
+    ):
         """Allocates registers and pools for an assembly.
 
         Raises:
@@ -52,8 +56,10 @@ class Device:
                 num_rows=self.num_rows,
                 max_num_seqs=config.max_num_seqs,
                 max_pages=config.max_pages,
-            )
+            ),
+            cache,
         )
+        self.buckets: tuple[Bucket, ...] = (*config.decode_buckets, *config.prefill_buckets)
         groups = sorted({g for route in assembly.routes.values() for g in route.groups})
         self.pool_shapes = {g: _pool_shape(g, len(groups), config) for g in groups}
         self._pools = {
@@ -68,17 +74,16 @@ class Device:
         self._last_tokens = jnp.zeros((config.max_num_seqs,), jnp.int32)
         self._arrays: dict[tuple, jax.Array] = {}
 
-    def program_keys(self, assembly: Assembly) -> Iterator[ProgramKey]:
-        """Every program the assembly can ask for."""
-        buckets = (*self.config.decode_buckets, *self.config.prefill_buckets)
+    def program_keys(self, assembly: Assembly, buckets: Sequence[Bucket]) -> Iterator[ProgramKey]:
+        """Every program the assembly can ask for on these grids."""
         units = [u for i in assembly.instances for u in i.units]
-        for unit in units:
-            for bucket in buckets:
+        for bucket in buckets:
+            for unit in units:
                 yield self._unit_key(unit, bucket)
-        for vocab in {vocab_size(u.signature) for u in units if u.signature.kind == "head"}:
-            for size in {b.num_seqs for b in buckets}:
+            for vocab in {vocab_size(u.signature) for u in units if u.signature.kind == "head"}:
+                size = Bucket(bucket.num_seqs, 1)
                 for kind in ("greedy", "sampled"):
-                    yield ProgramKey(kind=kind, bucket=Bucket(size, 1), vocab_size=vocab)
+                    yield ProgramKey(kind=kind, bucket=size, vocab_size=vocab)
         for shape in self.pool_shapes.values():
             yield ProgramKey(kind="scrub", pool=shape)
 

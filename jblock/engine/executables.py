@@ -3,7 +3,6 @@
 import concurrent.futures
 import dataclasses
 import threading
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 from jblock.blocks.spec import UnembeddingSpec
 from jblock.engine import programs, sampling
 from jblock.engine.config import Bucket
+from jblock.engine.executable_cache import ExecutableCache
 from jblock.engine.params import abstract_params, abstract_tables
 from jblock.engine.signature import Signature
 from jblock.pallas_kernels.paged_attention.api import kv_shapes
@@ -83,13 +83,14 @@ class Executables:
     Attributes:
       compiles_on_serving_path: programs `get` had to compile.
       compiles_in_background: programs `warm` compiled.
+      cache: programs of earlier starts; None compiles everything.
     """
 
-    def __init__(self, geometry: Geometry):
+    def __init__(self, geometry: Geometry, cache: ExecutableCache | None = None):
         self.geometry = geometry
+        self.cache = cache
         self.compiles_on_serving_path = 0
         self.compiles_in_background = 0
-        self.compile_seconds = 0.0
         self._table: dict[ProgramKey, Any] = {}
         self._lock = threading.Lock()
 
@@ -100,41 +101,53 @@ class Executables:
         """The compiled program. A miss compiles on the spot and is counted against us."""
         program = self._table.get(key)
         if program is None:
-            program = self._compile(key)
-            self.compiles_on_serving_path += 1
+            program, compiled = self._make(key)
+            self.compiles_on_serving_path += compiled
         return program
+
+    def __contains__(self, key: ProgramKey) -> bool:
+        return key in self._table
 
     def warm(
         self,
         keys: Iterable[ProgramKey],
         workers: int,
         progress: Callable[[int, int], None] | None = None,
+        stop: threading.Event | None = None,
     ) -> None:
-        """Compiles every key that is missing, on `workers` threads.
+        """Makes every program that is missing, on `workers` threads.
 
         Args:
           keys: programs wanted.
           workers: threads; XLA compiles without holding the interpreter lock.
           progress: called with (done, total) after each program.
+          stop: when set, programs not yet begun are left out.
         """
         missing = [k for k in dict.fromkeys(keys) if k not in self._table]
         with concurrent.futures.ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
-            futures = [pool.submit(self._compile, key) for key in missing]
+            futures = [pool.submit(self._make, key, stop) for key in missing]
             for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
-                future.result()
-                self.compiles_in_background += 1
+                _, compiled = future.result()
+                self.compiles_in_background += compiled
                 if progress:
                     progress(done, len(missing))
 
-    def _compile(self, key: ProgramKey) -> Any:
-        begin = time.perf_counter()
-        function, donate, arguments = self._describe(key)
-        function.__name__ = function.__qualname__ = key.name
-        program = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+    def _make(self, key: ProgramKey, stop: threading.Event | None = None) -> tuple[Any, bool]:
+        """The program of a key, from the cache or compiled (True)."""
+        if stop is not None and stop.is_set():
+            return None, False
+        text = f"{key!r} {self.geometry!r}"
+        program = self.cache.load(text) if self.cache else None
+        compiled = program is None
+        if program is None:
+            function, donate, arguments = self._describe(key)
+            function.__name__ = function.__qualname__ = key.name
+            program = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+            if self.cache:
+                self.cache.store(text, program)
         with self._lock:
             self._table[key] = program
-            self.compile_seconds += time.perf_counter() - begin
-        return program
+        return program, compiled
 
     def _describe(self, key: ProgramKey) -> tuple[Callable[..., Any], tuple[int, ...], tuple]:
         """The function of a key, its donated arguments, and the shapes it is compiled for."""

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import secrets
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -10,10 +11,11 @@ import numpy as np
 from jblock.engine.api import EngineStats, Output, Request
 from jblock.engine.assembly import Assembly, KvGroup, Route
 from jblock.engine.batching import batches
-from jblock.engine.config import EngineConfig
+from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.device import Device, Sampled
 from jblock.engine.kv import Allocator
-from jblock.engine.sequence import Item, Sequence, chunk_for
+from jblock.engine.sequence import Item, chunk_for
+from jblock.engine.sequence import Sequence as Seq
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +31,11 @@ class Loop:
 
     def __init__(self, assembly: Assembly, device: Device, config: EngineConfig):
         self.assembly, self.device, self.config = assembly, device, config
-        self._waiting: collections.deque[Sequence] = collections.deque()
-        self._running: dict[str, Sequence] = {}
+        self._waiting: collections.deque[Seq] = collections.deque()
+        self._running: dict[str, Seq] = {}
         self._rows = Allocator(device.num_rows)
         self._seq_slots = Allocator(config.max_num_seqs)
         self._pages = {g: Allocator(s.num_pages - 1, 1) for g, s in device.pool_shapes.items()}
-        self._chunks = tuple(sorted({b.q_len for b in config.prefill_buckets}))
-        self._buckets = (*config.decode_buckets, *config.prefill_buckets)
         self._outputs: list[Output] = []
         self._in_flight: Step | None = None
         self._steps = 0
@@ -63,7 +63,7 @@ class Loop:
         sampling = request.sampling
         room = self._max_model_len(route) - len(request.token_ids)
         self._waiting.append(
-            Sequence(
+            Seq(
                 request=request,
                 route=route,
                 max_tokens=min(sampling.max_tokens, room),
@@ -88,8 +88,9 @@ class Loop:
           Outputs since the last call.
         """
         self._admit()
-        items = self._plan()
-        enqueued = self._sweep(items) if items else None
+        buckets = self.device.buckets
+        items = self._plan(tuple(sorted({b.q_len for b in buckets if b.q_len > 1})))
+        enqueued = self._sweep(items, buckets) if items else None
         if self._in_flight is not None:
             self._collect(self._in_flight)
         self._in_flight = enqueued
@@ -157,7 +158,7 @@ class Loop:
         """Starts waiting requests in order. One that lacks pages holds back only those that want
         pages of the same group."""
         held: set[KvGroup] = set()
-        still_waiting: collections.deque[Sequence] = collections.deque()
+        still_waiting: collections.deque[Seq] = collections.deque()
         while self._waiting and self._seq_slots.free and self._rows.free:
             sequence = self._waiting.popleft()
             groups = sequence.route.groups
@@ -175,7 +176,7 @@ class Loop:
         still_waiting.extend(self._waiting)
         self._waiting = still_waiting
 
-    def _plan(self) -> list[Item]:
+    def _plan(self, chunks: tuple[int, ...]) -> list[Item]:
         """One item a sequence: the token it decodes, or the next chunk of its prompt if rows allow.
 
         Decoding goes first; prompts take the rows that are left, oldest first.
@@ -191,7 +192,7 @@ class Loop:
                 sequence.sampled += 1
         for sequence in prefilling:
             start = sequence.computed
-            length, chunk = chunk_for(sequence.prompt_len - start, self._chunks)
+            length, chunk = chunk_for(sequence.prompt_len - start, chunks)
             if length - 1 > self._rows.free:
                 break
             rows = [sequence.row, *self._rows.take(length - 1)]
@@ -202,7 +203,7 @@ class Loop:
             items.append(Item(sequence, start, length, chunk, rows, tokens, samples))
         return items
 
-    def _sweep(self, items: list[Item]) -> Step:
+    def _sweep(self, items: list[Item], buckets: Sequence[Bucket]) -> Step:
         """Takes every item through all its instances, in chain order, batching per instance."""
         self._count(items)
         self.device.begin_step()
@@ -215,7 +216,7 @@ class Loop:
                     continue
                 ready = list(instance.queue)
                 instance.queue.clear()
-                for batch in batches(ready, self._buckets):
+                for batch in batches(ready, buckets):
                     result = self.device.run(instance, batch)
                     instance.calls += 1
                     instance.rows += batch.num_rows
@@ -256,7 +257,7 @@ class Loop:
                         item.sequence, int(packed[i, 0]), float(logprobs[i]), bool(packed[i, 2])
                     )
 
-    def _token(self, sequence: Sequence, token: int, logprob: float, finite: bool) -> None:
+    def _token(self, sequence: Seq, token: int, logprob: float, finite: bool) -> None:
         request, chain = sequence.request, sequence.route.chain
         if not finite:
             self._finish(
@@ -285,7 +286,7 @@ class Loop:
                 Output(request_id=request.request_id, token_ids=token_ids, logprobs=logprobs)
             )
 
-    def _finish(self, sequence: Sequence, reason: str, **fields) -> None:
+    def _finish(self, sequence: Seq, reason: str, **fields) -> None:
         """Sends the last output and gives back all the sequence held."""
         sequence.finished = True
         request_id = sequence.request.request_id

@@ -11,6 +11,7 @@ from jblock.engine.api import Output, Request, SamplingParams
 from jblock.engine.assembly import Assembly, assemble
 from jblock.engine.config import EngineConfig
 from jblock.engine.device import Device
+from jblock.engine.executable_cache import ExecutableCache
 from jblock.engine.loop import Loop
 from jblock.zoo.store import Zoo
 
@@ -48,8 +49,8 @@ class LogitsDevice(Device):
         self.seen.append((batch, np.asarray(logits)))
         return super()._sample(logits, meta, batch)
 
-    def __init__(self, assembly: Assembly, config: EngineConfig):
-        super().__init__(assembly, config)
+    def __init__(self, assembly: Assembly, config: EngineConfig, cache: ExecutableCache):
+        super().__init__(assembly, config, cache)
         self.seen = []
 
 
@@ -63,10 +64,10 @@ class Agent:
 
     @classmethod
     def make(cls, zoo: Path, models: list[str], config: EngineConfig) -> "Agent":
-        """Assembles `models` of a zoo; programs compile when first used."""
+        """Assembles `models` of a zoo; programs are made when first used, once for all tests."""
         store = Zoo.open(zoo)
         assembly = assemble(store, {name: store.chain(name) for name in models}, config)
-        device = LogitsDevice(assembly, config)
+        device = LogitsDevice(assembly, config, ExecutableCache(zoo.parent / "executables"))
         return cls(assembly, device, Loop(assembly, device, config))
 
     def run(self) -> dict[str, list[Output]]:

@@ -82,8 +82,8 @@ def force(agent: Agent, name: str, prompt: np.ndarray) -> None:
     loop = agent.loop
     plan = loop._plan
 
-    def one_token_each():
-        items = plan()
+    def one_token_each(chunks):
+        items = plan(chunks)
         for item in items:
             # What the prompt says stands where the sampled token would.
             item.tokens = (int(prompt[item.start]),)

@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 from jblock.engine import sampling
 
 
+keep_top = jax.jit(sampling.keep_top)
+
+
 def kept_by_sorting(logits, top_k, top_p):
     """The reference: sort, cut, accumulate. Ties with the last one kept stay."""
     order = np.argsort(-logits)
@@ -34,7 +37,7 @@ def kept_by_sorting(logits, top_k, top_p):
 )
 def test_keeps_what_sorting_keeps(seed, top_k, top_p, scale):
     logits = np.random.default_rng(seed).normal(size=12).astype(np.float32) * scale
-    got = sampling.keep_top(logits[None], jnp.array([top_k]), jnp.array([top_p], jnp.float32))
+    got = keep_top(logits[None], jnp.array([top_k]), jnp.array([top_p], jnp.float32))
     np.testing.assert_array_equal(np.asarray(got)[0], kept_by_sorting(logits, top_k, top_p))
 
 

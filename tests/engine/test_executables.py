@@ -1,0 +1,92 @@
+"""Programs: made once, kept on disk, rebuilt when what is there cannot be trusted to be whole."""
+
+import os
+
+import pytest
+from harness import Agent, oracle, request
+
+from jblock.engine.agent import ThreadEngine
+from jblock.engine.config import Bucket, EngineConfig
+from jblock.engine.executable_cache import ExecutableCache
+from jblock.zoo.store import Zoo
+
+MODEL = "llama_gqa_untied"
+CONFIG = EngineConfig(
+    max_num_seqs=4,
+    max_model_len=160,
+    page_size=16,
+    decode_sizes=(1, 4),
+    prefill_grids=((1, 16), (4, 16)),
+    kv_memory_mb=1,
+)
+
+
+def engine(zoo, cache: ExecutableCache) -> ThreadEngine:
+    """An engine with its loop in a thread."""
+    store = Zoo.open(zoo)
+    return ThreadEngine(store, {MODEL: store.chain(MODEL)}, CONFIG, cache)
+
+
+def greedy(engine: ThreadEngine) -> list[int]:
+    """The oracle's prompt, continued."""
+    engine.submit(request("r", MODEL, oracle(MODEL)["prompt"]))
+    tokens: list[int] = []
+    while True:
+        for output in engine.poll(10):
+            tokens.extend(output.token_ids)
+            if output.finish_reason:
+                return tokens
+
+
+def test_a_second_start_compiles_nothing(zoo, tmp_path):
+    folder = tmp_path / "cache"
+    compiled = []
+    for _ in range(2):
+        one = engine(zoo, ExecutableCache(folder))
+        one.settle()
+        assert greedy(one) == oracle(MODEL)["greedy"].tolist()
+        stats = one.stats()
+        assert stats.compiles_on_serving_path == 0
+        compiled.append(stats.compiles_in_background)
+        one.close()
+    assert compiled[0] > 0 and compiled[1] == 0
+
+    # Damage: one entry cut short, one flipped, one that is no program at all.
+    entries = sorted(folder.glob("*.xla"))
+    entries[0].write_bytes(entries[0].read_bytes()[:100])
+    flipped = bytearray(entries[1].read_bytes())
+    flipped[200] ^= 1
+    entries[1].write_bytes(flipped)
+    entries[2].write_bytes(b"")
+    one = engine(zoo, ExecutableCache(folder))
+    one.settle()
+    assert greedy(one) == oracle(MODEL)["greedy"].tolist()
+    assert one.stats().compiles_in_background == 3
+    one.close()
+
+
+def test_serves_on_the_first_tier_and_takes_the_others_up_as_they_come(zoo, tmp_path):
+    one = engine(zoo, ExecutableCache(tmp_path / "cache"))
+    assert greedy(one) == oracle(MODEL)["greedy"].tolist()
+    one.settle()
+    assert set(one._device.buckets) == {Bucket(1, 1), Bucket(4, 1), Bucket(1, 16), Bucket(4, 16)}
+    settled = one.stats().compiles_in_background
+    assert greedy(one) == oracle(MODEL)["greedy"].tolist()
+    stats = one.stats()
+    assert stats.compiles_in_background == settled and stats.compiles_on_serving_path == 0
+    one.close()
+
+
+def test_a_miss_on_the_serving_path_is_counted(zoo, tmp_path):
+    agent = Agent.make(zoo, [MODEL], CONFIG)
+    agent.device.executables.cache = None
+    agent.generate({"r": (MODEL, [5, 6])}, max_tokens=2)
+    assert agent.loop.stats().compiles_on_serving_path > 0
+
+
+def test_refuses_a_folder_others_can_write_to(tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    os.chmod(folder, 0o777)
+    with pytest.raises(ValueError, match="chmod"):
+        ExecutableCache(folder)
