@@ -101,7 +101,7 @@ FINE_TUNES = {
     for tune in (
         FineTune(name="demo-3m-sort", base="demo-3m", task="sort", frozen_layers=4),
         FineTune(name="demo-3m-find", base="demo-3m", task="find", frozen_layers=4),
-        FineTune(name="demo-3m-date", base="demo-3m", task="date", frozen_layers=4),
+        FineTune(name="demo-3m-date", base="demo-3m", task="date", frozen_layers=3),
         FineTune(name="demo-1m-upper", base="demo-1m", task="upper", frozen_layers=2),
         FineTune(name="demo-1m-spell", base="demo-1m", task="spell", frozen_layers=2),
         FineTune(name="demo-1m-add", base="demo-1m", task="add", max_steps=3000),
