@@ -75,21 +75,24 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
         """Sends what each step brought; a slow reader gets several steps in one message."""
         async with self._answering(request, context) as parts:
             async for part in parts:
-                await context.write(part)
+                try:
+                    await context.write(part)
+                except grpc.aio.InternalError as error:
+                    # The client has gone, and grpc has not yet cancelled this task for it.
+                    raise asyncio.CancelledError from error
 
     @contextlib.asynccontextmanager
     async def _answering(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[AsyncIterator[pb.GenerateStreamResponse]]:
         """The parts of the answer; whatever ends it becomes a status and a count."""
-        code = grpc.StatusCode.OK
+        code, message = grpc.StatusCode.OK, ""
         begin = time.monotonic()
         try:
             async with contextlib.aclosing(self._parts(request, begin)) as parts:
                 yield parts
         except RequestError as error:
-            code = error.code
-            await context.abort(error.code, error.message)
+            code, message = error.code, error.message
         except asyncio.CancelledError:
             left = context.time_remaining()
             expired = left is not None and left <= 0
@@ -97,13 +100,15 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
             raise
         except Exception:
             code = grpc.StatusCode.INTERNAL
+            message = "server: failed on this request; its log says how"
             logging.exception("answering a request failed")
-            await context.abort(code, "server: failed on this request; its log says how")
         finally:
             # A name that is not served must not become a label: they would grow without bound.
             model = request.model if request.model in self._dispatcher.models else ""
             self._metrics.requests.labels(model, code.name).inc()
             self._metrics.request_time.labels(model).observe(time.monotonic() - begin)
+        if code is not grpc.StatusCode.OK:
+            await context.abort(code, message)  # Last, so that who sees the status is counted.
 
     async def _parts(
         self, request: pb.GenerateRequest, begin: float

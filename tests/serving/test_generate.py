@@ -1,10 +1,13 @@
 """What a client gets: text, ids, log-probabilities, why it ended, and what it took."""
 
 import asyncio
+import contextlib
+import random
 import threading
 import time
 
 import grpc
+import prometheus_client
 import pytest
 import server_harness as harness
 from tokenizer_fixtures import byte_level
@@ -200,6 +203,39 @@ def test_a_client_that_goes_away_gives_the_pages_back(slow):
     next(client.stream("echo", [300], max_tokens=900))
     client.close()
     assert harness.eventually(slow.is_empty)
+
+
+def test_clients_that_leave_at_any_moment_are_no_fault_of_the_server(tmp_path):
+    draw = random.Random(0)
+
+    async def leave(client):
+        kind, moment = draw.randrange(3), draw.random() * 0.05
+        with contextlib.suppress(ClientError, asyncio.CancelledError):
+            if kind == 0:
+                await client.generate("echo", [300], max_tokens=500, timeout=moment + 0.001)
+            elif kind == 1:
+                stream = client.stream("echo", [300], max_tokens=500)
+                async for _ in stream:
+                    if draw.random() < 0.2:
+                        break
+                await stream.aclose()
+            else:
+                task = asyncio.create_task(client.generate("echo", [300], max_tokens=500))
+                await asyncio.sleep(moment)
+                task.cancel()
+                await task
+
+    async def all_of_them(target):
+        async with AsyncClient(target) as client:
+            for _ in range(5):
+                await asyncio.gather(*(leave(client) for _ in range(100)))
+
+    with harness.serving(harness.mock(tmp_path, step_delay=0.0005)) as running:
+        asyncio.run(all_of_them(running.target))
+        assert harness.eventually(running.is_empty)
+        metrics = prometheus_client.generate_latest(running.server._metrics.registry).decode()
+        assert 'code="CANCELLED"' in metrics
+        assert 'code="INTERNAL"' not in metrics
 
 
 @pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
