@@ -54,6 +54,8 @@ def convert(source_path: Path, zoo_path: Path, name: str, progress: Progress) ->
     tokenizer = read_tokenizer(source_path)
     note_tokenizer(tokenizer, plan.vocab_size, source_path, progress)
 
+    small = source.small_files(_SMALL) | _left_out(plan, source)
+
     zoo = Zoo.create(zoo_path)
     with zoo.writer() as writer:
         owners: dict[str, tuple[str, str]] = {}  # checkpoint tensor -> (component, tensor)
@@ -67,7 +69,6 @@ def convert(source_path: Path, zoo_path: Path, name: str, progress: Progress) ->
                 owners |= {step.tensors[t]: (id_, t) for t in own}
                 steps.append(Step(component=id_))
                 advance(sum(v.nbytes for v in own.values()))
-        small = source.small_files(_SMALL) | _left_out(plan, source)
         chain = Chain(
             name=name,
             family=family.name,
@@ -79,7 +80,7 @@ def convert(source_path: Path, zoo_path: Path, name: str, progress: Progress) ->
             vocab_size=plan.vocab_size,
             eos_token_ids=eos,
             bos_token_id=bos[0] if bos else None,
-            generation={k: generation[k] for k in _SAMPLING if generation.get(k) is not None},
+            generation={k: v for k, v in generation.items() if k in _SAMPLING and _plain(v)},
             source=config,
             source_files=writer.put_files("sources", small),
         )
@@ -140,6 +141,10 @@ def note_tokenizer(
         progress.note(
             f"the tokenizer has ids up to {tokenizer.largest_id}, the model only {vocab_size - 1}"
         )
+
+
+def _plain(value: object) -> bool:
+    return isinstance(value, (bool, int, float))
 
 
 def _left_out(plan: Plan, source: Source) -> dict[str, bytes]:

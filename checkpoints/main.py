@@ -135,7 +135,10 @@ def main(args: argparse.Namespace) -> int:
         # The reader (`| head`) has what it wants; keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except BAD_INPUT as e:
+    except KeyboardInterrupt:
+        print("jblock-convert: interrupted: nothing was added", file=sys.stderr)
+        return 130
+    except (*BAD_INPUT, OSError) as e:
         print(f"jblock-convert: error: {e}", file=sys.stderr)
         return 2
 

@@ -47,6 +47,7 @@ def convert(
     _check_base(zoo, base, settings)
     source = open_source(source_path, "adapter_model")
     planned = plan_deltas(zoo, base, settings, source)
+    small = source.small_files(("adapter_config.json",))
     tokenizer = read_tokenizer(source_path)
     if tokenizer is not None:
         note_tokenizer(tokenizer, base.vocab_size, source_path, progress)
@@ -70,7 +71,7 @@ def convert(
             ),
             base=f"{base.name}@{base.version}",
             adapter=config,
-            source_files=writer.put_files("sources", source.small_files(("adapter_config.json",))),
+            source_files=writer.put_files("sources", small),
         )
         if tokenizer is not None:
             own = writer.put_files("tokenizers", tokenizer.files)

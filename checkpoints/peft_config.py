@@ -144,9 +144,13 @@ def _patterns(config: Mapping[str, Any], field: str, check: Any) -> dict[str, An
     if not isinstance(patterns, dict):
         raise _refuse(field, patterns, "give an object of pattern and value")
     for pattern in patterns:
-        # Groups can nest repetitions, which can match for hours; plain names never need them.
-        if any(c in pattern for c in "(){}"):
-            raise _refuse(field, pattern, "patterns with groups cannot be served: list the modules")
+        # Nested or many repetitions can match for hours; names of modules never need them.
+        if any(c in pattern for c in "(){}") or sum(map(pattern.count, "*+?")) > 4:
+            raise _refuse(
+                field,
+                pattern,
+                "patterns with groups or over 4 repetitions cannot be served: list the modules",
+            )
         try:
             re.compile(pattern)
         except re.error as e:

@@ -42,15 +42,18 @@ class TensorInfo:
 
     def chunks(self) -> Iterator[bytes]:
         """The raw bytes in pieces of at most 16 MiB."""
-        with open(self.path, "rb") as f:
-            f.seek(self.start)
-            left = self.nbytes
-            while left:
-                piece = f.read(min(left, _CHUNK))
-                if not piece:
-                    raise CheckpointError(f"{self.path} ended within {self.name!r}: copy it again")
-                left -= len(piece)
-                yield piece
+        left = self.nbytes
+        while left:
+            try:
+                with open(self.path, "rb") as f:
+                    f.seek(self.end - left)
+                    piece = f.read(min(left, _CHUNK))
+            except OSError as e:
+                raise CheckpointError(f"{self.path} cannot be read: {e.strerror}") from e
+            if not piece:
+                raise CheckpointError(f"{self.path} ended within {self.name!r}: copy it again")
+            left -= len(piece)
+            yield piece
 
     def holds(self, value: np.ndarray) -> bool:
         """Whether the bytes are those of `value`, without holding them in memory."""
@@ -67,9 +70,11 @@ class TensorInfo:
         Raises:
           CheckpointError: the file became shorter, or the tensor holds NaN or Inf.
         """
-        value = np.fromfile(
-            self.path, dtype=self.dtype, count=math.prod(self.shape), offset=self.start
-        )
+        count = math.prod(self.shape)
+        try:
+            value = np.fromfile(self.path, dtype=self.dtype, count=count, offset=self.start)
+        except OSError as e:
+            raise CheckpointError(f"{self.path} cannot be read: {e.strerror}") from e
         if value.nbytes != self.nbytes:
             raise CheckpointError(f"{self.path} ended within {self.name!r}: copy it again")
         _check_finite(self.name, value)
@@ -122,7 +127,7 @@ def _tensor(path: Path, name: str, entry: Any, base: int, size: int) -> TensorIn
             raise ValueError("negative or fractional number")
     except (TypeError, KeyError, ValueError) as e:
         raise CheckpointError(f"{path}: entry of tensor {name!r} is malformed: {e}") from e
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise CheckpointError(
             f"{path}: tensor {name!r} has dtype {dtype!r}; served: {', '.join(_DTYPES)}: convert "
             "the unquantised checkpoint"

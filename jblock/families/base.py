@@ -151,7 +151,8 @@ class Family:
             spec=EmbeddingSpec(vocab_size=vocab, hidden_size=hidden), tensors=dict(EMBEDDING)
         )
         steps = [embedding]
-        layers = cfg.integer(config, "num_hidden_layers")
+        # The bound keeps a mistyped number from making a plan as large as the memory.
+        layers = cfg.integer(config, "num_hidden_layers", most=10_000)
         for i in range(layers):
             steps += self._layer(config, i)
         eps = cfg.number(config, "rms_norm_eps", 1e-6)

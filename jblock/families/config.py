@@ -23,9 +23,13 @@ _LLAMA3 = {
 
 
 def integer(
-    config: Mapping[str, Any], field: str, default: int | None = None, least: int = 1
+    config: Mapping[str, Any],
+    field: str,
+    default: int | None = None,
+    least: int = 1,
+    most: int = 2**31 - 1,
 ) -> int:
-    """`config[field]` as an int of at least `least`; `default` when absent or null.
+    """`config[field]` as an int from `least` to `most`; `default` when absent or null.
 
     Raises:
       ConfigError: not there and no default, or not such an integer.
@@ -35,8 +39,10 @@ def integer(
         value = default
     if value is None:
         raise ConfigError(f"config.json has no {field!r}: add the model's value")
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"config.json: {field} is {value!r}; give an integer of {least} or more")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ConfigError(
+            f"config.json: {field} is {value!r}; give an integer from {least} to {most}"
+        )
     return value
 
 

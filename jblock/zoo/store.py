@@ -62,7 +62,8 @@ class Zoo:
             return cls.open(root)
         with disk.disk_errors(root):
             # A writer killed in here leaves only folders of these names, and no zoo.json.
-            if root.exists() and not set(os.listdir(root)) <= {*FOLDERS, "lock", "zoo.json"}:
+            ours = {*FOLDERS, "lock", "zoo.json", "lost+found"}
+            if root.exists() and not set(os.listdir(root)) <= ours:
                 raise ZooError(f"{root} holds something else than a zoo: give an empty folder")
             for folder in FOLDERS:
                 (root / folder).mkdir(parents=True, exist_ok=True)

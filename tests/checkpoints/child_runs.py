@@ -35,6 +35,28 @@ def run(*argv, file_limit=None):
     return code, err
 
 
+def grown_bytes(first, second):
+    """By how much the peak memory of a process grows when it runs `second` after `first`."""
+    receive, send = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=_measure, args=(send, first, second))
+    process.start()
+    send.close()
+    before, after = receive.recv()
+    process.join()
+    return (after - before) * 1024
+
+
+def _measure(send, *commands):
+    peaks = []
+    for argv in commands:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            code = main.main(main.parse(["jblock-convert", *map(str, argv)]))
+        if code:
+            raise SystemExit(f"{argv} exited with {code}")
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    send.send(tuple(peaks))
+
+
 def _run(send, argv, file_limit):
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))

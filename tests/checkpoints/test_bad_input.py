@@ -1,15 +1,20 @@
 """What is refused: exit code 2, one line that names what is wrong, and an unchanged zoo."""
 
+import contextlib
 import json
 
 import numpy as np
 import pytest
 import tiny_checkpoints as tiny
 from converter_cli import Cli
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_checkpoints import ADAPTER, CONFIG
 
 from checkpoints import hf, peft
+from checkpoints.errors import CheckpointError
 from checkpoints.progress import Progress
+from checkpoints.safetensors_file import read_header
 
 GATE = "model.layers.1.mlp.gate_proj.weight"
 QA = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -72,6 +77,7 @@ def cli(zoo, capsys):
         ({"rms_norm_eps": 0}, ["rms_norm_eps"]),
         ({"eos_token_id": 32}, ["eos_token_id", "32"]),
         ({"num_hidden_layers": 3}, ["model.layers.2", "missing"]),
+        ({"num_hidden_layers": 10**9}, ["num_hidden_layers"]),
         ({"num_hidden_layers": 1}, ["model.layers.1", "surplus"]),
         ({"intermediate_size": 32}, ["mlp.gate_proj", "[24, 16]", "[32, 16]"]),
         ({"tie_word_embeddings": True}, ["lm_head.weight", "tie_word_embeddings"]),
@@ -146,6 +152,8 @@ def entry(**change):
         lambda raw: raw[:8] + b"x" + raw[9:],
         entry(dtype="F8_E4M3"),
         entry(dtype="I64"),
+        entry(dtype=[]),
+        entry(shape=[10**30]),
         entry(shape=[-32, -16]),
         entry(shape=[32, 17]),
         entry(data_offsets=[4, 2052]),
@@ -158,6 +166,21 @@ def test_safetensors_files(tmp_path, cli, edit):
     path = source / "model.safetensors"
     path.write_bytes(edit(path.read_bytes()))
     refused(cli, ["model.safetensors"], "hf", source, "--name", "bad")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_damage_to_a_file_is_told_or_harmless(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("fuzz") / "x.safetensors"
+    tiny.write_safetensors(path, {"a": np.ones((2, 3), np.float32), "b": np.ones(4, np.float16)})
+    raw = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(raw) - 1))
+        raw[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    path.write_bytes(raw)
+    with contextlib.suppress(CheckpointError):
+        for info in read_header(path)[1].values():
+            info.read()
 
 
 def test_shards_and_their_index(tmp_path, cli):
@@ -262,6 +285,7 @@ def test_tokenizers(tmp_path, cli):
         ({"rank_pattern": {"q_proj": 2}}, [QA, "rank_pattern"]),
         ({"rank_pattern": {"(q|k)_proj": 4}}, ["rank_pattern", "groups"]),
         ({"rank_pattern": {"[": 4}}, ["rank_pattern"]),
+        ({"rank_pattern": {".*.*.*.*.*": 4}}, ["rank_pattern", "repetitions"]),
         ({"rank_pattern": {"q_proj": "4"}}, ["rank_pattern", "'4'"]),
         ({"rank_pattern": [4]}, ["rank_pattern"]),
         ({"alpha_pattern": {"q_proj": "x"}}, ["alpha_pattern"]),

@@ -2,6 +2,7 @@
 
 import json
 
+import child_runs
 import numpy as np
 import pytest
 import tiny_checkpoints as tiny
@@ -197,6 +198,19 @@ def test_verify_names_what_differs(tmp_path, cli):
     result = cli("verify", "m", "--against", source)
     assert result.code == 1
     assert result.out.splitlines()[:2] == ["config.json differs", f"tensor {name!r} differs"]
+
+
+def test_memory_is_one_component_and_a_little(tmp_path):
+    config = CONFIG | {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
+    source = tiny.write_checkpoint(tmp_path / "src", config)
+    largest = 3 * 512 * 1536 * 4
+    whole = (source / "model.safetensors").stat().st_size
+    warm = tiny.write_checkpoint(tmp_path / "warm")
+    grown = child_runs.grown_bytes(
+        ("hf", warm, "--zoo", tmp_path / "zoo", "--name", "warm"),
+        ("hf", source, "--zoo", tmp_path / "zoo", "--name", "m"),
+    )
+    assert grown < largest + (24 << 20) < whole / 2
 
 
 def test_list_names_the_models(tmp_path, cli):
