@@ -148,13 +148,16 @@ def run(console: Console) -> int:
         highlight=False,
     )
 
-    console.print(f"[bold]2. Starting[/] jblock-serve; its log is {folder / 'server.log'}")
+    console.print(
+        f"[bold]2. Starting[/] jblock-serve, which compiles its first programs; log: "
+        f"{folder / 'server.log'}"
+    )
     begin = time.monotonic()
     with demo_server.start(zoo, names, folder / "server.log") as server:
-        with console.status("compiling the programs of all blocks, about a minute on two cores"):
+        with console.status("compiling, half a minute on two cores"):
             server.wait_until_ready()
         warm_up_seconds = time.monotonic() - begin
-        console.print(f"   ready on {server.target}, {warm_up_seconds:.0f} s", highlight=False)
+        console.print(f"   listening on {server.target}, {warm_up_seconds:.0f} s", highlight=False)
 
         console.print(
             f"[bold]3. Asking[/] {len(items)} questions of {len(names)} models, "
@@ -171,7 +174,7 @@ def run(console: Console) -> int:
             models = client.models()
 
     result = demo_report.Run(
-        family=family,
+        family=load_family(()),
         models=models,
         answers=answers,
         seconds=seconds,
@@ -197,7 +200,7 @@ def serve(console: Console) -> int:
         (entry["name"], entry["example"]["prompt"]) if entry else (next(iter(family)), "a")
     )
     console.print(
-        "Starting the server. It compiles for about a minute; once it says that it serves, ask it "
+        "Starting the server. It compiles for up to a minute; once it says that it serves, ask it "
         "from another terminal:\n"
         "  .venv/bin/jblock-client models\n"
         f"  .venv/bin/jblock-client generate --model {name} --prompt {prompt!r}\n"

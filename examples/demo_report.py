@@ -22,7 +22,7 @@ class Run:
     """Everything that was measured.
 
     Attributes:
-      family: entries of family.json, by name.
+      family: all entries of family.json, by name.
       models: what the server says of them.
       answers: to all requests.
       seconds: from the first request to the last answer.
@@ -113,9 +113,9 @@ def _table(run: Run) -> Table:
         right = sum(a.text == a.item.expected and a.finish_reason == "stop" for a in tasks)
         table.add_row(
             model.name,
-            _made_by(run.family[model.name]),
+            _made_by(run.family, model.name),
             f"{model.shared_blocks} of {model.blocks}",
-            f"{right} of {len(tasks)}" if tasks else "",
+            f"{right} of {len(tasks)}" if tasks else "-",
             f"{sum(v.same for _, v in pairs)} of {asked[model.name]}",
             f"{_tokens(answers) / run.seconds:.0f}",
             f"{_percentile(times, 50):.0f}",
@@ -127,7 +127,7 @@ def _table(run: Run) -> Table:
 def _sentences(numbers: Mapping[str, Any], seconds: float) -> list[str]:
     logical, stored = numbers["logical_bytes"], numbers["stored_bytes"]
     ties = numbers["near_ties"]
-    lines = [
+    return [
         f"Requests:  {numbers['requests']} in {seconds:.1f} s, {numbers['failed']} failed, "
         f"{numbers['mismatched']} differ from transformers"
         + (f" ({ties} parted at a near tie, where both are right)" if ties else ""),
@@ -138,17 +138,17 @@ def _sentences(numbers: Mapping[str, Any], seconds: float) -> list[str]:
         f"Programs:  {numbers['compiles_on_serving_path']} compiled while a request waited "
         "(should be 0)",
     ]
-    return lines
 
 
-def _made_by(entry: Mapping[str, Any]) -> str:
+def _made_by(family: Mapping[str, Mapping[str, Any]], name: str) -> str:
     """How a member of the family came to be."""
-    kind = entry["kind"]
-    if kind == "lora":
+    entry = family[name]
+    if entry["kind"] == "lora":
         return f"LoRA, rank {entry['rank']}"
-    if kind == "frozen":
-        return f"layers above {max(entry['frozen_layers'])}"
-    return {"base": "trained as base", "full": "all weights"}.get(kind, kind)
+    if entry["kind"] == "frozen":
+        layers = family[entry["base"]]["layers"]
+        return f"tuning {layers - len(entry['frozen_layers'])} of {layers} layers"
+    return {"base": "pretraining", "full": "tuning all weights"}.get(entry["kind"], entry["kind"])
 
 
 def _tokens(answers: Sequence[Answer]) -> int:
