@@ -35,12 +35,21 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """One generation. `request_id` is unique among those in flight; `model` is a chain name."""
+    """One generation.
+
+    Attributes:
+      request_id: unique among those in flight.
+      model: a chain name.
+      token_ids: the prompt.
+      sampling: how tokens are picked.
+      cache_salt: cached prompts are shared between requests of equal salt only; a tenant's own.
+    """
 
     request_id: str
     model: str
     token_ids: tuple[int, ...]
     sampling: SamplingParams = SamplingParams()
+    cache_salt: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,12 +114,14 @@ class EngineStats:
       compiles_in_background: programs compiled at warm-up or in the background.
       running: sequences in flight.
       waiting: requests queued, not yet started.
-      pages_free: free KV pages over all groups.
+      pages_free: KV pages no sequence owns, over all groups; cached prefixes may lie in them.
       pages_total: KV pages over all groups.
       rows_free: free register rows.
       rows_total: register rows.
       resident_bytes: parameter bytes on the device.
       prompt_tokens: prompt tokens computed.
+      cached_tokens: prompt tokens found in the prefix cache instead.
+      preemptions: sequences that gave their pages up to an older one and were resumed later.
       generated_tokens: tokens generated.
     """
 
@@ -129,6 +140,8 @@ class EngineStats:
     rows_total: int = 0
     resident_bytes: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
     generated_tokens: int = 0
 
 

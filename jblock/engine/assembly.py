@@ -82,6 +82,7 @@ class Route:
 
     Attributes:
       chain: its record.
+      specs: of its components, one a step.
       instances: the blocks a row of it visits, in order.
       groups: the KV groups its sequences need pages in.
       slot: its slot in the delta tables; 0 is none.
@@ -89,6 +90,7 @@ class Route:
     """
 
     chain: Chain
+    specs: tuple[ComponentSpec, ...]
     instances: tuple[Instance, ...]
     groups: tuple[KvGroup, ...]
     slot: int
@@ -147,6 +149,7 @@ def _assemble(zoo: Zoo, chains: Mapping[str, Chain], config: EngineConfig) -> As
     routes = {
         name: Route(
             chain=chain,
+            specs=tuple(loader.records[s.component].spec for s in chain.steps),
             instances=tuple(instances[key] for key in wired[name]),
             groups=loader.groups(name),
             slot=loader.slots.get(name, 0),

@@ -29,6 +29,7 @@ class EngineConfig:
       max_model_len: most tokens of prompt and output of one sequence.
       page_size: tokens in a KV page. 64 measured best on CPU.
       kv_memory_mb: memory of all KV pools together, in 10^6 bytes.
+      kv_pages: pages of every KV group at most, where fewer than the memory allows are wanted.
       decode_sizes: batch sizes decode programs are compiled for.
       prefill_grids: (sequences, tokens) grids prefill programs are compiled for; the token counts are
         the chunk lengths a prompt is cut into.
@@ -41,6 +42,7 @@ class EngineConfig:
     max_model_len: int = 1024
     page_size: int = 64
     kv_memory_mb: int = 256
+    kv_pages: int = 2**31 - 1
     decode_sizes: tuple[int, ...] = (1, 4, 16, 64)
     prefill_grids: tuple[tuple[int, int], ...] = (
         (1, 16),
@@ -56,7 +58,7 @@ class EngineConfig:
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is not served; give one of {', '.join(DTYPES)}")
-        for field in ("max_num_seqs", "max_model_len", "page_size", "kv_memory_mb"):
+        for field in ("max_num_seqs", "max_model_len", "page_size", "kv_memory_mb", "kv_pages"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{field} is {value!r}; give a whole number of at least 1")

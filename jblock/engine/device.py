@@ -174,6 +174,7 @@ def _pool_shape(group: KvGroup, num_groups: int, config: EngineConfig) -> PoolSh
     pages = min(
         config.kv_memory_mb * 10**6 // num_groups // page_bytes,
         config.max_num_seqs * config.max_pages,
+        config.kv_pages,
     )
     if pages < config.max_pages:
         needed = -(-config.max_pages * page_bytes * num_groups // 10**6)

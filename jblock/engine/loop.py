@@ -14,6 +14,7 @@ from jblock.engine.batching import batches
 from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.device import Device, Sampled
 from jblock.engine.kv import Allocator
+from jblock.engine.kv_cache import KvCache
 from jblock.engine.sequence import Item, chunk_for
 from jblock.engine.sequence import Sequence as Seq
 
@@ -35,12 +36,13 @@ class Loop:
         self._running: dict[str, Seq] = {}
         self._rows = Allocator(device.num_rows)
         self._seq_slots = Allocator(config.max_num_seqs)
-        self._pages = {g: Allocator(s.num_pages - 1, 1) for g, s in device.pool_shapes.items()}
+        self.kv = KvCache(device.pool_shapes, config.page_size, device.scrub)
         self._outputs: list[Output] = []
         self._in_flight: Step | None = None
         self._steps = 0
         self._model_calls = self._model_rows = 0
         self._prompt_tokens = self._generated_tokens = 0
+        self._preemptions = 0
 
     @property
     def idle(self) -> bool:
@@ -73,13 +75,11 @@ class Loop:
 
     def cancel(self, request_id: str) -> None:
         """Ends a request; what it held is free for the next step."""
-        sequence = self._running.get(request_id)
-        if sequence is None:
-            sequence = next((s for s in self._waiting if s.request.request_id == request_id), None)
-            if sequence is None:
-                return
-            self._waiting.remove(sequence)
-        self._finish(sequence, "cancelled")
+        sequence = self._running.get(request_id) or next(
+            (s for s in self._waiting if s.request.request_id == request_id), None
+        )
+        if sequence is not None:
+            self._finish(sequence, "cancelled")
 
     def step(self) -> list[Output]:
         """Enqueues one sweep, then reads the tokens of the sweep before it.
@@ -111,12 +111,14 @@ class Loop:
             compiles_in_background=executables.compiles_in_background,
             running=len(self._running),
             waiting=len(self._waiting),
-            pages_free=sum(a.free for a in self._pages.values()),
-            pages_total=sum(a.total for a in self._pages.values()),
+            pages_free=sum(p.free for p in self.kv.pools.values()),
+            pages_total=sum(p.total for p in self.kv.pools.values()),
             rows_free=self._rows.free,
             rows_total=self._rows.total,
             resident_bytes=self.assembly.resident_bytes,
             prompt_tokens=self._prompt_tokens,
+            cached_tokens=self.kv.hit_tokens,
+            preemptions=self._preemptions,
             generated_tokens=self._generated_tokens,
         )
 
@@ -162,16 +164,14 @@ class Loop:
         while self._waiting and self._seq_slots.free and self._rows.free:
             sequence = self._waiting.popleft()
             groups = sequence.route.groups
-            count = -(-sequence.capacity // self.config.page_size)
-            if held.intersection(groups) or any(self._pages[g].free < count for g in groups):
+            if held.intersection(groups) or not self.kv.admit(sequence):
                 held.update(groups)
                 still_waiting.append(sequence)
                 continue
             sequence.seq_slot = self._seq_slots.take(1)[0]
             sequence.row = self._rows.take(1)[0]
-            for group in groups:
-                sequence.pages[group] = self._pages[group].take(count)
-                self.device.scrub(group, sequence.pages[group])
+            sequence.prefill = len(sequence.known)
+            sequence.sampled = len(sequence.generated)
             self._running[sequence.request.request_id] = sequence
         still_waiting.extend(self._waiting)
         self._waiting = still_waiting
@@ -183,25 +183,63 @@ class Loop:
         """
         items: list[Item] = []
         prefilling = []
-        for sequence in self._running.values():
-            if sequence.computed < sequence.prompt_len:
+        for sequence in list(self._running.values()):
+            if sequence.seq_slot < 0:
+                continue  # gave way to an older one a moment ago
+            if sequence.computed < sequence.prefill:
                 prefilling.append(sequence)
             elif sequence.sampled < sequence.max_tokens:
                 start = sequence.prompt_len + sequence.sampled - 1
-                items.append(Item(sequence, start, 1, 1, [sequence.row], (), True))
-                sequence.sampled += 1
+                if self._make_room(sequence, start + 1):
+                    items.append(Item(sequence, start, 1, 1, [sequence.row], (), True))
+                    sequence.sampled += 1
         for sequence in prefilling:
+            if sequence.seq_slot < 0:
+                continue
             start = sequence.computed
-            length, chunk = chunk_for(sequence.prompt_len - start, chunks)
+            length, chunk = chunk_for(sequence.prefill - start, chunks)
             if length - 1 > self._rows.free:
                 break
             rows = [sequence.row, *self._rows.take(length - 1)]
-            tokens = sequence.request.token_ids[start : start + length]
+            tokens = sequence.known[start : start + length]
             sequence.computed += length
-            samples = sequence.computed == sequence.prompt_len
+            self.kv.remember(sequence, sequence.computed)
+            samples = sequence.computed == sequence.prefill
             sequence.sampled += samples
             items.append(Item(sequence, start, length, chunk, rows, tokens, samples))
         return items
+
+    def _make_room(self, sequence: Seq, num_tokens: int) -> bool:
+        """Pages for one more token of a sequence; under pressure the youngest sequences of its groups
+        give way and are computed anew later. False: it was the youngest itself."""
+        groups = set(sequence.route.groups)
+        while not self.kv.grow(sequence, num_tokens):
+            rivals = [s for s in self._running.values() if groups.intersection(s.route.groups)]
+            self._preempt(rivals[-1])
+            if rivals[-1] is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Seq) -> None:
+        """Takes all a sequence holds and puts it first in the queue; its prefix stays cached for as
+        long as nobody wants the pages."""
+        self._preemptions += 1
+        self._release(sequence)
+        self._waiting.appendleft(sequence)
+
+    def _release(self, sequence: Seq, poisoned: bool = False) -> None:
+        """Gives back the pages, row and slot of a running sequence."""
+        del self._running[sequence.request.request_id]
+        if not poisoned:
+            written = sequence.computed
+            if written == sequence.prefill:
+                written = min(sequence.prompt_len + sequence.sampled - 1, len(sequence.known))
+            self.kv.remember(sequence, written)
+        self.kv.release(sequence, poisoned)
+        self._rows.give([sequence.row])
+        self._seq_slots.give([sequence.seq_slot])
+        sequence.seq_slot = sequence.row = -1
+        sequence.computed = 0
 
     def _sweep(self, items: list[Item], buckets: Sequence[Bucket]) -> Step:
         """Takes every item through all its instances, in chain order, batching per instance."""
@@ -291,9 +329,7 @@ class Loop:
         sequence.finished = True
         request_id = sequence.request.request_id
         self._outputs.append(Output(request_id=request_id, finish_reason=reason, **fields))
-        if self._running.pop(request_id, None) is None:
-            return
-        for group, pages in sequence.pages.items():
-            self._pages[group].give(pages)
-        self._rows.give([sequence.row])
-        self._seq_slots.give([sequence.seq_slot])
+        if request_id in self._running:
+            self._release(sequence, poisoned=reason == "error")
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)

@@ -21,7 +21,11 @@ class Sequence:
       seq_slot: its entry in the device's last-token array; -1 while waiting.
       row: its register row for decoding.
       pages: physical pages by KV group.
-      computed: prompt tokens handed to the device so far.
+      page_keys: content keys of its full pages by KV group, as far as worked out.
+      remembered: how many of its pages others can find by content.
+      prefill: known tokens to compute before it decodes: the prompt, and after a preemption what it
+        had generated too.
+      computed: how many of those were handed to the device so far, or found in the cache.
       sampled: tokens the device was asked to sample so far, those not yet read included.
       generated: tokens read so far.
       finished: its last output has been sent.
@@ -34,6 +38,9 @@ class Sequence:
     seq_slot: int = -1
     row: int = -1
     pages: dict["KvGroup", list[int]] = dataclasses.field(default_factory=dict)
+    page_keys: dict["KvGroup", list[bytes]] = dataclasses.field(default_factory=dict)
+    remembered: int = 0
+    prefill: int = 0
     computed: int = 0
     sampled: int = 0
     generated: list[int] = dataclasses.field(default_factory=list)
@@ -45,9 +52,9 @@ class Sequence:
         return len(self.request.token_ids)
 
     @property
-    def capacity(self) -> int:
-        """Positions it may fill."""
-        return self.prompt_len + self.max_tokens
+    def known(self) -> tuple[int, ...]:
+        """The prompt and every token read so far."""
+        return (*self.request.token_ids, *self.generated)
 
 
 @dataclasses.dataclass(eq=False)

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from jblock.engine import sampling
 
-
 keep_top = jax.jit(sampling.keep_top)
 
 

@@ -1,0 +1,119 @@
+"""The KV pages of sequences: prefix reuse on admission, growth while decoding, return at the end."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from jblock.blocks.spec import AttentionSpec
+from jblock.engine.assembly import KvGroup
+from jblock.engine.executables import PoolShape
+from jblock.engine.kv import PagePool
+from jblock.engine.prefix import page_keys, root_key
+from jblock.engine.sequence import Sequence as Seq
+
+
+class KvCache:
+    """Pages of every KV group of an agent. A sequence holds the same number of pages in each group its
+    chain needs, so a prefix counts as cached only where all of them have it.
+
+    Attributes:
+      pools: by group.
+      hit_tokens: prompt tokens found in the cache instead of computed.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[KvGroup, PoolShape],
+        page_size: int,
+        scrub: Callable[[KvGroup, Sequence[int]], None],
+    ):
+        """`scrub(group, pages)` must zero pages on the device; it is called when they change hands."""
+        self.pools = {g: PagePool(s.num_pages - 1, 1) for g, s in shapes.items()}
+        self.hit_tokens = 0
+        self._page_size = page_size
+        self._scrub = scrub
+
+    def admit(self, sequence: Seq) -> bool:
+        """Gives a sequence pages for all its known tokens and one more, cached ones first, and sets how
+        many tokens need no computing. False: not enough pages; nothing changed."""
+        groups = sequence.route.groups
+        tokens = sequence.known
+        # The last token is always computed: its logits are wanted.
+        limit = (len(tokens) - 1) // self._page_size
+        found = {}
+        for group in groups:
+            keys = self._keys(sequence, group, tokens)
+            found[group] = self.pools[group].match(keys[:limit])
+        hits = min((len(pages) for pages in found.values()), default=0)
+        count = self._pages_for(len(tokens) + 1)
+        for group in groups:
+            self.pools[group].share(found[group][:hits])
+        if any(self.pools[g].free < count - hits for g in groups):
+            for group in groups:
+                self.pools[group].give(found[group][:hits])
+            return False
+        for group in groups:
+            sequence.pages[group] = found[group][:hits]
+            self._extend(sequence, group, count)
+        sequence.computed = hits * self._page_size
+        self.hit_tokens += sequence.computed
+        return True
+
+    def grow(self, sequence: Seq, num_tokens: int) -> bool:
+        """Makes sure a sequence has pages for `num_tokens` tokens. False: none free; nothing changed."""
+        count = self._pages_for(num_tokens)
+        groups = [g for g in sequence.route.groups if len(sequence.pages[g]) < count]
+        if any(self.pools[g].free < count - len(sequence.pages[g]) for g in groups):
+            return False
+        for group in groups:
+            self._extend(sequence, group, count)
+        return True
+
+    def remember(self, sequence: Seq, num_tokens: int) -> None:
+        """Lets the full pages among a sequence's first `num_tokens` tokens, all of them enqueued for
+        computing, be found by others."""
+        full = num_tokens // self._page_size
+        if full <= sequence.remembered:
+            return
+        tokens = sequence.known[: full * self._page_size]
+        for group in sequence.route.groups:
+            keys = self._keys(sequence, group, tokens)
+            for i in range(sequence.remembered, full):
+                self.pools[group].remember(sequence.pages[group][i], keys[i])
+        sequence.remembered = full
+
+    def release(self, sequence: Seq, poisoned: bool = False) -> None:
+        """Gives back all pages. What a poisoned sequence computed is not found again."""
+        for group, pages in sequence.pages.items():
+            if poisoned:
+                self.pools[group].forget(pages)
+            self.pools[group].give(pages)
+        sequence.pages = {}
+        sequence.remembered = 0
+
+    def _extend(self, sequence: Seq, group: KvGroup, count: int) -> None:
+        pages = self.pools[group].take(count - len(sequence.pages[group]))
+        self._scrub(group, pages)
+        sequence.pages[group].extend(pages)
+
+    def _pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._page_size)
+
+    def _keys(self, sequence: Seq, group: KvGroup, tokens: Sequence[int]) -> list[bytes]:
+        """Keys of the full pages of `tokens`; worked out once a page."""
+        keys = sequence.page_keys.setdefault(group, [])
+        full = len(tokens) // self._page_size
+        if len(keys) < full:
+            parent = keys[-1] if keys else self._root(sequence, group)
+            begin = len(keys) * self._page_size
+            keys.extend(page_keys(parent, tokens[begin:], self._page_size))
+        return keys[:full]
+
+    @staticmethod
+    def _root(sequence: Seq, group: KvGroup) -> bytes:
+        steps, specs = sequence.route.chain.steps, sequence.route.specs
+        mine = [
+            i
+            for i, s in enumerate(specs)
+            if isinstance(s, AttentionSpec)
+            and (s.num_kv_heads, s.head_dim) == (group.num_kv_heads, group.head_dim)
+        ]
+        return root_key(steps[: mine[-1] + 1], sequence.request.cache_salt)
