@@ -42,6 +42,7 @@ class Dispatcher:
         self.failure: Exception | None = None
         self._max_queue = max_queue
         self._open: dict[str, Ticket] = {}
+        self._held: set[str] = set()  # Ids whose handler has not yet sent all.
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -79,6 +80,7 @@ class Dispatcher:
             )
         ticket = Ticket(self, str(next(self._numbers)))
         self._open[ticket.request_id] = ticket
+        self._held.add(ticket.request_id)
         self._idle.clear()
         return ticket
 
@@ -101,9 +103,17 @@ class Dispatcher:
         self._die(api.EngineDied("the server is shutting down"))
 
     def release(self, ticket: "Ticket") -> None:
-        """Frees a place."""
+        """Frees a place: the engine has ended the request, or never had it."""
         self._open.pop(ticket.request_id, None)
-        if not self._open:
+        self._settle()
+
+    def leave(self, ticket: "Ticket") -> None:
+        """The handler has sent all it will."""
+        self._held.discard(ticket.request_id)
+        self._settle()
+
+    def _settle(self) -> None:
+        if not self._open and not self._held:
             self._idle.set()
 
     def _read(self) -> None:
@@ -178,6 +188,7 @@ class Ticket:
             # The place stays taken until the engine confirms, or a client that opens and cancels
             # could queue without bound.
             self._dispatcher.engine.cancel(self.request_id)
+        self._dispatcher.leave(self)
 
     def submit(self, request: api.Request) -> None:
         """Hands the request to the engine; its id must be this ticket's."""

@@ -79,7 +79,12 @@ async def _serve(config: ServerConfig, engine: api.Engine) -> bool:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    return await serve(config, engine, stop, _announce)
+    drained = await serve(config, engine, stop, _announce)
+    # asyncio.run cancels the tasks that are left, and grpc logs a cancelled one as an error.
+    rest = asyncio.all_tasks() - {asyncio.current_task()}
+    if rest:
+        await asyncio.wait(rest, timeout=1.0)
+    return drained
 
 
 def main(argv: list[str]) -> int:

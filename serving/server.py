@@ -21,7 +21,7 @@ from serving.v1 import jblock_pb2, jblock_pb2_grpc
 
 _SERVICES = tuple(s.full_name for s in jblock_pb2.DESCRIPTOR.services_by_name.values())
 # Seconds that calls get at the very end to send what they have; health watchers never end alone.
-_LAST_WORDS_SECONDS = 0.5
+_LAST_WORDS_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
