@@ -1,0 +1,49 @@
+"""`python -m bench SCENARIO [--quick] [--json FILE] [--plot FILE]`: one JSON line last on stdout."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from absl import app
+from absl.flags import argparse_flags
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    from bench.scenarios import SCENARIOS
+
+    parser = argparse_flags.ArgumentParser(
+        prog="python -m bench", description="Measures the engine; docs/benchmarks.md says how."
+    )
+    commands = parser.add_subparsers(dest="scenario", required=True, metavar="SCENARIO")
+    for name, scenario in SCENARIOS.items():
+        sub = commands.add_parser(name, help=scenario.summary, description=scenario.summary)
+        sub.add_argument("--quick", action="store_true", help="a tiny model, some seconds")
+        sub.add_argument("--json", type=Path, help="also write the JSON line to this file")
+        sub.add_argument("--plot", type=Path, help="draw the figures to this file (extra: plot)")
+        if scenario.add_arguments:
+            scenario.add_arguments(sub)
+    return parser.parse_args(argv[1:])
+
+
+def _main(args: argparse.Namespace) -> int:
+    from bench import plots, report
+    from bench.scenarios import SCENARIOS
+
+    if args.plot:
+        plots.require()
+    result = SCENARIOS[args.scenario].run(args)
+    if args.plot:
+        plots.draw(args.scenario, result, args.plot)
+    line = report.line(args.scenario, args.quick, result)
+    if args.json:
+        args.json.write_text(line + "\n")
+    sys.stdout.flush()
+    print(line, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(_main, flags_parser=_parse)

@@ -1,0 +1,103 @@
+"""What the machine can do: bytes read a second, and FLOP/s of float32 and bfloat16 matmuls."""
+
+import concurrent.futures
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jblock.blocks.linear import matmul
+from jblock.blocks.spec import FfnSpec
+from jblock.engine.assembly import Unit
+
+
+class ReadBandwidth:
+    """Reads a large array once, split over as many threads as there are CPUs.
+
+    Two readers are tried, a jitted sum and a jitted product with a vector, and the faster counts:
+    the figure stands for what memory gives, not for what one loop of XLA does.
+    """
+
+    def __init__(self, mebibytes: int = 1024):
+        """Takes `mebibytes` of memory; more than three times the cache is wanted."""
+        self._threads = max(1, len(os.sched_getaffinity(0)))
+        columns = 4096
+        rows = max(1, mebibytes * 2**20 // (4 * columns * self._threads))
+        self._parts = [jnp.full((rows, columns), 1.0, jnp.float32) for _ in range(self._threads)]
+        vector = jnp.full((columns,), 0.5, jnp.float32)
+        shape = self._parts[0]
+        self._readers = (
+            jax.jit(jnp.sum).lower(shape).compile(),
+            jax.jit(lambda a: a @ vector).lower(shape).compile(),
+        )
+        self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
+        self.nbytes = sum(p.nbytes for p in self._parts)
+
+    def measure(self) -> float:
+        """Bytes a second, once through the array with each reader."""
+        best = 0.0
+        for reader in self._readers:
+            begin = time.perf_counter()
+            jax.block_until_ready(list(self._pool.map(reader, self._parts)))
+            best = max(best, self.nbytes / (time.perf_counter() - begin))
+        return best
+
+
+class SmallRowsMatmul:
+    """Bare matmuls of a few rows over the weights a model has resident: gate and down of every ffn,
+    one after another, which is more than the caches hold on the 250M model."""
+
+    def __init__(self, units: Sequence[Unit], rows: int):
+        """Compiles the chain over the units' own arrays, in place."""
+        self._weights: list[tuple[jax.Array, jax.Array]] = []
+        for unit in units:
+            for spec, tensors in zip(unit.signature.specs, unit.params, strict=True):
+                if isinstance(spec, FfnSpec):
+                    self._weights.append((tensors["gate.weight"], tensors["down.weight"]))
+        if not self._weights:
+            raise ValueError("the model has no ffn to take weights from")
+        width = self._weights[0][0].shape[0]
+        self._x = jnp.full((rows, width), 0.01, jnp.float32)
+        self.flops = 2 * rows * sum(g.size + d.size for g, d in self._weights)
+        self.nbytes = sum(g.nbytes + d.nbytes for g, d in self._weights)
+        self._program = jax.jit(_chain).lower(self._x, self._weights).compile()
+
+    def measure(self) -> float:
+        """FLOP/s, once through all weights."""
+        begin = time.perf_counter()
+        self._program(self._x, self._weights).block_until_ready()
+        return self.flops / (time.perf_counter() - begin)
+
+
+class BestMatmul:
+    """The best matmul rate of a few large shapes."""
+
+    SHAPES = ((2048, 2048, 2048), (512, 1024, 2816), (1024, 1024, 4096))
+
+    def __init__(self, dtype: str, scale: int = 1):
+        """Compiles the shapes, each side divided by `scale`."""
+        self._cases: list[tuple[Any, jax.Array, jax.Array, int]] = []
+        for m, k, n in self.SHAPES:
+            m, k, n = m // scale, k // scale, n // scale
+            x = jnp.asarray(np.ones((m, k), np.float32))
+            w = jnp.full((k, n), 0.01, dtype)
+            self._cases.append((jax.jit(matmul).lower(x, w).compile(), x, w, 2 * m * k * n))
+
+    def measure(self) -> float:
+        """FLOP/s of the best shape."""
+        best = 0.0
+        for program, x, w, flops in self._cases:
+            begin = time.perf_counter()
+            program(x, w).block_until_ready()
+            best = max(best, flops / (time.perf_counter() - begin))
+        return best
+
+
+def _chain(x: jax.Array, weights: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
+    for gate, down in weights:
+        x = matmul(matmul(x, gate), down)
+    return x

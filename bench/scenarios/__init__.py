@@ -1,0 +1,41 @@
+"""The named scenarios. Each measures what its interleaved repetitions show within one run."""
+
+import argparse
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """One thing that can be measured.
+
+    Attributes:
+      name: of the command and of the module beside this file.
+      summary: one line for the help.
+    """
+
+    name: str
+    summary: str
+
+    @property
+    def run(self) -> Callable[[argparse.Namespace], dict[str, Any]]:
+        """The measurement: parsed flags to the keys of the JSON line."""
+        return self._module.run
+
+    @property
+    def add_arguments(self) -> Callable[[argparse.ArgumentParser], None] | None:
+        """Adds the scenario's own flags, if it has any."""
+        return getattr(self._module, "add_arguments", None)
+
+    @property
+    def _module(self):
+        return importlib.import_module(f"bench.scenarios.{self.name}")
+
+
+_ALL = (
+    Scenario("block_tax", "a decode step through blocks over the same step as one program"),
+    Scenario("roofline", "decode and prefill over what the memory and the matmuls allow"),
+)
+SCENARIOS = {s.name: s for s in _ALL}

@@ -1,0 +1,177 @@
+"""An engine driven step by step on the caller's own thread, so that one step can be timed."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jblock.engine.api import EngineStats, Output, Request, SamplingParams
+from jblock.engine.assembly import assemble
+from jblock.engine.config import EngineConfig
+from jblock.engine.device import Device
+from jblock.engine.loop import Loop
+from jblock.zoo.records import Chain
+
+
+class WatchedDevice(Device):
+    """A device that notes when a step's calls were enqueued, and what they will bring.
+
+    Attributes:
+      pending: device arrays of the calls enqueued last that bring tokens.
+      enqueue_begin: clock when the first call of the step began.
+      enqueue_end: clock when the last call so far returned.
+      calls: blocks run since `mark`.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.mark()
+
+    def mark(self) -> None:
+        """Begins a new step's notes."""
+        self.pending: list[jax.Array] = []
+        self.enqueue_begin = self.enqueue_end = 0.0
+        self.calls = 0
+
+    def run(self, *args, **kwargs):
+        """See Device.run."""
+        self.enqueue_begin = self.enqueue_begin or time.perf_counter()
+        result = super().run(*args, **kwargs)
+        self.enqueue_end = time.perf_counter()
+        self.calls += 1
+        if result is not None:
+            self.pending.append(result.packed)
+        return result
+
+    def wait(self) -> None:
+        """Blocks until the tokens of every call so far are there."""
+        jax.block_until_ready(self.pending)
+
+
+class Stepper:
+    """One agent with every program compiled, and its loop.
+
+    Attributes:
+      assembly: blocks and routes.
+      device: arrays and programs.
+      loop: scheduling.
+      config: settings.
+    """
+
+    def __init__(self, zoo: Any, chains: Mapping[str, Chain], config: EngineConfig):
+        """Loads `chains` of `zoo` (or of anything with a zoo's readers) and compiles."""
+        self.config = config
+        self.assembly = assemble(zoo, chains, config)
+        self.device = WatchedDevice(self.assembly, config)
+        buckets = (*config.decode_buckets, *config.prefill_buckets)
+        keys = self.device.program_keys(self.assembly, buckets)
+        self.device.executables.warm(keys, config.compile_workers)
+        self.device.buckets = buckets
+        self.loop = Loop(self.assembly, self.device, config)
+        self._rng = np.random.default_rng(0)
+        self._count = 0
+        self._lengths: dict[str, int] = {}
+
+    def submit(
+        self, model: str, prompt_len: int, max_tokens: int, sampling: SamplingParams | None = None
+    ) -> str:
+        """Queues a random prompt that runs to its length; returns its request id."""
+        vocab = self.assembly.routes[model].chain.vocab_size
+        self._count += 1
+        request_id = f"r{self._count}"
+        self._lengths[request_id] = prompt_len
+        self.loop.submit(
+            Request(
+                request_id=request_id,
+                model=model,
+                token_ids=tuple(self._rng.integers(0, vocab, prompt_len).tolist()),
+                sampling=sampling or SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+            )
+        )
+        return request_id
+
+    def fill(self, models: Sequence[str], prompt_len: int, max_tokens: int) -> list[str]:
+        """Brings one sequence for each entry of `models` to steady decoding.
+
+        Returns:
+          Their request ids.
+
+        Raises:
+          RuntimeError: a request was refused, or one ended before the last had begun.
+        """
+        ids = [self.submit(model, prompt_len, max_tokens) for model in models]
+        missing = set(ids)
+        while missing:
+            for output in self._step():
+                if output.finish_reason:
+                    raise RuntimeError(
+                        f"a request ended before all were decoding: {output}; "
+                        "give max_tokens or KV memory for all of them"
+                    )
+                missing.discard(output.request_id)
+        self.settle()
+        return ids
+
+    def steps(self, count: int, rows: int) -> float:
+        """Seconds of `count` whole decode steps of `rows` sequences, from idle to idle device.
+
+        Raises:
+          RuntimeError: a step brought other than `rows` tokens, so it was no steady decoding.
+        """
+        self.device.mark()
+        tokens = 0
+        begin = time.perf_counter()
+        for _ in range(count):
+            tokens += len(self._step())
+        self.device.wait()
+        seconds = time.perf_counter() - begin
+        if tokens != count * rows:
+            raise RuntimeError(f"{tokens} tokens came from {count} steps of {rows} sequences")
+        return seconds
+
+    def lone_step(self) -> tuple[float, float, int]:
+        """One step with nothing overlapped: seconds until all its calls were enqueued, seconds until
+        its tokens were ready, both since its first call began, and how many blocks it ran."""
+        self.device.mark()
+        self._step()
+        self.device.wait()
+        ready = time.perf_counter()
+        begin = self.device.enqueue_begin
+        return self.device.enqueue_end - begin, ready - begin, self.device.calls
+
+    def settle(self) -> None:
+        """Waits until the device has nothing left to do."""
+        self.device.wait()
+
+    def drain(self, request_ids: Sequence[str]) -> None:
+        """Cancels requests and steps until the loop is idle."""
+        for request_id in request_ids:
+            self.loop.cancel(request_id)
+        while not self.loop.idle:
+            self._step()
+
+    def prefill(self, model: str, prompt_len: int) -> float:
+        """Seconds from handing over one prompt until its first token is read, on an idle engine."""
+        begin = time.perf_counter()
+        self.submit(model, prompt_len, 1)
+        seconds = 0.0
+        while not self.loop.idle:
+            if any(o.token_ids for o in self._step()) and not seconds:
+                seconds = time.perf_counter() - begin
+        return seconds
+
+    def tokens(self, request_ids: Sequence[str]) -> int:
+        """Tokens of these sequences so far, prompts and what was generated."""
+        return sum(self._lengths[request_id] for request_id in request_ids)
+
+    def stats(self) -> EngineStats:
+        """The loop's counters."""
+        return self.loop.stats()
+
+    def _step(self) -> list[Output]:
+        outputs = self.loop.step()
+        for output in outputs:
+            self._lengths[output.request_id] += len(output.token_ids)
+        return outputs
