@@ -11,12 +11,15 @@ from absl import logging
 
 from jblock.engine.api import EngineDied, EngineStats, ModelInfo, Output, Request
 from jblock.engine.assembly import Assembly, assemble
-from jblock.engine.config import Bucket, EngineConfig
+from jblock.engine.config import EngineConfig
 from jblock.engine.device import Device
 from jblock.engine.executable_cache import ExecutableCache, default_folder
+from jblock.engine.keeper import Keeper
 from jblock.engine.loop import Loop
 from jblock.zoo.records import Chain, ZooError
 from jblock.zoo.store import Zoo
+
+Switch = tuple[Assembly, threading.Event]
 
 
 class ThreadEngine:
@@ -36,22 +39,18 @@ class ThreadEngine:
           ZooError: a chain or component that cannot be read.
           ValueError: settings that do not fit the chains.
         """
-        self._config = config
-        self._assembly = assemble(zoo, chains, config)
-        self._device = Device(self._assembly, config, cache)
-        self._closing = threading.Event()
-        self._warm(config.first_buckets)
-        self._models = _model_infos(zoo, self._assembly, config)
-        self._loop = Loop(self._assembly, self._device, config)
-        self._inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()
+        self._zoo, self._config = zoo, config
+        assembly = assemble(zoo, chains, config)
+        device = Device(assembly, config, cache)
+        self._inbox: queue.SimpleQueue[Request | str | Switch | None] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[list[Output]] = queue.SimpleQueue()
         self._death: BaseException | None = None
+        self._keeper = Keeper(zoo, assembly, device, config, self._switch)
+        self._models = _model_infos(zoo, assembly, config)
+        self._loop = Loop(assembly, device, config)
         self._thread = threading.Thread(target=self._run, name="jblock-engine", daemon=True)
         self._thread.start()
-        self._compiler = threading.Thread(
-            target=self._warm_rest, name="jblock-compiler", daemon=True
-        )
-        self._compiler.start()
+        self._keeper.start()
 
     def models(self) -> tuple[ModelInfo, ...]:
         """The served chains."""
@@ -86,35 +85,28 @@ class ThreadEngine:
 
     def close(self) -> None:
         """Stops the loop and waits for it."""
-        self._closing.set()
+        self._keeper.close()
         self._inbox.put(None)
         self._thread.join()
-        self._compiler.join()
+
+    def serve(self, models: Sequence[str]) -> tuple[ModelInfo, ...]:
+        """Serves exactly these chains in their live versions, from the next step on.
+
+        Raises:
+          ValueError: a chain cannot be read, or does not fit; nothing changed.
+        """
+        self._models = _model_infos(self._zoo, self._keeper.serve(models), self._config)
+        return self._models
 
     def settle(self) -> None:
         """Waits until the background compiler has nothing left to do."""
-        self._compiler.join()
+        self._keeper.settle()
 
-    def _warm(self, buckets: tuple[Bucket, ...]) -> None:
-        """Makes the programs of these grids, then adds the grids to those the loop may use."""
-        device = self._device
-        keys = device.program_keys(self._assembly, buckets)
-        device.executables.warm(keys, self._config.compile_workers, stop=self._closing)
-        if not self._closing.is_set():
-            known = () if buckets == self._config.first_buckets else device.buckets
-            device.buckets = tuple(sorted({*known, *buckets}, key=lambda b: (b.q_len, b.num_seqs)))
-
-    def _warm_rest(self) -> None:
-        rest = [
-            bucket
-            for bucket in (*self._config.decode_buckets, *self._config.prefill_buckets)
-            if bucket not in self._config.first_buckets
-        ]
-        try:
-            for bucket in rest:
-                self._warm((bucket,))
-        except Exception:
-            logging.exception("the background compiler failed; the grids there are go on serving")
+    def _switch(self, assembly: Assembly) -> None:
+        taken = threading.Event()
+        self._inbox.put((assembly, taken))
+        while not taken.wait(1.0):
+            self._check_alive()
 
     def _check_alive(self) -> None:
         if not self._thread.is_alive():
@@ -141,8 +133,12 @@ class ThreadEngine:
                 return False
             if isinstance(message, str):
                 self._loop.cancel(message)
-            else:
+            elif isinstance(message, Request):
                 self._loop.submit(message)
+            else:
+                assembly, taken = message
+                self._loop.switch(assembly)
+                taken.set()
             if self._inbox.empty():
                 return True
 

@@ -5,6 +5,7 @@ frozen dataclass of ints, floats, strings and tuples of them: no arrays, no call
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Protocol
 
 
@@ -169,6 +170,18 @@ class Engine(Protocol):
 
         Raises:
           EngineDied: the loop is gone; every request still open is lost.
+        """
+        ...
+
+    def serve(self, models: Sequence[str]) -> tuple[ModelInfo, ...]:
+        """Serves exactly these chains, each in the version live in the zoo now, and returns them.
+
+        Blocks until requests submitted from now on are served so; others go on meanwhile, and those in
+        flight end on the version they started with.
+
+        Raises:
+          ValueError: a chain cannot be read or does not fit; nothing changed.
+          EngineDied: the loop is gone.
         """
         ...
 

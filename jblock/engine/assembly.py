@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -105,23 +106,37 @@ class Assembly:
       routes: by chain name.
       instances: in sweep order.
       resident_bytes: of all parameters and slot tables.
+      params: device tensors by component id and whether they are a tied table; what the next assembly
+        takes over instead of loading it again.
+      by_key: instances by what decides them; the next assembly takes over those it needs unchanged.
     """
 
     routes: dict[str, Route]
     instances: tuple[Instance, ...]
     resident_bytes: int
+    params: dict[tuple[str, bool], parameters.Tensors] = dataclasses.field(default_factory=dict)
+    by_key: dict[tuple, Instance] = dataclasses.field(default_factory=dict)
 
 
-def assemble(zoo: Zoo, chains: Mapping[str, Chain], config: EngineConfig) -> Assembly:
+def assemble(
+    zoo: Zoo, chains: Mapping[str, Chain], config: EngineConfig, previous: Assembly | None = None
+) -> Assembly:
     """Loads the components of `chains` and wires them into instances.
+
+    Args:
+      zoo: where components are read from.
+      chains: what to serve, by public name.
+      config: of the agent.
+      previous: what is resident now. Its parameters are not loaded again, blocks that stay as they
+        were stay the same instances, and it goes on working until nobody holds it.
 
     Raises:
       ZooError: a record or tensor the zoo cannot read.
       ValueError: a chain this engine cannot run.
     """
     if config.share:
-        return _assemble(zoo, chains, config)
-    parts = [_assemble(zoo, {name: chain}, config) for name, chain in chains.items()]
+        return _assemble(zoo, chains, config, previous)
+    parts = [_assemble(zoo, {name: chain}, config, None) for name, chain in chains.items()]
     instances = sorted((i for p in parts for i in p.instances), key=lambda i: i.depth)
     return Assembly(
         routes={name: route for p in parts for name, route in p.routes.items()},
@@ -130,8 +145,10 @@ def assemble(zoo: Zoo, chains: Mapping[str, Chain], config: EngineConfig) -> Ass
     )
 
 
-def _assemble(zoo: Zoo, chains: Mapping[str, Chain], config: EngineConfig) -> Assembly:
-    loader = _Loader(zoo, chains, config)
+def _assemble(
+    zoo: Zoo, chains: Mapping[str, Chain], config: EngineConfig, previous: Assembly | None
+) -> Assembly:
+    loader = _Loader(zoo, chains, config, previous)
     partition = blocks(dict(chains))
     users: dict[tuple, set[str]] = {}
     instances: dict[tuple, Instance] = {}
@@ -140,9 +157,11 @@ def _assemble(zoo: Zoo, chains: Mapping[str, Chain], config: EngineConfig) -> As
         keys = []
         for block in partition[name]:
             placement = loader.kv_placement(name, block)
-            key = (block.components, block.first, placement)
+            deltas = tuple(loader.delta_key(c) for c in block.components)
+            key = (block.components, block.first, placement, deltas)
             if key not in instances:
-                instances[key] = loader.instance(chain, block, placement)
+                kept = previous.by_key.get(key) if previous else None
+                instances[key] = kept or loader.instance(chain, block, placement)
             users.setdefault(key, set()).add(name)
             keys.append(key)
         wired[name] = keys
@@ -162,21 +181,42 @@ def _assemble(zoo: Zoo, chains: Mapping[str, Chain], config: EngineConfig) -> As
         routes=routes,
         instances=tuple(sorted(instances.values(), key=lambda i: i.depth)),
         resident_bytes=parameters.nbytes([t for u in units for t in (*u.params, *u.tables)]),
+        params=loader.params,
+        by_key=instances,
     )
 
 
 class _Loader:
     """Reads components once each and builds units from them."""
 
-    def __init__(self, zoo: Zoo, chains: Mapping[str, Chain], config: EngineConfig):
+    def __init__(
+        self,
+        zoo: Zoo,
+        chains: Mapping[str, Chain],
+        config: EngineConfig,
+        previous: Assembly | None,
+    ):
         self.zoo, self.chains, self.config = zoo, chains, config
         ids = {s.component for c in chains.values() for s in c.steps}
         self.records = {i: zoo.component(i) for i in ids}
-        adapted = [n for n, c in chains.items() if any(s.deltas for s in c.steps)]
-        self.slots = {name: slot for slot, name in enumerate(adapted, 1)}
+        self.slots = _slots(chains, previous)
+        self.num_slots = _capacity(max(self.slots.values(), default=0) + 1)
         self.deltas = self._deltas()
         self.forms = self._forms()
-        self._params: dict[tuple[str, bool], parameters.Tensors] = {}
+        self.params: dict[tuple[str, bool], parameters.Tensors] = {}
+        self._resident = previous.params if previous else {}
+
+    def delta_key(self, component: str) -> tuple:
+        """What decides the slot tables of a component."""
+        if component not in self.deltas:
+            return ()
+        ids = tuple(
+            (slot, step.deltas)
+            for name, slot in self.slots.items()
+            for step in self.chains[name].steps
+            if step.component == component and step.deltas
+        )
+        return (self.forms[self.records[component].spec], tuple(sorted(ids)))
 
     def _deltas(self) -> dict[str, dict[int, list[tuple[LoraSpec, dict[str, np.ndarray]]]]]:
         """Component id -> slot -> its LoRA deltas."""
@@ -204,7 +244,7 @@ class _Loader:
             spec: LoraForm(
                 targets=tuple(sorted(names)),
                 rank=-(-ranks[spec] // 8) * 8,
-                slots=len(self.slots) + 1,
+                slots=self.num_slots,
             )
             for spec, names in targets.items()
         }
@@ -266,16 +306,35 @@ class _Loader:
     def _load(self, component: str, tied: bool) -> parameters.Tensors:
         """Device tensors of a component, read once; a tied table is its embedding's own array."""
         key = (component, tied)
-        if key not in self._params:
+        if key not in self.params:
             record = self.records[component]
-            if tied:
+            if key in self._resident:
+                self.params[key] = self._resident[key]
+            elif tied:
                 owner, tensor = record.refs["weight"]
-                self._params[key] = {"weight": self._load(owner, False)[tensor]}
+                self.params[key] = {"weight": self._load(owner, False)[tensor]}
             else:
-                self._params[key] = parameters.prepare(
+                self.params[key] = parameters.prepare(
                     record.spec, self.zoo.load_component(component), self.config.dtype, False
                 )
-        return self._params[key]
+        return self.params[key]
+
+
+def _slots(chains: Mapping[str, Chain], previous: Assembly | None) -> dict[str, int]:
+    """A slot for every chain with deltas; one that is resident already keeps its own."""
+    adapted = [n for n, c in chains.items() if any(s.deltas for s in c.steps)]
+    slots = {
+        name: previous.routes[name].slot
+        for name in adapted
+        if previous and name in previous.routes and previous.routes[name].chain == chains[name]
+    }
+    free = (i for i in itertools.count(1) if i not in set(slots.values()))
+    return {name: slots[name] if name in slots else next(free) for name in adapted}
+
+
+def _capacity(slots: int) -> int:
+    """Slots in a table: a power of two from 4 on, so that few adapters more need no new program."""
+    return max(4, 1 << (slots - 1).bit_length())
 
 
 def _unit_runs(specs: Sequence[ComponentSpec]) -> list[list[int]]:

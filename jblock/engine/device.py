@@ -74,6 +74,20 @@ class Device:
         self._last_tokens = jnp.zeros((config.max_num_seqs,), jnp.int32)
         self._arrays: dict[tuple, jax.Array] = {}
 
+    def check(self, assembly: Assembly) -> None:
+        """Whether an assembly fits what was allocated.
+
+        Raises:
+          ValueError: it needs a register width or KV shape this agent has no arrays for.
+        """
+        widths = {u.signature.hidden_size for i in assembly.instances for u in i.units}
+        groups = {g for route in assembly.routes.values() for g in route.groups}
+        if not widths <= set(self._registers) or not groups <= set(self.pool_shapes):
+            raise ValueError(
+                "a model of another hidden size or KV shape than those loaded at the start cannot be "
+                "added to a running engine: name it in --models and start again"
+            )
+
     def program_keys(self, assembly: Assembly, buckets: Sequence[Bucket]) -> Iterator[ProgramKey]:
         """Every program the assembly can ask for on these grids."""
         units = [u for i in assembly.instances for u in i.units]

@@ -32,6 +32,7 @@ class Loop:
 
     def __init__(self, assembly: Assembly, device: Device, config: EngineConfig):
         self.assembly, self.device, self.config = assembly, device, config
+        self._instances = assembly.instances
         self._waiting: collections.deque[Seq] = collections.deque()
         self._running: dict[str, Seq] = {}
         self._rows = Allocator(device.num_rows)
@@ -43,11 +44,28 @@ class Loop:
         self._model_calls = self._model_rows = 0
         self._prompt_tokens = self._generated_tokens = 0
         self._preemptions = 0
+        self._block_calls = self._block_rows = 0
 
     @property
     def idle(self) -> bool:
         """Nothing is waiting, running or in flight."""
         return not (self._waiting or self._running or self._in_flight)
+
+    def switch(self, assembly: Assembly) -> None:
+        """Serves another set of chains from the next step on. Every program it needs has been made.
+
+        Requests submitted before stay with the chain version they were bound to; its blocks leave when
+        the last of them ends.
+        """
+        self.assembly = assembly
+        self._merge_instances()
+
+    def _merge_instances(self) -> None:
+        """Instances to sweep: those of the assembly, and older ones that requests still pass."""
+        live = {id(i): i for i in self.assembly.instances}
+        for sequence in (*self._running.values(), *self._waiting):
+            live |= {id(i): i for i in sequence.route.instances}
+        self._instances = tuple(sorted(live.values(), key=lambda i: i.depth))
 
     def submit(self, request: Request) -> None:
         """Queues a request, or refuses it with an error output."""
@@ -94,17 +112,18 @@ class Loop:
         if self._in_flight is not None:
             self._collect(self._in_flight)
         self._in_flight = enqueued
+        if len(self._instances) > len(self.assembly.instances):
+            self._merge_instances()
         outputs, self._outputs = self._outputs, []
         return outputs
 
     def stats(self) -> EngineStats:
         """Counters and gauges."""
-        instances = self.assembly.instances
         executables = self.device.executables
         return EngineStats(
             steps=self._steps,
-            block_calls=sum(i.calls for i in instances),
-            block_rows=sum(i.rows for i in instances),
+            block_calls=self._block_calls,
+            block_rows=self._block_rows,
             model_calls=self._model_calls,
             model_rows=self._model_rows,
             compiles_on_serving_path=executables.compiles_on_serving_path,
@@ -249,7 +268,7 @@ class Loop:
             item.sequence.route.instances[0].queue.append(item)
         sampled = []
         with jax.profiler.StepTraceAnnotation("sweep", step_num=self._steps):
-            for instance in self.assembly.instances:
+            for instance in self._instances:
                 if not instance.queue:
                     continue
                 ready = list(instance.queue)
@@ -258,6 +277,8 @@ class Loop:
                     result = self.device.run(instance, batch)
                     instance.calls += 1
                     instance.rows += batch.num_rows
+                    self._block_calls += 1
+                    self._block_rows += batch.num_rows
                     if result is not None:
                         sampled.append(result)
                 for item in ready:

@@ -96,3 +96,18 @@ def request(request_id: str, model: str, prompt, **sampling) -> Request:
         token_ids=tuple(int(t) for t in prompt),
         sampling=SamplingParams(**options),
     )
+
+
+def collect_tokens(engine, request_ids, outputs=()) -> dict[str, list[int]]:
+    """Polls an engine until these requests ended well; their tokens, after those in `outputs`."""
+    tokens: dict[str, list[int]] = {i: [] for i in request_ids}
+    open_ids = set(request_ids)
+    while True:
+        for output in outputs:
+            assert not output.error_message, output
+            tokens[output.request_id].extend(output.token_ids)
+            if output.finish_reason:
+                open_ids.discard(output.request_id)
+        if not open_ids:
+            return tokens
+        outputs = engine.poll(10)

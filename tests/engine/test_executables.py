@@ -69,7 +69,12 @@ def test_serves_on_the_first_tier_and_takes_the_others_up_as_they_come(zoo, tmp_
     one = engine(zoo, ExecutableCache(tmp_path / "cache"))
     assert greedy(one) == oracle(MODEL)["greedy"].tolist()
     one.settle()
-    assert set(one._device.buckets) == {Bucket(1, 1), Bucket(4, 1), Bucket(1, 16), Bucket(4, 16)}
+    assert set(one._loop.device.buckets) == {
+        Bucket(1, 1),
+        Bucket(4, 1),
+        Bucket(1, 16),
+        Bucket(4, 16),
+    }
     settled = one.stats().compiles_in_background
     assert greedy(one) == oracle(MODEL)["greedy"].tolist()
     stats = one.stats()

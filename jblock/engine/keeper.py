@@ -1,0 +1,131 @@
+"""What goes on behind the loop: compiling in tiers, and preparing other sets of chains.
+
+One thread does both, so that an assembly never changes under a compilation. Everything slow (reading
+components, compiling) happens here; the loop is only ever handed something complete.
+"""
+
+import concurrent.futures
+import queue
+import threading
+from collections.abc import Callable, Sequence
+
+from absl import logging
+
+from jblock.engine.assembly import Assembly, assemble
+from jblock.engine.config import Bucket, EngineConfig
+from jblock.engine.device import Device
+from jblock.zoo.store import Zoo
+
+Job = tuple[tuple[str, ...], concurrent.futures.Future]
+
+
+class Keeper:
+    """Owns the assembly that is served, and what is compiled for it.
+
+    Attributes:
+      assembly: what new requests are served by.
+    """
+
+    def __init__(
+        self,
+        zoo: Zoo,
+        assembly: Assembly,
+        device: Device,
+        config: EngineConfig,
+        switch: Callable[[Assembly], None],
+    ):
+        """Compiles the first tier before it returns.
+
+        Args:
+          zoo: where chains are read from.
+          assembly: what is served first.
+          device: whose programs are made.
+          config: of the agent.
+          switch: hands the loop another assembly and returns when it has taken it up.
+        """
+        self.assembly = assembly
+        self._zoo, self._device, self._config, self._switch = zoo, device, config, switch
+        self._closing = threading.Event()
+        self._settled = threading.Event()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._make(assembly, config.first_buckets)
+        device.buckets = config.first_buckets
+        self._thread = threading.Thread(target=self._run, name="jblock-keeper", daemon=True)
+
+    def start(self) -> None:
+        """Begins the background work; the loop must be there."""
+        self._thread.start()
+
+    def serve(self, names: Sequence[str]) -> Assembly:
+        """Serves exactly these chains, each in the version that is live in the zoo now. Blocks until
+        new requests are served so; those in flight end on what they started with.
+
+        Raises:
+          ValueError: a chain cannot be read or does not fit; nothing changed.
+        """
+        done: concurrent.futures.Future[Assembly] = concurrent.futures.Future()
+        self._jobs.put((tuple(names), done))
+        return done.result()
+
+    def settle(self) -> None:
+        """Waits until every tier is compiled."""
+        self._settled.wait()
+
+    def close(self) -> None:
+        """Stops after the program that is being compiled."""
+        self._closing.set()
+        self._settled.set()
+        self._jobs.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        """Jobs as they come; between them, one grid after the other until all are there."""
+        config = self._config
+        rest = [
+            bucket
+            for bucket in (*config.decode_buckets, *config.prefill_buckets)
+            if bucket not in config.first_buckets
+        ]
+        while not self._closing.is_set():
+            try:
+                job = self._jobs.get(block=not rest)
+            except queue.Empty:
+                self._add(rest.pop(0))
+                if not rest:
+                    self._settled.set()
+                continue
+            if job is not None:
+                self._do(*job)
+
+    def _add(self, bucket: Bucket) -> None:
+        try:
+            self._make(self.assembly, (bucket,))
+        except Exception:
+            logging.exception("programs of grid %s could not be made; the others serve on", bucket)
+            return
+        if not self._closing.is_set():
+            grids = {*self._device.buckets, bucket}
+            self._device.buckets = tuple(sorted(grids, key=lambda b: (b.q_len, b.num_seqs)))
+
+    def _do(self, names: tuple[str, ...], done: concurrent.futures.Future) -> None:
+        try:
+            chains = {name: self._zoo.chain(name) for name in names}
+            assembly = assemble(self._zoo, chains, self._config, self.assembly)
+            self._device.check(assembly)
+            self._make(assembly, self._device.buckets)
+            if self._closing.is_set():
+                raise ValueError("the engine is being closed")
+            self._switch(assembly)
+            self.assembly = assembly
+            done.set_result(assembly)
+        except Exception as e:
+            done.set_exception(e)
+
+    def _make(self, assembly: Assembly, buckets: Sequence[Bucket]) -> None:
+        """Every program the assembly can ask for on these grids, compiled or from the cache."""
+        self._device.executables.warm(
+            self._device.program_keys(assembly, buckets),
+            self._config.compile_workers,
+            stop=self._closing,
+        )
