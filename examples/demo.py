@@ -15,121 +15,30 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
 
 from absl import app, flags
 from rich.console import Console
 from rich.progress import Progress
 
 from checkpoints.printing import size
-from examples import demo_load, demo_reference, demo_report, demo_server
-from examples.demo_reference import DemoError, Item
+from examples import demo_load, demo_reference, demo_report, demo_server, demo_zoo
+from examples.demo_reference import DemoError
 from serving.client import Client
 
-_ROOT = pathlib.Path(__file__).parent
 _MODELS = flags.DEFINE_list("models", [], "Names in family.json to serve; all when empty.")
 _REQUESTS = flags.DEFINE_integer("requests", None, "Most requests; default: the whole reference.")
 _STREAMS = flags.DEFINE_integer("streams", 24, "Requests in flight at once.", lower_bound=1)
 _FOLDER = flags.DEFINE_string("folder", "demo-run", "Where the zoo and the server's log go.")
 _REFERENCE = flags.DEFINE_string(
-    "reference", str(_ROOT / "reference.json"), "What transformers answered."
+    "reference", str(demo_zoo.ROOT / "reference.json"), "What transformers answered."
 )
 _SERVE_ONLY = flags.DEFINE_bool("serve_only", False, "Serve the family until Ctrl-C.")
 _PORT = flags.DEFINE_integer("port", 8470, "Port of --serve_only.")
 
 
-def load_family(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Entries of family.json for these names (all when empty).
-
-    Raises:
-      DemoError: a name is not there.
-    """
-    entries = {e["name"]: e for e in json.loads((_ROOT / "family.json").read_text())["models"]}
-    unknown = [name for name in names if name not in entries]
-    if unknown:
-        raise DemoError(f"--models: {unknown[0]!r} is none of the family: {', '.join(entries)}")
-    return {name: entries[name] for name in entries if not names or name in names}
-
-
-def with_bases(family: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """What to convert, in order: the bases that adapters ride on come before them."""
-    needed = {e["base"] for e in family.values() if e["kind"] == "lora"}
-    every = load_family(())
-    return [e for name, e in every.items() if name in family or name in needed]
-
-
-def convert(entries: Sequence[dict[str, Any]], zoo: pathlib.Path, console: Console) -> None:
-    """Puts models and adapters into the zoo; those it has already stay as they are.
-
-    Raises:
-      DemoError: the converter refused one.
-    """
-    import jax
-
-    # Converting computes nothing; an accelerator is the server's.
-    jax.config.update("jax_platforms", "cpu")
-    from checkpoints import hf, peft
-    from checkpoints.errors import BAD_INPUT
-    from checkpoints.progress import Progress as Notes
-
-    notes = Notes(bars=False, quiet=True)
-    with _bar(console) as bar:
-        task = bar.add_task("converting", total=len(entries))
-        for entry in entries:
-            name, source = entry["name"], _ROOT / entry["path"]
-            try:
-                if entry["kind"] == "lora":
-                    peft.convert(source, zoo, entry["base"], name, notes)
-                else:
-                    hf.convert(source, zoo, name, notes)
-            except BAD_INPUT as error:
-                raise DemoError(f"{source} cannot be converted: {error}") from error
-            bar.advance(task)
-
-
-def zoo_totals(zoo: pathlib.Path, names: Sequence[str]) -> dict[str, int]:
-    """Bytes of the live versions of these models: as separate checkpoints, and as stored."""
-    from jblock.zoo.inventory import inventory
-    from jblock.zoo.store import Zoo
-
-    data = inventory(Zoo.open(zoo))
-    rows = [r for r in data["chains"] if r["live"] and r["name"] in names]
-    used = {
-        i for row in rows for step in row["steps"] for i in (step["component"], *step["deltas"])
-    }
-    parts = (*data["components"], *data["deltas"])
-    return {
-        "logical_bytes": sum(row["logical_bytes"] for row in rows),
-        "stored_bytes": sum(part["nbytes"] for part in parts if part["id"] in used),
-    }
-
-
-def check_prompts(zoo: pathlib.Path, items: Sequence[Item]) -> None:
-    """Makes sure that a prompt sent as text is the prompt that transformers was given.
-
-    Raises:
-      DemoError: the zoo's tokenizer makes other ids of one.
-    """
-    from tokenizers import Tokenizer
-
-    from jblock.zoo.store import Zoo
-
-    store = Zoo.open(zoo)
-    tokenizers: dict[str, Tokenizer] = {}
-    for item in items:
-        id_ = store.chain(item.model).tokenizer
-        if id_ is None:
-            raise DemoError(f"{item.model} has no tokenizer in {zoo}; convert it again")
-        if id_ not in tokenizers:
-            tokenizers[id_] = Tokenizer.from_file(str(store.tokenizer_path(id_) / "tokenizer.json"))
-        if tuple(tokenizers[id_].encode(item.prompt).ids) != item.prompt_ids:
-            raise DemoError(f"{item.model}: {item.prompt!r} has other ids than in the reference")
-
-
 def run(console: Console) -> int:
     """The demo; returns its exit code."""
-    family = load_family(_MODELS.value)
+    family = demo_zoo.load_family(_MODELS.value)
     names = list(family)
     folder = pathlib.Path(_FOLDER.value)
     zoo = folder / "zoo"
@@ -139,9 +48,9 @@ def run(console: Console) -> int:
 
     console.print(f"[bold]1. Converting[/] {len(names)} models and adapters into {zoo}")
     begin = time.monotonic()
-    convert(with_bases(family), zoo, console)
-    totals = zoo_totals(zoo, names)
-    check_prompts(zoo, items)
+    _convert(family, zoo, console)
+    totals = demo_zoo.zoo_totals(zoo, names)
+    demo_zoo.check_prompts(zoo, items)
     console.print(
         f"   {size(totals['stored_bytes'])} stored for {size(totals['logical_bytes'])} of models, "
         f"{time.monotonic() - begin:.0f} s",
@@ -174,7 +83,7 @@ def run(console: Console) -> int:
             models = client.models()
 
     result = demo_report.Run(
-        family=load_family(()),
+        family=demo_zoo.load_family(()),
         models=models,
         answers=answers,
         seconds=seconds,
@@ -190,11 +99,11 @@ def run(console: Console) -> int:
 
 def serve(console: Console) -> int:
     """Converts, then becomes the server; returns only if it cannot."""
-    family = load_family(_MODELS.value)
+    family = demo_zoo.load_family(_MODELS.value)
     zoo = pathlib.Path(_FOLDER.value) / "zoo"
     zoo.parent.mkdir(parents=True, exist_ok=True)
     console.print(f"Converting {len(family)} models and adapters into {zoo}")
-    convert(with_bases(family), zoo, console)
+    _convert(family, zoo, console)
     entry = next((e for e in family.values() if "example" in e), None)
     name, prompt = (
         (entry["name"], entry["example"]["prompt"]) if entry else (next(iter(family)), "a")
@@ -212,6 +121,13 @@ def serve(console: Console) -> int:
     sys.stdout.flush()
     command = demo_server.command(zoo, list(family), f"--port={_PORT.value}")
     os.execv(command[0], command)
+
+
+def _convert(family: dict, zoo: pathlib.Path, console: Console) -> None:
+    entries = demo_zoo.with_bases(family)
+    with _bar(console) as bar:
+        task = bar.add_task("converting", total=len(entries))
+        demo_zoo.convert(entries, zoo, lambda: bar.advance(task))
 
 
 def _bar(console: Console) -> Progress:

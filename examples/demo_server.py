@@ -78,7 +78,8 @@ class Server:
                 text = answer.read().decode()
         except OSError as error:
             raise DemoError(
-                f"{self._metrics} does not answer ({error}); see {self._log}"
+                f"the server does not answer at {self._metrics} ({error}).\n"
+                f"The end of {self._log}:\n{self._last_words()}"
             ) from error
         return {
             family.name.removeprefix("jblock_"): family.samples[0].value
