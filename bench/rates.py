@@ -1,9 +1,10 @@
 """What the machine can do: bytes read a second, and FLOP/s of float32 and bfloat16 matmuls."""
 
 import concurrent.futures
+import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -101,3 +102,59 @@ def _chain(x: jax.Array, weights: Sequence[tuple[jax.Array, jax.Array]]) -> jax.
     for gate, down in weights:
         x = matmul(matmul(x, gate), down)
     return x
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSeconds:
+    """Seconds of one layer's matmuls, and of the head's."""
+
+    layer: float
+    head: float
+
+
+class LayerTimes:
+    """The matmuls of a whole model alone, over the weights it has resident."""
+
+    def __init__(self, units: Sequence[Unit], row_counts: Sequence[int]):
+        """Compiles them for each number of rows."""
+        layers = [u for u in units if u.signature.attentions or u.signature.kind == "layer"]
+        self._layers = [
+            [a for tensors in u.params for a in tensors.values() if a.ndim == 2] for u in layers
+        ]
+        self._count = sum(len(u.signature.attentions) for u in layers)
+        self._head = units[-1].params[-1]["weight"]
+        self._tied = units[-1].signature.tied
+        self._programs = {}
+        for rows in row_counts:
+            widths = sorted({w.shape[0] for ws in self._layers for w in ws})
+            xs = {w: jnp.full((rows, w), 0.01, jnp.float32) for w in widths}
+            x = jnp.full((rows, units[0].signature.hidden_size), 0.01, jnp.float32)
+            self._programs[rows] = (
+                jax.jit(_sums).lower(xs, self._layers).compile(),
+                xs,
+                jax.jit(self._logits).lower(x, self._head).compile(),
+                x,
+            )
+
+    def measure(self, rows: int) -> LayerSeconds:
+        """One pass of `rows` rows."""
+        layers, xs, head, x = self._programs[rows]
+        begin = time.perf_counter()
+        jax.block_until_ready(layers(xs, self._layers))
+        middle = time.perf_counter()
+        head(x, self._head).block_until_ready()
+        return LayerSeconds((middle - begin) / self._count, time.perf_counter() - middle)
+
+    def _logits(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+        return matmul(x, weight.T if self._tied else weight)
+
+
+def _sums(xs: Mapping[int, jax.Array], layers: Sequence[Sequence[jax.Array]]) -> list[jax.Array]:
+    """Every matmul of every layer, each kept from being dropped by a sum of its result; a tiny term
+    of the one before keeps them in sequence, as they are in a model."""
+    out, link = [], jnp.float32(0)
+    for weights in layers:
+        for w in weights:
+            link = matmul(xs[w.shape[0]] + link * 1e-30, w).sum()
+            out.append(link)
+    return out

@@ -37,5 +37,8 @@ class Scenario:
 _ALL = (
     Scenario("block_tax", "a decode step through blocks over the same step as one program"),
     Scenario("roofline", "decode and prefill over what the memory and the matmuls allow"),
+    Scenario("sharing", "eight fine-tunes from shared blocks over one whole model each"),
+    Scenario("lora", "64 adapters of three ranks in one batch over the base alone"),
+    Scenario("oversubscription", "KV for a quarter of what is offered: all finish, all the same"),
 )
 SCENARIOS = {s.name: s for s in _ALL}

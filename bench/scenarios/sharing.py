@@ -1,0 +1,198 @@
+"""Eight full fine-tunes served from shared blocks, against one whole model each ("PM").
+
+PM is this engine with sharing off: the same kernels, the same KV memory, one batch a model.
+"""
+
+import argparse
+import dataclasses
+import statistics
+from typing import Any
+
+from bench import exactness
+from bench.models import MODEL_250M, TINY, ModelShape, fine_tunes
+from bench.report import median, percentile, progress, spread
+from bench.run import Measured, make_engine, measure
+from bench.scenarios import sharing_curve
+from bench.workload import Lengths, describe, generate
+from jblock.engine.agent import ThreadEngine
+from jblock.engine.config import EngineConfig
+
+_PAGE = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What is measured.
+
+    Attributes:
+      shape: of the models.
+      models: how many fine-tunes.
+      private: last layers a fine-tune has of its own, in the main and in the second variant.
+      in_flight: sequences at once.
+      prompt: tokens of a prompt.
+      output: tokens of an answer.
+      backlog: requests of one repetition of the closed backlog.
+      rounds: repetitions of it.
+      open_requests: requests of the open loop.
+      overload: its rate over PM's measured capacity.
+    """
+
+    shape: ModelShape = MODEL_250M
+    models: int = 8
+    private: tuple[int, int] = (4, 1)
+    in_flight: int = 16
+    prompt: int = 64
+    output: int = 128
+    backlog: int = 32
+    rounds: int = 3
+    open_requests: int = 400
+    overload: float = 1.5
+
+
+_QUICK = Sizes(
+    shape=TINY, private=(2, 1), prompt=16, output=8, backlog=32, rounds=2, open_requests=32
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The scenario's own flags."""
+    parser.add_argument("--rounds", type=int, help="repetitions of the closed backlog")
+    parser.add_argument("--no_open_loop", action="store_true", help="throughput only")
+    parser.add_argument(
+        "--curve", action="store_true", help="also the ratio over rows a model; --plot implies it"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Throughput, latency and memory of shared blocks over PM."""
+    sizes = _QUICK if args.quick else Sizes()
+    if args.rounds:
+        sizes = dataclasses.replace(sizes, rounds=args.rounds)
+    result = _engines(sizes, not args.no_open_loop)
+    if args.curve or args.plot:
+        result["curve"] = sharing_curve.run(
+            sizes.shape, sizes.models, sizes.private[0], quick=args.quick
+        )
+        result["compiles_on_serving_path"] += result["curve"].pop("compiles_on_serving_path")
+    return result
+
+
+def _engines(sizes: Sizes, open_loop: bool) -> dict[str, Any]:
+    progress(f"loading {sizes.models} models of {sizes.shape.layers} layers, one each (PM)")
+    zoo = fine_tunes(sizes.shape, sizes.models, sizes.private[0])
+    config = _config(sizes)
+    engines: dict[str, ThreadEngine] = {}
+    try:
+        engines["pm"] = make_engine(zoo, dataclasses.replace(config, share=False))
+        for private in sizes.private:
+            name = f"{sizes.shape.layers - private}of{sizes.shape.layers}"
+            progress(f"loading the same with {name} layers shared")
+            engines[name] = make_engine(fine_tunes(sizes.shape, sizes.models, private), config)
+        return _measure(zoo, engines, sizes, open_loop)
+    finally:
+        for engine in engines.values():
+            engine.close()
+
+
+def _measure(
+    zoo: Any, engines: dict[str, ThreadEngine], sizes: Sizes, open_loop: bool
+) -> dict[str, Any]:
+    _, main, second = engines
+    runs: dict[str, list[Measured]] = {name: [] for name in engines}
+    for i in range(-1, sizes.rounds):
+        count = sizes.backlog if i >= 0 else sizes.in_flight
+        arrivals = generate(
+            models=sorted(zoo.chains),
+            count=count,
+            lengths=_lengths(sizes, short=i < 0),
+            vocab_size=sizes.shape.vocab_size,
+            seed=i + 1,
+        )
+        for name in list(engines) if i % 2 else list(reversed(engines)):
+            measured = measure(engines[name], arrivals, sizes.in_flight)
+            if i >= 0:
+                runs[name].append(measured)
+                progress(f"backlog {i}, {name}: {measured.tokens_per_second:.1f} tokens/s")
+    ratios = {
+        name: [
+            ours.tokens_per_second / pm.tokens_per_second
+            for ours, pm in zip(runs[name], runs["pm"], strict=True)
+        ]
+        for name in (main, second)
+    }
+    stats = {name: engine.stats() for name, engine in engines.items()}
+    sharing: dict[str, Any] = {
+        "tokens_per_second_ratio": median(ratios[main]),
+        "tokens_per_second_ratio_15of16": median(ratios[second]),
+        "weight_bytes_ratio": round(stats[main].resident_bytes / stats["pm"].resident_bytes, 4),
+    }
+    detail: dict[str, Any] = {
+        "shared_layers": [main, second],
+        "ratio": {name: spread(values) for name, values in ratios.items()},
+        "tokens_per_second": {
+            name: spread([r.tokens_per_second for r in measured], 2)
+            for name, measured in runs.items()
+        },
+        "weight_bytes": {name: s.resident_bytes for name, s in stats.items()},
+        "last_backlog": {name: measured[-1].summary() for name, measured in runs.items()},
+    }
+    pairs = [(a, b) for a, b in zip(runs["pm"], runs[main], strict=True)]
+    outputs = exactness.compare(
+        zoo, [t for a, _ in pairs for t in a.traces], [t for _, b in pairs for t in b.traces]
+    )
+    progress(f"outputs against PM: {outputs.to_json()}")
+    if open_loop:
+        capacity = statistics.median(r.requests_per_second for r in runs["pm"])
+        sharing["p95_ratio"], detail["open_loop"] = _open(zoo, engines, sizes, capacity)
+    return {
+        "sharing": sharing,
+        "outputs": outputs.to_json(),
+        "detail": detail,
+        "failed": sum(m.failed for measured in runs.values() for m in measured),
+        "compiles_on_serving_path": sum(
+            engine.stats().compiles_on_serving_path for engine in engines.values()
+        ),
+    }
+
+
+def _open(
+    zoo: Any, engines: dict[str, ThreadEngine], sizes: Sizes, capacity: float
+) -> tuple[float, dict[str, Any]]:
+    """p95 of request latency over PM's, one arrival process for both, and the figures behind it."""
+    arrivals = generate(
+        models=sorted(zoo.chains),
+        count=sizes.open_requests,
+        lengths=_lengths(sizes),
+        vocab_size=sizes.shape.vocab_size,
+        seed=1000,
+        rate=sizes.overload * capacity,
+        popularity=None,
+    )
+    detail: dict[str, Any] = {"rate": round(sizes.overload * capacity, 4), **describe(arrivals)}
+    p95 = {}
+    for name in list(engines)[:2]:
+        measured = measure(engines[name], arrivals)
+        p95[name] = percentile(measured.latencies_s, 95)
+        detail[name] = measured.summary()
+        progress(f"open loop, {name}: p95 {p95[name]:.2f} s, {measured.failed} failed")
+    pm, main = p95
+    return round(p95[main] / p95[pm], 4), detail
+
+
+def _lengths(sizes: Sizes, short: bool = False) -> Lengths:
+    output = min(sizes.output, 4) if short else sizes.output
+    return Lengths(prompt=(sizes.prompt, sizes.prompt), output=(output, output))
+
+
+def _config(sizes: Sizes) -> EngineConfig:
+    length = -(-(sizes.prompt + sizes.output) // _PAGE) * _PAGE
+    kv_bytes = 4 * sizes.shape.kv_floats_per_token
+    return EngineConfig(
+        max_num_seqs=sizes.in_flight,
+        max_model_len=length,
+        page_size=_PAGE,
+        # Room for every sequence in flight, on both sides.
+        kv_memory_mb=1 + sizes.in_flight * length * kv_bytes // 10**6,
+        decode_sizes=(1, 2, 4, 8, 16),
+        prefill_grids=tuple((n, sizes.prompt) for n in (1, 2, 4)),
+    )
