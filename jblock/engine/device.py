@@ -93,13 +93,22 @@ class Device:
         units = [u for i in assembly.instances for u in i.units]
         for bucket in buckets:
             for unit in units:
-                yield self._unit_key(unit, bucket)
+                yield self._key((unit,), bucket)
             for vocab in {vocab_size(u.signature) for u in units if u.signature.kind == "head"}:
                 size = Bucket(bucket.num_seqs, 1)
                 for kind in ("greedy", "sampled"):
                     yield ProgramKey(kind=kind, bucket=size, vocab_size=vocab)
         for shape in self.pool_shapes.values():
             yield ProgramKey(kind="scrub", pool=shape)
+
+    def segment_keys(self, assembly: Assembly) -> Iterator[ProgramKey]:
+        """Programs that run several layers in one call: a tier that saves time but that nothing waits
+        for. Decoding only; a chunk of prefill is long enough to hide what a call costs."""
+        for instance in assembly.instances:
+            for segment in instance.segments:
+                if len(segment) > 1:
+                    for bucket in self.config.decode_buckets:
+                        yield self._key(segment, bucket)
 
     def begin_step(self) -> None:
         """Forgets the index arrays of the step before."""
@@ -118,34 +127,49 @@ class Device:
     def run(self, instance: Instance, batch: Batch) -> Sampled | None:
         """Enqueues one batch through a block; a head samples too and returns its tokens."""
         index = self._index(batch)
-        logits = meta = None
         with jax.profiler.TraceAnnotation(instance.name, rows=batch.num_rows):
-            for unit in instance.units:
-                signature = unit.signature
-                program = self.executables.get(self._unit_key(unit, batch.bucket))
-                registers = self._registers[signature.hidden_size]
-                if signature.kind == "embedding":
-                    registers = program(unit.params, registers, self._last_tokens, index)
-                    self._registers[signature.hidden_size] = registers
-                elif signature.kind == "head":
-                    logits, meta = program(unit.params, registers, index)
-                else:
-                    self._run_layer(unit, program, registers, index, batch)
-        if logits is None:
-            return None
-        return self._sample(logits, meta, batch)
+            kind = instance.units[0].signature.kind
+            if kind == "layer":
+                self._run_layers(instance, index, batch)
+                return None
+            unit = instance.units[0]
+            program = self.executables.get(self._key(instance.units[:1], batch.bucket))
+            width = unit.signature.hidden_size
+            registers = self._registers[width]
+            if kind == "embedding":
+                self._registers[width] = program(unit.params, registers, self._last_tokens, index)
+                return None
+            logits, meta = program(unit.params, registers, index)
+            return self._sample(logits, meta, batch)
 
-    def _run_layer(self, unit: Unit, program, registers, index, batch: Batch) -> None:
-        pools: tuple = ()
-        if unit.group is not None:
-            pools = (self._pools[unit.group][unit.kv_layer],)
-        pages = self._page_table(batch, unit.group or next(iter(self.pool_shapes)))
-        registers, pools = program(unit.params, unit.tables, registers, pools, index, pages)
-        self._registers[unit.signature.hidden_size] = registers
-        if unit.group is not None:
-            self._pools[unit.group][unit.kv_layer] = pools[0]
+    def _run_layers(self, instance: Instance, index: jax.Array, batch: Batch) -> None:
+        """Whole segments where they are compiled, else layer by layer."""
+        for segment in instance.segments:
+            key = self._key(segment, batch.bucket)
+            if len(segment) == 1 or key in self.executables:
+                self._run_segment(segment, self.executables.get(key), index, batch)
+                continue
+            for i in range(len(segment)):
+                program = self.executables.get(self._key(segment[i : i + 1], batch.bucket))
+                self._run_segment(segment[i : i + 1], program, index, batch)
 
-    def _sample(self, logits: jax.Array, meta: jax.Array | None, batch: Batch) -> Sampled:
+    def _run_segment(self, segment: Sequence[Unit], program, index, batch: Batch) -> None:
+        width, group = segment[0].signature.hidden_size, segment[0].group
+        layers = [u.kv_layer for u in segment if u.group is not None]
+        pools = self._pools[group] if group is not None else []
+        pages = self._page_table(batch, group or next(iter(self.pool_shapes)))
+        self._registers[width], updated = program(
+            tuple(u.params for u in segment),
+            tuple(u.tables for u in segment),
+            self._registers[width],
+            tuple(pools[i] for i in layers),
+            index,
+            pages,
+        )
+        for i, pair in zip(layers, updated, strict=True):
+            pools[i] = pair
+
+    def _sample(self, logits: jax.Array, meta: jax.Array, batch: Batch) -> Sampled:
         greedy = all(i.sequence.request.sampling.temperature == 0 for i in batch.items)
         program = self.executables.get(
             ProgramKey(
@@ -158,12 +182,13 @@ class Device:
         self._last_tokens, packed = program(logits, self._last_tokens, meta, *options)
         return Sampled(batch, packed)
 
-    def _unit_key(self, unit: Unit, bucket: Bucket) -> ProgramKey:
-        pool = None
-        if unit.group is not None:
-            pool = self.pool_shapes[unit.group]
+    def _key(self, units: Sequence[Unit], bucket: Bucket) -> ProgramKey:
+        group = units[0].group
         return ProgramKey(
-            kind=unit.signature.kind, bucket=bucket, signature=unit.signature, pool=pool
+            kind=units[0].signature.kind,
+            bucket=bucket,
+            signatures=tuple(u.signature for u in units),
+            pool=self.pool_shapes[group] if group is not None else None,
         )
 
     def _index(self, batch: Batch) -> jax.Array:

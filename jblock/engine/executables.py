@@ -57,23 +57,25 @@ class ProgramKey:
     """Names one program: its kind, and what decides its shapes.
 
     Attributes:
-      kind: "embedding", "layer", "head", "greedy", "sampled" or "scrub".
+      kind: "embedding", "layer" (one or a segment of them), "head", "greedy", "sampled" or "scrub".
       bucket: grid of the batch; samplers ignore its q_len, so they carry 1.
-      signature: of embedding, layer and head.
-      pool: of layer and scrub.
+      signatures: of an embedding or head, or of the layers of a segment in order.
+      pool: of layers and scrub.
       vocab_size: of the samplers.
     """
 
     kind: str
     bucket: Bucket = dataclasses.field(default=_ANY)
-    signature: Signature | None = None
+    signatures: tuple[Signature, ...] = ()
     pool: PoolShape | None = None
     vocab_size: int = 0
 
     @property
     def name(self) -> str:
         """What a trace calls the program."""
-        what = self.signature.name if self.signature else self.kind
+        what = self.signatures[0].name if self.signatures else self.kind
+        if len(self.signatures) > 1:
+            what = f"{len(self.signatures)}x{what}"
         return f"{what}_{self.bucket}"
 
 
@@ -151,7 +153,7 @@ class Executables:
 
     def _describe(self, key: ProgramKey) -> tuple[Callable[..., Any], tuple[int, ...], tuple]:
         """The function of a key, its donated arguments, and the shapes it is compiled for."""
-        geometry, bucket, signature = self.geometry, key.bucket, key.signature
+        geometry, bucket = self.geometry, key.bucket
         s = bucket.num_seqs
         i32, f32 = jnp.int32, jnp.float32
         index = jax.ShapeDtypeStruct((s, programs.INDEX_COLUMNS + 2 * bucket.q_len), i32)
@@ -168,25 +170,32 @@ class Executables:
         if key.kind == "sampled":
             options = jax.ShapeDtypeStruct((s, sampling.OPTION_COLUMNS), i32)
             return _copy(sampling.sampled), (1,), (logits, last_tokens, meta, options)
-        if signature is None:
+        if not key.signatures:
             raise ValueError(f"program kind {key.kind!r} needs a signature")
+        signature = key.signatures[0]
         registers = jax.ShapeDtypeStruct((geometry.num_rows, signature.hidden_size), f32)
-        params = abstract_params(signature)
         if key.kind == "embedding":
             return (
                 programs.embedding_program(signature, bucket),
                 (1,),
-                (params, registers, last_tokens, index),
+                (abstract_params(signature), registers, last_tokens, index),
             )
         if key.kind == "head":
-            return programs.head_program(signature, bucket), (), (params, registers, index)
-        if key.pool is None and signature.attentions:
+            return (
+                programs.head_program(signature, bucket),
+                (),
+                (abstract_params(signature), registers, index),
+            )
+        count = sum(len(s.attentions) for s in key.signatures)
+        if key.pool is None and count:
             raise ValueError("a layer with attention needs the shape of its KV pool")
-        pools = tuple(key.pool.abstract_layer() for _ in signature.attentions) if key.pool else ()
+        pools = tuple(key.pool.abstract_layer() for _ in range(count)) if key.pool else ()
+        params = tuple(abstract_params(s) for s in key.signatures)
+        tables = tuple(abstract_tables(s) for s in key.signatures)
         return (
-            programs.layer_program(signature, bucket),
+            programs.segment_program(key.signatures, bucket),
             (2, 3),
-            (params, abstract_tables(signature), registers, pools, index, page_table),
+            (params, tables, registers, pools, index, page_table),
         )
 
 

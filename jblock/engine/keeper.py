@@ -5,9 +5,10 @@ components, compiling) happens here; the loop is only ever handed something comp
 """
 
 import concurrent.futures
+import functools
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from absl import logging
 
@@ -45,6 +46,7 @@ class Keeper:
         """
         self.assembly = assembly
         self._zoo, self._device, self._config, self._switch = zoo, device, config, switch
+        self._failed: set[Hashable] = set()
         self._closing = threading.Event()
         self._settled = threading.Event()
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -80,30 +82,48 @@ class Keeper:
             self._thread.join()
 
     def _run(self) -> None:
-        """Jobs as they come; between them, one grid after the other until all are there."""
-        config = self._config
-        rest = [
-            bucket
-            for bucket in (*config.decode_buckets, *config.prefill_buckets)
-            if bucket not in config.first_buckets
-        ]
+        """Jobs as they come; between them, what is not compiled yet."""
         while not self._closing.is_set():
+            work = self._missing()
+            if work is None:
+                self._settled.set()
             try:
-                job = self._jobs.get(block=not rest)
+                job = self._jobs.get(block=work is None)
             except queue.Empty:
-                self._add(rest.pop(0))
-                if not rest:
-                    self._settled.set()
+                if work is not None:
+                    work()
                 continue
             if job is not None:
+                self._settled.clear()
                 self._do(*job)
 
-    def _add(self, bucket: Bucket) -> None:
+    def _missing(self) -> Callable[[], None] | None:
+        """The next thing to compile: first more grids, then segments for the grids there are."""
+        config, device = self._config, self._device
+        for bucket in (*config.decode_buckets, *config.prefill_buckets):
+            if bucket not in device.buckets and bucket not in self._failed:
+                return functools.partial(self._try, bucket, functools.partial(self._add, bucket))
+        keys = [
+            key
+            for key in dict.fromkeys(device.segment_keys(self.assembly))
+            if key not in device.executables and key not in self._failed
+        ][: config.compile_workers]
+        if keys:
+            make = functools.partial(
+                device.executables.warm, keys, config.compile_workers, stop=self._closing
+            )
+            return functools.partial(self._try, keys[0], make)
+        return None
+
+    def _try(self, what: Hashable, make: Callable[[], None]) -> None:
         try:
-            self._make(self.assembly, (bucket,))
+            make()
         except Exception:
-            logging.exception("programs of grid %s could not be made; the others serve on", bucket)
-            return
+            self._failed.add(what)
+            logging.exception("%s could not be compiled; the other programs serve on", what)
+
+    def _add(self, bucket: Bucket) -> None:
+        self._make(self.assembly, (bucket,))
         if not self._closing.is_set():
             grids = {*self._device.buckets, bucket}
             self._device.buckets = tuple(sorted(grids, key=lambda b: (b.q_len, b.num_seqs)))

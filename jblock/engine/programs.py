@@ -57,12 +57,16 @@ def embedding_program(signature: Signature, bucket: Bucket) -> Callable[..., jax
     return embed
 
 
-def layer_program(signature: Signature, bucket: Bucket) -> Callable[..., Any]:
-    """(params, tables, registers, kv pools, index, page_table) -> (registers, kv pools)."""
+def segment_program(signatures: Sequence[Signature], bucket: Bucket) -> Callable[..., Any]:
+    """(params, tables, registers, kv pools, index, page_table) -> (registers, kv pools).
 
-    def layer(
-        params: Sequence[Mapping[str, jax.Array]],
-        tables: Sequence[Mapping[str, jax.Array]],
+    Runs one or more layers over the same rows, which stay in registers of the machine between them.
+    Params and tables are one tuple a layer, pools one pair an attention.
+    """
+
+    def segment(
+        params: Sequence[Sequence[Mapping[str, jax.Array]]],
+        tables: Sequence[Sequence[Mapping[str, jax.Array]]],
         registers: jax.Array,
         pools: tuple[KvPages, ...],
         index: jax.Array,
@@ -72,7 +76,12 @@ def layer_program(signature: Signature, bucket: Bucket) -> Callable[..., Any]:
         register_rows = register_rows.reshape(-1)
         x = registers.at[register_rows].get(mode="clip")
         updated: list[KvPages] = []
-        for spec, tensors, deltas in zip(signature.specs, params, tables, strict=True):
+        components = (
+            part
+            for signature, *layer in zip(signatures, params, tables, strict=True)
+            for part in zip(signature.specs, *layer, strict=True)
+        )
+        for spec, tensors, deltas in components:
             if isinstance(spec, AttentionSpec):
                 pages = pools[len(updated)]
 
@@ -90,7 +99,7 @@ def layer_program(signature: Signature, bucket: Bucket) -> Callable[..., Any]:
                     x = Ffn(spec, tensors, deltas)(x, rows)
         return registers.at[register_rows].set(x, mode="drop"), tuple(updated)
 
-    return layer
+    return segment
 
 
 def head_program(
