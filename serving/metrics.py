@@ -15,6 +15,7 @@ _HELP = {
     "block_calls": ("counter", "Executions of a block, embeddings and heads included."),
     "block_rows": ("counter", "Rows those executions carried, padding not counted."),
     "model_calls": ("counter", "Executions a server of one model each would have needed."),
+    "model_rows": ("counter", "Rows those would have carried."),
     "compiles_on_serving_path": ("counter", "Programs compiled while a request waited."),
     "compiles_in_background": ("counter", "Programs compiled at warm-up or in the background."),
     "running": ("gauge", "Sequences in flight."),
@@ -25,6 +26,8 @@ _HELP = {
     "rows_total": ("gauge", "Register rows."),
     "resident_bytes": ("gauge", "Parameter bytes on the device."),
     "prompt_tokens": ("counter", "Prompt tokens computed."),
+    "cached_tokens": ("counter", "Prompt tokens found in the prefix cache instead."),
+    "preemptions": ("counter", "Sequences that gave their pages to an older one for a while."),
     "generated_tokens": ("counter", "Tokens generated."),
 }
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
