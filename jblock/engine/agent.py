@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from jblock.engine.api import EngineDied, EngineStats, ModelInfo, Output, Request
+from jblock.engine.api import EngineDied, EngineStats, ModelInfo, Output, Request, UnknownChain
 from jblock.engine.assembly import Assembly, assemble
 from jblock.engine.config import EngineConfig
 from jblock.engine.device import Device
@@ -90,12 +90,16 @@ class ThreadEngine:
         self._thread.join()
 
     def serve(self, models: Sequence[str]) -> tuple[ModelInfo, ...]:
-        """Serves exactly these chains in their live versions, from the next step on.
+        """Serves exactly these chains from the next step on: "name" in its live version, or
+        "name@version".
 
         Raises:
+          UnknownChain: the zoo does not have one; nothing changed.
           ValueError: a chain cannot be read, or does not fit; nothing changed.
         """
-        self._models = _model_infos(self._zoo, self._keeper.serve(models), self._config)
+        chains = [_find_chain(self._zoo, model) for model in models]
+        assembly = self._keeper.serve({chain.name: chain for chain in chains})
+        self._models = _model_infos(self._zoo, assembly, self._config)
         return self._models
 
     def settle(self) -> None:
@@ -177,6 +181,18 @@ def build_engine(
     cache = ExecutableCache(Path(executable_cache) if executable_cache else default_folder())
     cache.prune()
     return ThreadEngine(store, chains, config, cache)
+
+
+def _find_chain(zoo: Zoo, model: str) -> Chain:
+    name, at, version = model.partition("@")
+    known = zoo.chains()
+    if name in known and not at:
+        return zoo.chain(name)
+    if name in known and version.isdecimal() and int(version) in zoo.versions(name):
+        return zoo.chain(name, int(version))
+    raise UnknownChain(
+        f"{model!r} is not in the zoo, which has {', '.join(known)}; convert it first"
+    )
 
 
 def _model_infos(zoo: Zoo, assembly: Assembly, config: EngineConfig) -> tuple[ModelInfo, ...]:

@@ -44,6 +44,8 @@ class Request:
       token_ids: the prompt.
       sampling: how tokens are picked.
       cache_salt: cached prompts are shared between requests of equal salt only; a tenant's own.
+      version: of the chain the prompt was made for; refused with ABORTED where another version is
+        served by now. 0 takes whichever is.
     """
 
     request_id: str
@@ -51,6 +53,7 @@ class Request:
     token_ids: tuple[int, ...]
     sampling: SamplingParams = SamplingParams()
     cache_salt: str = ""
+    version: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,6 +153,10 @@ class EngineDied(RuntimeError):
     """The engine's loop ended without being asked to; the message says how."""
 
 
+class UnknownChain(ValueError):
+    """The zoo has no such chain; the message names those it has."""
+
+
 class Engine(Protocol):
     """What a front end holds. Thread-safe; `poll` is called from one thread only."""
 
@@ -174,12 +181,14 @@ class Engine(Protocol):
         ...
 
     def serve(self, models: Sequence[str]) -> tuple[ModelInfo, ...]:
-        """Serves exactly these chains, each in the version live in the zoo now, and returns them.
+        """Serves exactly these chains, and returns them: "name" in the version live in the zoo now,
+        "name@version" in that one.
 
         Blocks until requests submitted from now on are served so; others go on meanwhile, and those in
         flight end on the version they started with.
 
         Raises:
+          UnknownChain: the zoo does not have one; nothing changed.
           ValueError: a chain cannot be read or does not fit; nothing changed.
           EngineDied: the loop is gone.
         """

@@ -12,12 +12,14 @@ from collections.abc import Callable, Hashable, Sequence
 
 from absl import logging
 
+from jblock.engine.api import EngineDied
 from jblock.engine.assembly import Assembly, assemble
 from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.device import Device
+from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
 
-Job = tuple[tuple[str, ...], concurrent.futures.Future]
+Job = tuple[dict[str, Chain], concurrent.futures.Future]
 
 
 class Keeper:
@@ -58,15 +60,18 @@ class Keeper:
         """Begins the background work; the loop must be there."""
         self._thread.start()
 
-    def serve(self, names: Sequence[str]) -> Assembly:
-        """Serves exactly these chains, each in the version that is live in the zoo now. Blocks until
-        new requests are served so; those in flight end on what they started with.
+    def serve(self, chains: dict[str, Chain]) -> Assembly:
+        """Serves exactly these chains, by name. Blocks until new requests are served so; those in
+        flight end on what they started with.
 
         Raises:
           ValueError: a chain cannot be read or does not fit; nothing changed.
+          EngineDied: the engine was closed meanwhile.
         """
         done: concurrent.futures.Future[Assembly] = concurrent.futures.Future()
-        self._jobs.put((tuple(names), done))
+        self._jobs.put((chains, done))
+        if self._closing.is_set():
+            self._drop_jobs()
         return done.result()
 
     def settle(self) -> None:
@@ -80,6 +85,17 @@ class Keeper:
         self._jobs.put(None)
         if self._thread.is_alive():
             self._thread.join()
+        self._drop_jobs()
+
+    def _drop_jobs(self) -> None:
+        """Nobody must wait for a job that will not be done."""
+        while True:
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                return
+            if job is not None:
+                job[1].set_exception(EngineDied("the engine was closed; build another one"))
 
     def _run(self) -> None:
         """Jobs as they come; between them, what is not compiled yet."""
@@ -128,9 +144,8 @@ class Keeper:
             grids = {*self._device.buckets, bucket}
             self._device.buckets = tuple(sorted(grids, key=lambda b: (b.q_len, b.num_seqs)))
 
-    def _do(self, names: tuple[str, ...], done: concurrent.futures.Future) -> None:
+    def _do(self, chains: dict[str, Chain], done: concurrent.futures.Future) -> None:
         try:
-            chains = {name: self._zoo.chain(name) for name in names}
             assembly = assemble(self._zoo, chains, self._config, self.assembly)
             self._device.check(assembly)
             self._make(assembly, self._device.buckets)

@@ -76,6 +76,14 @@ class Loop:
                 request, "NOT_FOUND", f"model {request.model!r} is not served; served: {known}"
             )
             return
+        if request.version not in (0, route.chain.version):
+            self._refuse(
+                request,
+                "ABORTED",
+                f"model {request.model!r} is served in version {route.chain.version} by now, not "
+                f"{request.version}; send the request again",
+            )
+            return
         problem = self._problem(request, route)
         if problem:
             self._refuse(request, "INVALID_ARGUMENT", problem)

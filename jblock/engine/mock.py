@@ -25,6 +25,7 @@ class MockModel:
       eos_token_ids: ids that end a generation unless it ignores them.
       error_code: every request of this model fails with this status, after `error_after` tokens.
       error_after: how many tokens come before the error.
+      misfit: `serve` refuses it with this message.
     """
 
     info: api.ModelInfo
@@ -32,6 +33,7 @@ class MockModel:
     eos_token_ids: tuple[int, ...] = ()
     error_code: str = ""
     error_after: int = 0
+    misfit: str = ""
 
 
 @dataclasses.dataclass
@@ -40,7 +42,7 @@ class _Running:
 
     request: api.Request
     model: MockModel
-    pages: int
+    pages: int = 0
     generated: int = 0
 
 
@@ -49,12 +51,15 @@ class MockEngine(api.Engine):
 
     Attributes:
       step_delay: seconds a step takes; tests may change it while it runs.
+      zoo: chains that `serve` can find, the live version of a name last; tests may append to it.
     """
 
     def __init__(
         self,
         models: Sequence[MockModel],
         *,
+        more: Sequence[MockModel] = (),
+        serve_delay: float = 0.0,
         step_delay: float = 0.0,
         start_delay: float = 0.0,
         max_num_seqs: int = 256,
@@ -65,7 +70,9 @@ class MockEngine(api.Engine):
         """Starts the loop.
 
         Args:
-          models: what is served.
+          models: what is served at first.
+          more: what the pretended zoo has beside them.
+          serve_delay: seconds `serve` takes.
           step_delay: seconds a step takes.
           start_delay: seconds the warm-up takes.
           max_num_seqs: most requests running at once; the rest wait.
@@ -74,6 +81,8 @@ class MockEngine(api.Engine):
           die_after_steps: the loop ends with EngineDied after so many working steps; 0: never.
         """
         self.step_delay = step_delay
+        self.zoo = [*models, *more]
+        self._serve_delay = serve_delay
         self._models = {m.info.name: m for m in models}
         self._warm_at = time.monotonic() + start_delay
         self._max_num_seqs = max_num_seqs
@@ -81,7 +90,7 @@ class MockEngine(api.Engine):
         self._page_size = page_size
         self._die_after_steps = die_after_steps
         self._changed = threading.Condition()
-        self._waiting: list[api.Request] = []
+        self._waiting: list[_Running] = []
         self._running: dict[str, _Running] = {}
         self._outputs: list[api.Output] = []
         self._steps = self._prompt_tokens = self._generated_tokens = 0
@@ -95,19 +104,45 @@ class MockEngine(api.Engine):
         time.sleep(max(0.0, self._warm_at - time.monotonic()))
         return tuple(m.info for m in self._models.values())
 
+    def serve(self, models: Sequence[str]) -> tuple[api.ModelInfo, ...]:
+        """Serves these chains of `zoo`; requests keep the version they were submitted to.
+
+        Raises:
+          UnknownChain: `zoo` does not have one.
+          ValueError: one is told not to fit.
+        """
+        found = [self._find(name) for name in models]
+        time.sleep(self._serve_delay)
+        for model in found:
+            if model.misfit:
+                raise ValueError(model.misfit)
+        with self._changed:
+            self._models = {m.info.name: m for m in found}
+        return tuple(m.info for m in found)
+
+    def _find(self, model: str) -> MockModel:
+        for known in reversed(self.zoo):
+            if model in (known.info.name, f"{known.info.name}@{known.info.version}"):
+                return known
+        names = ", ".join(sorted({m.info.name for m in self.zoo}))
+        raise api.UnknownChain(f"{model!r} is not in the zoo, which has {names}")
+
     def submit(self, request: api.Request) -> None:
         """Queues a request; an unknown model arrives as a NOT_FOUND Output."""
         with self._changed:
-            if request.model not in self._models:
+            model = self._models.get(request.model)
+            if model is None:
                 self._fail(request.request_id, "NOT_FOUND", f"model: no {request.model!r} here")
+            elif request.version not in (0, model.info.version):
+                self._fail(request.request_id, "ABORTED", "version: another is served by now")
             else:
-                self._waiting.append(request)
+                self._waiting.append(_Running(request, model))
             self._changed.notify_all()
 
     def cancel(self, request_id: str) -> None:
         """Ends a request and frees its pages at once."""
         with self._changed:
-            waiting = [r for r in self._waiting if r.request_id != request_id]
+            waiting = [w for w in self._waiting if w.request.request_id != request_id]
             if len(waiting) == len(self._waiting) and request_id not in self._running:
                 return
             self._waiting = waiting
@@ -165,17 +200,16 @@ class MockEngine(api.Engine):
     def _step(self) -> None:
         """Admits what fits, then gives each running request one token."""
         while self._waiting and len(self._running) < self._max_num_seqs:
-            request = self._waiting[0]
+            request = self._waiting[0].request
             length = len(request.token_ids) + request.sampling.max_tokens
             pages = -(-length // self._page_size)
             if pages > self._pages_free:
                 break
-            self._waiting.pop(0)
+            running = self._waiting.pop(0)
+            running.pages = pages
             self._pages_free -= pages
             self._prompt_tokens += len(request.token_ids)
-            self._running[request.request_id] = _Running(
-                request, self._models[request.model], pages
-            )
+            self._running[request.request_id] = running
         for running in list(self._running.values()):
             self._advance(running)
         self._steps += 1
@@ -223,6 +257,7 @@ class MockEngine(api.Engine):
 def build_engine(
     *,
     models: Sequence[Mapping[str, Any]] = ({"name": "echo"},),
+    more: Sequence[Mapping[str, Any]] = (),
     fail_at_start: str = "",
     exit_at_start: int = 0,
     **options: Any,
@@ -231,6 +266,7 @@ def build_engine(
 
     Args:
       models: maps of fields of `ModelInfo` and `MockModel`; only `name` is required.
+      more: the same, of what is in the zoo beside them.
       fail_at_start: raises ValueError with this message.
       exit_at_start: ends the process with this code.
       **options: of `MockEngine`.
@@ -239,10 +275,13 @@ def build_engine(
         raise ValueError(fail_at_start)
     if exit_at_start:
         os._exit(exit_at_start)
-    return MockEngine([_model(m) for m in models], **options)
+    return MockEngine(
+        [mock_model(m) for m in models], more=[mock_model(m) for m in more], **options
+    )
 
 
-def _model(fields: Mapping[str, Any]) -> MockModel:
+def mock_model(fields: Mapping[str, Any]) -> MockModel:
+    """A model from plain data; see `build_engine`."""
     info: dict[str, Any] = {
         "version": 1,
         "family": "mock",

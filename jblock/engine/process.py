@@ -5,13 +5,14 @@ the server needs no jax, and a crash of the engine is a status code instead of a
 """
 
 import collections
+import itertools
 import os
 import queue
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
@@ -42,6 +43,8 @@ class ProcessEngine(api.Engine):
         start = wire.pack("start", {"factory": factory, "kwargs": dict(kwargs or {})})
         self._changed = threading.Condition()
         self._models: tuple[api.ModelInfo, ...] | None = None
+        self._numbers = itertools.count()
+        self._served: dict[int, tuple[str, Any]] = {}  # answers to `serve`, by its number
         self._outputs: list[api.Output] = []
         self._stats = api.EngineStats()
         self._invalid: str | None = None
@@ -104,6 +107,25 @@ class ProcessEngine(api.Engine):
                 raise api.EngineDied(self._died)
             return outputs
 
+    def serve(self, models: Sequence[str]) -> tuple[api.ModelInfo, ...]:
+        """Has the child serve exactly these chains, and waits until it does.
+
+        Raises:
+          UnknownChain, ValueError: the engine refused; the message is its own.
+          EngineDied: the child is gone, or was closed meanwhile.
+        """
+        self.models()
+        with self._changed:
+            number = next(self._numbers)
+            self._outbox.put(wire.pack("serve", [number, list(models)]))
+            self._changed.wait_for(lambda: number in self._served or self._ended())
+            if number not in self._served:
+                raise api.EngineDied(self._died or "the engine was closed; build another one")
+            error, body = self._served.pop(number)
+        if error:
+            raise wire.ERRORS.get(error, RuntimeError)(body)
+        return tuple(wire.from_plain(api.ModelInfo, m) for m in body)
+
     def stats(self) -> api.EngineStats:
         """The counters that came with the last step."""
         with self._changed:
@@ -153,6 +175,11 @@ class ProcessEngine(api.Engine):
                     self._stats = wire.from_plain(api.EngineStats, body[1])
                 elif kind == "models":
                     self._models = tuple(wire.from_plain(api.ModelInfo, m) for m in body)
+                elif kind == "served":
+                    number, error, answer = body
+                    self._served[number] = (error, answer)
+                    if not error:
+                        self._models = tuple(wire.from_plain(api.ModelInfo, m) for m in answer)
                 elif kind == "invalid":
                     self._invalid = self._told = body
                 else:

@@ -5,6 +5,7 @@ names the factory. The child ends when told to, when its engine dies, or when th
 because the parent is gone: an engine without a server would hold a device for nobody.
 """
 
+import contextlib
 import importlib
 import os
 import signal
@@ -36,14 +37,32 @@ def load_factory(name: str) -> Any:
         ) from error
 
 
+class _Sender:
+    """Writes to the parent, from several threads."""
+
+    def __init__(self, connection: Connection):
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def send(self, kind: str, body: Any) -> None:
+        """Sends one frame.
+
+        Raises:
+          OSError: the parent is gone.
+        """
+        frame = wire.pack(kind, body)
+        with self._lock:
+            self._connection.send_bytes(frame)
+
+
 class _Inbox(threading.Thread):
     """Reads the parent's messages; those that come before the engine is there wait for it."""
 
-    def __init__(self, connection: Connection):
+    def __init__(self, connection: Connection, sender: _Sender):
         super().__init__(name="engine-inbox", daemon=True)
         self.closing = threading.Event()
         self.warm = False
-        self._connection = connection
+        self._connection, self._sender = connection, sender
         self._lock = threading.Lock()
         self._engine: api.Engine | None = None
         self._early: list[tuple[str, Any]] = []
@@ -53,7 +72,7 @@ class _Inbox(threading.Thread):
         with self._lock:
             self._engine = engine
             for kind, body in self._early:
-                _pass_on(engine, kind, body)
+                self._pass_on(engine, kind, body)
 
     def run(self) -> None:
         """Reads until told to close. An engine that hears nothing any more must not live on."""
@@ -79,30 +98,50 @@ class _Inbox(threading.Thread):
                 if self._engine is None:
                     self._early.append((kind, body))
                 else:
-                    _pass_on(self._engine, kind, body)
+                    self._pass_on(self._engine, kind, body)
+
+    def _pass_on(self, engine: api.Engine, kind: str, body: Any) -> None:
+        if kind == "submit":
+            engine.submit(wire.from_plain(api.Request, body))
+        elif kind == "cancel":
+            engine.cancel(body)
+        elif kind == "serve":
+            # It may take a minute, and requests go on meanwhile.
+            threading.Thread(
+                target=_change, args=(self._sender, engine, *body), name="engine-serve", daemon=True
+            ).start()
+        else:
+            raise ValueError(f"kind: {kind!r} is unknown; both ends must run the same jblock")
 
 
-def _pass_on(engine: api.Engine, kind: str, body: Any) -> None:
-    if kind == "submit":
-        engine.submit(wire.from_plain(api.Request, body))
-    elif kind == "cancel":
-        engine.cancel(body)
-    else:
-        raise ValueError(f"kind: {kind!r} is unknown; both ends must run the same jblock")
+def _change(sender: _Sender, engine: api.Engine, number: int, models: list[str]) -> None:
+    """Serves other chains and answers with them, or with the error."""
+    answer: list[Any]
+    try:
+        answer = [number, "", [wire.to_plain(m) for m in engine.serve(models)]]
+    except api.EngineDied:
+        return  # The loop's own report follows.
+    except Exception as error:
+        kind = next((k for k, cls in wire.ERRORS.items() if isinstance(error, cls)), "other")
+        if kind == "other":
+            traceback.print_exc()
+        answer = [number, kind, str(error) or type(error).__name__]
+    with contextlib.suppress(OSError):
+        sender.send("served", answer)
 
 
-def _serve(connection: Connection, inbox: _Inbox, engine: api.Engine) -> None:
+def _serve(sender: _Sender, inbox: _Inbox, engine: api.Engine) -> None:
     """Passes what the engine brings to the parent until told to close."""
     models = engine.models()
     inbox.warm = True
-    connection.send_bytes(wire.pack("models", [wire.to_plain(m) for m in models]))
+    sender.send("models", [wire.to_plain(m) for m in models])
     sent: api.EngineStats | None = None
     while not inbox.closing.is_set():
         outputs = engine.poll(_POLL_SECONDS)
         stats = engine.stats()
         if outputs or stats != sent:
             body = [[wire.to_plain(o) for o in outputs], wire.to_plain(stats)]
-            connection.send_bytes(wire.pack("step", body))
+            sender.send("step", body)
             sent = stats
 
 
@@ -113,28 +152,29 @@ def main(fd: int) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     connection = Connection(fd)
     _, start = wire.unpack(connection.recv_bytes())
-    inbox = _Inbox(connection)
+    sender = _Sender(connection)
+    inbox = _Inbox(connection, sender)
     inbox.start()
     built = False
     try:
         engine = load_factory(start["factory"])(**start["kwargs"])
         built = True
         inbox.attach(engine)
-        _serve(connection, inbox, engine)
+        _serve(sender, inbox, engine)
         engine.close()
     except BrokenPipeError:
         return 0
     except ValueError as error:
         if built:
             traceback.print_exc()
-        connection.send_bytes(wire.pack("died" if built else "invalid", str(error)))
+        sender.send("died" if built else "invalid", str(error))
         return 1
     except api.EngineDied as error:
-        connection.send_bytes(wire.pack("died", str(error)))
+        sender.send("died", str(error))
         return 1
     except Exception as error:
         traceback.print_exc()
-        connection.send_bytes(wire.pack("died", f"{type(error).__name__}: {error}"))
+        sender.send("died", f"{type(error).__name__}: {error}")
         return 1
     return 0
 

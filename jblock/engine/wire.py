@@ -16,6 +16,8 @@ T = TypeVar("T")
 
 # Fields that hold a dataclass of their own.
 _NESTED: Mapping[str, type] = {"sampling": api.SamplingParams}
+# Errors that are raised again on the other side, the special before the general.
+ERRORS: Mapping[str, type[Exception]] = {"unknown": api.UnknownChain, "invalid": ValueError}
 
 
 def pack(kind: str, body: Any = None) -> bytes:

@@ -1,5 +1,6 @@
 """Serving another set of chains while requests run: nobody notices but those who asked for it."""
 
+import dataclasses
 import gc
 import shutil
 
@@ -10,8 +11,10 @@ from harness import FIXTURES, Agent, collect_tokens, oracle, request
 from checkpoints import hf
 from checkpoints.progress import Progress
 from jblock.engine.agent import ThreadEngine
+from jblock.engine.api import Engine, EngineDied, UnknownChain
 from jblock.engine.config import EngineConfig
 from jblock.engine.executable_cache import ExecutableCache
+from jblock.engine.process import ProcessEngine
 from jblock.zoo.store import Zoo
 
 BASE, ADAPTER, SECOND, BF16 = "llama_gqa_untied", "lora_all_r8", "lora_qv_r4", "llama_bf16"
@@ -36,7 +39,7 @@ def engine(zoo, tmp_path):
     one.close()
 
 
-def greedy(engine: ThreadEngine, model: str, prompt, **options) -> list[int]:
+def greedy(engine: Engine, model: str, prompt, **options) -> list[int]:
     """Tokens of one request alone."""
     engine.submit(request("r", model, prompt, **options))
     return collect_tokens(engine, ["r"])["r"]
@@ -101,6 +104,43 @@ def test_only_differing_blocks_are_loaded_and_memory_comes_back(engine, monkeypa
     greedy(one, BASE, prompt)
     assert one.stats().resident_bytes == start
     assert live() <= before
+
+
+def test_a_version_can_be_pinned(engine):
+    one, folder = engine
+    hf.convert(FIXTURES / "hf" / BF16, folder, BASE, Progress(False, quiet=True))
+    for names, version in (([BASE], 2), ([f"{BASE}@1"], 1)):
+        (info,) = one.serve(names)
+        assert (info.name, info.version) == (BASE, version)
+    one.submit(dataclasses.replace(request("r", BASE, [5]), version=2))
+    (output,) = one.poll(10)
+    assert (output.error_code, "version 1 by now, not 2" in output.error_message) == (
+        "ABORTED",
+        True,
+    )
+    with pytest.raises(UnknownChain, match=f"'{BASE}@3' is not in the zoo, which has .*{ADAPTER}"):
+        one.serve([f"{BASE}@3"])
+
+
+def test_in_a_process_of_its_own(zoo):
+    settings = {f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(CONFIG)}
+    cache = str(zoo.parent / "executables")
+    kwargs = {"zoo": str(zoo), "models": [BASE], "executable_cache": cache, **settings}
+    engine = ProcessEngine("jblock.engine.agent:build_engine", kwargs)
+    assert [m.name for m in engine.models()] == [BASE]
+    assert [m.name for m in engine.serve([BASE, ADAPTER])] == sorted([BASE, ADAPTER])
+    expected = oracle(ADAPTER)
+    assert greedy(engine, ADAPTER, expected["prompt"]) == expected["greedy"].tolist()
+    with pytest.raises(ValueError, match="hidden size"):
+        engine.serve([BASE, "qwen3_qknorm"])
+    engine.close()
+
+
+def test_who_waits_for_a_closed_engine_hears_of_it(engine):
+    one, _ = engine
+    one.close()
+    with pytest.raises(EngineDied, match="was closed"):
+        one.serve([BASE])
 
 
 def test_a_set_that_cannot_be_served_changes_nothing(engine):

@@ -1,9 +1,12 @@
 """The process boundary: messages survive it, and either side's death is noticed by the other."""
 
+import concurrent.futures
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -221,6 +224,89 @@ def nonsense_engine():
 
     Connection(int(sys.argv[1])).send_bytes(b"nonsense")
     time.sleep(60)
+
+
+MORE = [
+    {"name": "echo", "version": 2, "offset": 1},
+    {"name": "late", "offset": 5},
+    {"name": "wide", "misfit": "hidden size: 9 does not fit; restart with it in --models"},
+]
+
+
+def test_the_child_serves_other_chains_while_requests_run():
+    engine = ProcessEngine(MOCK, {"more": MORE, "serve_delay": 0.3, "step_delay": 0.01})
+    sampling = api.SamplingParams(max_tokens=60)
+    old = api.Request(request_id="old", model="echo", token_ids=(7,), sampling=sampling, version=1)
+    engine.models()
+    engine.submit(old)
+    outputs = []
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        serving = pool.submit(engine.serve, ["echo", "late"])
+        while not serving.done():  # its tokens go on meanwhile
+            outputs += engine.poll(1.0)
+        infos = serving.result()
+    assert len(outputs) > 5 and not outputs[-1].finish_reason
+    assert [(m.name, m.version) for m in infos] == [("echo", 2), ("late", 1)]
+    assert engine.models() == infos
+    outputs += collect(engine, "old")
+    assert [t for o in outputs for t in o.token_ids] == [7] * 60
+    for number, (model, token) in enumerate([("echo", 8), ("late", 12)]):
+        request = dataclasses.replace(old, request_id=str(number), model=model, version=0)
+        engine.submit(request)
+        assert collect(engine, request.request_id)[0].token_ids == (token,)
+    engine.submit(dataclasses.replace(old, request_id="stale"))
+    assert collect(engine, "stale")[-1].error_code == "ABORTED"
+    assert engine.serve(["echo@1"])[0].version == 1
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("models", "error", "message"),
+    [
+        (["echo", "nobody"], api.UnknownChain, "'nobody' is not in the zoo, which has echo, late"),
+        (["echo@9"], api.UnknownChain, "'echo@9' is not in the zoo"),
+        (["echo", "wide"], ValueError, "hidden size: 9 does not fit"),
+    ],
+)
+def test_a_refusal_to_serve_crosses_and_changes_nothing(models, error, message):
+    engine = ProcessEngine(MOCK, {"more": MORE, "models": [{"name": "echo"}]})
+    before = engine.models()
+    with pytest.raises(error, match=message):
+        engine.serve(models)
+    assert engine.models() == before
+    engine.submit(api.Request(request_id="1", model="echo", token_ids=(4,)))
+    assert collect(engine, "1")[0].token_ids == (4,)
+    engine.close()
+
+
+def test_a_bug_met_while_serving_is_reported_and_the_rest_goes_on(capfd):
+    engine = ProcessEngine("test_process:clumsy_engine")
+    with pytest.raises(RuntimeError, match="division by zero"):
+        engine.serve(["echo"])
+    engine.submit(api.Request(request_id="1", model="echo", token_ids=(4,)))
+    assert collect(engine, "1")[0].token_ids == (4,)
+    engine.close()
+    assert "Traceback" in capfd.readouterr().err
+
+
+def clumsy_engine():
+    """A mock whose `serve` has a bug."""
+    engine = build_engine()
+    engine.serve = lambda models: 1 / 0
+    return engine
+
+
+@pytest.mark.parametrize("how", ["killed", "closed"])
+def test_whoever_waits_for_serve_hears_of_the_end(how):
+    engine = ProcessEngine(MOCK, {"serve_delay": 60.0})
+    engine.models()
+    end = engine.close if how == "closed" else lambda: os.kill(engine.pid, signal.SIGKILL)
+    timer = threading.Timer(0.3, end)
+    timer.start()
+    with pytest.raises(api.EngineDied, match=how):
+        engine.serve(["echo"])
+    timer.join()
+    engine.close()
 
 
 def test_a_loop_that_dies_is_reported_with_its_words():
