@@ -161,6 +161,16 @@ class ModelsStub(object):
                 request_serializer=serving_dot_v1_dot_jblock__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=serving_dot_v1_dot_jblock__pb2.Model.FromString,
                 _registered_method=True)
+        self.Load = channel.unary_unary(
+                '/jblock.v1.Models/Load',
+                request_serializer=serving_dot_v1_dot_jblock__pb2.LoadModelRequest.SerializeToString,
+                response_deserializer=serving_dot_v1_dot_jblock__pb2.Model.FromString,
+                _registered_method=True)
+        self.Unload = channel.unary_unary(
+                '/jblock.v1.Models/Unload',
+                request_serializer=serving_dot_v1_dot_jblock__pb2.UnloadModelRequest.SerializeToString,
+                response_deserializer=serving_dot_v1_dot_jblock__pb2.UnloadModelResponse.FromString,
+                _registered_method=True)
 
 
 class ModelsServicer(object):
@@ -178,6 +188,22 @@ class ModelsServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Load(self, request, context):
+        """Serves a model of the zoo beside the others; one that is served already, in its live version
+        from now on. Returns once new requests are served so. Requests in flight end on the version
+        they started with. With tenants, for admins only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unload(self, request, context):
+        """Takes no more requests for a model; those in flight end. With tenants, for admins only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -190,6 +216,16 @@ def add_ModelsServicer_to_server(servicer, server):
                     servicer.Get,
                     request_deserializer=serving_dot_v1_dot_jblock__pb2.GetModelRequest.FromString,
                     response_serializer=serving_dot_v1_dot_jblock__pb2.Model.SerializeToString,
+            ),
+            'Load': grpc.unary_unary_rpc_method_handler(
+                    servicer.Load,
+                    request_deserializer=serving_dot_v1_dot_jblock__pb2.LoadModelRequest.FromString,
+                    response_serializer=serving_dot_v1_dot_jblock__pb2.Model.SerializeToString,
+            ),
+            'Unload': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unload,
+                    request_deserializer=serving_dot_v1_dot_jblock__pb2.UnloadModelRequest.FromString,
+                    response_serializer=serving_dot_v1_dot_jblock__pb2.UnloadModelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -246,6 +282,60 @@ class Models(object):
             '/jblock.v1.Models/Get',
             serving_dot_v1_dot_jblock__pb2.GetModelRequest.SerializeToString,
             serving_dot_v1_dot_jblock__pb2.Model.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Load(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jblock.v1.Models/Load',
+            serving_dot_v1_dot_jblock__pb2.LoadModelRequest.SerializeToString,
+            serving_dot_v1_dot_jblock__pb2.Model.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jblock.v1.Models/Unload',
+            serving_dot_v1_dot_jblock__pb2.UnloadModelRequest.SerializeToString,
+            serving_dot_v1_dot_jblock__pb2.UnloadModelResponse.FromString,
             options,
             channel_credentials,
             insecure,
