@@ -10,7 +10,7 @@ import numpy as np
 
 from jblock.blocks.spec import AttentionSpec, ComponentSpec, EmbeddingSpec, FfnSpec, LoraSpec
 from jblock.engine import params as parameters
-from jblock.engine.config import EngineConfig
+from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.sequence import Item
 from jblock.engine.signature import LoraForm, Signature
 from jblock.zoo.partition import Block, blocks
@@ -68,6 +68,7 @@ class Instance:
       queue: items ready to run here.
       calls: batches run.
       rows: rows (tokens) those carried.
+      calls_by_bucket: what runs it on each grid, as the device looked it up last.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Instance:
     queue: collections.deque[Item] = dataclasses.field(default_factory=collections.deque)
     calls: int = 0
     rows: int = 0
+    calls_by_bucket: dict[Bucket, tuple[int, list]] = dataclasses.field(default_factory=dict)
 
     @property
     def is_head(self) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from jblock.engine.executables import (
     ProgramKey,
     vocab_size,
 )
+
+Calls = Sequence[tuple[tuple[Unit, ...], Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,12 +131,13 @@ class Device:
         """Enqueues one batch through a block; a head samples too and returns its tokens."""
         index = self._index(batch)
         with jax.profiler.TraceAnnotation(instance.name, rows=batch.num_rows):
+            calls = self._calls(instance, batch.bucket)
             kind = instance.units[0].signature.kind
             if kind == "layer":
-                self._run_layers(instance, index, batch)
+                for segment, program in calls:
+                    self._run_segment(segment, program, index, batch)
                 return None
-            unit = instance.units[0]
-            program = self.executables.get(self._key(instance.units[:1], batch.bucket))
+            ((unit,), program) = calls[0]
             width = unit.signature.hidden_size
             registers = self._registers[width]
             if kind == "embedding":
@@ -142,16 +146,22 @@ class Device:
             logits, meta = program(unit.params, registers, index)
             return self._sample(logits, meta, batch)
 
-    def _run_layers(self, instance: Instance, index: jax.Array, batch: Batch) -> None:
-        """Whole segments where they are compiled, else layer by layer."""
+    def _calls(self, instance: Instance, bucket: Bucket) -> Calls:
+        """The programs of a block on a grid: whole segments where they are compiled, else layer by
+        layer. Looked up anew only when a program has been added since."""
+        known = instance.calls_by_bucket.get(bucket)
+        if known is not None and known[0] == len(self.executables):
+            return known[1]
+        calls: list[tuple[tuple[Unit, ...], Any]] = []
         for segment in instance.segments:
-            key = self._key(segment, batch.bucket)
+            key = self._key(segment, bucket)
             if len(segment) == 1 or key in self.executables:
-                self._run_segment(segment, self.executables.get(key), index, batch)
-                continue
-            for i in range(len(segment)):
-                program = self.executables.get(self._key(segment[i : i + 1], batch.bucket))
-                self._run_segment(segment[i : i + 1], program, index, batch)
+                calls.append((segment, self.executables.get(key)))
+            else:
+                singles = ((unit,) for unit in segment)
+                calls.extend((u, self.executables.get(self._key(u, bucket))) for u in singles)
+        instance.calls_by_bucket[bucket] = (len(self.executables), calls)
+        return calls
 
     def _run_segment(self, segment: Sequence[Unit], program, index, batch: Batch) -> None:
         width, group = segment[0].signature.hidden_size, segment[0].group
