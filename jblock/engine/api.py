@@ -8,30 +8,66 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
+MAX_LOGIT_BIAS = 64
+# A model's own eos ids, and the stop ids of a request, when min_tokens forbids them.
+MAX_END_IDS = 80
+MAX_TOP_LOGPROBS = 20
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one request picks its tokens.
+    """How one request picks its tokens. Processors apply in the order of these fields' maths: biases
+    and min_tokens, repetition penalty, presence and frequency penalties, temperature, top_k, top_p,
+    min_p.
 
     Attributes:
       temperature: 0 is greedy; otherwise logits are divided by it.
       top_k: keep the k best tokens; 0 keeps all.
       top_p: keep the smallest set of best tokens whose probability reaches this; 1 keeps all.
-      seed: makes a sampled request reproducible whatever else is in the batch; None draws one.
+      min_p: drop tokens less probable than this share of the best one's probability; 0 keeps all.
+      repetition_penalty: logits of tokens in the prompt or generated are divided by it where positive
+        and multiplied where negative; 1 does nothing.
+      presence_penalty: taken off the logits of tokens generated at least once.
+      frequency_penalty: taken off the logits of tokens as many times as they were generated.
+      logit_bias: (id, value) pairs added to logits, at most MAX_LOGIT_BIAS.
+      seed: makes a sampled request reproducible whatever else is in the batch; taken modulo 2**32.
+        None draws one.
       max_tokens: most tokens generated.
+      min_tokens: eos and stop ids cannot be picked for so many tokens.
       stop_token_ids: ids that end the generation beside the model's own eos ids.
       ignore_eos: go on past the model's eos ids.
       logprobs: return the log-probability of each generated token (of the unmodified logits).
+      top_logprobs: return so many of the best tokens at each generated one, at most MAX_TOP_LOGPROBS.
+      prompt_logprobs: return the log-probability of each prompt token given those before it; the
+        prefix cache is not read for such a request.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     max_tokens: int = 128
+    min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether anything but the way of drawing differs from the plain model."""
+        neutral = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) == (
+            1,
+            0,
+            0,
+        )
+        return not neutral or bool(self.logit_bias) or self.min_tokens > 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +100,9 @@ class Output:
       request_id: whose.
       token_ids: newly generated ids, in order (the eos or stop id is not among them).
       logprobs: one for each of token_ids when asked for, else empty.
+      top_logprobs: for each of token_ids when asked for, (id, log-probability) pairs, best first.
+      prompt_logprobs: one for each prompt token but the first, once, in the first output that follows
+        from the prompt, when asked for.
       finish_reason: None while running; "stop" (eos or stop id), "length", "cancelled", "error".
       error_code: name of a gRPC status code when finish_reason is "error" ("NOT_FOUND", ...).
       error_message: what was given, what was expected and what to do.
@@ -72,6 +111,8 @@ class Output:
     request_id: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    prompt_logprobs: tuple[float, ...] = ()
     finish_reason: str | None = None
     error_code: str = ""
     error_message: str = ""

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from jblock.engine.adjust import BIAS_COLUMNS, CONTROL_COLUMNS, FIXED_COLUMNS
 from jblock.engine.config import Bucket
 from jblock.engine.programs import INDEX_COLUMNS
 from jblock.engine.sampling import OPTION_COLUMNS
@@ -70,11 +71,50 @@ def page_table(batch: Batch, group, max_pages: int) -> np.ndarray:
 
 
 def option_array(batch: Batch) -> np.ndarray:
-    """int32 [S, 4] of sampling options as sampling.sampled describes."""
+    """int32 [S, 5] of sampling options as sampling.sampled describes."""
     options = np.zeros((batch.bucket.num_seqs, OPTION_COLUMNS), np.int32)
+    floats = options.view(np.float32)
     for i, item in enumerate(batch.items):
         sampling = item.sequence.request.sampling
-        floats = np.array([sampling.temperature, sampling.top_p], np.float32).view(np.int32)
-        seed = np.array(item.sequence.seed & 0xFFFFFFFF, np.uint32).view(np.int32)
-        options[i] = (floats[0], sampling.top_k, floats[1], seed)
+        floats[i, [0, 2, 4]] = sampling.temperature, sampling.top_p, sampling.min_p
+        options[i, 1] = min(sampling.top_k, 2**31 - 1)
+        options[i, 3:4].view(np.uint32)[0] = item.sequence.seed & 0xFFFFFFFF
     return options
+
+
+def control_array(batch: Batch) -> np.ndarray:
+    """int32 [S, CONTROL_COLUMNS] as adjust.py describes; neutral for rows that want nothing."""
+    controls = np.zeros((batch.bucket.num_seqs, CONTROL_COLUMNS), np.int32)
+    floats = controls.view(np.float32)
+    floats[:, 0] = 1.0
+    # Ids past every vocabulary are dropped.
+    controls[:, FIXED_COLUMNS : FIXED_COLUMNS + BIAS_COLUMNS] = 2**31 - 1
+    for i, item in enumerate(batch.items):
+        sequence = item.sequence
+        sampling = sequence.request.sampling
+        if not sampling.adjusts_logits:
+            continue
+        floats[i, :3] = (
+            sampling.repetition_penalty,
+            sampling.presence_penalty,
+            sampling.frequency_penalty,
+        )
+        # The token an item of the prompt ends with is counted with the prompt.
+        controls[i, 3] = not item.tokens
+        pairs = list(sampling.logit_bias)
+        if item.start + item.q_len - sequence.prompt_len < sampling.min_tokens:
+            pairs += [(token, -np.inf) for token in sequence.end_ids]
+        for column, (token, value) in enumerate(pairs, FIXED_COLUMNS):
+            controls[i, column] = token
+            floats[i, column + BIAS_COLUMNS] = value
+    return controls
+
+
+def target_array(batch: Batch) -> np.ndarray:
+    """int32 [S, Q]: the prompt token that follows each row; 0 where none does."""
+    targets = np.zeros((batch.bucket.num_seqs, batch.bucket.q_len), np.int32)
+    for i, item in enumerate(batch.items):
+        prompt = item.sequence.request.token_ids
+        following = prompt[item.start + 1 : item.start + 1 + item.q_len]
+        targets[i, : len(following)] = following
+    return targets

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jblock.engine import batching
+from jblock.engine.adjust import count_row
 from jblock.engine.assembly import Assembly, Instance, KvGroup, Unit
 from jblock.engine.batching import Batch
 from jblock.engine.config import Bucket, EngineConfig
@@ -27,10 +28,19 @@ Calls = Sequence[tuple[tuple[Unit, ...], Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """Tokens on their way from the device: `packed` int32 [S, 3] as sampling.py describes."""
+    """Tokens on their way from the device.
+
+    Attributes:
+      batch: whose.
+      packed: int32 [S, 3] as sampling.py describes.
+      top: int32 [S, 2K] as `top_logprobs` describes, if a row wants it.
+      scores: float32 [S, Q] as `prompt_logprobs_program` describes, if a row wants it.
+    """
 
     batch: Batch
     packed: jax.Array
+    top: jax.Array | None = None
+    scores: jax.Array | None = None
 
 
 class Device:
@@ -75,6 +85,7 @@ class Device:
         widths = {u.signature.hidden_size for i in assembly.instances for u in i.units}
         self._registers = {d: jnp.zeros((self.num_rows, d), jnp.float32) for d in widths}
         self._last_tokens = jnp.zeros((config.max_num_seqs,), jnp.int32)
+        self._counts: dict[int, jax.Array] = {}  # By vocabulary, once a request has penalties.
         self._arrays: dict[tuple, jax.Array] = {}
 
     def check(self, assembly: Assembly) -> None:
@@ -94,13 +105,18 @@ class Device:
     def program_keys(self, assembly: Assembly, buckets: Sequence[Bucket]) -> Iterator[ProgramKey]:
         """Every program the assembly can ask for on these grids."""
         units = [u for i in assembly.instances for u in i.units]
+        vocabs = {vocab_size(u.signature) for u in units if u.signature.kind == "head"}
         for bucket in buckets:
             for unit in units:
                 yield self._key((unit,), bucket)
-            for vocab in {vocab_size(u.signature) for u in units if u.signature.kind == "head"}:
+                if unit.signature.kind == "head" and bucket.q_len > 1:
+                    yield _scoring_key(unit, bucket)
+            for vocab in vocabs:
                 size = Bucket(bucket.num_seqs, 1)
-                for kind in ("greedy", "sampled"):
+                for kind in ("greedy", "sampled", "adjust", "top_logprobs"):
                     yield ProgramKey(kind=kind, bucket=size, vocab_size=vocab)
+        for vocab in vocabs:
+            yield ProgramKey(kind="set_counts", vocab_size=vocab)
         for shape in self.pool_shapes.values():
             yield ProgramKey(kind="scrub", pool=shape)
 
@@ -144,7 +160,13 @@ class Device:
                 self._registers[width] = program(unit.params, registers, self._last_tokens, index)
                 return None
             logits, meta = program(unit.params, registers, index)
-            return self._sample(logits, meta, batch)
+            sampled = self._sample(logits, meta, batch)
+            if any(item.scores for item in batch.items):
+                program = self.executables.get(_scoring_key(unit, batch.bucket))
+                targets = jax.device_put(batching.target_array(batch))
+                scores = program(unit.params, registers, index, targets)
+                sampled = dataclasses.replace(sampled, scores=scores)
+            return sampled
 
     def _calls(self, instance: Instance, bucket: Bucket) -> Calls:
         """The programs of a block on a grid: whole segments where they are compiled, else layer by
@@ -180,17 +202,41 @@ class Device:
             pools[i] = pair
 
     def _sample(self, logits: jax.Array, meta: jax.Array, batch: Batch) -> Sampled:
-        greedy = all(i.sequence.request.sampling.temperature == 0 for i in batch.items)
-        program = self.executables.get(
-            ProgramKey(
-                kind="greedy" if greedy else "sampled",
-                bucket=Bucket(batch.bucket.num_seqs, 1),
-                vocab_size=logits.shape[1],
-            )
-        )
+        """Picks tokens; what no row of the batch asks for is not run."""
+        wanted = [i.sequence.request.sampling for i in batch.items]
+        adjusted = logits
+        if any(w.adjusts_logits for w in wanted):
+            adjusted = self._adjust(logits, meta, batch)
+        greedy = all(w.temperature == 0 for w in wanted)
+        program = self._logits_program("greedy" if greedy else "sampled", logits)
         options = () if greedy else (jax.device_put(batching.option_array(batch)),)
-        self._last_tokens, packed = program(logits, self._last_tokens, meta, *options)
-        return Sampled(batch, packed)
+        self._last_tokens, packed = program(logits, adjusted, self._last_tokens, meta, *options)
+        top = None
+        if any(w.top_logprobs for w in wanted):
+            top = self._logits_program("top_logprobs", logits)(logits)
+        return Sampled(batch, packed, top)
+
+    def _adjust(self, logits: jax.Array, meta: jax.Array, batch: Batch) -> jax.Array:
+        """Logits with biases and penalties; sequences that begin here bring their counts."""
+        vocab = logits.shape[1]
+        counts = self._counts.pop(vocab, None)
+        if counts is None:
+            counts = jax.device_put(np.zeros((self.config.max_num_seqs, vocab), np.int32))
+        for item in batch.items:
+            sequence = item.sequence
+            if item.tokens and sequence.request.sampling.adjusts_logits:
+                row = count_row(sequence.request.token_ids, sequence.generated, vocab)
+                slot = np.array([sequence.seq_slot], np.int32)
+                program = self.executables.get(ProgramKey(kind="set_counts", vocab_size=vocab))
+                counts = program(counts, jax.device_put(slot), jax.device_put(row))
+        controls = jax.device_put(batching.control_array(batch))
+        program = self._logits_program("adjust", logits)
+        adjusted, self._counts[vocab] = program(logits, counts, self._last_tokens, meta, controls)
+        return adjusted
+
+    def _logits_program(self, kind: str, logits: jax.Array):
+        size, vocab = logits.shape
+        return self.executables.get(ProgramKey(kind=kind, bucket=Bucket(size, 1), vocab_size=vocab))
 
     def _key(self, units: Sequence[Unit], bucket: Bucket) -> ProgramKey:
         group = units[0].group
@@ -214,6 +260,11 @@ class Device:
             table = batching.page_table(batch, group, self.config.max_pages)
             self._arrays[key] = jax.device_put(table)
         return self._arrays[key]
+
+
+def _scoring_key(unit: Unit, bucket: Bucket) -> ProgramKey:
+    """The program that scores the prompts that go through a head."""
+    return ProgramKey(kind="prompt_logprobs", bucket=bucket, signatures=(unit.signature,))
 
 
 def _pool_shape(group: KvGroup, num_groups: int, config: EngineConfig) -> PoolShape:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jblock.blocks.spec import UnembeddingSpec
-from jblock.engine import programs, sampling
+from jblock.engine import adjust, logprobs, programs, sampling
 from jblock.engine.config import Bucket
 from jblock.engine.executable_cache import ExecutableCache
 from jblock.engine.params import abstract_params, abstract_tables
@@ -57,11 +57,12 @@ class ProgramKey:
     """Names one program: its kind, and what decides its shapes.
 
     Attributes:
-      kind: "embedding", "layer" (one or a segment of them), "head", "greedy", "sampled" or "scrub".
-      bucket: grid of the batch; samplers ignore its q_len, so they carry 1.
-      signatures: of an embedding or head, or of the layers of a segment in order.
+      kind: "embedding", "layer" (one, or a segment of them), "head", "prompt_logprobs", "adjust",
+        "greedy", "sampled", "top_logprobs", "set_counts" or "scrub".
+      bucket: grid of the batch; what works on logits ignores its q_len, and carries 1.
+      signatures: of an embedding, a head or prompt_logprobs, or of the layers of a segment in order.
       pool: of layers and scrub.
-      vocab_size: of the samplers.
+      vocab_size: of what works on logits, and of set_counts.
     """
 
     kind: str
@@ -76,6 +77,8 @@ class ProgramKey:
         what = self.signatures[0].name if self.signatures else self.kind
         if len(self.signatures) > 1:
             what = f"{len(self.signatures)}x{what}"
+        if self.kind == "prompt_logprobs":
+            what = f"{self.kind}_{what}"
         return f"{what}_{self.bucket}"
 
 
@@ -165,11 +168,21 @@ class Executables:
             pools = tuple(key.pool.abstract_layer() for _ in range(key.pool.layers))
             pages = jax.ShapeDtypeStruct((SCRUB_PAGES,), i32)
             return _copy(programs.scrub_program), (0,), (pools, pages)
+        counts = jax.ShapeDtypeStruct((geometry.max_num_seqs, key.vocab_size), i32)
+        if key.kind == "set_counts":
+            slot = jax.ShapeDtypeStruct((1,), i32)
+            row = jax.ShapeDtypeStruct((key.vocab_size,), i32)
+            return _copy(adjust.set_counts), (0,), (counts, slot, row)
+        if key.kind == "adjust":
+            controls = jax.ShapeDtypeStruct((s, adjust.CONTROL_COLUMNS), i32)
+            return _copy(adjust.adjust), (1,), (logits, counts, last_tokens, meta, controls)
         if key.kind == "greedy":
-            return _copy(sampling.greedy), (1,), (logits, last_tokens, meta)
+            return _copy(sampling.greedy), (2,), (logits, logits, last_tokens, meta)
         if key.kind == "sampled":
             options = jax.ShapeDtypeStruct((s, sampling.OPTION_COLUMNS), i32)
-            return _copy(sampling.sampled), (1,), (logits, last_tokens, meta, options)
+            return _copy(sampling.sampled), (2,), (logits, logits, last_tokens, meta, options)
+        if key.kind == "top_logprobs":
+            return _copy(logprobs.top_logprobs), (), (logits,)
         if not key.signatures:
             raise ValueError(f"program kind {key.kind!r} needs a signature")
         signature = key.signatures[0]
@@ -185,6 +198,13 @@ class Executables:
                 programs.head_program(signature, bucket),
                 (),
                 (abstract_params(signature), registers, index),
+            )
+        if key.kind == "prompt_logprobs":
+            targets = jax.ShapeDtypeStruct((s, bucket.q_len), i32)
+            return (
+                logprobs.prompt_logprobs_program(signature, bucket),
+                (),
+                (abstract_params(signature), registers, index, targets),
             )
         count = sum(len(s.attentions) for s in key.signatures)
         if key.pool is None and count:

@@ -28,21 +28,26 @@ class KvCache:
         """`scrub(group, pages)` must zero pages on the device; it is called when they change hands."""
         self.pools = {g: PagePool(s.num_pages - 1, 1) for g, s in shapes.items()}
         self.hit_tokens = 0
+        # Pages that running sequences are about to compute, by content, and by whom.
+        self._computing: dict[tuple[KvGroup, bytes], Seq] = {}
         self._page_size = page_size
         self._scrub = scrub
+
+    def awaits(self, sequence: Seq) -> bool:
+        """Whether another sequence is about to compute the page this one would compute first: samples
+        of one prompt, or requests with a long beginning in common, that come at once. It is worth
+        waiting for."""
+        _, hits = self._found(sequence)
+        return hits < self._shareable(sequence) and any(
+            (group, self._keys(sequence, group, sequence.known)[hits]) in self._computing
+            for group in sequence.route.groups
+        )
 
     def admit(self, sequence: Seq) -> bool:
         """Gives a sequence pages for all its known tokens and one more, cached ones first, and sets how
         many tokens need no computing. False: not enough pages; nothing changed."""
-        groups = sequence.route.groups
-        tokens = sequence.known
-        # The last token is always computed: its logits are wanted.
-        limit = (len(tokens) - 1) // self._page_size
-        found = {}
-        for group in groups:
-            keys = self._keys(sequence, group, tokens)
-            found[group] = self.pools[group].match(keys[:limit])
-        hits = min((len(pages) for pages in found.values()), default=0)
+        groups, tokens = sequence.route.groups, sequence.known
+        found, hits = self._found(sequence)
         count = self._pages_for(len(tokens) + 1)
         for group in groups:
             self.pools[group].share(found[group][:hits])
@@ -53,6 +58,8 @@ class KvCache:
         for group in groups:
             sequence.pages[group] = found[group][:hits]
             self._extend(sequence, group, count)
+            for key in self._keys(sequence, group, tokens)[hits:]:
+                self._computing.setdefault((group, key), sequence)
         sequence.computed = hits * self._page_size
         self.hit_tokens += sequence.computed
         return True
@@ -78,16 +85,35 @@ class KvCache:
             keys = self._keys(sequence, group, tokens)
             for i in range(sequence.remembered, full):
                 self.pools[group].remember(sequence.pages[group][i], keys[i])
+                self._computing.pop((group, keys[i]), None)
         sequence.remembered = full
 
     def release(self, sequence: Seq, poisoned: bool = False) -> None:
         """Gives back all pages. What a poisoned sequence computed is not found again."""
         for group, pages in sequence.pages.items():
+            for key in sequence.page_keys.get(group, ()):
+                if self._computing.get((group, key)) is sequence:
+                    del self._computing[group, key]
             if poisoned:
                 self.pools[group].forget(pages)
             self.pools[group].give(pages)
         sequence.pages = {}
         sequence.remembered = 0
+
+    def _shareable(self, sequence: Seq) -> int:
+        """How many of its pages a sequence may find instead of computing them."""
+        # The last token is always computed, for its logits are wanted; so are those of all tokens of
+        # a prompt whose log-probabilities are wanted.
+        return 0 if sequence.scores_prompt else (len(sequence.known) - 1) // self._page_size
+
+    def _found(self, sequence: Seq) -> tuple[dict[KvGroup, list[int]], int]:
+        """The cached pages of a sequence by group, and how many all groups have."""
+        limit, tokens = self._shareable(sequence), sequence.known
+        found = {
+            group: self.pools[group].match(self._keys(sequence, group, tokens)[:limit])
+            for group in sequence.route.groups
+        }
+        return found, min((len(pages) for pages in found.values()), default=0)
 
     def _extend(self, sequence: Seq, group: KvGroup, count: int) -> None:
         pages = self.pools[group].take(count - len(sequence.pages[group]))

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import secrets
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,8 +16,18 @@ from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.device import Device, Sampled
 from jblock.engine.kv import Allocator
 from jblock.engine.kv_cache import KvCache
+from jblock.engine.limits import sampling_problem
+from jblock.engine.logprobs import best_tokens
 from jblock.engine.sequence import Item, chunk_for
 from jblock.engine.sequence import Sequence as Seq
+
+
+class Picked(NamedTuple):
+    """One row a sampler returned: token, its log-probability, whether all its logits were finite."""
+
+    token: int
+    logprob: float
+    finite: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,8 +178,9 @@ class Loop:
         wrong = next((t for t in request.token_ids if not 0 <= t < vocab), None)
         if wrong is not None:
             return f"token_ids has {wrong}; ids of {request.model!r} go from 0 to {vocab - 1}"
-        if request.sampling.max_tokens < 1:
-            return f"max_tokens is {request.sampling.max_tokens}; give at least 1"
+        problem = sampling_problem(request.sampling, route.chain)
+        if problem:
+            return problem
         if request.request_id in self._running:
             return f"request_id {request.request_id!r} is already in flight; give another"
         return ""
@@ -185,12 +197,15 @@ class Loop:
 
     def _admit(self) -> None:
         """Starts waiting requests in order. One that lacks pages holds back only those that want
-        pages of the same group."""
+        pages of the same group; one whose prompt begins as a prompt being computed waits for it."""
         held: set[KvGroup] = set()
         still_waiting: collections.deque[Seq] = collections.deque()
         while self._waiting and self._seq_slots.free and self._rows.free:
             sequence = self._waiting.popleft()
             groups = sequence.route.groups
+            if self.kv.awaits(sequence):
+                still_waiting.append(sequence)
+                continue
             if held.intersection(groups) or not self.kv.admit(sequence):
                 held.update(groups)
                 still_waiting.append(sequence)
@@ -233,7 +248,8 @@ class Loop:
             self.kv.remember(sequence, sequence.computed)
             samples = sequence.computed == sequence.prefill
             sequence.sampled += samples
-            items.append(Item(sequence, start, length, chunk, rows, tokens, samples))
+            scores = sequence.scores_prompt
+            items.append(Item(sequence, start, length, chunk, rows, tokens, samples, scores))
         return items
 
     def _make_room(self, sequence: Seq, num_tokens: int) -> bool:
@@ -303,7 +319,7 @@ class Loop:
         route = item.sequence.route
         if item.hop < len(route.instances):
             instance = route.instances[item.hop]
-            if item.samples or not instance.is_head:
+            if item.samples or item.scores or not instance.is_head:
                 instance.queue.append(item)
 
     def _count(self, items: list[Item]) -> None:
@@ -317,16 +333,22 @@ class Loop:
         for sampled in step.sampled:
             packed = np.asarray(sampled.packed)
             logprobs = packed[:, 1].view(np.float32)
+            top = None if sampled.top is None else np.asarray(sampled.top)
+            scores = None if sampled.scores is None else np.asarray(sampled.scores)
             for i, item in enumerate(sampled.batch.items):
                 # A sequence that ended a step ago still had this row in flight.
-                if not item.sequence.finished:
-                    self._token(
-                        item.sequence, int(packed[i, 0]), float(logprobs[i]), bool(packed[i, 2])
-                    )
+                if item.sequence.finished:
+                    continue
+                if item.scores and scores is not None:
+                    item.sequence.take_scores(item.start, scores[i, : item.q_len].tolist())
+                if item.samples:
+                    picked = Picked(int(packed[i, 0]), float(logprobs[i]), bool(packed[i, 2]))
+                    best = None if top is None else top[i]
+                    self._token(item.sequence, picked, best)
 
-    def _token(self, sequence: Seq, token: int, logprob: float, finite: bool) -> None:
+    def _token(self, sequence: Seq, picked: Picked, top: np.ndarray | None) -> None:
         request, chain = sequence.request, sequence.route.chain
-        if not finite:
+        if not picked.finite:
             self._finish(
                 sequence,
                 "error",
@@ -337,21 +359,23 @@ class Loop:
                 ),
             )
             return
-        sampling = request.sampling
-        is_eos = token in chain.eos_token_ids and not sampling.ignore_eos
-        if is_eos or token in sampling.stop_token_ids:
-            self._finish(sequence, "stop")
+        fields: dict[str, Any] = {}
+        if sequence.scores_prompt:
+            fields["prompt_logprobs"] = tuple(sequence.prompt_logprobs)
+        if picked.token in sequence.end_ids:
+            self._finish(sequence, "stop", **fields)
             return
-        sequence.generated.append(token)
+        sequence.generated.append(picked.token)
         self._generated_tokens += 1
-        token_ids = (token,)
-        logprobs = (logprob,) if sampling.logprobs else ()
+        fields["token_ids"] = (picked.token,)
+        if request.sampling.logprobs:
+            fields["logprobs"] = (picked.logprob,)
+        if request.sampling.top_logprobs and top is not None:
+            fields["top_logprobs"] = (best_tokens(top, request.sampling.top_logprobs),)
         if len(sequence.generated) >= sequence.max_tokens:
-            self._finish(sequence, "length", token_ids=token_ids, logprobs=logprobs)
+            self._finish(sequence, "length", **fields)
         else:
-            self._outputs.append(
-                Output(request_id=request.request_id, token_ids=token_ids, logprobs=logprobs)
-            )
+            self._outputs.append(Output(request_id=request.request_id, **fields))
 
     def _finish(self, sequence: Seq, reason: str, **fields) -> None:
         """Sends the last output and gives back all the sequence held."""

@@ -1,5 +1,9 @@
 """Sampling on the device: logits in, one token a sequence out.
 
+Both programs take the model's logits, which log-probabilities are of, and those to pick from, which
+`adjust` made of them or which are the same array. So a row's token comes from the same program
+whatever the other rows of its batch ask for.
+
 Top-k and top-p find their threshold by bisection over the bits of a float instead of sorting the
 vocabulary: 32 counting passes, which vectorise, against a sort, which does not.
 """
@@ -7,7 +11,7 @@ vocabulary: 32 counting passes, which vectorise, against a sort, which does not.
 import jax
 import jax.numpy as jnp
 
-OPTION_COLUMNS = 4
+OPTION_COLUMNS = 5
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
@@ -47,6 +51,13 @@ def keep_top(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array
     return keep & in_nucleus
 
 
+def keep_min_p(logits: jax.Array, min_p: jax.Array) -> jax.Array:
+    """Which tokens have at least `min_p` [S] times the best one's probability (arXiv 2407.01082): bool
+    [S, V] for float32 logits [S, V], temperature applied. What top-k and top-p left out changes no
+    ratio, so it may be applied before or after them."""
+    return logits >= logits.max(axis=1, keepdims=True) + jnp.log(min_p)[:, None]
+
+
 def draw(logits: jax.Array, seeds: jax.Array, positions: jax.Array) -> jax.Array:
     """One draw a row by the Gumbel-max trick; depends on the row's seed and position alone.
 
@@ -79,11 +90,12 @@ def _finish(logits, tokens, last_tokens, meta):
     return last_tokens, packed
 
 
-def greedy(logits: jax.Array, last_tokens: jax.Array, meta: jax.Array):
+def greedy(logits: jax.Array, adjusted: jax.Array, last_tokens: jax.Array, meta: jax.Array):
     """Picks the best token of every row.
 
     Args:
-      logits: float32 [S, V].
+      logits: float32 [S, V] of the model.
+      adjusted: float32 [S, V], those to pick from.
       last_tokens: int32 [max_num_seqs], each sequence's last token (donated).
       meta: int32 [S, 4], the leading columns of the batch's index.
 
@@ -91,18 +103,24 @@ def greedy(logits: jax.Array, last_tokens: jax.Array, meta: jax.Array):
       last_tokens, and packed int32 [S, 3] as `_finish` describes.
     """
     with jax.named_scope("sample_greedy"):
-        return _finish(logits, jnp.argmax(logits, axis=1), last_tokens, meta)
+        return _finish(logits, jnp.argmax(adjusted, axis=1), last_tokens, meta)
 
 
-def sampled(logits: jax.Array, last_tokens: jax.Array, meta: jax.Array, options: jax.Array):
-    """Like `greedy`, with options int32 [S, 4]: temperature (float32 bits), top_k, top_p (float32
-    bits), seed (uint32 bits). Rows with temperature 0 are greedy."""
+def sampled(
+    logits: jax.Array,
+    adjusted: jax.Array,
+    last_tokens: jax.Array,
+    meta: jax.Array,
+    options: jax.Array,
+):
+    """Like `greedy`, with options int32 [S, 5]: temperature (float32 bits), top_k, top_p (float32
+    bits), seed (uint32 bits), min_p (float32 bits). Rows with temperature 0 are greedy."""
     with jax.named_scope("sample"):
-        temperature = jax.lax.bitcast_convert_type(options[:, 0], jnp.float32)
-        top_p = jax.lax.bitcast_convert_type(options[:, 2], jnp.float32)
+        floats = jax.lax.bitcast_convert_type(options, jnp.float32)
+        temperature, top_p, min_p = floats[:, 0], floats[:, 2], floats[:, 4]
         seeds = jax.lax.bitcast_convert_type(options[:, 3], jnp.uint32)
-        scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
-        eligible = jnp.where(keep_top(scaled, options[:, 1], top_p), scaled, -jnp.inf)
-        drawn = draw(eligible, seeds, meta[:, 0] + meta[:, 1])
-        tokens = jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=1))
+        scaled = adjusted / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+        keep = keep_top(scaled, options[:, 1], top_p) & keep_min_p(scaled, min_p)
+        drawn = draw(jnp.where(keep, scaled, -jnp.inf), seeds, meta[:, 0] + meta[:, 1])
+        tokens = jnp.where(temperature > 0, drawn, jnp.argmax(adjusted, axis=1))
         return _finish(logits, tokens, last_tokens, meta)

@@ -28,6 +28,7 @@ class Sequence:
       computed: how many of those were handed to the device so far, or found in the cache.
       sampled: tokens the device was asked to sample so far, those not yet read included.
       generated: tokens read so far.
+      prompt_logprobs: of each prompt token but the first, as far as read; empty if not asked for.
       finished: its last output has been sent.
     """
 
@@ -44,7 +45,31 @@ class Sequence:
     computed: int = 0
     sampled: int = 0
     generated: list[int] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[float] = dataclasses.field(default_factory=list)
     finished: bool = False
+
+    def __post_init__(self):
+        if self.request.sampling.prompt_logprobs:
+            self.prompt_logprobs = [0.0] * (len(self.request.token_ids) - 1)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end it when picked."""
+        sampling = self.request.sampling
+        eos = () if sampling.ignore_eos else self.route.chain.eos_token_ids
+        return (*eos, *sampling.stop_token_ids)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Its prompt's log-probabilities are still wanted: they go out with what follows first."""
+        return self.request.sampling.prompt_logprobs and not self.generated
+
+    def take_scores(self, start: int, scores: list[float]) -> None:
+        """Keeps the log-probabilities of the prompt tokens that follow those at `start` and on; the
+        prompt's last token is followed by none."""
+        count = min(len(scores), len(self.prompt_logprobs) - start)
+        if count > 0:
+            self.prompt_logprobs[start : start + count] = scores[:count]
 
     @property
     def prompt_len(self) -> int:
@@ -69,6 +94,7 @@ class Item:
       rows: its register rows, one a token.
       tokens: token ids, or () to take the sequence's last sampled token on the device.
       samples: its last token's logits are wanted.
+      scores: the log-probabilities of its prompt tokens are wanted.
       hop: index of the instance it is at.
     """
 
@@ -79,6 +105,7 @@ class Item:
     rows: list[int]
     tokens: tuple[int, ...]
     samples: bool
+    scores: bool = False
     hop: int = 0
 
 

@@ -59,6 +59,13 @@ def from_plain(cls: type[T], plain: Mapping[str, Any]) -> T:
         if name in _NESTED:
             value = from_plain(_NESTED[name], value)
         elif isinstance(value, list):
-            value = tuple(value)
+            value = _tuples(value)
         values[name] = value
     return cls(**values)
+
+
+def _tuples(value: list[Any]) -> tuple[Any, ...]:
+    """A list as a tuple, lists in it too; lists are of one kind throughout."""
+    if value and isinstance(value[0], list):
+        return tuple(_tuples(v) for v in value)
+    return tuple(value)

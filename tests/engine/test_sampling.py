@@ -40,16 +40,27 @@ def test_keeps_what_sorting_keeps(seed, top_k, top_p, scale):
     np.testing.assert_array_equal(np.asarray(got)[0], kept_by_sorting(logits, top_k, top_p))
 
 
+@pytest.mark.parametrize("min_p", [0.0, 0.02, 0.2, 1.0])
+def test_min_p_is_a_share_of_the_best_probability(min_p):
+    logits = np.random.default_rng(3).normal(size=(4, 30)).astype(np.float32) * 2
+    probs = np.exp(logits - logits.max(axis=1, keepdims=True))  # Of the best: 1.
+    got = sampling.keep_min_p(logits, np.full(4, min_p, np.float32))
+    np.testing.assert_array_equal(np.asarray(got), probs >= min_p)
+    rows = [options(1.0, 0, 1.0, seed, min_p) for seed in range(4)]
+    tokens = sample(logits, rows, [0, 1, 2, 3])[:, 0]
+    assert (probs[np.arange(4), tokens] >= min_p).all()
+
+
 def test_top_k_keeps_ties():
     logits = jnp.array([[1.0, 3.0, 3.0, 2.0]])
     keep = sampling.keep_top(logits, jnp.array([1]), jnp.array([1.0]))
     assert np.asarray(keep).tolist() == [[False, True, True, False]]
 
 
-def options(temperature, top_k, top_p, seed):
+def options(temperature, top_k, top_p, seed, min_p=0.0):
     """One row of the option array."""
-    floats = np.array([temperature, top_p], np.float32).view(np.int32)
-    return [floats[0], top_k, floats[1], np.array(seed, np.uint32).view(np.int32)]
+    floats = np.array([temperature, top_p, min_p], np.float32).view(np.int32)
+    return [floats[0], top_k, floats[1], np.array(seed, np.uint32).view(np.int32), floats[2]]
 
 
 def sample(logits, rows, positions):
@@ -57,7 +68,7 @@ def sample(logits, rows, positions):
     meta = np.zeros((len(rows), 4), np.int32)
     meta[:, 0], meta[:, 1], meta[:, 3] = positions, 1, np.arange(len(rows))
     last = jnp.zeros(len(rows), jnp.int32)
-    last, packed = jax.jit(sampling.sampled)(logits, last, meta, np.array(rows, np.int32))
+    last, packed = jax.jit(sampling.sampled)(logits, logits, last, meta, np.array(rows, np.int32))
     np.testing.assert_array_equal(np.asarray(last), np.asarray(packed)[:, 0])
     return np.asarray(packed)
 
@@ -87,7 +98,7 @@ def test_a_draw_depends_on_seed_and_position_alone():
 def test_flags_rows_that_are_not_finite(poison):
     logits = jnp.zeros((2, 6)).at[1, 3].set(poison)
     meta = jnp.array([[0, 1, 0, 0], [0, 1, 0, 1]], jnp.int32)
-    _, packed = sampling.greedy(logits, jnp.zeros(2, jnp.int32), meta)
+    _, packed = sampling.greedy(logits, logits, jnp.zeros(2, jnp.int32), meta)
     assert np.asarray(packed)[:, 2].tolist() == [1, 0]
 
 
@@ -100,5 +111,6 @@ def test_log_probability_is_of_the_unmodified_logits():
 
 def test_padding_rows_leave_other_sequences_alone():
     meta = jnp.array([[0, 1, 0, 2], [0, 0, 0, 0]], jnp.int32)
-    last, _ = sampling.greedy(jnp.eye(2, 5), jnp.array([7, 8, 9], jnp.int32), meta)
+    logits = jnp.eye(2, 5)
+    last, _ = sampling.greedy(logits, logits, jnp.array([7, 8, 9], jnp.int32), meta)
     assert np.asarray(last).tolist() == [7, 8, 0]

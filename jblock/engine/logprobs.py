@@ -1,0 +1,65 @@
+"""Log-probabilities beside those of the tokens picked: the best tokens', and a prompt's own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jblock.blocks.embedding import Head
+from jblock.blocks.spec import NormSpec
+from jblock.engine.api import MAX_TOP_LOGPROBS
+from jblock.engine.config import Bucket
+from jblock.engine.programs import unpack
+from jblock.engine.signature import Signature
+
+
+def top_logprobs(logits: jax.Array) -> jax.Array:
+    """The best tokens of every row.
+
+    Args:
+      logits: float32 [S, V], unmodified.
+
+    Returns:
+      int32 [S, 2K], K the smaller of MAX_TOP_LOGPROBS and V: ids, best first, of equals the lower
+      one, then their log-probabilities (bits of float32).
+    """
+    with jax.named_scope("top_logprobs"):
+        best, ids = jax.lax.top_k(logits, min(MAX_TOP_LOGPROBS, logits.shape[1]))
+        logprobs = best - jax.nn.logsumexp(logits, axis=1, keepdims=True)
+        bits = jax.lax.bitcast_convert_type(logprobs, jnp.int32)
+        return jnp.concatenate([ids.astype(jnp.int32), bits], axis=1)
+
+
+def best_tokens(row: np.ndarray, count: int) -> tuple[tuple[int, float], ...]:
+    """The first `count` (id, log-probability) pairs of a row of `top_logprobs`, on the host."""
+    ids, logprobs = np.split(row, 2)
+    pairs = zip(ids[:count].tolist(), logprobs[:count].view(np.float32).tolist(), strict=True)
+    return tuple(pairs)
+
+
+def prompt_logprobs_program(signature: Signature, bucket: Bucket) -> Callable[..., jax.Array]:
+    """(params, registers, index, targets int32 [S, Q]) -> float32 [S, Q]: the log-probability that
+    the head of this signature gives each row's target, the token that follows it in the prompt.
+
+    The logits of one sequence's rows exist at a time, not those of the whole batch.
+    """
+    norm = signature.specs[0]
+    if not isinstance(norm, NormSpec):
+        raise ValueError(f"a head starts with a norm, not with {norm.kind}")
+
+    def score(params: Any, registers: jax.Array, index: jax.Array, targets: jax.Array):
+        _, _, register_rows, _ = unpack(index, bucket)
+        head = Head(params[0]["weight"], norm.eps, params[1]["weight"], tied=signature.tied)
+
+        def sequence(rows_and_targets):
+            rows, wanted = rows_and_targets
+            logits = head(registers.at[rows].get(mode="clip"))
+            chosen = jnp.take_along_axis(logits, wanted[:, None], axis=1)[:, 0]
+            return chosen - jax.nn.logsumexp(logits, axis=1)
+
+        with jax.named_scope("prompt_logprobs"):
+            return jax.lax.map(sequence, (register_rows, targets))
+
+    return score
