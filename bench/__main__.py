@@ -1,8 +1,10 @@
 """`python -m bench SCENARIO [--quick] [--json FILE] [--plot FILE]`: one JSON line last on stdout."""
 
 import argparse
+import contextlib
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from absl import app
@@ -11,7 +13,8 @@ from absl.flags import argparse_flags
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line, program name first."""
     from bench.scenarios import SCENARIOS
 
     parser = argparse_flags.ArgumentParser(
@@ -23,18 +26,25 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         sub.add_argument("--quick", action="store_true", help="a tiny model, some seconds")
         sub.add_argument("--json", type=Path, help="also write the JSON line to this file")
         sub.add_argument("--plot", type=Path, help="draw the figures to this file (extra: plot)")
+        sub.add_argument(
+            "--cache", type=Path, help="keep compiled programs here (default: for this run only)"
+        )
         if scenario.add_arguments:
             scenario.add_arguments(sub)
     return parser.parse_args(argv[1:])
 
 
-def _main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> int:
+    """Runs one scenario and prints its line."""
     from bench import plots, report
     from bench.scenarios import SCENARIOS
 
     if args.plot:
-        plots.require()
-    result = SCENARIOS[args.scenario].run(args)
+        plots.require(args.scenario)
+    with contextlib.ExitStack() as stack:
+        if args.cache is None:
+            args.cache = Path(stack.enter_context(tempfile.TemporaryDirectory()), "programs")
+        result = SCENARIOS[args.scenario].run(args)
     if args.plot:
         plots.draw(args.scenario, result, args.plot)
     line = report.line(args.scenario, args.quick, result)
@@ -46,4 +56,4 @@ def _main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    app.run(_main, flags_parser=_parse)
+    app.run(main, flags_parser=parse)

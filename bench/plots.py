@@ -1,9 +1,61 @@
 """Drawings of what a scenario measured. Needs matplotlib, which only the extra `plot` brings."""
 
+from pathlib import Path
+from typing import Any
 
-def require() -> None:
-    """Raises SystemExit when matplotlib is not installed, before anything is measured."""
+
+def require(scenario: str) -> None:
+    """Checks before anything is measured that the drawing can be made.
+
+    Raises:
+      SystemExit: matplotlib is not installed, or the scenario has no drawing.
+    """
+    if scenario not in _DRAWINGS:
+        raise SystemExit(f"{scenario} draws nothing; --plot works with: {', '.join(_DRAWINGS)}")
     try:
         import matplotlib  # noqa: F401
     except ImportError as e:
         raise SystemExit("--plot needs matplotlib: pip install 'jblock[plot]'") from e
+
+
+def draw(scenario: str, result: dict[str, Any], path: Path) -> None:
+    """Draws a scenario's result to a file; its ending names the format."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    _DRAWINGS[scenario](axes, result)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _sharing(axes, result: dict[str, Any]) -> None:
+    curve = result["curve"]
+    axes.plot(curve["rows"], curve["bound"], "o--", color="gray", label="bound: matmuls alone")
+    axes.plot(curve["rows"], curve["ratio"], "o-", label="measured")
+    axes.axhline(1.0, color="black", linewidth=0.5)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(curve["rows"], [str(r) for r in curve["rows"]])
+    axes.set_xlabel("rows a model")
+    axes.set_ylabel("decode tokens/s, shared over one model each")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+
+
+def _block_tax(axes, result: dict[str, Any]) -> None:
+    tax = result["block_tax"]
+    axes.bar(list(tax), list(tax.values()), width=0.5)
+    axes.axhline(1.0, color="black", linewidth=0.5)
+    axes.set_ylabel("decode step, through blocks over one program")
+
+
+def _roofline(axes, result: dict[str, Any]) -> None:
+    figures = result["roofline"]
+    axes.barh(list(figures), list(figures.values()), height=0.5)
+    axes.axvline(1.0, color="black", linewidth=0.5)
+    axes.set_xlabel("fraction of what the machine allows")
+
+
+_DRAWINGS = {"sharing": _sharing, "block_tax": _block_tax, "roofline": _roofline}

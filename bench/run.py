@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from bench.report import percentile, progress
@@ -10,7 +11,7 @@ from bench.workload import Arrival
 from jblock.engine.agent import ThreadEngine
 from jblock.engine.api import Engine, Request, SamplingParams
 from jblock.engine.config import EngineConfig
-from jblock.zoo.records import Chain
+from jblock.engine.executable_cache import ExecutableCache
 
 _STALLED_S = 120.0
 
@@ -97,11 +98,10 @@ class Measured:
         return figures
 
 
-def make_engine(
-    zoo: Any, config: EngineConfig, chains: Mapping[str, Chain] | None = None
-) -> ThreadEngine:
-    """An engine over a zoo in memory, every program compiled."""
-    engine = ThreadEngine(zoo, dict(chains or zoo.chains), config)
+def make_engine(zoo: Any, config: EngineConfig, cache: Path) -> ThreadEngine:
+    """An engine over all chains of a zoo in memory, every program compiled or taken from the folder
+    `cache`."""
+    engine = ThreadEngine(zoo, dict(zoo.chains), config, ExecutableCache(cache))
     engine.settle()
     return engine
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jblock.engine.api import EngineStats, Output, Request, SamplingParams
 from jblock.engine.assembly import assemble
 from jblock.engine.config import EngineConfig
 from jblock.engine.device import Device
+from jblock.engine.executable_cache import ExecutableCache
 from jblock.engine.loop import Loop
 from jblock.zoo.records import Chain
 
@@ -60,13 +62,16 @@ class Stepper:
       config: settings.
     """
 
-    def __init__(self, zoo: Any, chains: Mapping[str, Chain], config: EngineConfig):
-        """Loads `chains` of `zoo` (or of anything with a zoo's readers) and compiles."""
+    def __init__(self, zoo: Any, chains: Mapping[str, Chain], config: EngineConfig, cache: Path):
+        """Loads `chains` of `zoo` (or of anything with a zoo's readers) and compiles, or takes programs
+        from the folder `cache`."""
         self.config = config
         self.assembly = assemble(zoo, chains, config)
-        self.device = WatchedDevice(self.assembly, config)
+        self.device = WatchedDevice(self.assembly, config, ExecutableCache(cache))
         buckets = (*config.decode_buckets, *config.prefill_buckets)
-        keys = self.device.program_keys(self.assembly, buckets)
+        # Every request here is greedy.
+        programs = self.device.program_keys(self.assembly, buckets)
+        keys = [key for key in programs if key.kind != "sampled"]
         self.device.executables.warm(keys, config.compile_workers)
         self.device.buckets = buckets
         self.loop = Loop(self.assembly, self.device, config)

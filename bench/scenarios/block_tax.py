@@ -27,17 +27,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     tax: dict[str, Any] = {}
     detail: dict[str, Any] = {}
     compiles = 0
-    if args.only != "demo":
-        shape = TINY if args.quick else MODEL_250M
-        figures, more, count = measure(shape, args, steps=2)
-        tax |= {f"b{n}": ratio for n, ratio in figures.items()}
-        detail["250m" if not args.quick else "tiny"] = more
+    cases = {"250m": (MODEL_250M, 2), "demo": (DEMO_3M, 8)}
+    for case, (shape, steps) in cases.items():
+        if args.only not in (None, case):
+            continue
+        shape = TINY if args.quick else shape
+        figures, detail[case], count = measure(shape, args, steps)
         compiles += count
-    if args.only != "250m":
-        figures, more, count = measure(DEMO_3M, args, steps=8)
-        tax["demo"] = max(figures.values())
-        detail["demo"] = more
-        compiles += count
+        if case == "250m":
+            tax |= {f"b{n}": ratio for n, ratio in figures.items()}
+        if case == "demo" or args.quick:
+            tax["demo"] = max(figures.values())
+        if args.quick:
+            break  # The tiny model stands for both.
     return {
         "block_tax": tax,
         "dtype": args.dtype,
@@ -68,10 +70,10 @@ def measure(
         page_size=_PAGE,
         kv_memory_mb=1 + 4 * 32 * shape.kv_floats_per_token * length // 10**6,
         decode_sizes=sizes,
-        prefill_grids=((1, _PROMPT), (8, _PROMPT)),
+        prefill_grids=((8, _PROMPT),),
     )
     progress(f"loading and compiling a model of {shape.layers} layers, d {shape.hidden_size}")
-    stepper = Stepper(zoo, zoo.chains, config)
+    stepper = Stepper(zoo, zoo.chains, config, args.cache)
     ratios, detail = {}, {}
     for n in sizes:
         fused = FusedDecode(stepper.assembly.routes["base"], n, _PAGE, length)

@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         max_model_len=length,
         page_size=_PAGE,
         kv_memory_mb=1 + full // 10**6,
-        decode_sizes=(4, seqs),
-        prefill_grids=((4, 16), (4, 64)),
+        decode_sizes=(seqs,) if args.quick else (4, seqs),
+        prefill_grids=((4, 16),) if args.quick else ((4, 16), (4, 64)),
     )
     arrivals = generate(
         models=sorted(zoo.chains),
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     runs, compiles, pages = {}, 0, {}
     for name, settings, in_flight in (("squeezed", squeezed, None), ("unloaded", config, 4)):
         progress(f"{count} requests, {name}")
-        engine = make_engine(zoo, settings)
+        engine = make_engine(zoo, settings, args.cache)
         try:
             pages[name] = engine.stats().pages_total
             runs[name] = measure(engine, arrivals, in_flight)

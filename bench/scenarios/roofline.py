@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from bench.models import MODEL_250M, TINY, MemoryZoo, ModelShape
@@ -42,7 +43,7 @@ class Sizes:
     matmul_scale: int = 1
 
 
-_QUICK = Sizes(shape=TINY, cached=128, rounds=2, bandwidth_mib=64, matmul_scale=8)
+_QUICK = Sizes(shape=TINY, prompt=64, cached=128, rounds=2, bandwidth_mib=64, matmul_scale=8)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,11 +61,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     cases = (args.only,) if args.only else _CASES
     result: dict[str, Any] = {"compiles_on_serving_path": 0}
     for dtype in dtypes:
-        bench = _Roofline(sizes, dtype)
+        bench = _Roofline(sizes, dtype, args.cache)
         figures = {case: getattr(bench, case)() for case in cases}
         key = "roofline" if dtype == dtypes[0] else f"roofline_{dtype}"
         result[key] = {case: figure["ratio"] for case, figure in figures.items()}
         result[f"{key}_detail"] = {"dtype": dtype, **figures}
+        bench.finish()
         result["compiles_on_serving_path"] += bench.compiles
     return result
 
@@ -72,8 +74,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 class _Roofline:
     """One model in one dtype, and the machine's rates."""
 
-    def __init__(self, sizes: Sizes, dtype: str):
-        self.sizes, self.dtype, self.compiles = sizes, dtype, 0
+    def __init__(self, sizes: Sizes, dtype: str, cache: Path):
+        self.sizes, self.dtype, self.cache, self.compiles = sizes, dtype, cache, 0
         self.zoo = MemoryZoo(sizes.shape)
         self.zoo.add_base("base")
         self.bandwidth = ReadBandwidth(sizes.bandwidth_mib)
@@ -87,7 +89,7 @@ class _Roofline:
     def decode_32x1024(self) -> dict[str, Any]:
         """The same with all sequences deep in their context; KV read counts too."""
         sizes = self.sizes
-        self._short = None  # Its KV pools make room for the long ones.
+        self.finish()  # Its KV pools make room for the long ones.
         grid = (4, min(256, sizes.cached // 2))
         # The first sequences go on decoding while the last are prefilled: they get room for that.
         stepper = self._stepper(sizes.cached + 2 * _PAGE, (grid,), (sizes.batch,))
@@ -95,7 +97,7 @@ class _Roofline:
         result = self._against_bandwidth(
             "decode_32x1024", lambda: stepper, sizes.batch, sizes.cached - _PAGE // 2
         )
-        self.compiles += stepper.stats().compiles_on_serving_path
+        self._count(stepper)
         return result
 
     def decode_b32(self) -> dict[str, Any]:
@@ -117,7 +119,7 @@ class _Roofline:
     def prefill_512(self) -> dict[str, Any]:
         """FLOP/s from handing over a prompt to its first token, over the best matmul rate."""
         shape, prompt = self.sizes.shape, self.sizes.prompt
-        stepper = self._stepper(prompt + _PAGE, ((1, prompt),), (1,))
+        stepper = self.short()
         flops = prompt * _flops_per_token(shape, prompt / 2) + 2 * shape.head_weights
         stepper.prefill("base", prompt)
         self.best_matmul.measure()
@@ -125,17 +127,27 @@ class _Roofline:
         for _ in range(-(-self.sizes.rounds // 2)):
             rates.append(self.best_matmul.measure())
             achieved.append(flops / stepper.prefill("base", prompt))
-        self.compiles += stepper.stats().compiles_on_serving_path
         result = self._ratio("prefill_512", "gflops", achieved, rates)
         result["tokens_per_second"] = round(prompt * median(achieved, 0) / flops, 1)
         return result
 
     def short(self) -> Stepper:
-        """An agent with short sequences, made once."""
+        """The agent of all cases but the long one, made once."""
         if self._short is None:
             sizes = sorted({1, self.sizes.batch})
-            self._short = self._stepper(2 * _PAGE, ((1, 16), (8, 16)), tuple(sizes))
+            prompt = self.sizes.prompt
+            grids = ((8, 16), (1, prompt))
+            self._short = self._stepper(prompt + _PAGE, grids, tuple(sizes))
         return self._short
+
+    def finish(self) -> None:
+        """Lets the short agent go."""
+        if self._short is not None:
+            self._count(self._short)
+            self._short = None
+
+    def _count(self, stepper: Stepper) -> None:
+        self.compiles += stepper.stats().compiles_on_serving_path
 
     def _stepper(self, length: int, grids, sizes: tuple[int, ...]) -> Stepper:
         progress(f"loading and compiling in {self.dtype}, up to {length} tokens a sequence")
@@ -149,7 +161,7 @@ class _Roofline:
             decode_sizes=sizes,
             prefill_grids=grids,
         )
-        return Stepper(self.zoo, self.zoo.chains, config)
+        return Stepper(self.zoo, self.zoo.chains, config, self.cache)
 
     def _against_bandwidth(
         self, case: str, make: Callable[[], Stepper], batch: int, prompt: int
@@ -185,7 +197,6 @@ class _Roofline:
             times.append(stepper.steps(steps, batch) / steps)
         cached = (before + stepper.tokens(ids)) / 2
         stepper.drain(ids)
-        self.compiles += stepper.stats().compiles_on_serving_path
         return rates, times, cached
 
     def _ratio(

@@ -6,6 +6,7 @@ PM is this engine with sharing off: the same kernels, the same KV memory, one ba
 import argparse
 import dataclasses
 import statistics
+from pathlib import Path
 from typing import Any
 
 from bench import exactness
@@ -34,6 +35,8 @@ class Sizes:
       backlog: requests of one repetition of the closed backlog.
       rounds: repetitions of it.
       open_requests: requests of the open loop.
+      decode_sizes: rows decode programs are compiled for, on both sides.
+      prefill_sizes: prompts prefill programs are compiled for, on both sides.
       overload: its rate over PM's measured capacity.
     """
 
@@ -46,11 +49,23 @@ class Sizes:
     backlog: int = 32
     rounds: int = 3
     open_requests: int = 400
+    decode_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+    prefill_sizes: tuple[int, ...] = (1, 2, 4)
     overload: float = 1.5
 
 
 _QUICK = Sizes(
-    shape=TINY, private=(2, 1), prompt=16, output=8, backlog=32, rounds=2, open_requests=32
+    shape=TINY,
+    models=4,
+    private=(2, 1),
+    in_flight=8,
+    prompt=16,
+    output=8,
+    backlog=16,
+    rounds=2,
+    open_requests=16,
+    decode_sizes=(2, 8),
+    prefill_sizes=(2,),
 )
 
 
@@ -68,26 +83,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     sizes = _QUICK if args.quick else Sizes()
     if args.rounds:
         sizes = dataclasses.replace(sizes, rounds=args.rounds)
-    result = _engines(sizes, not args.no_open_loop)
+    result = _engines(sizes, args.cache, not args.no_open_loop)
     if args.curve or args.plot:
         result["curve"] = sharing_curve.run(
-            sizes.shape, sizes.models, sizes.private[0], quick=args.quick
+            sizes.shape, sizes.models, sizes.private[0], args.cache, quick=args.quick
         )
         result["compiles_on_serving_path"] += result["curve"].pop("compiles_on_serving_path")
     return result
 
 
-def _engines(sizes: Sizes, open_loop: bool) -> dict[str, Any]:
+def _engines(sizes: Sizes, cache: Path, open_loop: bool) -> dict[str, Any]:
     progress(f"loading {sizes.models} models of {sizes.shape.layers} layers, one each (PM)")
     zoo = fine_tunes(sizes.shape, sizes.models, sizes.private[0])
     config = _config(sizes)
     engines: dict[str, ThreadEngine] = {}
     try:
-        engines["pm"] = make_engine(zoo, dataclasses.replace(config, share=False))
+        engines["pm"] = make_engine(zoo, dataclasses.replace(config, share=False), cache)
         for private in sizes.private:
             name = f"{sizes.shape.layers - private}of{sizes.shape.layers}"
             progress(f"loading the same with {name} layers shared")
-            engines[name] = make_engine(fine_tunes(sizes.shape, sizes.models, private), config)
+            engines[name] = make_engine(
+                fine_tunes(sizes.shape, sizes.models, private), config, cache
+            )
         return _measure(zoo, engines, sizes, open_loop)
     finally:
         for engine in engines.values():
@@ -193,6 +210,6 @@ def _config(sizes: Sizes) -> EngineConfig:
         page_size=_PAGE,
         # Room for every sequence in flight, on both sides.
         kv_memory_mb=1 + sizes.in_flight * length * kv_bytes // 10**6,
-        decode_sizes=(1, 2, 4, 8, 16),
-        prefill_grids=tuple((n, sizes.prompt) for n in (1, 2, 4)),
+        decode_sizes=sizes.decode_sizes,
+        prefill_grids=tuple((n, sizes.prompt) for n in sizes.prefill_sizes),
     )

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from bench.models import ModelShape, fine_tunes
@@ -15,7 +16,9 @@ _PROMPT = 16
 _PAGE = 64
 
 
-def run(shape: ModelShape, models: int, private: int, *, quick: bool) -> dict[str, Any]:
+def run(
+    shape: ModelShape, models: int, private: int, cache: Path, *, quick: bool
+) -> dict[str, Any]:
     """Decode steps of `models` fine-tunes with equally many rows each: tokens/s with blocks shared
     over one model each, and the bound.
 
@@ -26,10 +29,12 @@ def run(shape: ModelShape, models: int, private: int, *, quick: bool) -> dict[st
     rounds, steps = (2, 1) if quick else (9, 2)
     zoo = fine_tunes(shape, models, private)
     sizes = sorted({*rows, *(models * r for r in rows)})
-    sides = {}
+    sides: dict[str, Stepper] = {}
     for name in ("shared", "pm"):
         progress(f"curve: loading {models} models, {name}")
-        sides[name] = Stepper(zoo, zoo.chains, _config(shape, models, sizes, name == "shared"))
+        sides[name] = Stepper(
+            zoo, zoo.chains, _config(shape, models, sizes, name == "shared"), cache
+        )
     units = [u for i in sides["shared"].assembly.routes["tune-0"].instances for u in i.units]
     times = LayerTimes(units, sizes)
     curve: dict[str, Any] = {"rows": list(rows), "ratio": [], "bound": []}

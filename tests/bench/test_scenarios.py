@@ -1,0 +1,99 @@
+"""Every scenario runs on a tiny model and prints the keys a reader looks for."""
+
+import argparse
+import contextlib
+import functools
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from bench.__main__ import main, parse
+from bench.scenarios import SCENARIOS
+
+KEYS = {
+    "block_tax": {"b1", "b8", "b32", "demo"},
+    "roofline": {"decode_b1", "decode_b32", "prefill_512", "decode_32x1024"},
+    "sharing": {
+        "tokens_per_second_ratio",
+        "tokens_per_second_ratio_15of16",
+        "p95_ratio",
+        "weight_bytes_ratio",
+    },
+    "lora": {"tokens_per_second_ratio"},
+    "oversubscription": {"offered", "finished", "identical", "within_token_rule"},
+}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
+    """Runs a command line once; gives what it prints last, which is also what it writes."""
+    folder = tmp_path_factory.mktemp("bench")
+
+    @functools.cache
+    def run(*argv: str) -> dict:
+        file, out = folder / "line.json", io.StringIO()
+        with contextlib.redirect_stdout(out):
+            options = ["--quick", "--cache", str(folder / "programs"), "--json", str(file)]
+            assert main(parse(["bench", *argv, *options])) == 0
+        last = out.getvalue().splitlines()[-1]
+        assert file.read_text() == last + "\n"
+        return json.loads(last)
+
+    return run
+
+
+def test_every_scenario_is_held_to_its_keys():
+    assert set(KEYS) == set(SCENARIOS)
+
+
+@pytest.mark.parametrize("name", sorted(KEYS))
+def test_quick_run(name, quick):
+    line = quick(name)
+    assert line["scenario"] == name
+    assert line["compiles_on_serving_path"] == 0
+    figures = line[name]
+    assert KEYS[name] <= set(figures)
+    assert all(value >= 0 for value in figures.values())
+    if name in ("block_tax", "roofline", "lora"):
+        assert all(0.0001 < value < 1000 for value in figures.values())
+
+
+def test_sharing_says_the_same_as_one_model_each(quick):
+    line = quick("sharing")
+    assert line["outputs"]["within_token_rule"]
+    assert line["failed"] == 0
+    # Two of four layers, the embedding and the head are shared by four models.
+    assert line["sharing"]["weight_bytes_ratio"] < 0.7
+
+
+def test_oversubscribed_all_finish(quick):
+    line = quick("oversubscription")
+    figures = line["oversubscription"]
+    assert figures["finished"] == figures["offered"]
+    assert figures["within_token_rule"]
+    assert line["detail"]["pages"]["squeezed"] < line["detail"]["pages"]["unloaded"]
+
+
+@pytest.mark.long
+def test_curve_is_measured_beside_its_bound(quick):
+    curve = quick("sharing", "--curve")["curve"]
+    assert len(curve["rows"]) == len(curve["ratio"]) == len(curve["bound"])
+
+
+def test_an_unknown_scenario_is_refused_with_those_known():
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "gone"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "block_tax" in done.stderr
+
+
+def test_a_drawing_that_does_not_exist_is_refused_before_measuring(tmp_path):
+    args = argparse.Namespace(scenario="lora", plot=tmp_path / "x.png", quick=True)
+    with pytest.raises(SystemExit, match="sharing"):
+        main(args)
