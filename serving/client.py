@@ -8,7 +8,7 @@ with Client("127.0.0.1:8470") as client:
 
 import contextlib
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Unpack
+from typing import Any, Unpack
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -21,6 +21,7 @@ from serving.values import (
     Model,
     Sampling,
     to_chunk,
+    to_load,
     to_model,
     to_request,
 )
@@ -36,9 +37,11 @@ class Client:
     that fits no request. `timeout` is in seconds; the server stops work when it has passed.
     """
 
-    def __init__(self, target: str, *, timeout: float | None = None):
-        """`target` is "host:port"; `timeout` holds for calls that name none."""
+    def __init__(self, target: str, *, timeout: float | None = None, key: str | None = None):
+        """`target` is "host:port"; `timeout` holds for calls that name none; `key` is the API key
+        that a server with tenants asks for. It travels in the clear: connect by a proxy with TLS."""
         self._timeout = timeout
+        self._metadata = _metadata(key)
         self._channel = grpc.insecure_channel(target, _OPTIONS)
         self._inference = jblock_pb2_grpc.InferenceStub(self._channel)
         self._models = jblock_pb2_grpc.ModelsStub(self._channel)
@@ -65,7 +68,7 @@ class Client:
         """The whole answer to a text, or to token ids."""
         request = to_request(model, prompt, sampling)
         with _translated():
-            return to_chunk(self._inference.Generate(request, timeout=self._limit(timeout)))
+            return to_chunk(self._inference.Generate(request, **self._options(timeout)))
 
     def stream(
         self,
@@ -77,30 +80,43 @@ class Client:
     ) -> Iterator[Chunk]:
         """The answer as it comes. Closing the iterator cancels the request."""
         request = to_request(model, prompt, sampling)
-        return self._stream(request, self._limit(timeout))
+        return self._stream(request, **self._options(timeout))
 
     def models(self) -> tuple[Model, ...]:
         """All served models, by name."""
         with _translated():
-            answer = self._models.List(pb.ListModelsRequest(), timeout=self._timeout)
+            answer = self._models.List(pb.ListModelsRequest(), **self._options())
         return tuple(to_model(m) for m in answer.models)
 
     def model(self, name: str) -> Model:
         """One served model."""
         with _translated():
-            return to_model(self._models.Get(pb.GetModelRequest(name=name), timeout=self._timeout))
+            return to_model(self._models.Get(pb.GetModelRequest(name=name), **self._options()))
+
+    def load(self, name: str, version: int = 0) -> Model:
+        """Has the server serve a model of its zoo too, or another version of one; 0 is the live one.
+        Takes as long as compiling does. Requests in flight are not touched."""
+        request = to_load(name, version)
+        with _translated():
+            return to_model(self._models.Load(request, **self._options()))
+
+    def unload(self, name: str) -> None:
+        """Has the server take no more requests for a model."""
+        with _translated():
+            self._models.Unload(pb.UnloadModelRequest(name=name), **self._options())
 
     def health(self) -> str:
         """ "SERVING" or "NOT_SERVING"."""
         with _translated():
-            answer = self._health.Check(health_pb2.HealthCheckRequest(), timeout=self._timeout)
+            answer = self._health.Check(health_pb2.HealthCheckRequest(), **self._options())
         return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
 
-    def _limit(self, timeout: float | None) -> float | None:
-        return self._timeout if timeout is None else timeout
+    def _options(self, timeout: float | None = None) -> dict[str, Any]:
+        limit = self._timeout if timeout is None else timeout
+        return {"timeout": limit, "metadata": self._metadata}
 
-    def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> Iterator[Chunk]:
-        call = self._inference.GenerateStream(request, timeout=timeout)
+    def _stream(self, request: pb.GenerateRequest, **options: Any) -> Iterator[Chunk]:
+        call = self._inference.GenerateStream(request, **options)
         try:
             with _translated():
                 for message in call:
@@ -112,9 +128,10 @@ class Client:
 class AsyncClient:
     """The same for asyncio; make it within the loop that uses it."""
 
-    def __init__(self, target: str, *, timeout: float | None = None):
-        """`target` is "host:port"; `timeout` holds for calls that name none."""
+    def __init__(self, target: str, *, timeout: float | None = None, key: str | None = None):
+        """As `Client`."""
         self._timeout = timeout
+        self._metadata = _metadata(key)
         self._channel = grpc.aio.insecure_channel(target, _OPTIONS)
         self._inference = jblock_pb2_grpc.InferenceStub(self._channel)
         self._models = jblock_pb2_grpc.ModelsStub(self._channel)
@@ -141,7 +158,7 @@ class AsyncClient:
         """The whole answer to a text, or to token ids."""
         request = to_request(model, prompt, sampling)
         with _translated():
-            return to_chunk(await self._inference.Generate(request, timeout=self._limit(timeout)))
+            return to_chunk(await self._inference.Generate(request, **self._options(timeout)))
 
     async def stream(
         self,
@@ -153,7 +170,7 @@ class AsyncClient:
     ) -> AsyncIterator[Chunk]:
         """The answer as it comes. Closing the iterator (`aclose`) cancels the request."""
         request = to_request(model, prompt, sampling)
-        call = self._inference.GenerateStream(request, timeout=self._limit(timeout))
+        call = self._inference.GenerateStream(request, **self._options(timeout))
         try:
             with _translated():
                 async for message in call:
@@ -164,24 +181,45 @@ class AsyncClient:
     async def models(self) -> tuple[Model, ...]:
         """All served models, by name."""
         with _translated():
-            answer = await self._models.List(pb.ListModelsRequest(), timeout=self._timeout)
+            answer = await self._models.List(pb.ListModelsRequest(), **self._options())
         return tuple(to_model(m) for m in answer.models)
 
     async def model(self, name: str) -> Model:
         """One served model."""
         with _translated():
             request = pb.GetModelRequest(name=name)
-            return to_model(await self._models.Get(request, timeout=self._timeout))
+            return to_model(await self._models.Get(request, **self._options()))
+
+    async def load(self, name: str, version: int = 0) -> Model:
+        """As `Client.load`."""
+        request = to_load(name, version)
+        with _translated():
+            return to_model(await self._models.Load(request, **self._options()))
+
+    async def unload(self, name: str) -> None:
+        """As `Client.unload`."""
+        with _translated():
+            await self._models.Unload(pb.UnloadModelRequest(name=name), **self._options())
 
     async def health(self) -> str:
         """ "SERVING" or "NOT_SERVING"."""
         with _translated():
             request = health_pb2.HealthCheckRequest()
-            answer = await self._health.Check(request, timeout=self._timeout)
+            answer = await self._health.Check(request, **self._options())
         return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
 
-    def _limit(self, timeout: float | None) -> float | None:
-        return self._timeout if timeout is None else timeout
+    def _options(self, timeout: float | None = None) -> dict[str, Any]:
+        limit = self._timeout if timeout is None else timeout
+        return {"timeout": limit, "metadata": self._metadata}
+
+
+def _metadata(key: str | None) -> tuple[tuple[str, str], ...]:
+    """The key as a server with tenants wants it."""
+    if key is None:
+        return ()
+    if not key or not all("!" <= c <= "~" for c in key):  # Never show it: it may be almost right.
+        raise ValueError("key: is empty, or has a space or another character that no header holds")
+    return (("authorization", f"Bearer {key}"),)
 
 
 @contextlib.contextmanager

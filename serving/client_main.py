@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from typing import Any
 
@@ -10,7 +11,9 @@ from absl import app
 from absl.flags import argparse_flags
 
 from serving.client import Client
-from serving.values import Chunk, ClientError
+from serving.values import Chunk, ClientError, Model
+
+_KEY_VARIABLE = "JBLOCK_API_KEY"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -18,6 +21,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse_flags.ArgumentParser(prog="jblock-client", description=__doc__)
     parser.add_argument("--target", default="127.0.0.1:8470", help="host:port of the server")
     parser.add_argument("--timeout", type=float, help="seconds until a request is given up")
+    parser.add_argument(
+        "--api_key_file", help=f"file with the API key; default: the environment's {_KEY_VARIABLE}"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     generate = commands.add_parser("generate", help="ask a model")
     generate.add_argument("--model", required=True)
@@ -36,6 +42,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     generate.add_argument("--logprobs", action="store_true")
     models = commands.add_parser("models", help="list the models, or show one")
     models.add_argument("name", nargs="?")
+    load = commands.add_parser("load", help="serve a model of the zoo too, or its live version")
+    load.add_argument("name")
+    load.add_argument("--version", type=int, default=0, help="of the model; default: the live one")
+    unload = commands.add_parser("unload", help="take no more requests for a model")
+    unload.add_argument("name")
     commands.add_parser("health", help="whether the server serves")
     return parser.parse_args(argv[1:])
 
@@ -53,15 +64,29 @@ def _ids(text: str) -> list[int]:
 
 def main(args: argparse.Namespace) -> int:
     """Runs one command; returns the exit code: 0, or 2 when the server, or the input, says no."""
-    commands = {"generate": _generate, "models": _models, "health": _health}
+    commands = {
+        "generate": _generate,
+        "models": _models,
+        "load": _load,
+        "unload": _unload,
+        "health": _health,
+    }
     try:
-        with Client(args.target, timeout=args.timeout) as client:
+        with Client(args.target, timeout=args.timeout, key=_key(args.api_key_file)) as client:
             return commands[args.command](client, args)
-    except (ClientError, ValueError) as error:
+    except (ClientError, ValueError, OSError) as error:
         print(f"jblock-client: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _key(path: str | None) -> str | None:
+    """The API key, without the newline that editors add."""
+    if path is None:
+        return os.environ.get(_KEY_VARIABLE) or None
+    with open(path) as file:
+        return file.read().strip()
 
 
 def _generate(client: Client, args: argparse.Namespace) -> int:
@@ -94,10 +119,24 @@ def _models(client: Client, args: argparse.Namespace) -> int:
             print(f"{name}: {value}")
         return 0
     for model in client.models():
-        shared = f"{model.shared_blocks} of {model.blocks} blocks shared"
-        on = f", on {model.base}" if model.base else ""
-        print(f"{model.name}@{model.version}: {model.family}, {shared}{on}")
+        _print_model(model)
     return 0
+
+
+def _load(client: Client, args: argparse.Namespace) -> int:
+    _print_model(client.load(args.name, args.version))
+    return 0
+
+
+def _unload(client: Client, args: argparse.Namespace) -> int:
+    client.unload(args.name)
+    return 0
+
+
+def _print_model(model: Model) -> None:
+    shared = f"{model.shared_blocks} of {model.blocks} blocks shared"
+    on = f", on {model.base}" if model.base else ""
+    print(f"{model.name}@{model.version}: {model.family}, {shared}{on}")
 
 
 def _health(client: Client, args: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ than its answer.
 """
 
 import asyncio
+import collections
 import itertools
 import threading
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from absl import logging
 
 from jblock.engine import api
 from serving import errors
+from serving.tenants import ANONYMOUS, Tenant
 from serving.text import TextCodec
 from serving.validation import ServedModel
 
@@ -42,6 +44,7 @@ class Dispatcher:
         self.failure: Exception | None = None
         self._max_queue = max_queue
         self._open: dict[str, Ticket] = {}
+        self._open_by_tenant: collections.Counter[str] = collections.Counter()
         self._held: set[str] = set()  # Ids whose handler has not yet sent all.
         self._idle = asyncio.Event()
         self._idle.set()
@@ -60,11 +63,11 @@ class Dispatcher:
         """Begins to read the engine; `ready` or `dead` follows."""
         self._thread.start()
 
-    def admit(self) -> "Ticket":
-        """A place for one request; use it as a context.
+    def check_up(self) -> None:
+        """Nothing, while requests can be served.
 
         Raises:
-          RequestError: the engine is not there, or all places are taken.
+          RequestError: the engine is not there, or the server is shutting down.
         """
         if self.dead.is_set():
             raise errors.unavailable(f"engine: {self.failure}; restart the server")
@@ -72,14 +75,50 @@ class Dispatcher:
             raise errors.unavailable("server: is shutting down; send the request to another one")
         if not self.ready.is_set():
             raise errors.unavailable("engine: is warming up; try again when health is SERVING")
+
+    def find(self, field: str, name: str) -> ServedModel:
+        """The model of this name, which came in this field.
+
+        Raises:
+          RequestError: there is none, or the engine is not there.
+        """
+        if not name:
+            raise errors.invalid(f"{field}: is empty; name a model, Models.List lists them")
+        if not self.ready.is_set():
+            raise errors.unavailable("engine: is warming up; try again when health is SERVING")
+        model = self.models.get(name)
+        if model is None:
+            names = ", ".join(sorted(self.models)[:8])
+            more = ", ..." if len(self.models) > 8 else ""
+            raise errors.RequestError(
+                grpc.StatusCode.NOT_FOUND,
+                f"{field}: {name[:80]!r} is not served; choose one of {names}{more}",
+            )
+        return model
+
+    def admit(self, tenant: Tenant = ANONYMOUS) -> "Ticket":
+        """A place for one request; use it as a context.
+
+        Raises:
+          RequestError: the engine is not there, or all places, or all of this tenant's, are taken.
+        """
+        self.check_up()
+        most = tenant.max_requests or (self._max_queue + 1) // 2
+        if self._open_by_tenant[tenant.name] >= most:
+            raise errors.RequestError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"max_requests: tenant {tenant.name} has {most} requests open, which is all it may "
+                "have; wait for one to end",
+            )
         if len(self._open) >= self._max_queue:
             raise errors.RequestError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 f"queue: {len(self._open)} requests are open, which is all this server admits; "
                 "try again later, or raise --max_queue",
             )
-        ticket = Ticket(self, str(next(self._numbers)))
+        ticket = Ticket(self, str(next(self._numbers)), tenant)
         self._open[ticket.request_id] = ticket
+        self._open_by_tenant[tenant.name] += 1
         self._held.add(ticket.request_id)
         self._idle.clear()
         return ticket
@@ -104,7 +143,8 @@ class Dispatcher:
 
     def release(self, ticket: "Ticket") -> None:
         """Frees a place: the engine has ended the request, or never had it."""
-        self._open.pop(ticket.request_id, None)
+        if self._open.pop(ticket.request_id, None) is not None:
+            self._open_by_tenant[ticket.tenant.name] -= 1
         self._settle()
 
     def leave(self, ticket: "Ticket") -> None:
@@ -162,8 +202,8 @@ class Dispatcher:
 class Ticket:
     """One admitted request. Leaving its context cancels it in the engine unless it has ended."""
 
-    def __init__(self, dispatcher: Dispatcher, request_id: str):
-        self.request_id = request_id
+    def __init__(self, dispatcher: Dispatcher, request_id: str, tenant: Tenant):
+        self.request_id, self.tenant = request_id, tenant
         self._dispatcher = dispatcher
         self._submitted = False
         self._ended = False

@@ -11,6 +11,7 @@ from jblock.engine import api
 from jblock.engine.process import ProcessEngine
 from jblock.engine.process_main import load_factory
 from serving.server import Server, ServerConfig, serve
+from serving.tenants import EVERYBODY, Tenants
 
 _FACTORY = "jblock.engine.agent:build_engine"
 
@@ -26,6 +27,12 @@ _METRICS_PORT = flags.DEFINE_integer(
 )
 _DRAIN_SECONDS = flags.DEFINE_float(
     "drain_seconds", 30.0, "How long open requests may go on after SIGTERM or Ctrl-C."
+)
+_AUTH_FILE = flags.DEFINE_string(
+    "auth_file", None, "Tenants and digests of their keys, .json or .toml; default: no keys."
+)
+_OPEN_HEALTH = flags.DEFINE_bool(
+    "open_health", False, "Answer health checks without a key, for probes that can send none."
 )
 _ENGINE = flags.DEFINE_enum(
     "engine", "process", ["process", "thread"], "Where the engine's loop runs."
@@ -99,6 +106,8 @@ def main(argv: list[str]) -> int:
             metrics_host=_METRICS_HOST.value,
             metrics_port=_METRICS_PORT.value,
             drain_seconds=_DRAIN_SECONDS.value,
+            tenants=Tenants.load(_AUTH_FILE.value) if _AUTH_FILE.value else EVERYBODY,
+            open_health=_OPEN_HEALTH.value,
         )
         engine: api.Engine
         if _ENGINE.value == "process":

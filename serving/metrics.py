@@ -41,6 +41,7 @@ class Metrics:
       requests: ended requests by model ("" when unknown) and status code.
       time_to_first_token: seconds from a request's arrival to its first token, by model.
       request_time: seconds from a request's arrival to its end, by model.
+      refused: calls without the key of a tenant; they count nowhere else.
       tokens: prompt and completion tokens of requests that succeeded, by model and kind.
     """
 
@@ -61,6 +62,9 @@ class Metrics:
             "Tokens of requests that succeeded.",
             ["model", "kind"],
             registry=self.registry,
+        )
+        self.refused = prom.Counter(
+            "jblock_unauthenticated", "Calls without a tenant's key.", registry=self.registry
         )
         self._gauge("requests_open", "Requests admitted and not yet over.", num_open)
         self._gauge("engine_up", "1 while the engine serves.", up)

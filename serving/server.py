@@ -13,10 +13,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from jblock.engine import api
+from serving.authentication import Authentication
+from serving.changes import Changes
 from serving.dispatcher import Dispatcher
 from serving.errors import DecodeErrors
 from serving.metrics import Metrics
-from serving.service import Inference, Models
+from serving.models_service import Models
+from serving.service import Inference
+from serving.tenants import EVERYBODY, Tenants
 from serving.v1 import jblock_pb2, jblock_pb2_grpc
 
 _SERVICES = tuple(s.full_name for s in jblock_pb2.DESCRIPTOR.services_by_name.values())
@@ -35,6 +39,8 @@ class ServerConfig:
       metrics_host: address for Prometheus.
       metrics_port: None: no metrics; 0 picks a free one.
       drain_seconds: how long open requests may go on after the server is told to stop.
+      tenants: who may call; everybody when it is empty.
+      open_health: health checks need no key.
     """
 
     host: str = "127.0.0.1"
@@ -43,6 +49,8 @@ class ServerConfig:
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = None
     drain_seconds: float = 30.0
+    tenants: Tenants = EVERYBODY
+    open_health: bool = False
 
     def __post_init__(self):
         for name in ("port", "metrics_port"):
@@ -69,13 +77,17 @@ class Server:
         self.port = 0
         self.metrics_port: int | None = None
         self._dispatcher = Dispatcher(engine, config.max_queue)
+        self._changes = Changes(self._dispatcher)
         self._metrics = Metrics(
             engine.stats, lambda: self._dispatcher.num_open, lambda: int(self.is_serving)
         )
         self._stop_metrics: Callable[[], None] = lambda: None
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
-            interceptors=(DecodeErrors(),),
+            interceptors=(
+                Authentication(config.tenants, config.open_health, self._metrics.refused.inc),
+                DecodeErrors(),
+            ),
             # Two servers on one port would share its clients at random.
             options=(("grpc.so_reuseport", 0),),
         )
@@ -98,9 +110,12 @@ class Server:
           OSError: a port is taken.
         """
         jblock_pb2_grpc.add_InferenceServicer_to_server(
-            Inference(self._dispatcher, self._metrics), self._server
+            Inference(self._dispatcher, self._changes, self.config.tenants, self._metrics),
+            self._server,
         )
-        jblock_pb2_grpc.add_ModelsServicer_to_server(Models(self._dispatcher), self._server)
+        jblock_pb2_grpc.add_ModelsServicer_to_server(
+            Models(self._dispatcher, self._changes, self.config.tenants), self._server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
             (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server

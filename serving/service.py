@@ -1,4 +1,4 @@
-"""The two services of `jblock.v1`: what happens to one call."""
+"""The `Inference` service: what happens to one generation."""
 
 import asyncio
 import contextlib
@@ -9,14 +9,15 @@ import grpc
 from absl import logging
 
 from jblock.engine import api
+from serving.changes import Changes
 from serving.dispatcher import Dispatcher
-from serving.errors import RequestError, invalid, unavailable
+from serving.errors import RequestError
 from serving.metrics import Metrics
+from serving.tenants import Tenant, Tenants
 from serving.text import TextStream
 from serving.v1 import jblock_pb2 as pb
 from serving.v1 import jblock_pb2_grpc
 from serving.validation import (
-    ServedModel,
     check_policy,
     prompt_ids,
     sampling_params,
@@ -26,32 +27,13 @@ from serving.validation import (
 _FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 
 
-def find_model(dispatcher: Dispatcher, field: str, name: str) -> ServedModel:
-    """The model of this name.
-
-    Raises:
-      RequestError: there is none, or the engine is not there.
-    """
-    if not name:
-        raise invalid(f"{field}: is empty; name a model, Models.List lists them")
-    if not dispatcher.ready.is_set():
-        raise unavailable("engine: is warming up; try again when health is SERVING")
-    model = dispatcher.models.get(name)
-    if model is None:
-        names = ", ".join(sorted(dispatcher.models)[:8])
-        more = ", ..." if len(dispatcher.models) > 8 else ""
-        raise RequestError(
-            grpc.StatusCode.NOT_FOUND,
-            f"{field}: {name[:80]!r} is not served; choose one of {names}{more}",
-        )
-    return model
-
-
 class Inference(jblock_pb2_grpc.InferenceServicer):
     """Generation."""
 
-    def __init__(self, dispatcher: Dispatcher, metrics: Metrics):
-        self._dispatcher = dispatcher
+    def __init__(
+        self, dispatcher: Dispatcher, changes: Changes, tenants: Tenants, metrics: Metrics
+    ):
+        self._dispatcher, self._changes, self._tenants = dispatcher, changes, tenants
         self._metrics = metrics
 
     async def Generate(
@@ -89,7 +71,8 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
         code, message = grpc.StatusCode.OK, ""
         begin = time.monotonic()
         try:
-            async with contextlib.aclosing(self._parts(request, begin)) as parts:
+            tenant = self._tenants.find(context.invocation_metadata())
+            async with contextlib.aclosing(self._answer(request, tenant, begin)) as parts:
                 yield parts
         except RequestError as error:
             code, message = error.code, error.message
@@ -110,15 +93,30 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
         if code is not grpc.StatusCode.OK:
             await context.abort(code, message)  # Last, so that who sees the status is counted.
 
+    async def _answer(
+        self, request: pb.GenerateRequest, tenant: Tenant, begin: float
+    ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        """Runs one request; once more where its model was swapped between our look and the engine's."""
+        for is_last in (False, True):
+            try:
+                async with contextlib.aclosing(self._parts(request, tenant, begin)) as parts:
+                    async for part in parts:
+                        yield part
+                return
+            except RequestError as error:
+                if error.code is not grpc.StatusCode.ABORTED or is_last:
+                    raise
+            await self._changes.settled()
+
     async def _parts(
-        self, request: pb.GenerateRequest, begin: float
+        self, request: pb.GenerateRequest, tenant: Tenant, begin: float
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """Runs one request; leaving early cancels it in the engine."""
-        model = find_model(self._dispatcher, "model", request.model)
+        model = self._dispatcher.find("model", request.model)
         info = model.info
         check_policy(request)
         stops = stop_strings(request, model)
-        with self._dispatcher.admit() as ticket:
+        with self._dispatcher.admit(tenant) as ticket:
             prompt = await prompt_ids(request, model)
             sampling = sampling_params(request, model, len(prompt))
             ticket.submit(
@@ -127,6 +125,8 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
                     model=info.name,
                     token_ids=prompt,
                     sampling=sampling,
+                    cache_salt=tenant.cache_salt,
+                    version=info.version,
                 )
             )
             stream = TextStream(model.codec, stops)
@@ -164,45 +164,3 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
         self._metrics.tokens.labels(model, "completion").inc(usage.completion_tokens)
         if usage.completion_tokens:
             self._metrics.time_to_first_token.labels(model).observe(usage.time_to_first_token)
-
-
-class Models(jblock_pb2_grpc.ModelsServicer):
-    """What is served."""
-
-    def __init__(self, dispatcher: Dispatcher):
-        self._dispatcher = dispatcher
-
-    async def List(
-        self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
-    ) -> pb.ListModelsResponse:
-        """All models, by name."""
-        if not self._dispatcher.ready.is_set():
-            await context.abort(
-                grpc.StatusCode.UNAVAILABLE,
-                "engine: is warming up; try again when health is SERVING",
-            )
-        models = sorted(self._dispatcher.models.values(), key=lambda m: m.info.name)
-        return pb.ListModelsResponse(models=[_model(m) for m in models])
-
-    async def Get(self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext) -> pb.Model:
-        """One model."""
-        try:
-            return _model(find_model(self._dispatcher, "name", request.name))
-        except RequestError as error:
-            await context.abort(error.code, error.message)
-            raise
-
-
-def _model(model: ServedModel) -> pb.Model:
-    info = model.info
-    return pb.Model(
-        name=info.name,
-        version=info.version,
-        family=info.family,
-        vocab_size=info.vocab_size,
-        max_model_len=info.max_model_len,
-        has_tokenizer=model.codec is not None,
-        base=info.base,
-        blocks=info.blocks,
-        shared_blocks=info.shared_blocks,
-    )

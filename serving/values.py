@@ -111,6 +111,18 @@ def to_request(model: str, prompt: str | Sequence[int], sampling: Sampling) -> p
     return request
 
 
+def to_load(name: str, version: int) -> pb.LoadModelRequest:
+    """The message that loads a model.
+
+    Raises:
+      ValueError: a value does not fit its field.
+    """
+    try:
+        return pb.LoadModelRequest(name=name, version=version)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"request: {error}; give a name and a version number") from error
+
+
 def to_chunk(message: pb.GenerateResponse | pb.GenerateStreamResponse) -> Chunk:
     """The values of an answer."""
     usage = None

@@ -121,9 +121,9 @@ class ProcessEngine(api.Engine):
             self._changed.wait_for(lambda: number in self._served or self._ended())
             if number not in self._served:
                 raise api.EngineDied(self._died or "the engine was closed; build another one")
-            error, body = self._served.pop(number)
-        if error:
-            raise wire.ERRORS.get(error, RuntimeError)(body)
+            refused, body = self._served.pop(number)
+        if refused:
+            raise wire.ERRORS.get(refused, RuntimeError)(body)
         return tuple(wire.from_plain(api.ModelInfo, m) for m in body)
 
     def stats(self) -> api.EngineStats:
@@ -176,9 +176,9 @@ class ProcessEngine(api.Engine):
                 elif kind == "models":
                     self._models = tuple(wire.from_plain(api.ModelInfo, m) for m in body)
                 elif kind == "served":
-                    number, error, answer = body
-                    self._served[number] = (error, answer)
-                    if not error:
+                    number, refused, answer = body
+                    self._served[number] = (refused, answer)
+                    if not refused:
                         self._models = tuple(wire.from_plain(api.ModelInfo, m) for m in answer)
                 elif kind == "invalid":
                     self._invalid = self._told = body

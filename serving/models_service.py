@@ -1,0 +1,90 @@
+"""The `Models` service: what is served, and how to change it."""
+
+import functools
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import grpc
+
+from serving.changes import Changes
+from serving.dispatcher import Dispatcher
+from serving.errors import RequestError
+from serving.tenants import Tenants
+from serving.v1 import jblock_pb2 as pb
+from serving.v1 import jblock_pb2_grpc
+from serving.validation import ServedModel
+
+T = TypeVar("T")
+
+
+class Models(jblock_pb2_grpc.ModelsServicer):
+    """What is served."""
+
+    def __init__(self, dispatcher: Dispatcher, changes: Changes, tenants: Tenants):
+        self._dispatcher, self._changes, self._tenants = dispatcher, changes, tenants
+
+    async def List(
+        self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListModelsResponse:
+        """All models, by name."""
+        if not self._dispatcher.ready.is_set():
+            await context.abort(
+                grpc.StatusCode.UNAVAILABLE,
+                "engine: is warming up; try again when health is SERVING",
+            )
+        models = sorted(self._dispatcher.models.values(), key=lambda m: m.info.name)
+        return pb.ListModelsResponse(models=[_model(m) for m in models])
+
+    async def Get(self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext) -> pb.Model:
+        """One model."""
+        try:
+            return _model(self._dispatcher.find("name", request.name))
+        except RequestError as error:
+            await context.abort(error.code, error.message)
+            raise
+
+    async def Load(
+        self, request: pb.LoadModelRequest, context: grpc.aio.ServicerContext
+    ) -> pb.Model:
+        """Serves a model of the zoo too, or its live version from now on."""
+        load = functools.partial(self._changes.load, request.name, request.version)
+        return _model(await self._as_admin(load, context))
+
+    async def Unload(
+        self, request: pb.UnloadModelRequest, context: grpc.aio.ServicerContext
+    ) -> pb.UnloadModelResponse:
+        """Takes no more requests for a model."""
+        await self._as_admin(functools.partial(self._changes.unload, request.name), context)
+        return pb.UnloadModelResponse()
+
+    async def _as_admin(
+        self, change: Callable[[], Awaitable[T]], context: grpc.aio.ServicerContext
+    ) -> T:
+        """What the change returns, if the tenant may make it; a refusal becomes a status."""
+        try:
+            tenant = self._tenants.find(context.invocation_metadata())
+            if not tenant.admin:
+                raise RequestError(
+                    grpc.StatusCode.PERMISSION_DENIED,
+                    f"tenant {tenant.name} may not change what is served; "
+                    "its entry in --auth_file needs admin = true",
+                )
+            return await change()
+        except RequestError as error:
+            await context.abort(error.code, error.message)
+            raise
+
+
+def _model(model: ServedModel) -> pb.Model:
+    info = model.info
+    return pb.Model(
+        name=info.name,
+        version=info.version,
+        family=info.family,
+        vocab_size=info.vocab_size,
+        max_model_len=info.max_model_len,
+        has_tokenizer=model.codec is not None,
+        base=info.base,
+        blocks=info.blocks,
+        shared_blocks=info.shared_blocks,
+    )
