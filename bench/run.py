@@ -2,14 +2,15 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.report import percentile, progress
+from bench.stepper import Stepper
 from bench.workload import Arrival
 from jblock.engine.agent import ThreadEngine
-from jblock.engine.api import Engine, Request, SamplingParams
+from jblock.engine.api import Engine, Output, Request, SamplingParams
 from jblock.engine.config import EngineConfig
 from jblock.engine.executable_cache import ExecutableCache
 
@@ -98,6 +99,25 @@ class Measured:
         return figures
 
 
+class InlineEngine:
+    """The part of `api.Engine` that `measure` needs, over a loop on the caller's own thread: polling
+    runs a step. What a request sees is the same; there is no hand-over between threads."""
+
+    def __init__(self, stepper: Stepper):
+        self._loop = stepper.loop
+
+    def submit(self, request: Request) -> None:
+        """Hands a request to the loop."""
+        self._loop.submit(request)
+
+    def poll(self, timeout: float) -> list[Output]:
+        """Runs one step; sleeps when there is nothing to do."""
+        if self._loop.idle:
+            time.sleep(timeout)
+            return []
+        return self._loop.step()
+
+
 def make_engine(zoo: Any, config: EngineConfig, cache: Path) -> ThreadEngine:
     """An engine over all chains of a zoo in memory, every program compiled or taken from the folder
     `cache`."""
@@ -106,7 +126,9 @@ def make_engine(zoo: Any, config: EngineConfig, cache: Path) -> ThreadEngine:
     return engine
 
 
-def measure(engine: Engine, arrivals: Sequence[Arrival], in_flight: int | None = None) -> Measured:
+def measure(
+    engine: Engine | InlineEngine, arrivals: Sequence[Arrival], in_flight: int | None = None
+) -> Measured:
     """Sends every arrival when it is due, and waits for all answers.
 
     Args:
@@ -133,21 +155,61 @@ def measure(engine: Engine, arrivals: Sequence[Arrival], in_flight: int | None =
         next_due = unsent[-1][1].due - now if unsent and waiting else 1.0
         outputs = engine.poll(min(1.0, max(next_due, 0.0)))
         now = time.perf_counter()
-        for output in outputs:
-            trace = by_id[output.request_id]
-            trace.tokens.extend(output.token_ids)
-            trace.times.extend([now] * len(output.token_ids))
-            if output.finish_reason:
-                trace.end, trace.reason = now, output.finish_reason
-                trace.error = f"{output.error_code} {output.error_message}".strip()
-                if trace.error:
-                    progress(f"{output.request_id} failed: {trace.error}")
-                open_count -= 1
+        open_count -= _note(by_id, outputs, now)
         if outputs or not open_count:
             last = now
         elif now - last > _STALLED_S:
             raise RuntimeError(f"no output for {_STALLED_S:.0f} s with {open_count} requests open")
     return Measured(traces, time.perf_counter() - begin)
+
+
+def interleaved_backlog(
+    sides: Mapping[str, Stepper], arrivals: Sequence[Arrival], slice_steps: int = 8
+) -> dict[str, Measured]:
+    """A closed backlog on several agents that take turns, some steps each, so that whatever else the
+    machine does meets all of them alike. An agent's clock runs only while it has its turn, from idle
+    to idle device; as many sequences are in flight as it takes.
+
+    Args:
+      sides: idle agents by name.
+      arrivals: all handed over at the start.
+      slice_steps: steps of one turn.
+    """
+    clocks = dict.fromkeys(sides, 0.0)
+    traces = {name: {f"bench-{i}": Trace(a, 0.0) for i, a in enumerate(arrivals)} for name in sides}
+    for name, stepper in sides.items():
+        for request_id, trace in traces[name].items():
+            stepper.loop.submit(_request(request_id, trace.arrival))
+    order = list(sides)
+    while any(not stepper.loop.idle for stepper in sides.values()):
+        order.reverse()
+        for name in order:
+            loop, device = sides[name].loop, sides[name].device
+            device.mark()
+            begin, offset = time.perf_counter(), clocks[name]
+            for _ in range(slice_steps):
+                if not loop.idle:
+                    outputs = loop.step()
+                    _note(traces[name], outputs, offset + time.perf_counter() - begin)
+            device.wait()
+            clocks[name] += time.perf_counter() - begin
+    return {name: Measured(tuple(traces[name].values()), clocks[name]) for name in sides}
+
+
+def _note(by_id: Mapping[str, Trace], outputs: Sequence[Output], now: float) -> int:
+    """Writes outputs into their traces; how many of them were a request's last."""
+    ended = 0
+    for output in outputs:
+        trace = by_id[output.request_id]
+        trace.tokens.extend(output.token_ids)
+        trace.times.extend([now] * len(output.token_ids))
+        if output.finish_reason:
+            trace.end, trace.reason = now, output.finish_reason
+            trace.error = f"{output.error_code} {output.error_message}".strip()
+            if trace.error:
+                progress(f"{output.request_id} failed: {trace.error}")
+            ended += 1
+    return ended
 
 
 def _request(request_id: str, arrival: Arrival) -> Request:

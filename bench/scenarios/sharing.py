@@ -12,10 +12,10 @@ from typing import Any
 from bench import exactness
 from bench.models import MODEL_250M, TINY, ModelShape, fine_tunes
 from bench.report import median, percentile, progress, spread
-from bench.run import Measured, make_engine, measure
+from bench.run import InlineEngine, Measured, interleaved_backlog, measure
 from bench.scenarios import sharing_curve
+from bench.stepper import Stepper
 from bench.workload import Lengths, describe, generate
-from jblock.engine.agent import ThreadEngine
 from jblock.engine.config import EngineConfig
 
 _PAGE = 64
@@ -47,7 +47,7 @@ class Sizes:
     prompt: int = 64
     output: int = 128
     backlog: int = 32
-    rounds: int = 3
+    rounds: int = 2
     open_requests: int = 400
     decode_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
     prefill_sizes: tuple[int, ...] = (1, 2, 4)
@@ -96,37 +96,27 @@ def _engines(sizes: Sizes, cache: Path, open_loop: bool) -> dict[str, Any]:
     progress(f"loading {sizes.models} models of {sizes.shape.layers} layers, one each (PM)")
     zoo = fine_tunes(sizes.shape, sizes.models, sizes.private[0])
     config = _config(sizes)
-    engines: dict[str, ThreadEngine] = {}
-    try:
-        engines["pm"] = make_engine(zoo, dataclasses.replace(config, share=False), cache)
-        for private in sizes.private:
-            name = f"{sizes.shape.layers - private}of{sizes.shape.layers}"
-            progress(f"loading the same with {name} layers shared")
-            engines[name] = make_engine(
-                fine_tunes(sizes.shape, sizes.models, private), config, cache
-            )
-        return _measure(zoo, engines, sizes, open_loop)
-    finally:
-        for engine in engines.values():
-            engine.close()
+    sides = {"pm": Stepper(zoo, zoo.chains, dataclasses.replace(config, share=False), cache)}
+    for private in sizes.private:
+        name = f"{sizes.shape.layers - private}of{sizes.shape.layers}"
+        progress(f"loading the same with {name} layers shared")
+        variant = fine_tunes(sizes.shape, sizes.models, private)
+        sides[name] = Stepper(variant, variant.chains, config, cache)
+    return _measure(zoo, sides, sizes, open_loop)
 
 
-def _measure(
-    zoo: Any, engines: dict[str, ThreadEngine], sizes: Sizes, open_loop: bool
-) -> dict[str, Any]:
-    _, main, second = engines
-    runs: dict[str, list[Measured]] = {name: [] for name in engines}
+def _measure(zoo: Any, sides: dict[str, Stepper], sizes: Sizes, open_loop: bool) -> dict[str, Any]:
+    _, main, second = sides
+    runs: dict[str, list[Measured]] = {name: [] for name in sides}
     for i in range(-1, sizes.rounds):
-        count = sizes.backlog if i >= 0 else sizes.in_flight
         arrivals = generate(
             models=sorted(zoo.chains),
-            count=count,
+            count=sizes.backlog if i >= 0 else sizes.in_flight,
             lengths=_lengths(sizes, short=i < 0),
             vocab_size=sizes.shape.vocab_size,
             seed=i + 1,
         )
-        for name in list(engines) if i % 2 else list(reversed(engines)):
-            measured = measure(engines[name], arrivals, sizes.in_flight)
+        for name, measured in interleaved_backlog(sides, arrivals).items():
             if i >= 0:
                 runs[name].append(measured)
                 progress(f"backlog {i}, {name}: {measured.tokens_per_second:.1f} tokens/s")
@@ -137,7 +127,7 @@ def _measure(
         ]
         for name in (main, second)
     }
-    stats = {name: engine.stats() for name, engine in engines.items()}
+    stats = {name: side.stats() for name, side in sides.items()}
     sharing: dict[str, Any] = {
         "tokens_per_second_ratio": median(ratios[main]),
         "tokens_per_second_ratio_15of16": median(ratios[second]),
@@ -160,20 +150,20 @@ def _measure(
     progress(f"outputs against PM: {outputs.to_json()}")
     if open_loop:
         capacity = statistics.median(r.requests_per_second for r in runs["pm"])
-        sharing["p95_ratio"], detail["open_loop"] = _open(zoo, engines, sizes, capacity)
+        sharing["p95_ratio"], detail["open_loop"] = _open(zoo, sides, sizes, capacity)
     return {
         "sharing": sharing,
         "outputs": outputs.to_json(),
         "detail": detail,
         "failed": sum(m.failed for measured in runs.values() for m in measured),
         "compiles_on_serving_path": sum(
-            engine.stats().compiles_on_serving_path for engine in engines.values()
+            side.stats().compiles_on_serving_path for side in sides.values()
         ),
     }
 
 
 def _open(
-    zoo: Any, engines: dict[str, ThreadEngine], sizes: Sizes, capacity: float
+    zoo: Any, sides: dict[str, Stepper], sizes: Sizes, capacity: float
 ) -> tuple[float, dict[str, Any]]:
     """p95 of request latency over PM's, one arrival process for both, and the figures behind it."""
     arrivals = generate(
@@ -187,8 +177,8 @@ def _open(
     )
     detail: dict[str, Any] = {"rate": round(sizes.overload * capacity, 4), **describe(arrivals)}
     p95 = {}
-    for name in list(engines)[:2]:
-        measured = measure(engines[name], arrivals)
+    for name in list(sides)[:2]:
+        measured = measure(InlineEngine(sides[name]), arrivals)
         p95[name] = percentile(measured.latencies_s, 95)
         detail[name] = measured.summary()
         progress(f"open loop, {name}: p95 {p95[name]:.2f} s, {measured.failed} failed")
