@@ -8,6 +8,7 @@ from flax import nnx
 
 from jblock.blocks.rows import Rows
 
+PIECE_RANK = 8
 _BF16_ROWS = 8
 
 
@@ -35,29 +36,46 @@ def matmul(x: jax.Array, weight: jax.Array, *, transposed: bool = False) -> jax.
 
 
 class Linear(nnx.Module):
-    """`y = x @ weight + bias`, and `+ (x @ a[slot]) @ b[slot]` where the projection has LoRA slots.
+    """`y = x @ weight + bias`, and `+ b @ (a @ x)` of the row's own adapter where there are LoRA tables.
+
+    Adapters lie in pieces of PIECE_RANK ranks, so that adapters of different ranks share a table and a
+    batch reads what its own adapters hold: the k-th piece of every sequence is added in turn k, for as
+    many turns as the longest adapter present has pieces.
 
     Attributes:
       weight: [in, out].
       bias: [out] or None.
-      lora_a: [slots, in, rank] or None; slot 0 is all zeros. The scale is folded into lora_b.
-      lora_b: [slots, rank, out] or None.
+      lora_a: [pieces, PIECE_RANK, in] or None; piece 0 is all zeros.
+      lora_b: [pieces, PIECE_RANK, out] or None; the scale is folded in.
+      pieces: int32 [slots, turns], the pieces of each adapter slot, 0 where it has no more.
     """
 
     def __init__(self, params: Mapping[str, jax.Array], deltas: Mapping[str, jax.Array], name: str):
-        """Takes `name`.weight, `name`.bias, `name`.a and `name`.b from the given tensors."""
+        """Takes `name`.weight and .bias from params, `name`.a, .b and "pieces" from deltas."""
         self.weight = nnx.Param(params[f"{name}.weight"])
         self.bias = nnx.Param(params[f"{name}.bias"]) if f"{name}.bias" in params else None
-        self.lora_a = nnx.Param(deltas[f"{name}.a"]) if f"{name}.a" in deltas else None
-        self.lora_b = nnx.Param(deltas[f"{name}.b"]) if f"{name}.b" in deltas else None
+        adapted = f"{name}.a" in deltas
+        self.lora_a = nnx.Param(deltas[f"{name}.a"]) if adapted else None
+        self.lora_b = nnx.Param(deltas[f"{name}.b"]) if adapted else None
+        self.pieces = nnx.Param(deltas["pieces"]) if adapted else None
 
     def __call__(self, x: jax.Array, rows: Rows) -> jax.Array:
         """[T, in] -> [T, out], float32."""
         y = matmul(x, self.weight[...])
         if self.bias is not None:
             y = y + self.bias[...]
-        if self.lora_a is not None and self.lora_b is not None:
-            xs = rows.by_sequence(x)
-            inner = jnp.einsum("sqi,sir->sqr", xs, self.lora_a[...][rows.slots])
-            y = y + rows.flat(jnp.einsum("sqr,sro->sqo", inner, self.lora_b[...][rows.slots]))
-        return y
+        if self.lora_a is None or self.lora_b is None or self.pieces is None:
+            return y
+        a, b, pieces = self.lora_a[...], self.lora_b[...], self.pieces[...][rows.slots]
+        xs = rows.by_sequence(x)
+
+        def add(turn: jax.Array, ys: jax.Array) -> jax.Array:
+            piece = jax.lax.dynamic_index_in_dim(pieces, turn, axis=1, keepdims=False)
+            inner = jnp.einsum("sqi,sri->sqr", xs, a[piece])
+            if rows.q_len == 1:
+                # One row a sequence: a fused sum beats a batch of tiny matmuls.
+                return ys + jnp.sum(inner[:, 0, :, None] * b[piece], axis=1)[:, None, :]
+            return ys + jnp.einsum("sqr,sro->sqo", inner, b[piece])
+
+        turns = jnp.max(jnp.sum(pieces > 0, axis=1))
+        return rows.flat(jax.lax.fori_loop(0, turns, add, rows.by_sequence(y)))

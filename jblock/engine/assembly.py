@@ -209,7 +209,6 @@ class _Loader:
         ids = {s.component for c in chains.values() for s in c.steps}
         self.records = {i: zoo.component(i) for i in ids}
         self.slots = _slots(chains, previous)
-        self.num_slots = _capacity(max(self.slots.values(), default=0) + 1)
         self.deltas = self._deltas()
         self.forms = self._forms()
         self.params: dict[tuple[str, bool], parameters.Tensors] = {}
@@ -238,24 +237,25 @@ class _Loader:
         return out
 
     def _forms(self) -> dict[ComponentSpec, LoraForm]:
-        """One form for all adapted components of a spec, so that they share their programs."""
+        """One form for all adapted components of a spec, so that they share their programs; with room
+        to spare, so that a few adapters more need no other."""
         targets: dict[ComponentSpec, set[str]] = {}
-        ranks: dict[ComponentSpec, int] = {}
+        counts: dict[ComponentSpec, list[list[int]]] = {}
         for component, slots in self.deltas.items():
             spec = self.records[component].spec
-            for parts in slots.values():
-                width: collections.Counter[str] = collections.Counter()
-                for lora, _ in parts:
-                    width.update({t: v.rank for t, v in lora.targets.items()})
-                targets.setdefault(spec, set()).update(width)
-                ranks[spec] = max(ranks.get(spec, 0), *width.values())
+            adapters = [[lora for lora, _ in parts] for parts in slots.values()]
+            targets.setdefault(spec, set()).update(
+                t for a in adapters for d in a for t in d.targets
+            )
+            counts.setdefault(spec, []).append([parameters.num_pieces(a) for a in adapters])
         return {
             spec: LoraForm(
-                targets=tuple(sorted(names)),
-                rank=-(-ranks[spec] // 8) * 8,
-                slots=self.num_slots,
+                targets=tuple(sorted(targets[spec])),
+                slots=_capacity(max(self.slots.values()) + 1),
+                pieces=-(-(1 + max(map(sum, pieces))) // 16) * 16,
+                turns=_capacity(max(map(max, pieces))),
             )
-            for spec, names in targets.items()
+            for spec, pieces in counts.items()
         }
 
     def groups(self, name: str) -> tuple[KvGroup, ...]:
@@ -360,7 +360,7 @@ def _slots(chains: Mapping[str, Chain], previous: Assembly | None) -> dict[str, 
 
 
 def _capacity(slots: int) -> int:
-    """Slots in a table: a power of two from 4 on, so that few adapters more need no new program."""
+    """A power of two from 4 on that holds `slots`."""
     return max(4, 1 << (slots - 1).bit_length())
 
 

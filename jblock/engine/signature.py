@@ -16,17 +16,19 @@ from jblock.blocks.spec import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraForm:
-    """Shape of the LoRA slot tables of one component.
+    """Shape of the LoRA tables of one component.
 
     Attributes:
-      targets: projections that have a table, sorted.
-      rank: width of every table; smaller adapters are padded with zeros.
-      slots: rows of every table, slot 0 (none) included.
+      targets: projections that have tables, sorted.
+      slots: adapter slots, slot 0 (none) included.
+      pieces: pieces of PIECE_RANK ranks a table holds, piece 0 (zeros) included.
+      turns: most pieces of one adapter.
     """
 
     targets: tuple[str, ...]
-    rank: int
     slots: int
+    pieces: int
+    turns: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class Signature:
     Attributes:
       specs: the components it runs, in order: an embedding, an attention and/or ffn, or a norm with
         its unembedding.
-      lora: for each component the form of its slot tables, or None.
+      lora: for each component the form of its LoRA tables, or None.
       dtype: dtype of the matmul weights.
       tied: the unembedding reads the embedding's own table.
     """
@@ -68,12 +70,11 @@ class Signature:
 
     @property
     def name(self) -> str:
-        """Short name for traces and logs, such as "layer_d256_lora16"."""
+        """Short name for traces and logs, such as "layer_d256_lora"."""
         parts = [self.kind, f"d{self.hidden_size}"]
         if self.kind == "layer" and len(self.specs) == 1:
             parts[0] = "ffn" if isinstance(self.specs[0], FfnSpec) else "attention"
-        ranks = [form.rank for form in self.lora if form]
-        return "_".join(parts + ([f"lora{max(ranks)}"] if ranks else []))
+        return "_".join(parts + (["lora"] if any(self.lora) else []))
 
     def key(self) -> str:
         """Canonical text: equal exactly when the programs are."""
