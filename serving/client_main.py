@@ -18,7 +18,9 @@ _KEY_VARIABLE = "JBLOCK_API_KEY"
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; argparse ends the process with code 2 on a bad one."""
-    parser = argparse_flags.ArgumentParser(prog="jblock-client", description=__doc__)
+    parser = argparse_flags.ArgumentParser(
+        prog="jblock-client", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("--target", default="127.0.0.1:8470", help="host:port of the server")
     parser.add_argument("--timeout", type=float, help="seconds until a request is given up")
     parser.add_argument(
@@ -40,6 +42,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     generate.add_argument("--stop_token_ids", type=_ids, default=[])
     generate.add_argument("--ignore_eos", action="store_true")
     generate.add_argument("--logprobs", action="store_true")
+    generate.add_argument("--prompt_logprobs", action="store_true")
+    generate.add_argument("--logit_bias", type=_biases, default={}, help="by id: 5=1.5,7=-100")
     models = commands.add_parser("models", help="list the models, or show one")
     models.add_argument("name", nargs="?")
     load = commands.add_parser("load", help="serve a model of the zoo too, or its live version")
@@ -51,8 +55,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv[1:])
 
 
-_SAMPLING = {"max_tokens": int, "temperature": float, "top_k": int, "top_p": float, "seed": int}
-_FLAGS = ("stop", "stop_token_ids", "ignore_eos", "logprobs")
+_SAMPLING: dict[str, type] = {
+    "max_tokens": int,
+    "min_tokens": int,
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "min_p": float,
+    "repetition_penalty": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "seed": int,
+    "top_logprobs": int,
+    "n": int,
+}
+_FLAGS = ("stop", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs", "logit_bias")
 
 
 def _ids(text: str) -> list[int]:
@@ -60,6 +77,14 @@ def _ids(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of ids such as 1,2,3") from error
+
+
+def _biases(text: str) -> dict[int, float]:
+    try:
+        pairs = (part.split("=") for part in text.split(","))
+        return {int(token_id): float(value) for token_id, value in pairs}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list such as 5=1.5,7=-100") from error
 
 
 def main(args: argparse.Namespace) -> int:
@@ -95,6 +120,10 @@ def _generate(client: Client, args: argparse.Namespace) -> int:
     prompt = args.token_ids if args.prompt is None else args.prompt
     if prompt == "-":
         prompt = sys.stdin.read()
+    if args.stream and sampling.get("n", 1) > 1 and not args.json:
+        raise ValueError(
+            "--stream: the texts of several samples would mix; add --json, or leave it"
+        )
     if args.stream:
         for chunk in client.stream(args.model, prompt, **sampling):
             _show(chunk, args.json, end="")
@@ -110,7 +139,8 @@ def _show(chunk: Chunk, as_json: bool, end: str) -> None:
     if as_json:
         print(json.dumps(dataclasses.asdict(chunk), ensure_ascii=False), flush=True)
     else:
-        print(chunk.text, end=end, flush=True)
+        for choice in chunk.choices or (chunk,):
+            print(choice.text, end=end, flush=True)
 
 
 def _models(client: Client, args: argparse.Namespace) -> int:

@@ -211,6 +211,8 @@ class Ticket:
         self._arrived = asyncio.Event()
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
+        self._top_logprobs: list[tuple[tuple[int, float], ...]] = []
+        self._prompt_logprobs: tuple[float, ...] = ()
         self._last: api.Output | None = None
 
     def __enter__(self) -> "Ticket":
@@ -254,16 +256,22 @@ class Ticket:
             request_id=self.request_id,
             token_ids=tuple(self._token_ids),
             logprobs=tuple(self._logprobs),
+            top_logprobs=tuple(self._top_logprobs),
+            prompt_logprobs=self._prompt_logprobs,
             finish_reason=last.finish_reason if last else None,
         )
         self._token_ids.clear()
         self._logprobs.clear()
+        self._top_logprobs.clear()
+        self._prompt_logprobs = ()
         return merged
 
     def put(self, output: api.Output) -> None:
         """Takes what the engine brought."""
         self._token_ids.extend(output.token_ids)
         self._logprobs.extend(output.logprobs)
+        self._top_logprobs.extend(output.top_logprobs)
+        self._prompt_logprobs += output.prompt_logprobs
         if output.finish_reason is not None:
             self._last = output
             self._ended = True

@@ -12,6 +12,7 @@ from jblock.engine import api
 from serving.changes import Changes
 from serving.dispatcher import Dispatcher
 from serving.errors import RequestError
+from serving.generation import Answer, collect, merged, sample
 from serving.metrics import Metrics
 from serving.tenants import Tenant, Tenants
 from serving.text import TextStream
@@ -19,12 +20,11 @@ from serving.v1 import jblock_pb2 as pb
 from serving.v1 import jblock_pb2_grpc
 from serving.validation import (
     check_policy,
+    num_samples,
     prompt_ids,
     sampling_params,
     stop_strings,
 )
-
-_FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 
 
 class Inference(jblock_pb2_grpc.InferenceServicer):
@@ -41,14 +41,8 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
     ) -> pb.GenerateResponse:
         """GenerateStream, collected."""
         response = pb.GenerateResponse()
-        texts = []
         async with self._answering(request, context) as parts:
-            async for part in parts:
-                texts.append(part.text)
-                part.text = ""
-                # The fields have the same numbers in both messages.
-                response.MergeFromString(part.SerializeToString())
-        response.text = "".join(texts)
+            response = await collect(parts)
         return response
 
     async def GenerateStream(
@@ -116,48 +110,38 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
         info = model.info
         check_policy(request)
         stops = stop_strings(request, model)
-        with self._dispatcher.admit(tenant) as ticket:
+        samples = num_samples(request)
+        with contextlib.ExitStack() as admitted:
+            tickets = [
+                admitted.enter_context(self._dispatcher.admit(tenant)) for _ in range(samples)
+            ]
             prompt = await prompt_ids(request, model)
             sampling = sampling_params(request, model, len(prompt))
-            ticket.submit(
-                api.Request(
-                    request_id=ticket.request_id,
-                    model=info.name,
-                    token_ids=prompt,
-                    sampling=sampling,
-                    cache_salt=tenant.cache_salt,
-                    version=info.version,
+            answers = []
+            for index, ticket in enumerate(tickets):
+                ticket.submit(
+                    api.Request(
+                        request_id=ticket.request_id,
+                        model=info.name,
+                        token_ids=prompt,
+                        sampling=sample(sampling, index),
+                        cache_salt=tenant.cache_salt,
+                        version=info.version,
+                    )
                 )
-            )
-            stream = TextStream(model.codec, stops)
+                stream = TextStream(model.codec, stops, sampling.min_tokens)
+                answers.append(Answer(index, ticket, stream, info))
             usage = pb.Usage(prompt_tokens=len(prompt))
-            finish_reason = None
-            while finish_reason is None:
-                output = await ticket.next()
-                piece = stream.push(output.token_ids)
-                finish_reason = "stop" if piece.stopped else output.finish_reason
-                text = piece.text
-                if finish_reason and not piece.stopped:
-                    rest = stream.flush()
-                    text += rest.text
-                    finish_reason = "stop" if rest.stopped else finish_reason
-                if piece.num_tokens and not usage.completion_tokens:
-                    usage.time_to_first_token = time.monotonic() - begin
-                usage.completion_tokens += piece.num_tokens
-                part = pb.GenerateStreamResponse(
-                    text=text,
-                    token_ids=output.token_ids[: piece.num_tokens],
-                    logprobs=output.logprobs[: piece.num_tokens],
-                    policy=pb.POLICY_EXACT,
-                    model=info.name,
-                    model_version=info.version,
-                )
-                if finish_reason:
-                    usage.total_time = time.monotonic() - begin
-                    part.finish_reason = _FINISH[finish_reason]
-                    part.usage.CopyFrom(usage)
-                    self._count(info.name, usage)
-                yield part
+            async with contextlib.aclosing(merged(answers)) as parts:
+                async for part in parts:
+                    if part.token_ids and not usage.completion_tokens:
+                        usage.time_to_first_token = time.monotonic() - begin
+                    usage.completion_tokens += len(part.token_ids)
+                    if all(answer.finished for answer in answers):
+                        usage.total_time = time.monotonic() - begin
+                        part.usage.CopyFrom(usage)
+                        self._count(info.name, usage)
+                    yield part
 
     def _count(self, model: str, usage: pb.Usage) -> None:
         self._metrics.tokens.labels(model, "prompt").inc(usage.prompt_tokens)

@@ -71,8 +71,10 @@ class Piece:
 class TextStream:
     """The text of one generation: detokenised, then cut at the first stop string."""
 
-    def __init__(self, codec: TextCodec | None, stops: Sequence[str]):
-        """Without a codec there is no text, only ids."""
+    def __init__(self, codec: TextCodec | None, stops: Sequence[str], min_tokens: int = 0):
+        """Without a codec there is no text, only ids. What the first `min_tokens` of them bring is not
+        searched for stop strings."""
+        self._free = min_tokens
         self._detokenizer = codec.detokenizer.stream() if codec else None
         self._matcher = StopMatcher(stops) if stops else None
 
@@ -85,7 +87,12 @@ class TextStream:
             return Piece(text=text, num_tokens=len(token_ids), stopped=False)
         text = ""
         for count, token_id in enumerate(token_ids, 1):  # One by one: which id completes a stop?
-            more, stopped = self._matcher.push(self._detokenizer.push((token_id,)))
+            new = self._detokenizer.push((token_id,))
+            if self._free:
+                self._free -= 1
+                text += new
+                continue
+            more, stopped = self._matcher.push(new)
             text += more
             if stopped:
                 return Piece(text=text, num_tokens=count, stopped=True)

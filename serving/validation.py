@@ -12,6 +12,7 @@ from serving.v1 import jblock_pb2 as pb
 _MAX_STOPS = 16
 _MAX_STOP_LENGTH = 256
 _MAX_STOP_IDS = 64
+_MAX_SAMPLES = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,20 +74,22 @@ def sampling_params(
         temperature=_given(request, "temperature", default.temperature),
         top_k=_given(request, "top_k", default.top_k),
         top_p=_given(request, "top_p", default.top_p),
+        min_p=_given(request, "min_p", default.min_p),
+        repetition_penalty=_given(request, "repetition_penalty", default.repetition_penalty),
+        presence_penalty=_given(request, "presence_penalty", default.presence_penalty),
+        frequency_penalty=_given(request, "frequency_penalty", default.frequency_penalty),
+        logit_bias=tuple(sorted(request.logit_bias.items())),
         seed=_given(request, "seed", None),
         max_tokens=_given(request, "max_tokens", min(default.max_tokens, left)),
+        min_tokens=_given(request, "min_tokens", default.min_tokens),
         stop_token_ids=tuple(request.stop_token_ids),
         ignore_eos=request.ignore_eos,
-        logprobs=request.logprobs,
+        logprobs=request.logprobs or request.top_logprobs > 0,
+        top_logprobs=_given(request, "top_logprobs", default.top_logprobs),
+        prompt_logprobs=request.prompt_logprobs,
     )
-    if not (math.isfinite(params.temperature) and params.temperature >= 0):
-        raise invalid(
-            f"temperature: {params.temperature} is not a finite number >= 0; 0 is greedy, 1 plain"
-        )
-    if params.top_k < 0:
-        raise invalid(f"top_k: {params.top_k} is below 0; 0 keeps all tokens")
-    if not 0 < params.top_p <= 1:
-        raise invalid(f"top_p: {params.top_p} is outside (0, 1]; 1 keeps all tokens")
+    _check_drawing(params)
+    _check_bias(params, model.info)
     if params.max_tokens < 1:
         raise invalid(f"max_tokens: {params.max_tokens} is below 1; ask for at least one token")
     if params.max_tokens > left:
@@ -95,6 +98,11 @@ def sampling_params(
             f"{model.info.name} has left after {prompt_tokens} of prompt; ask for fewer, "
             "or leave it unset"
         )
+    if not 0 <= params.min_tokens <= params.max_tokens:
+        raise invalid(
+            f"min_tokens: {params.min_tokens} is outside 0 to max_tokens, {params.max_tokens}; "
+            "0 lets the model end when it will"
+        )
     if len(params.stop_token_ids) > _MAX_STOP_IDS:
         raise invalid(
             f"stop_token_ids: {len(params.stop_token_ids)} ids are more than {_MAX_STOP_IDS}; "
@@ -102,6 +110,18 @@ def sampling_params(
         )
     _check_ids("stop_token_ids", params.stop_token_ids, model.info)
     return params
+
+
+def num_samples(request: pb.GenerateRequest) -> int:
+    """How many answers are wanted.
+
+    Raises:
+      RequestError: none, or too many.
+    """
+    count = _given(request, "n", 1)
+    if not 1 <= count <= _MAX_SAMPLES:
+        raise invalid(f"n: {count} is outside 1 to {_MAX_SAMPLES}; send several requests for more")
+    return count
 
 
 def stop_strings(request: pb.GenerateRequest, model: ServedModel) -> tuple[str, ...]:
@@ -140,6 +160,52 @@ def check_policy(request: pb.GenerateRequest) -> None:
         f"policy: {pb.Policy.Name(request.policy)} is not enabled on this server; "
         "leave it unset for POLICY_EXACT"
     )
+
+
+def _check_drawing(params: api.SamplingParams) -> None:
+    """The ranges of what shapes the distribution."""
+    if not (math.isfinite(params.temperature) and params.temperature >= 0):
+        raise invalid(
+            f"temperature: {params.temperature} is not a finite number >= 0; 0 is greedy, 1 plain"
+        )
+    if params.top_k < 0:
+        raise invalid(f"top_k: {params.top_k} is below 0; 0 keeps all tokens")
+    if not 0 < params.top_p <= 1:
+        raise invalid(f"top_p: {params.top_p} is outside (0, 1]; 1 keeps all tokens")
+    if not 0 <= params.min_p <= 1:
+        raise invalid(f"min_p: {params.min_p} is outside [0, 1]; 0 keeps all tokens")
+    if not (math.isfinite(params.repetition_penalty) and params.repetition_penalty > 0):
+        raise invalid(
+            f"repetition_penalty: {params.repetition_penalty} is not a finite number > 0; "
+            "1 does nothing, above it repeats less"
+        )
+    for field in ("presence_penalty", "frequency_penalty"):
+        value = getattr(params, field)
+        if not -2 <= value <= 2:
+            raise invalid(f"{field}: {value} is outside [-2, 2]; 0 does nothing")
+    if not 0 <= params.top_logprobs <= api.MAX_TOP_LOGPROBS:
+        raise invalid(
+            f"top_logprobs: {params.top_logprobs} is outside 0 to {api.MAX_TOP_LOGPROBS}; "
+            "ask for fewer"
+        )
+
+
+def _check_bias(params: api.SamplingParams, info: api.ModelInfo) -> None:
+    if len(params.logit_bias) > api.MAX_LOGIT_BIAS:
+        raise invalid(
+            f"logit_bias: {len(params.logit_bias)} ids are more than {api.MAX_LOGIT_BIAS}; "
+            "send fewer"
+        )
+    for token_id, value in params.logit_bias:
+        if not 0 <= token_id < info.vocab_size:
+            raise invalid(
+                f"logit_bias[{token_id}]: is no token id of {info.name}; ids go from 0 to "
+                f"{info.vocab_size - 1}"
+            )
+        if not -100 <= value <= 100:
+            raise invalid(
+                f"logit_bias[{token_id}]: {value} is outside [-100, 100]; -100 forbids a token"
+            )
 
 
 def _given(request: pb.GenerateRequest, field: str, default: Any) -> Any:

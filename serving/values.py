@@ -1,7 +1,7 @@
 """What a client gives and gets: plain values, so that callers need not know the proto."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import grpc
@@ -35,12 +35,36 @@ class Sampling(TypedDict, total=False):
     temperature: float
     top_k: int
     top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
     seed: int | None
     max_tokens: int
+    min_tokens: int
     stop: Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     logprobs: bool
+    top_logprobs: int
+    prompt_logprobs: bool
+    n: int
+
+
+TopLogprobs = tuple[tuple[int, float], ...]
+"""(id, log-probability) pairs, best first."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One of n samples; fields as in `Chunk`."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str | None
+    top_logprobs: tuple[TopLogprobs, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +90,11 @@ class Chunk:
       policy: "exact", "near" or "adaptive".
       model: who answered.
       model_version: in which version.
+      top_logprobs: one for each of token_ids if asked for, else empty.
+      prompt_logprobs: of each prompt token but the first, with the first token, if asked for.
+      index: which of n samples of a stream this belongs to.
+      choices: with `generate`, all samples if n is above 1; the fields above are then the first's,
+        and usage is of all together.
     """
 
     text: str
@@ -76,6 +105,10 @@ class Chunk:
     policy: str
     model: str
     model_version: int
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    prompt_logprobs: tuple[float, ...] = ()
+    index: int = 0
+    choices: tuple[Choice, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,19 +161,30 @@ def to_chunk(message: pb.GenerateResponse | pb.GenerateStreamResponse) -> Chunk:
     usage = None
     if message.HasField("usage"):
         usage = Usage(**{f.name: getattr(message.usage, f.name) for f in dataclasses.fields(Usage)})
-    finish_reason = None
-    if message.finish_reason:
-        finish_reason = _enum(pb.FinishReason, "FINISH_REASON_", message.finish_reason)
     return Chunk(
-        text=message.text,
-        token_ids=tuple(message.token_ids),
-        logprobs=tuple(message.logprobs),
-        finish_reason=finish_reason,
+        **_answer(message),
         usage=usage,
         policy=_enum(pb.Policy, "POLICY_", message.policy),
         model=message.model,
         model_version=message.model_version,
+        prompt_logprobs=tuple(message.prompt_logprobs),
+        index=getattr(message, "index", 0),
+        choices=tuple(Choice(**_answer(c)) for c in getattr(message, "choices", ())),
     )
+
+
+def _answer(message: pb.GenerateResponse | pb.GenerateStreamResponse | pb.Choice) -> dict[str, Any]:
+    """The fields that a sample has everywhere."""
+    reason = message.finish_reason
+    return {
+        "text": message.text,
+        "token_ids": tuple(message.token_ids),
+        "logprobs": tuple(message.logprobs),
+        "finish_reason": _enum(pb.FinishReason, "FINISH_REASON_", reason) if reason else None,
+        "top_logprobs": tuple(
+            tuple((t.token_id, t.logprob) for t in top.tokens) for top in message.top_logprobs
+        ),
+    }
 
 
 def to_model(message: pb.Model) -> Model:

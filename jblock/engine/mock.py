@@ -229,16 +229,25 @@ class MockEngine(api.Engine):
         ends = sampling.stop_token_ids
         if not sampling.ignore_eos:
             ends += model.eos_token_ids
-        if token in ends:
-            self._end(name, "stop")
+        fields: dict[str, Any] = {}
+        if sampling.prompt_logprobs and not running.generated:
+            fields["prompt_logprobs"] = (-0.25,) * (len(prompt) - 1)
+        if token in ends and running.generated >= sampling.min_tokens:
+            self._end(name, "stop", **fields)
             return
         running.generated += 1
         self._generated_tokens += 1
-        logprobs = (-0.5,) if sampling.logprobs else ()
+        fields["token_ids"] = (token,)
+        if sampling.logprobs:
+            fields["logprobs"] = (-0.5,)
+        if sampling.top_logprobs:
+            best = range(token, token + sampling.top_logprobs)
+            top = tuple((t % model.info.vocab_size, -0.5 * (1 + t - token)) for t in best)
+            fields["top_logprobs"] = (top,)
         if running.generated == sampling.max_tokens:
-            self._end(name, "length", token_ids=(token,), logprobs=logprobs)
+            self._end(name, "length", **fields)
         else:
-            self._emit(api.Output(request_id=name, token_ids=(token,), logprobs=logprobs))
+            self._emit(api.Output(request_id=name, **fields))
 
     def _emit(self, output: api.Output) -> None:
         self._outputs.append(output)

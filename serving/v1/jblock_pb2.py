@@ -24,43 +24,53 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17serving/v1/jblock.proto\x12\tjblock.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\xfd\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.jblock.v1.TokenIdsH\x00\x12\x18\n\x0btemperature\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\rH\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x08 \x01(\x05H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x16\n\x0estop_token_ids\x18\n \x03(\x05\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x12\x10\n\x08logprobs\x18\x0c \x01(\x08\x12!\n\x06policy\x18\r \x01(\x0e\x32\x11.jblock.v1.PolicyB\x08\n\x06promptB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\r\n\x0b_max_tokens\"j\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x1b\n\x13time_to_first_token\x18\x03 \x01(\x01\x12\x12\n\ntotal_time\x18\x04 \x01(\x01\"\xdf\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.jblock.v1.FinishReason\x12\x1f\n\x05usage\x18\x05 \x01(\x0b\x32\x10.jblock.v1.Usage\x12!\n\x06policy\x18\x06 \x01(\x0e\x32\x11.jblock.v1.Policy\x12\r\n\x05model\x18\x07 \x01(\t\x12\x15\n\rmodel_version\x18\x08 \x01(\x05\"\xe5\x01\n\x16GenerateStreamResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.jblock.v1.FinishReason\x12\x1f\n\x05usage\x18\x05 \x01(\x0b\x32\x10.jblock.v1.Usage\x12!\n\x06policy\x18\x06 \x01(\x0e\x32\x11.jblock.v1.Policy\x12\r\n\x05model\x18\x07 \x01(\t\x12\x15\n\rmodel_version\x18\x08 \x01(\x05\"\xad\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12\x0e\n\x06\x66\x61mily\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\x05\x12\x15\n\rmax_model_len\x18\x05 \x01(\x05\x12\x15\n\rhas_tokenizer\x18\x06 \x01(\x08\x12\x0c\n\x04\x62\x61se\x18\x07 \x01(\t\x12\x0e\n\x06\x62locks\x18\x08 \x01(\x05\x12\x15\n\rshared_blocks\x18\t \x01(\x05\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.jblock.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"1\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\"\"\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13UnloadModelResponse*X\n\x06Policy\x12\x16\n\x12POLICY_UNSPECIFIED\x10\x00\x12\x10\n\x0cPOLICY_EXACT\x10\x01\x12\x0f\n\x0bPOLICY_NEAR\x10\x02\x12\x13\n\x0fPOLICY_ADAPTIVE\x10\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xa3\x01\n\tInference\x12\x43\n\x08Generate\x12\x1a.jblock.v1.GenerateRequest\x1a\x1b.jblock.v1.GenerateResponse\x12Q\n\x0eGenerateStream\x12\x1a.jblock.v1.GenerateRequest\x1a!.jblock.v1.GenerateStreamResponse0\x01\x32\x82\x02\n\x06Models\x12\x43\n\x04List\x12\x1c.jblock.v1.ListModelsRequest\x1a\x1d.jblock.v1.ListModelsResponse\x12\x33\n\x03Get\x12\x1a.jblock.v1.GetModelRequest\x1a\x10.jblock.v1.Model\x12\x35\n\x04Load\x12\x1b.jblock.v1.LoadModelRequest\x1a\x10.jblock.v1.Model\x12G\n\x06Unload\x12\x1d.jblock.v1.UnloadModelRequest\x1a\x1e.jblock.v1.UnloadModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17serving/v1/jblock.proto\x12\tjblock.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\xb1\x06\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.jblock.v1.TokenIdsH\x00\x12\x18\n\x0btemperature\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\rH\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x08 \x01(\x05H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x16\n\x0estop_token_ids\x18\n \x03(\x05\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x12\x10\n\x08logprobs\x18\x0c \x01(\x08\x12!\n\x06policy\x18\r \x01(\x0e\x32\x11.jblock.v1.Policy\x12\x12\n\x05min_p\x18\x0e \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0f \x01(\x01H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x10 \x01(\x01H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x11 \x01(\x01H\t\x88\x01\x01\x12=\n\nlogit_bias\x18\x12 \x03(\x0b\x32).jblock.v1.GenerateRequest.LogitBiasEntry\x12\x17\n\nmin_tokens\x18\x13 \x01(\x05H\n\x88\x01\x01\x12\x19\n\x0ctop_logprobs\x18\x14 \x01(\x05H\x0b\x88\x01\x01\x12\x17\n\x0fprompt_logprobs\x18\x15 \x01(\x08\x12\x0e\n\x01n\x18\x16 \x01(\x05H\x0c\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x08\n\x06promptB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_min_tokensB\x0f\n\r_top_logprobsB\x04\n\x02_n\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"6\n\x0bTopLogprobs\x12\'\n\x06tokens\x18\x01 \x03(\x0b\x32\x17.jblock.v1.TokenLogprob\"\x99\x01\n\x06\x43hoice\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.jblock.v1.FinishReason\x12,\n\x0ctop_logprobs\x18\x05 \x03(\x0b\x32\x16.jblock.v1.TopLogprobs\"j\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x1b\n\x13time_to_first_token\x18\x03 \x01(\x01\x12\x12\n\ntotal_time\x18\x04 \x01(\x01\"\xd0\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.jblock.v1.FinishReason\x12\x1f\n\x05usage\x18\x05 \x01(\x0b\x32\x10.jblock.v1.Usage\x12!\n\x06policy\x18\x06 \x01(\x0e\x32\x11.jblock.v1.Policy\x12\r\n\x05model\x18\x07 \x01(\t\x12\x15\n\rmodel_version\x18\x08 \x01(\x05\x12,\n\x0ctop_logprobs\x18\t \x03(\x0b\x32\x16.jblock.v1.TopLogprobs\x12\x17\n\x0fprompt_logprobs\x18\n \x03(\x02\x12\"\n\x07\x63hoices\x18\x0c \x03(\x0b\x32\x11.jblock.v1.ChoiceJ\x04\x08\x0b\x10\x0c\"\xbb\x02\n\x16GenerateStreamResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.jblock.v1.FinishReason\x12\x1f\n\x05usage\x18\x05 \x01(\x0b\x32\x10.jblock.v1.Usage\x12!\n\x06policy\x18\x06 \x01(\x0e\x32\x11.jblock.v1.Policy\x12\r\n\x05model\x18\x07 \x01(\t\x12\x15\n\rmodel_version\x18\x08 \x01(\x05\x12,\n\x0ctop_logprobs\x18\t \x03(\x0b\x32\x16.jblock.v1.TopLogprobs\x12\x17\n\x0fprompt_logprobs\x18\n \x03(\x02\x12\r\n\x05index\x18\x0b \x01(\x05\"\xad\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12\x0e\n\x06\x66\x61mily\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\x05\x12\x15\n\rmax_model_len\x18\x05 \x01(\x05\x12\x15\n\rhas_tokenizer\x18\x06 \x01(\x08\x12\x0c\n\x04\x62\x61se\x18\x07 \x01(\t\x12\x0e\n\x06\x62locks\x18\x08 \x01(\x05\x12\x15\n\rshared_blocks\x18\t \x01(\x05\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.jblock.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"1\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\"\"\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13UnloadModelResponse*X\n\x06Policy\x12\x16\n\x12POLICY_UNSPECIFIED\x10\x00\x12\x10\n\x0cPOLICY_EXACT\x10\x01\x12\x0f\n\x0bPOLICY_NEAR\x10\x02\x12\x13\n\x0fPOLICY_ADAPTIVE\x10\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xa3\x01\n\tInference\x12\x43\n\x08Generate\x12\x1a.jblock.v1.GenerateRequest\x1a\x1b.jblock.v1.GenerateResponse\x12Q\n\x0eGenerateStream\x12\x1a.jblock.v1.GenerateRequest\x1a!.jblock.v1.GenerateStreamResponse0\x01\x32\x82\x02\n\x06Models\x12\x43\n\x04List\x12\x1c.jblock.v1.ListModelsRequest\x1a\x1d.jblock.v1.ListModelsResponse\x12\x33\n\x03Get\x12\x1a.jblock.v1.GetModelRequest\x1a\x10.jblock.v1.Model\x12\x35\n\x04Load\x12\x1b.jblock.v1.LoadModelRequest\x1a\x10.jblock.v1.Model\x12G\n\x06Unload\x12\x1d.jblock.v1.UnloadModelRequest\x1a\x1e.jblock.v1.UnloadModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'serving.v1.jblock_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_POLICY']._serialized_start=1409
-  _globals['_POLICY']._serialized_end=1497
-  _globals['_FINISHREASON']._serialized_start=1499
-  _globals['_FINISHREASON']._serialized_end=1594
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._loaded_options = None
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_POLICY']._serialized_start=2307
+  _globals['_POLICY']._serialized_end=2395
+  _globals['_FINISHREASON']._serialized_start=2397
+  _globals['_FINISHREASON']._serialized_end=2492
   _globals['_TOKENIDS']._serialized_start=38
   _globals['_TOKENIDS']._serialized_end=61
   _globals['_GENERATEREQUEST']._serialized_start=64
-  _globals['_GENERATEREQUEST']._serialized_end=445
-  _globals['_USAGE']._serialized_start=447
-  _globals['_USAGE']._serialized_end=553
-  _globals['_GENERATERESPONSE']._serialized_start=556
-  _globals['_GENERATERESPONSE']._serialized_end=779
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=782
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1011
-  _globals['_MODEL']._serialized_start=1014
-  _globals['_MODEL']._serialized_end=1187
-  _globals['_LISTMODELSREQUEST']._serialized_start=1189
-  _globals['_LISTMODELSREQUEST']._serialized_end=1208
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1210
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1264
-  _globals['_GETMODELREQUEST']._serialized_start=1266
-  _globals['_GETMODELREQUEST']._serialized_end=1297
-  _globals['_LOADMODELREQUEST']._serialized_start=1299
-  _globals['_LOADMODELREQUEST']._serialized_end=1348
-  _globals['_UNLOADMODELREQUEST']._serialized_start=1350
-  _globals['_UNLOADMODELREQUEST']._serialized_end=1384
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=1386
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=1407
-  _globals['_INFERENCE']._serialized_start=1597
-  _globals['_INFERENCE']._serialized_end=1760
-  _globals['_MODELS']._serialized_start=1763
-  _globals['_MODELS']._serialized_end=2021
+  _globals['_GENERATEREQUEST']._serialized_end=881
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_start=649
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_end=697
+  _globals['_TOKENLOGPROB']._serialized_start=883
+  _globals['_TOKENLOGPROB']._serialized_end=932
+  _globals['_TOPLOGPROBS']._serialized_start=934
+  _globals['_TOPLOGPROBS']._serialized_end=988
+  _globals['_CHOICE']._serialized_start=991
+  _globals['_CHOICE']._serialized_end=1144
+  _globals['_USAGE']._serialized_start=1146
+  _globals['_USAGE']._serialized_end=1252
+  _globals['_GENERATERESPONSE']._serialized_start=1255
+  _globals['_GENERATERESPONSE']._serialized_end=1591
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1594
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1909
+  _globals['_MODEL']._serialized_start=1912
+  _globals['_MODEL']._serialized_end=2085
+  _globals['_LISTMODELSREQUEST']._serialized_start=2087
+  _globals['_LISTMODELSREQUEST']._serialized_end=2106
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2108
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2162
+  _globals['_GETMODELREQUEST']._serialized_start=2164
+  _globals['_GETMODELREQUEST']._serialized_end=2195
+  _globals['_LOADMODELREQUEST']._serialized_start=2197
+  _globals['_LOADMODELREQUEST']._serialized_end=2246
+  _globals['_UNLOADMODELREQUEST']._serialized_start=2248
+  _globals['_UNLOADMODELREQUEST']._serialized_end=2282
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=2284
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=2305
+  _globals['_INFERENCE']._serialized_start=2495
+  _globals['_INFERENCE']._serialized_end=2658
+  _globals['_MODELS']._serialized_start=2661
+  _globals['_MODELS']._serialized_end=2919
 # @@protoc_insertion_point(module_scope)
