@@ -1,7 +1,7 @@
 """An engine driven step by step on the caller's own thread, so that one step can be timed."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ from jblock.engine.assembly import assemble
 from jblock.engine.config import EngineConfig
 from jblock.engine.device import Device
 from jblock.engine.executable_cache import ExecutableCache
+from jblock.engine.executables import ProgramKey
 from jblock.engine.loop import Loop
 from jblock.zoo.records import Chain
+
+_GREEDY = {"embedding", "layer", "head", "greedy", "scrub"}
 
 
 class WatchedDevice(Device):
@@ -69,15 +72,18 @@ class Stepper:
         self.assembly = assemble(zoo, chains, config)
         self.device = WatchedDevice(self.assembly, config, ExecutableCache(cache))
         buckets = (*config.decode_buckets, *config.prefill_buckets)
-        # Every request here is greedy.
-        programs = self.device.program_keys(self.assembly, buckets)
-        keys = [key for key in programs if key.kind != "sampled"]
-        self.device.executables.warm(keys, config.compile_workers)
         self.device.buckets = buckets
+        self._compile(self.device.program_keys(self.assembly, buckets))
+        self._compile(self.device.segment_keys(self.assembly))
         self.loop = Loop(self.assembly, self.device, config)
         self._rng = np.random.default_rng(0)
         self._count = 0
         self._lengths: dict[str, int] = {}
+
+    def _compile(self, keys: Iterable[ProgramKey]) -> None:
+        """Makes those of these programs that greedy requests need: there are no others here."""
+        wanted = [key for key in keys if key.kind in _GREEDY]
+        self.device.executables.warm(wanted, self.config.compile_workers)
 
     def submit(
         self, model: str, prompt_len: int, max_tokens: int, sampling: SamplingParams | None = None
