@@ -1,0 +1,99 @@
+"""The server in front of the real engine: poisoned chains and swaps, over the wire."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import server_harness as harness
+
+from checkpoints import hf
+from checkpoints.progress import Progress
+from jblock.engine.process import ProcessEngine
+from jblock.zoo.records import Step
+from jblock.zoo.store import Zoo
+from serving.values import ClientError
+
+FIXTURE = Path(__file__).parent.parent / "fixtures" / "hf" / "llama_gqa_untied"
+SETTINGS = {
+    "max_num_seqs": 4,
+    "max_model_len": 160,
+    "page_size": 16,
+    "decode_sizes": [4],
+    "prefill_grids": [[4, 16]],
+    "kv_memory_mb": 1,
+}
+
+
+def poison(zoo: Zoo, name: str, kind: str) -> None:
+    """Publishes the chain "good" again under this name, one of its components beyond float32's reach.
+
+    The converter refuses NaN and Inf; numbers this large are finite and overflow when multiplied.
+    """
+    good = zoo.chain("good")
+    steps = list(good.steps)
+    kinds = [zoo.component(step.component).spec.kind for step in steps]
+    at = len(kinds) - 1 - kinds[::-1].index(kind)
+    record = zoo.component(steps[at].component)
+    tensors = zoo.load_component(record.id)
+    huge = {n: np.full_like(t, 3e38) if t.ndim == 2 else t for n, t in tensors.items()}
+    steps[at] = Step(component=zoo.put_component(record.spec, huge, record.refs))
+    zoo.publish(dataclasses.replace(good, name=name, version=0, steps=tuple(steps)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("real")
+
+
+@pytest.fixture(scope="module")
+def running(folder):
+    hf.convert(FIXTURE, folder / "zoo", "good", Progress(False, quiet=True))
+    zoo = Zoo.open(folder / "zoo")
+    poison(zoo, "bad-ffn", "ffn")
+    poison(zoo, "bad-attention", "attention")
+    kwargs = {"zoo": str(zoo.path), "models": ["good", "bad-ffn"], **SETTINGS}
+    kwargs["executable_cache"] = str(folder / "executables")
+    engine = ProcessEngine("jblock.engine.agent:build_engine", kwargs)
+    engine.models()
+    with harness.serving(engine) as one:
+        yield one
+
+
+def oracle():
+    with np.load(FIXTURE / "oracle.npz") as arrays:
+        return arrays["prompt"].tolist(), tuple(arrays["greedy"].tolist())
+
+
+def test_a_poisoned_chain_fails_its_own_requests_only(running):
+    prompt, greedy = oracle()
+    for bad in ("bad-ffn", "bad-attention", "bad-ffn"):  # later turns reuse what the poison left
+        running.client.load(bad)
+        good = running.client.stream("good", prompt, max_tokens=len(greedy), ignore_eos=True)
+        chunks = [next(good)]
+        for prompt_ids in (prompt, prompt[:5]):
+            with pytest.raises(ClientError) as caught:
+                running.client.generate(bad, prompt_ids, max_tokens=20)
+            assert caught.value.code == "INTERNAL"
+            assert f"model '{bad}' version 1 computed NaN or Inf" in caught.value.message
+        chunks += good
+        assert tuple(t for c in chunks for t in c.token_ids) == greedy
+    assert (
+        running.client.generate("good", prompt, max_tokens=8, ignore_eos=True).token_ids
+        == (greedy[:8])
+    )
+    assert harness.eventually(running.is_empty)
+    assert running.engine.stats().compiles_on_serving_path == 0
+    assert running.client.health() == "SERVING"
+
+
+def test_what_does_not_fit_is_refused_and_the_rest_goes_on(running, folder):
+    prompt, greedy = oracle()
+    other = FIXTURE.parent / "qwen3_qknorm"
+    hf.convert(other, folder / "zoo", "other", Progress(False, quiet=True))
+    with pytest.raises(ClientError, match=r"FAILED_PRECONDITION: name: .*hidden size"):
+        running.client.load("other")
+    with pytest.raises(ClientError, match="NOT_FOUND: name: 'nobody' is not in the zoo"):
+        running.client.load("nobody")
+    answer = running.client.generate("good", prompt, max_tokens=len(greedy), ignore_eos=True)
+    assert answer.token_ids == greedy
