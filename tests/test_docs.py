@@ -21,7 +21,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SCRIPTS = PROJECT["scripts"]
 PORT = 8470  # jblock-serve's own, which the pages use
 START_SECONDS = 120
 
@@ -172,3 +173,8 @@ def test_make_targets_in_the_readme_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     named = set(re.findall(r"(?:^|`)make ([a-z-]+)", (ROOT / "README.md").read_text(), re.M))
     assert named and named <= targets
+
+
+def test_the_extras_in_the_readme_are_those_there_are():
+    (text,) = re.findall(r"^- Extras: (.*?)^- ", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert set(re.findall(r"`(\w+)`", text)) == set(PROJECT["optional-dependencies"])
