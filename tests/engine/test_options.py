@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from harness import Agent, oracle, request
 
+from jblock.engine.agent import ThreadEngine
 from jblock.engine.config import EngineConfig
+from jblock.engine.executable_cache import ExecutableCache
+from jblock.zoo.store import Zoo
 
 BASE, ADAPTER = "llama_gqa_untied", "lora_all_r8"
 CONFIG = EngineConfig(
@@ -145,6 +148,19 @@ def test_samples_of_one_prompt_share_its_pages(zoo):
     assert stats.pages_free == stats.pages_total
 
 
+def test_who_waits_for_a_prefix_goes_on_when_its_owner_ends(zoo):
+    agent = Agent.make(zoo, [BASE], CONFIG)
+    prompt = oracle(BASE)["prompt"][:70]
+    for i in range(3):
+        agent.loop.submit(request(f"r{i}", BASE, prompt, max_tokens=5))
+    agent.loop.step()
+    assert (agent.loop.stats().running, agent.loop.stats().waiting) == (1, 2)
+    agent.loop.cancel("r0")
+    outputs = agent.run()
+    assert [outputs[f"r{i}"][-1].finish_reason for i in (1, 2)] == ["length"] * 2
+    assert not agent.loop.kv._computing
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -161,3 +177,19 @@ def test_refuses_what_no_program_holds(agent, options, words):
     agent.loop.submit(request("r", BASE, [5], **options))
     (output,) = agent.run()["r"]
     assert output.error_code == "INVALID_ARGUMENT" and words in output.error_message
+
+
+def test_no_option_compiles_while_a_request_waits(zoo, tmp_path):
+    config = dataclasses.replace(CONFIG, decode_sizes=(1, 4), prefill_grids=((1, 16), (4, 16)))
+    store = Zoo.open(zoo)
+    engine = ThreadEngine(store, {BASE: store.chain(BASE)}, config, ExecutableCache(tmp_path))
+    try:
+        engine.models()  # Warm: the first tier is there, the rest comes behind these requests.
+        for i, options in enumerate([*OPTIONS, {"prompt_logprobs": True}]):
+            engine.submit(request(f"r{i}", BASE, prompt(i), **{"max_tokens": 20, **options}))
+        left = len(OPTIONS) + 1
+        while left:
+            left -= sum(o.finish_reason == "length" for o in engine.poll(10))
+        assert engine.stats().compiles_on_serving_path == 0
+    finally:
+        engine.close()
