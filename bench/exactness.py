@@ -54,7 +54,7 @@ def compare(zoo: Any, reference: Sequence[Trace], other: Sequence[Trace]) -> Com
                 min(len(a.tokens), len(b.tokens)),
             )
             context = (*a.arrival.prompt, *a.tokens[:same])
-            gaps.append(logit_gap(zoo, zoo.chains[a.arrival.model], context))
+            gaps.append(logit_gap(zoo, zoo.served[a.arrival.model], context))
     return Comparison(len(reference), len(reference) - len(gaps), tuple(gaps))
 
 

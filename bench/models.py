@@ -25,6 +25,7 @@ from jblock.blocks.spec import (
     spec_to_json,
 )
 from jblock.zoo.records import Chain, ComponentRecord, DeltaRecord, Step, TensorRecord
+from jblock.zoo.store import Zoo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,13 +118,21 @@ TINY = ModelShape(
 
 
 class MemoryZoo:
-    """What `jblock.engine.assembly.assemble` needs of a zoo, for models made on the spot."""
+    """What an engine reads of a zoo, for models made on the spot.
+
+    Attributes:
+      shape: of every model.
+      seed: decides all weights.
+      served: the newest version of every chain, by name.
+    """
 
     def __init__(self, shape: ModelShape, seed: int = 0):
         self.shape, self.seed = shape, seed
-        self.chains: dict[str, Chain] = {}
+        self.served: dict[str, Chain] = {}
+        self._versions: dict[str, list[Chain]] = {}
         self._components: dict[str, ComponentRecord] = {}
         self._deltas: dict[str, DeltaRecord] = {}
+        self._labels: dict[str, str] = {}
 
     def add_base(self, name: str = "base") -> Chain:
         """A model of its own weights."""
@@ -143,12 +152,24 @@ class MemoryZoo:
         ids.append(self._component(UnembeddingSpec(**self._table()), f"{base}/unembedding", tie))
         return self._publish(name, tuple(Step(component=i) for i in ids))
 
+    def retune(self, name: str) -> Chain:
+        """A new version of a fine-tune: the layers of its own get other weights."""
+        old = self.served[name]
+        steps = []
+        for step in old.steps:
+            label = self._labels[step.component]
+            if label.startswith(f"{name}/"):
+                fresh = f"{label.split('@')[0]}@{old.version + 1}"
+                step = Step(component=self._component(self.component(step.component).spec, fresh))
+            steps.append(step)
+        return self._publish(name, tuple(steps))
+
     def add_adapter(
         self, name: str, base: str, rank: int, targets: Sequence[str] = ("q", "k", "v", "o")
     ) -> Chain:
         """LoRA of one rank on `targets` of every layer of the chain `base`."""
         steps = []
-        for step in self.chains[base].steps:
+        for step in self.served[base].steps:
             spec = self._components[step.component].spec
             mine = [t for t in targets if f"{t}.weight" in spec.tensors()]
             deltas: tuple[str, ...] = ()
@@ -157,6 +178,18 @@ class MemoryZoo:
                 deltas = (self._delta(lora, step.component, name),)
             steps.append(Step(component=step.component, deltas=deltas))
         return self._publish(name, tuple(steps), f"{base}@1")
+
+    def chains(self) -> list[str]:
+        """Names of the chains, sorted."""
+        return sorted(self.served)
+
+    def versions(self, name: str) -> list[int]:
+        """Versions of a chain, ascending."""
+        return [chain.version for chain in self._versions[name]]
+
+    def chain(self, name: str, version: int | None = None) -> Chain:
+        """A chain in its newest version, or in the one given."""
+        return self.served[name] if version is None else self._versions[name][version - 1]
 
     def component(self, id: str) -> ComponentRecord:
         """The record of a component."""
@@ -187,6 +220,7 @@ class MemoryZoo:
     def _component(self, spec: ComponentSpec, label: str, tie: str | None = None) -> str:
         id_ = self._id(spec, label)
         tensors = {} if tie else _float32(spec.tensors())
+        self._labels[id_] = label
         self._components[id_] = ComponentRecord(
             id=id_,
             spec=spec,
@@ -209,17 +243,21 @@ class MemoryZoo:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _publish(self, name: str, steps: tuple[Step, ...], base: str | None = None) -> Chain:
-        self.chains[name] = Chain(
-            name=name,
-            version=1,
-            family="llama",
-            steps=steps,
-            tokenizer=None,
-            max_position=1 << 20,
-            vocab_size=self.shape.vocab_size,
-            base=base,
+        versions = self._versions.setdefault(name, [])
+        versions.append(
+            Chain(
+                name=name,
+                version=len(versions) + 1,
+                family="llama",
+                steps=steps,
+                tokenizer=None,
+                max_position=1 << 20,
+                vocab_size=self.shape.vocab_size,
+                base=base,
+            )
         )
-        return self.chains[name]
+        self.served[name] = versions[-1]
+        return versions[-1]
 
     def _draw(self, id: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
         """Weights that keep a row's size: norms about 1, projections of variance 1 / inputs."""
@@ -242,6 +280,23 @@ def fine_tunes(shape: ModelShape, count: int, private_layers: int, seed: int = 0
     for i in range(count):
         zoo.add_variant(f"tune-{i}", "base", private_layers)
     return zoo
+
+
+def save(zoo: MemoryZoo, path: Path) -> Path:
+    """Writes the chains of a zoo in memory, adapters apart, to a zoo on disk; returns its path."""
+    store = Zoo.create(path)
+    ids: dict[str, str] = {}
+    for chain in zoo.served.values():
+        for step in chain.steps:
+            if step.component in ids:
+                continue
+            record = zoo.component(step.component)
+            refs = {name: (ids[owner], tensor) for name, (owner, tensor) in record.refs.items()}
+            tensors = {} if refs else zoo.load_component(step.component)
+            ids[step.component] = store.put_component(record.spec, tensors, refs)
+        steps = tuple(Step(component=ids[step.component]) for step in chain.steps)
+        store.publish(dataclasses.replace(chain, steps=steps, version=0))
+    return path
 
 
 def _float32(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorRecord]:

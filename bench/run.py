@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ class Trace:
 
     Attributes:
       arrival: what was asked for.
-      due: when it should have been sent; latencies count from here.
+      due: when it should have been sent (with a bound on those in flight: when it was); latencies
+        count from here.
       tokens: generated ids.
       times: when each was received.
       end: when its last output came.
@@ -121,13 +122,16 @@ class InlineEngine:
 def make_engine(zoo: Any, config: EngineConfig, cache: Path) -> ThreadEngine:
     """An engine over all chains of a zoo in memory, every program compiled or taken from the folder
     `cache`."""
-    engine = ThreadEngine(zoo, dict(zoo.chains), config, ExecutableCache(cache))
+    engine = ThreadEngine(zoo, dict(zoo.served), config, ExecutableCache(cache))
     engine.settle()
     return engine
 
 
 def measure(
-    engine: Engine | InlineEngine, arrivals: Sequence[Arrival], in_flight: int | None = None
+    engine: Engine | InlineEngine,
+    arrivals: Sequence[Arrival],
+    in_flight: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Measured:
     """Sends every arrival when it is due, and waits for all answers.
 
@@ -135,6 +139,7 @@ def measure(
       engine: warm and idle.
       arrivals: in order of time.
       in_flight: at most so many are open at once; None sends whatever is due.
+      stop: asked before each; once it says so, nothing more is sent.
 
     Raises:
       RuntimeError: nothing came for two minutes with requests open.
@@ -147,8 +152,12 @@ def measure(
     open_count, last = 0, time.perf_counter()
     while unsent or open_count:
         now = time.perf_counter()
+        if unsent and stop():
+            unsent.clear()
         while unsent and unsent[-1][1].due <= now and (in_flight is None or open_count < in_flight):
             request_id, trace = unsent.pop()
+            if in_flight is not None:
+                trace.due = now
             engine.submit(_request(request_id, trace.arrival))
             open_count += 1
         waiting = in_flight is None or open_count < in_flight
@@ -160,7 +169,7 @@ def measure(
             last = now
         elif now - last > _STALLED_S:
             raise RuntimeError(f"no output for {_STALLED_S:.0f} s with {open_count} requests open")
-    return Measured(traces, time.perf_counter() - begin)
+    return Measured(tuple(t for t in traces if t.reason), time.perf_counter() - begin)
 
 
 def interleaved_backlog(

@@ -85,20 +85,22 @@ class Stepper:
         wanted = [key for key in keys if key.kind in _GREEDY]
         self.device.executables.warm(wanted, self.config.compile_workers)
 
-    def submit(
-        self, model: str, prompt_len: int, max_tokens: int, sampling: SamplingParams | None = None
-    ) -> str:
-        """Queues a random prompt that runs to its length; returns its request id."""
+    def prompt(self, model: str, length: int) -> tuple[int, ...]:
+        """Random ids of a model's vocabulary."""
         vocab = self.assembly.routes[model].chain.vocab_size
+        return tuple(self._rng.integers(0, vocab, length).tolist())
+
+    def submit(self, model: str, token_ids: Sequence[int], max_tokens: int) -> str:
+        """Queues a prompt that runs to its length; returns its request id."""
         self._count += 1
         request_id = f"r{self._count}"
-        self._lengths[request_id] = prompt_len
+        self._lengths[request_id] = len(token_ids)
         self.loop.submit(
             Request(
                 request_id=request_id,
                 model=model,
-                token_ids=tuple(self._rng.integers(0, vocab, prompt_len).tolist()),
-                sampling=sampling or SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+                token_ids=tuple(token_ids),
+                sampling=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
             )
         )
         return request_id
@@ -112,7 +114,7 @@ class Stepper:
         Raises:
           RuntimeError: a request was refused, or one ended before the last had begun.
         """
-        ids = [self.submit(model, prompt_len, max_tokens) for model in models]
+        ids = [self.submit(m, self.prompt(m, prompt_len), max_tokens) for m in models]
         missing = set(ids)
         while missing:
             for output in self._step():
@@ -163,10 +165,10 @@ class Stepper:
         while not self.loop.idle:
             self._step()
 
-    def prefill(self, model: str, prompt_len: int) -> float:
-        """Seconds from handing over one prompt until its first token is read, on an idle engine."""
+    def first_token(self, model: str, token_ids: Sequence[int]) -> float:
+        """Seconds from handing over a prompt until its first token is read, on an idle engine."""
         begin = time.perf_counter()
-        self.submit(model, prompt_len, 1)
+        self.submit(model, token_ids, 1)
         seconds = 0.0
         while not self.loop.idle:
             if any(o.token_ids for o in self._step()) and not seconds:

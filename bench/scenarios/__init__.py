@@ -39,6 +39,9 @@ _ALL = (
     Scenario("roofline", "decode and prefill over what the memory and the matmuls allow"),
     Scenario("sharing", "eight fine-tunes from shared blocks over one whole model each"),
     Scenario("lora", "64 adapters of three ranks in one batch over the base alone"),
+    Scenario("prefix", "time to first token behind a prefix that was seen before"),
+    Scenario("hotswap", "gaps between tokens while chains, weights and programs are swapped"),
+    Scenario("coldstart", "process start to first token, with and without compiled programs"),
     Scenario("oversubscription", "KV for a quarter of what is offered: all finish, all the same"),
 )
 SCENARIOS = {s.name: s for s in _ALL}

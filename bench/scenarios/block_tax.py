@@ -73,7 +73,7 @@ def measure(
         prefill_grids=((8, _PROMPT),),
     )
     progress(f"loading and compiling a model of {shape.layers} layers, d {shape.hidden_size}")
-    stepper = Stepper(zoo, zoo.chains, config, args.cache)
+    stepper = Stepper(zoo, zoo.served, config, args.cache)
     ratios, detail = {}, {}
     for n in sizes:
         fused = FusedDecode(stepper.assembly.routes["base"], n, _PAGE, length)

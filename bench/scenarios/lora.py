@@ -45,13 +45,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     zoo = MemoryZoo(shape)
     zoo.add_base("base")
     progress("loading the base alone")
-    base = Stepper(zoo, zoo.chains, config, args.cache)
+    base = Stepper(zoo, zoo.served, config, args.cache)
     adapters = [
         zoo.add_adapter(f"lora-{i}", "base", RANKS[i % len(RANKS)]).name
         for i in range(args.adapters)
     ]
     progress(f"loading the base with {len(adapters)} adapters of ranks {RANKS}")
-    mixed = Stepper(zoo, zoo.chains, config, args.cache)
+    mixed = Stepper(zoo, zoo.served, config, args.cache)
     rng = np.random.default_rng(0)
     chosen = rng.choice(adapters, _BATCH, replace=len(adapters) < _BATCH).tolist()
     ids = base.fill(["base"] * _BATCH, _PROMPT, decoded), mixed.fill(chosen, _PROMPT, decoded)

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         prefill_grids=((4, 16),) if args.quick else ((4, 16), (4, 64)),
     )
     arrivals = generate(
-        models=sorted(zoo.chains),
+        models=sorted(zoo.served),
         count=count,
         lengths=lengths,
         vocab_size=shape.vocab_size,

@@ -121,12 +121,13 @@ class _Roofline:
         shape, prompt = self.sizes.shape, self.sizes.prompt
         stepper = self.short()
         flops = prompt * _flops_per_token(shape, prompt / 2) + 2 * shape.head_weights
-        stepper.prefill("base", prompt)
+        stepper.first_token("base", stepper.prompt("base", prompt))
         self.best_matmul.measure()
         rates, achieved = [], []
         for _ in range(-(-self.sizes.rounds // 2)):
             rates.append(self.best_matmul.measure())
-            achieved.append(flops / stepper.prefill("base", prompt))
+            ids = stepper.prompt("base", prompt)
+            achieved.append(flops / stepper.first_token("base", ids))
         result = self._ratio("prefill_512", "gflops", achieved, rates)
         result["tokens_per_second"] = round(prompt * median(achieved, 0) / flops, 1)
         return result
@@ -161,7 +162,7 @@ class _Roofline:
             decode_sizes=sizes,
             prefill_grids=grids,
         )
-        return Stepper(self.zoo, self.zoo.chains, config, self.cache)
+        return Stepper(self.zoo, self.zoo.served, config, self.cache)
 
     def _against_bandwidth(
         self, case: str, make: Callable[[], Stepper], batch: int, prompt: int

@@ -96,12 +96,12 @@ def _engines(sizes: Sizes, cache: Path, open_loop: bool) -> dict[str, Any]:
     progress(f"loading {sizes.models} models of {sizes.shape.layers} layers, one each (PM)")
     zoo = fine_tunes(sizes.shape, sizes.models, sizes.private[0])
     config = _config(sizes)
-    sides = {"pm": Stepper(zoo, zoo.chains, dataclasses.replace(config, share=False), cache)}
+    sides = {"pm": Stepper(zoo, zoo.served, dataclasses.replace(config, share=False), cache)}
     for private in sizes.private:
         name = f"{sizes.shape.layers - private}of{sizes.shape.layers}"
         progress(f"loading the same with {name} layers shared")
         variant = fine_tunes(sizes.shape, sizes.models, private)
-        sides[name] = Stepper(variant, variant.chains, config, cache)
+        sides[name] = Stepper(variant, variant.served, config, cache)
     return _measure(zoo, sides, sizes, open_loop)
 
 
@@ -110,7 +110,7 @@ def _measure(zoo: Any, sides: dict[str, Stepper], sizes: Sizes, open_loop: bool)
     runs: dict[str, list[Measured]] = {name: [] for name in sides}
     for i in range(-1, sizes.rounds):
         arrivals = generate(
-            models=sorted(zoo.chains),
+            models=sorted(zoo.served),
             count=sizes.backlog if i >= 0 else sizes.in_flight,
             lengths=_lengths(sizes, short=i < 0),
             vocab_size=sizes.shape.vocab_size,
@@ -167,7 +167,7 @@ def _open(
 ) -> tuple[float, dict[str, Any]]:
     """p95 of request latency over PM's, one arrival process for both, and the figures behind it."""
     arrivals = generate(
-        models=sorted(zoo.chains),
+        models=sorted(zoo.served),
         count=sizes.open_requests,
         lengths=_lengths(sizes),
         vocab_size=sizes.shape.vocab_size,

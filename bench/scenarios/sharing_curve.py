@@ -33,14 +33,14 @@ def run(
     for name in ("shared", "pm"):
         progress(f"curve: loading {models} models, {name}")
         sides[name] = Stepper(
-            zoo, zoo.chains, _config(shape, models, sizes, name == "shared"), cache
+            zoo, zoo.served, _config(shape, models, sizes, name == "shared"), cache
         )
     units = [u for i in sides["shared"].assembly.routes["tune-0"].instances for u in i.units]
     times = LayerTimes(units, sizes)
     curve: dict[str, Any] = {"rows": list(rows), "ratio": [], "bound": []}
     for r in rows:
         batch = models * r
-        names = [name for name in sorted(zoo.chains) for _ in range(r)]
+        names = [name for name in sorted(zoo.served) for _ in range(r)]
         ids = {n: s.fill(names, _PROMPT, _PAGE - _PROMPT) for n, s in sides.items()}
         ratios, bounds = [], []
         for i in range(rounds):

@@ -24,6 +24,9 @@ KEYS = {
         "weight_bytes_ratio",
     },
     "lora": {"tokens_per_second_ratio"},
+    "prefix": {"ttft_ratio"},
+    "hotswap": {"failed", "gap_ratio"},
+    "coldstart": {"cached_ratio", "first_token_full_s", "first_token_empty_s"},
     "oversubscription": {"offered", "finished", "identical", "within_token_rule"},
 }
 
@@ -50,7 +53,12 @@ def test_every_scenario_is_held_to_its_keys():
     assert set(KEYS) == set(SCENARIOS)
 
 
-@pytest.mark.parametrize("name", sorted(KEYS))
+_LONG = {"coldstart"}  # Starts processes that compile everything.
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.long if n in _LONG else ()) for n in sorted(KEYS)]
+)
 def test_quick_run(name, quick):
     line = quick(name)
     assert line["scenario"] == name
@@ -76,6 +84,20 @@ def test_oversubscribed_all_finish(quick):
     assert figures["finished"] == figures["offered"]
     assert figures["within_token_rule"]
     assert line["detail"]["pages"]["squeezed"] < line["detail"]["pages"]["unloaded"]
+
+
+def test_a_prefix_seen_before_is_not_computed_again(quick):
+    detail = quick("prefix")["detail"]
+    # Each of three prefixes of 128 tokens was computed once and found twice.
+    assert detail["cached_tokens"] == 3 * 2 * 128
+    assert detail["prompt_tokens_computed"] == 3 * (128 + 3 * 16)
+
+
+def test_swapping_fails_nothing_and_gives_memory_back(quick):
+    line = quick("hotswap")
+    assert line["hotswap"]["failed"] == 0
+    assert line["detail"]["bytes_after"] == line["detail"]["bytes_before"]
+    assert line["detail"]["swapped"]["requests"] > 0
 
 
 @pytest.mark.long
