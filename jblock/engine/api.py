@@ -21,7 +21,7 @@ class SamplingParams:
     min_p.
 
     Attributes:
-      temperature: 0 is greedy; otherwise logits are divided by it.
+      temperature: 0 (or below 1e-5) is greedy; otherwise logits are divided by it.
       top_k: keep the k best tokens; 0 keeps all.
       top_p: keep the smallest set of best tokens whose probability reaches this; 1 keeps all.
       min_p: drop tokens less probable than this share of the best one's probability; 0 keeps all.

@@ -11,6 +11,8 @@ from jblock.engine.programs import INDEX_COLUMNS
 from jblock.engine.sampling import OPTION_COLUMNS
 from jblock.engine.sequence import Item
 
+MIN_TEMPERATURE = 1e-5
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -76,7 +78,9 @@ def option_array(batch: Batch) -> np.ndarray:
     floats = options.view(np.float32)
     for i, item in enumerate(batch.items):
         sampling = item.sequence.request.sampling
-        floats[i, [0, 2, 4]] = sampling.temperature, sampling.top_p, sampling.min_p
+        # Below it logits would overflow; the best token is what such a temperature means.
+        temperature = sampling.temperature if sampling.temperature >= MIN_TEMPERATURE else 0.0
+        floats[i, [0, 2, 4]] = temperature, sampling.top_p, sampling.min_p
         options[i, 1] = min(sampling.top_k, 2**31 - 1)
         options[i, 3:4].view(np.uint32)[0] = item.sequence.seed & 0xFFFFFFFF
     return options

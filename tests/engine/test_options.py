@@ -73,6 +73,7 @@ def generated(agent, **options) -> list[int]:
 def test_each_option_shows(agent):
     plain = generated(agent)
     assert generated(agent, min_p=1.0, temperature=2.0) == plain
+    assert generated(agent, temperature=1e-40, seed=1) == plain  # Not the first of many infinities.
     assert generated(agent, logit_bias=((plain[0], -100.0),))[0] != plain[0]
     assert generated(agent, logit_bias=((7, 100.0),)) == [7] * 30
     varied = generated(agent, frequency_penalty=2.0, presence_penalty=2.0, repetition_penalty=5.0)
