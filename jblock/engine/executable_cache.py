@@ -124,7 +124,7 @@ def environment() -> str:
                 }
             ),
             _cpu_features(),
-            _code_digest(),
+            _CODE_DIGEST,
         )
     )
 
@@ -144,3 +144,7 @@ def _code_digest() -> str:
         for path in sorted((root / part).rglob("*.py")):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+# Taken when the code is loaded: what is edited later is not what compiled the programs.
+_CODE_DIGEST = _code_digest()

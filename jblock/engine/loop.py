@@ -286,7 +286,7 @@ class Loop:
 
     def _sweep(self, items: list[Item], buckets: Sequence[Bucket]) -> Step:
         """Takes every item through all its instances, in chain order, batching per instance."""
-        self._count(items)
+        self._count(items, buckets)
         self.device.begin_step()
         for item in items:
             item.sequence.route.instances[0].queue.append(item)
@@ -322,9 +322,12 @@ class Loop:
             if item.samples or item.scores or not instance.is_head:
                 instance.queue.append(item)
 
-    def _count(self, items: list[Item]) -> None:
-        """Counts what a server of one model each would have run: a batch a chain and chunk length."""
-        self._model_calls += len({(id(i.sequence.route), i.chunk) for i in items})
+    def _count(self, items: list[Item], buckets: Sequence[Bucket]) -> None:
+        """Counts the batches a server of one model each would have run with the same items."""
+        by_route: dict[int, list[Item]] = {}
+        for item in items:
+            by_route.setdefault(id(item.sequence.route), []).append(item)
+        self._model_calls += sum(len(list(batches(own, buckets))) for own in by_route.values())
         self._model_rows += sum(i.q_len for i in items)
         self._prompt_tokens += sum(len(i.tokens) for i in items)
 
