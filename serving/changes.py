@@ -1,6 +1,7 @@
 """Changes of what is served, while it is served: models are loaded, swapped and unloaded."""
 
 import asyncio
+from collections.abc import Mapping
 
 import grpc
 from absl import logging
@@ -69,7 +70,7 @@ class Changes:
         async with self._lock:
             dispatcher = self._dispatcher
             dispatcher.check_up()
-            now = {n: f"{n}@{m.info.version}" for n, m in dispatcher.models.items()}
+            now = {name: _pinned(model) for name, model in dispatcher.models.items()}
             wanted = {n: w for n, w in (now | change).items() if w is not None}
             if not wanted:
                 raise RequestError(
@@ -77,21 +78,25 @@ class Changes:
                     f"name: {next(iter(change))!r} is the last model served; load another first",
                 )
             dispatcher.models = await asyncio.to_thread(
-                _serve, dispatcher.engine, tuple(wanted.values()), tuple(now.values())
+                _serve, dispatcher.engine, tuple(wanted.values()), dispatcher.models
             )
             logging.info("serving %s", ", ".join(wanted.values()))
 
 
+def _pinned(model: ServedModel) -> str:
+    return f"{model.info.name}@{model.info.version}"
+
+
 def _serve(
-    engine: api.Engine, wanted: tuple[str, ...], now: tuple[str, ...]
+    engine: api.Engine, wanted: tuple[str, ...], now: Mapping[str, ServedModel]
 ) -> dict[str, ServedModel]:
     """Switches the engine and reads the tokenizers; goes back where one cannot be read."""
     try:
         infos = engine.serve(wanted)
         try:
-            return load_models(infos)
+            return load_models(infos, now.values())
         except ValueError:
-            engine.serve(now)
+            engine.serve([_pinned(model) for model in now.values()])
             raise
     except api.UnknownChain as error:
         raise RequestError(grpc.StatusCode.NOT_FOUND, f"name: {error}") from error

@@ -9,7 +9,7 @@ import asyncio
 import collections
 import itertools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 
 import grpc
@@ -284,13 +284,19 @@ class Ticket:
         self._arrived.set()
 
 
-def load_models(infos: tuple[api.ModelInfo, ...]) -> dict[str, ServedModel]:
+def load_models(
+    infos: tuple[api.ModelInfo, ...], before: Iterable[ServedModel] = ()
+) -> dict[str, ServedModel]:
     """Reads the tokenizers; models that share one share it in memory too.
+
+    Args:
+      infos: what is served.
+      before: models that were served; their tokenizers, which never change in a zoo, are used again.
 
     Raises:
       ValueError: a tokenizer cannot be read.
     """
-    codecs: dict[str, TextCodec] = {}
-    for path in {info.tokenizer_path for info in infos if info.tokenizer_path}:
+    codecs = {m.info.tokenizer_path: m.codec for m in before if m.codec is not None}
+    for path in {info.tokenizer_path for info in infos if info.tokenizer_path} - codecs.keys():
         codecs[path] = TextCodec.load(path)
     return {i.name: ServedModel(info=i, codec=codecs.get(i.tokenizer_path)) for i in infos}

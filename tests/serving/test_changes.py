@@ -62,6 +62,15 @@ def test_loading_a_served_model_swaps_in_its_live_version(running):
     assert running.client.generate("other", [7], max_tokens=1).token_ids == (7,)
 
 
+def test_a_tokenizer_is_read_once(running, monkeypatch):
+    codec = running.server._dispatcher.models["echo"].codec
+    monkeypatch.setattr("serving.text.TextCodec.load", lambda path: 1 / 0)
+    for name in ("late", "echo", "other"):
+        running.client.load(name)
+    models = running.server._dispatcher.models
+    assert models["echo"].codec is models["late"].codec is codec
+
+
 def test_requests_of_an_unloaded_model_end_well(running):
     stream = running.client.stream("other", [7], max_tokens=60)
     next(stream)
