@@ -5,6 +5,7 @@ PM is this engine with sharing off: the same kernels, the same KV memory, one ba
 
 import argparse
 import dataclasses
+import gc
 import statistics
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         sizes = dataclasses.replace(sizes, rounds=args.rounds)
     result = _engines(sizes, args.cache, not args.no_open_loop)
     if args.curve or args.plot:
+        gc.collect()  # The engines above are gone; the curve loads its own.
         result["curve"] = sharing_curve.run(
             sizes.shape, sizes.models, sizes.private[0], args.cache, quick=args.quick
         )
