@@ -19,6 +19,9 @@ from jblock.engine.loop import Loop
 from jblock.zoo.records import Chain, ZooError
 from jblock.zoo.store import Zoo
 
+# Between looks at what is waiting, when nothing runs.
+_STALL_SECONDS = 0.01
+
 Switch = tuple[Assembly, threading.Event]
 
 
@@ -130,7 +133,9 @@ class ThreadEngine:
         """Takes all messages in; waits for one only when there is nothing to do. False: stop."""
         while True:
             try:
-                message = self._inbox.get(block=self._loop.idle)
+                idle = self._loop.idle
+                wait = None if idle else _STALL_SECONDS
+                message = self._inbox.get(block=idle or self._loop.stalled, timeout=wait)
             except queue.Empty:
                 return True
             if message is None:

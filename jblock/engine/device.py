@@ -51,6 +51,7 @@ class Device:
       pool_shapes: pages of each KV group.
       executables: the compiled programs.
       buckets: grids that may be used now; replaced as a whole when more are compiled.
+      plain_only: only what plain greedy requests need is compiled yet; others wait.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Device:
             cache,
         )
         self.buckets: tuple[Bucket, ...] = (*config.decode_buckets, *config.prefill_buckets)
+        self.plain_only = False
         groups = sorted({g for route in assembly.routes.values() for g in route.groups})
         self.pool_shapes = {g: _pool_shape(g, len(groups), config) for g in groups}
         self._pools = {
@@ -102,21 +104,26 @@ class Device:
                 "added to a running engine: name it in --models and start again"
             )
 
-    def program_keys(self, assembly: Assembly, buckets: Sequence[Bucket]) -> Iterator[ProgramKey]:
-        """Every program the assembly can ask for on these grids."""
+    def program_keys(
+        self, assembly: Assembly, buckets: Sequence[Bucket], *, plain: bool = False
+    ) -> Iterator[ProgramKey]:
+        """Every program the assembly can ask for on these grids; with `plain`, for plain greedy
+        requests only."""
         units = [u for i in assembly.instances for u in i.units]
         vocabs = {vocab_size(u.signature) for u in units if u.signature.kind == "head"}
+        kinds = ("greedy",) if plain else ("greedy", "sampled", "adjust", "top_logprobs")
         for bucket in buckets:
             for unit in units:
                 yield self._key((unit,), bucket)
-                if unit.signature.kind == "head" and bucket.q_len > 1:
+                if unit.signature.kind == "head" and bucket.q_len > 1 and not plain:
                     yield _scoring_key(unit, bucket)
             for vocab in vocabs:
                 size = Bucket(bucket.num_seqs, 1)
-                for kind in ("greedy", "sampled", "adjust", "top_logprobs"):
+                for kind in kinds:
                     yield ProgramKey(kind=kind, bucket=size, vocab_size=vocab)
-        for vocab in vocabs:
-            yield ProgramKey(kind="set_counts", vocab_size=vocab)
+        if not plain:
+            for vocab in vocabs:
+                yield ProgramKey(kind="set_counts", vocab_size=vocab)
         for shape in self.pool_shapes.values():
             yield ProgramKey(kind="scrub", pool=shape)
 

@@ -52,8 +52,8 @@ class Keeper:
         self._closing = threading.Event()
         self._settled = threading.Event()
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._make(assembly, config.first_buckets)
-        device.buckets = config.first_buckets
+        self._make(assembly, config.first_buckets, plain=True)
+        device.buckets, device.plain_only = config.first_buckets, True
         self._thread = threading.Thread(target=self._run, name="jblock-keeper", daemon=True)
 
     def start(self) -> None:
@@ -114,8 +114,11 @@ class Keeper:
                 self._do(*job)
 
     def _missing(self) -> Callable[[], None] | None:
-        """The next thing to compile: first more grids, then segments for the grids there are."""
+        """The next thing to compile: what requests with options need, then more grids, then segments
+        for the grids there are."""
         config, device = self._config, self._device
+        if device.plain_only:
+            return self._add_options
         for bucket in (*config.decode_buckets, *config.prefill_buckets):
             if bucket not in device.buckets and bucket not in self._failed:
                 return functools.partial(self._try, bucket, functools.partial(self._add, bucket))
@@ -138,6 +141,11 @@ class Keeper:
             self._failed.add(what)
             logging.exception("%s could not be compiled; the other programs serve on", what)
 
+    def _add_options(self) -> None:
+        """From here on every request is admitted, compiled for or not."""
+        self._try("what sampling needs", lambda: self._make(self.assembly, self._device.buckets))
+        self._device.plain_only = False
+
     def _add(self, bucket: Bucket) -> None:
         self._make(self.assembly, (bucket,))
         if not self._closing.is_set():
@@ -157,10 +165,10 @@ class Keeper:
         except Exception as e:
             done.set_exception(e)
 
-    def _make(self, assembly: Assembly, buckets: Sequence[Bucket]) -> None:
+    def _make(self, assembly: Assembly, buckets: Sequence[Bucket], *, plain: bool = False) -> None:
         """Every program the assembly can ask for on these grids, compiled or from the cache."""
         self._device.executables.warm(
-            self._device.program_keys(assembly, buckets),
+            self._device.program_keys(assembly, buckets, plain=plain),
             self._config.compile_workers,
             stop=self._closing,
         )

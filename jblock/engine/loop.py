@@ -62,6 +62,11 @@ class Loop:
         """Nothing is waiting, running or in flight."""
         return not (self._waiting or self._running or self._in_flight)
 
+    @property
+    def stalled(self) -> bool:
+        """All that is there waits for something other than the next step."""
+        return not (self._running or self._in_flight)
+
     def switch(self, assembly: Assembly) -> None:
         """Serves another set of chains from the next step on. Every program it needs has been made.
 
@@ -197,13 +202,15 @@ class Loop:
 
     def _admit(self) -> None:
         """Starts waiting requests in order. One that lacks pages holds back only those that want
-        pages of the same group; one whose prompt begins as a prompt being computed waits for it."""
+        pages of the same group; one whose prompt begins as a prompt being computed waits for it, and
+        one that needs programs still being made waits for them."""
         held: set[KvGroup] = set()
         still_waiting: collections.deque[Seq] = collections.deque()
         while self._waiting and self._seq_slots.free and self._rows.free:
             sequence = self._waiting.popleft()
             groups = sequence.route.groups
-            if self.kv.awaits(sequence):
+            not_yet = self.device.plain_only and not sequence.plain
+            if not_yet or self.kv.awaits(sequence):
                 still_waiting.append(sequence)
                 continue
             if held.intersection(groups) or not self.kv.admit(sequence):

@@ -60,6 +60,17 @@ class Sequence:
         return (*eos, *sampling.stop_token_ids)
 
     @property
+    def plain(self) -> bool:
+        """Greedy, with nothing asked for but tokens and their own log-probabilities."""
+        sampling = self.request.sampling
+        return (
+            sampling.temperature == 0
+            and not sampling.adjusts_logits
+            and not sampling.top_logprobs
+            and not self.scores_prompt
+        )
+
+    @property
     def scores_prompt(self) -> bool:
         """Its prompt's log-probabilities are still wanted: they go out with what follows first."""
         return self.request.sampling.prompt_logprobs and not self.generated

@@ -95,3 +95,16 @@ def test_refuses_a_folder_others_can_write_to(tmp_path):
     os.chmod(folder, 0o777)
     with pytest.raises(ValueError, match="chmod"):
         ExecutableCache(folder)
+
+
+def test_requests_with_options_wait_for_their_programs(zoo, tmp_path):
+    one = engine(zoo, ExecutableCache(tmp_path / "cache"))
+    prompt = oracle(MODEL)["prompt"]
+    one.submit(request("sampled", MODEL, prompt, temperature=0.7, seed=3, max_tokens=4))
+    one.submit(request("plain", MODEL, prompt))
+    ended = []
+    while len(ended) < 2:
+        ended.extend(o.request_id for o in one.poll(10) if o.finish_reason == "length")
+    one.settle()
+    assert one.stats().compiles_on_serving_path == 0
+    one.close()
