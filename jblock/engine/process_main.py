@@ -134,8 +134,10 @@ def _serve(sender: _Sender, inbox: _Inbox, engine: api.Engine) -> None:
     """Passes what the engine brings to the parent until told to close."""
     models = engine.models()
     inbox.warm = True
+    # Counters first: whoever has seen the engine warm must not read those of one that is not.
+    sent = engine.stats()
+    sender.send("step", [[], wire.to_plain(sent)])
     sender.send("models", [wire.to_plain(m) for m in models])
-    sent: api.EngineStats | None = None
     while not inbox.closing.is_set():
         outputs = engine.poll(_POLL_SECONDS)
         stats = engine.stats()

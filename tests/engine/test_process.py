@@ -358,3 +358,12 @@ def test_requests_wait_for_a_page_in_the_mock():
     assert collect(engine, "b")[-1].finish_reason == "length"
     assert engine.stats().pages_free == 8
     engine.close()
+
+
+def test_counters_are_there_as_soon_as_the_models_are():
+    engine = ProcessEngine(MOCK, {})
+    try:
+        assert engine.models()
+        assert engine.stats().pages_free == engine.stats().pages_total > 0
+    finally:
+        engine.close()
