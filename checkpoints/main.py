@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from absl import app
+from absl import app, logging
 from absl.flags import argparse_flags
 
 from checkpoints.errors import BAD_INPUT
@@ -127,6 +127,9 @@ _FIELDS = {
 
 def main(args: argparse.Namespace) -> int:
     """Runs one command; returns its exit code."""
+    # A full disk is told in one line; orbax would log a traceback of every thread before it.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
     try:
         code = args.run(args)
         sys.stdout.flush()
@@ -141,6 +144,8 @@ def main(args: argparse.Namespace) -> int:
     except (*BAD_INPUT, OSError) as e:
         print(f"jblock-convert: error: {e}", file=sys.stderr)
         return 2
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def run() -> None:
