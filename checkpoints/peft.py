@@ -105,6 +105,12 @@ def plan_deltas(
                     "adapter_config.json names its module: give the whole adapter"
                 )
             continue
+        if not settings.allows(module):
+            raise CheckpointError(
+                f"{source.path}: tensors for {module!r} are surplus: target_modules and "
+                "layers_to_transform of adapter_config.json leave it out: one of the two files is "
+                "of another adapter"
+            )
         if len(there) == 1:
             raise CheckpointError(
                 f"{source.path}: tensor {pair[({'a', 'b'} - there).pop()]!r} is missing: give the "

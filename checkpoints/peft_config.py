@@ -39,6 +39,9 @@ _HARMLESS = {
 }
 # Start values that also rewrite the base's weights: the adapter is no sum on the plain base.
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What a program computes with holds no more.
+_FLOAT32_MAX = 3.4e38
+_LAYER = re.compile(r".*\.layers\.(\d+)\.")
 _REMEDY = {
     "use_dora": "merge it into the base and convert the result with 'hf'",
     "bias": "train with bias='none', or merge it into the base",
@@ -61,6 +64,8 @@ class LoraSettings:
       ranks: pattern over module paths -> rank.
       alphas: pattern over module paths -> alpha.
       modules: endings of the modules that must be there; None: whatever the weights hold.
+      may_adapt: endings of the modules that may be there; None: any.
+      layers: layers that may be adapted; None: any.
     """
 
     base: str
@@ -70,6 +75,8 @@ class LoraSettings:
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
     modules: tuple[str, ...] | None
+    may_adapt: tuple[str, ...] | None
+    layers: tuple[int, ...] | None
 
     def rank_and_scale(self, module: str) -> tuple[int, float]:
         """Rank of the adapter on `module`, and what its product is multiplied by."""
@@ -79,9 +86,15 @@ class LoraSettings:
 
     def targets(self, module: str) -> bool:
         """Whether the config promises an adapter on `module`."""
-        return self.modules is not None and any(
-            module == m or module.endswith(f".{m}") for m in self.modules
-        )
+        return self.modules is not None and _named(module, self.modules)
+
+    def allows(self, module: str) -> bool:
+        """Whether PEFT would make an adapter on `module`; weights for others it ignores."""
+        if self.may_adapt is None or module in self.may_adapt:
+            return True
+        layer = _LAYER.match(module)
+        right_layer = self.layers is None or (layer and int(layer[1]) in self.layers)
+        return bool(right_layer and _named(module, self.may_adapt))
 
 
 def read_settings(config: Mapping[str, Any]) -> LoraSettings:
@@ -109,9 +122,15 @@ def read_settings(config: Mapping[str, Any]) -> LoraSettings:
             "path_initial_model_for_weight_conversion",
         )
     modules = config.get("target_modules")
+    listed = isinstance(modules, list) and all(isinstance(m, str) for m in modules)
+    if not (modules is None or isinstance(modules, str) or listed):
+        raise _refuse("target_modules", modules, "give a list of names of modules")
+    endings = tuple(modules) if listed and modules else None
+    for field, kind in (("use_rslora", bool), ("base_model_name_or_path", str)):
+        if config.get(field) is not None and not isinstance(config[field], kind):
+            raise _refuse(field, config[field], f"give a {kind.__name__}")
     partial = any(config.get(f) for f in ("layers_pattern", "exclude_modules"))
     partial = partial or config.get("layers_to_transform") is not None
-    named = isinstance(modules, list) and not partial
     return LoraSettings(
         base=str(config.get("base_model_name_or_path") or ""),
         rank=_rank("r", config.get("r")),
@@ -119,8 +138,24 @@ def read_settings(config: Mapping[str, Any]) -> LoraSettings:
         rslora=bool(config.get("use_rslora")),
         ranks=_patterns(config, "rank_pattern", _rank),
         alphas=_patterns(config, "alpha_pattern", _alpha),
-        modules=tuple(str(m) for m in modules) if named and isinstance(modules, list) else None,
+        modules=None if partial else endings,
+        may_adapt=endings,
+        layers=_layers(config),
     )
+
+
+def _named(module: str, endings: tuple[str, ...]) -> bool:
+    return any(module == e or module.endswith(f".{e}") for e in endings)
+
+
+def _layers(config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    given = config.get("layers_to_transform")
+    layers = [given] if isinstance(given, int) else given or None
+    if layers is None:
+        return None
+    if not isinstance(layers, list) or not all(type(i) is int for i in layers):
+        raise _refuse("layers_to_transform", given, "give a list of numbers of layers")
+    return tuple(layers)
 
 
 def _refuse(field: str, value: Any, remedy: str) -> CheckpointError:
@@ -134,8 +169,10 @@ def _rank(field: str, value: Any) -> int:
 
 
 def _alpha(field: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise _refuse(field, value, "give a number")
+    if not abs(value) <= _FLOAT32_MAX:
+        raise _refuse(field, value, "give a number that float32 holds")
     return float(value)
 
 

@@ -1,6 +1,7 @@
 """A checkpoint folder in Hugging Face form: its JSON files, and its tensors over all shards."""
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,7 @@ def read_json(path: Path, required: bool = True) -> dict[str, Any]:
     if not path.exists() and not required:
         return {}
     try:
-        data = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        data = json.loads(path.read_bytes(), parse_constant=_refuse_constant, parse_float=_finite)
     except FileNotFoundError as e:
         raise CheckpointError(
             f"{path.parent} has no {path.name}: give a complete checkpoint"
@@ -132,6 +133,13 @@ def _no_weights(path: Path, wanted: str) -> str:
             f"read: save the model as {wanted} (transformers: save_pretrained)"
         )
     return f"{path} has no {wanted} and no {wanted}.index.json: give a checkpoint in safetensors"
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is over what a float holds")
+    return value
 
 
 def _refuse_constant(text: str) -> None:

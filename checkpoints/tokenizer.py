@@ -62,7 +62,9 @@ def read_tokenizer(path: Path) -> TokenizerFiles | None:
         )
     try:
         tokenizer = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
-    except Exception as e:  # the library raises plain Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # plain Exception, or PanicException, which is not even that
         raise CheckpointError(f"{path}/tokenizer.json cannot be loaded: {e}") from e
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     return TokenizerFiles(files=files, largest_id=largest, made=made)

@@ -36,7 +36,9 @@ class TextCodec:
         path = pathlib.Path(folder) / "tokenizer.json"
         try:
             return cls(Tokenizer.from_file(str(path)))
-        except Exception as error:  # The library raises bare Exception.
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # Bare Exception, or PanicException, which is not even that.
             raise ValueError(
                 f"tokenizer_path: {path} is no tokenizer ({error}); convert the model again"
             ) from error

@@ -3,7 +3,6 @@
 Both spellings are read: transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`).
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,9 @@ from jblock.blocks.spec import RopeSpec
 class ConfigError(ValueError):
     """A checkpoint's config that cannot be served: names the field, the value and the remedy."""
 
+
+# What a program computes with holds no more.
+_FLOAT32_MAX = 3.4e38
 
 _LLAMA3 = {
     "factor": "factor",
@@ -47,7 +49,7 @@ def integer(
 
 
 def number(config: Mapping[str, Any], field: str, default: float | None = None) -> float:
-    """`config[field]` as a finite float over 0; `default` when absent or null.
+    """`config[field]` as a float over 0 that float32 holds; `default` when absent or null.
 
     Raises:
       ConfigError: not there and no default, or not such a number.
@@ -59,8 +61,10 @@ def number(config: Mapping[str, Any], field: str, default: float | None = None) 
         raise ConfigError(f"config.json has no {field!r}: add the model's value")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigError(f"config.json: {field} is {value!r}; give a number")
-    if not math.isfinite(value) or value <= 0:
-        raise ConfigError(f"config.json: {field} is {value!r}; give a finite number over 0")
+    if not 0 < value <= _FLOAT32_MAX:
+        raise ConfigError(
+            f"config.json: {field} is {value!r}; give a number over 0 that float32 holds"
+        )
     return float(value)
 
 

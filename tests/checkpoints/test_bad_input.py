@@ -65,6 +65,8 @@ def cli(zoo, capsys):
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["rope_parameters"]),
         ({"rope_parameters": {"rope_theta": 5.0}}, ["rope_theta", "5.0"]),
         ({"rope_theta": -1}, ["rope_theta", "-1"]),
+        ({"rope_theta": 10**400}, ["rope_theta", "float32"]),
+        ({"rms_norm_eps": 1e300}, ["rms_norm_eps", "float32"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
         ({"attention_bias": True}, ["attention_bias"]),
         ({"mlp_bias": True}, ["mlp_bias"]),
@@ -231,6 +233,8 @@ def test_folders(tmp_path, cli):
     refused(cli, ["model.safetensors"], "hf", tmp_path / "src", "--name", "bad")
     (tmp_path / "src" / "config.json").write_text('{"vocab_size": NaN}')
     refused(cli, ["config.json", "NaN"], "hf", tmp_path / "src", "--name", "bad")
+    (tmp_path / "src" / "config.json").write_text('{"note": 1e999}')
+    refused(cli, ["config.json", "1e999"], "hf", tmp_path / "src", "--name", "bad")
     (tmp_path / "src" / "config.json").write_text("[" * 100_000)
     refused(cli, ["config.json"], "hf", tmp_path / "src", "--name", "bad")
 
@@ -259,6 +263,12 @@ def test_tokenizers(tmp_path, cli):
     source = tiny.write_checkpoint(tmp_path / "src")
     (source / "tokenizer.json").write_text("{}")
     refused(cli, ["tokenizer.json"], "hf", source, "--name", "bad")
+    # The library panics on this one, with an exception that is no Exception.
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": ""}
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    whole = {"version": "1.0", "normalizer": normalizer, "model": model}
+    (source / "tokenizer.json").write_text(json.dumps(whole))
+    refused(cli, ["tokenizer.json", "charsmap"], "hf", source, "--name", "bad")
     (source / "tokenizer.json").unlink()
     (source / "vocab.json").write_text("{}")
     refused(cli, ["vocab.json", "tokenizer.json"], "hf", source, "--name", "bad")
@@ -282,6 +292,9 @@ def test_tokenizers(tmp_path, cli):
         ({"r": 0}, ["r is 0"]),
         ({"r": 8}, [QA, "[4, 16]", "[8, 16]"]),
         ({"lora_alpha": None}, ["lora_alpha"]),
+        ({"lora_alpha": 10**400}, ["lora_alpha", "float32"]),
+        ({"alpha_pattern": {"q_proj": 1e300}}, ["alpha_pattern", "float32"]),
+        ({"use_rslora": "no"}, ["use_rslora", "bool"]),
         ({"rank_pattern": {"q_proj": 2}}, [QA, "rank_pattern"]),
         ({"rank_pattern": {"(q|k)_proj": 4}}, ["rank_pattern", "groups"]),
         ({"rank_pattern": {"[": 4}}, ["rank_pattern"]),
@@ -290,6 +303,13 @@ def test_tokenizers(tmp_path, cli):
         ({"rank_pattern": [4]}, ["rank_pattern"]),
         ({"alpha_pattern": {"q_proj": "x"}}, ["alpha_pattern"]),
         ({"target_modules": ["q_proj", "v_proj", "down_proj", "o_proj"]}, ["o_proj", "missing"]),
+        ({"target_modules": ["q_proj", "v_proj"]}, ["down_proj", "surplus"]),
+        ({"target_modules": 5}, ["target_modules", "5"]),
+        ({"target_modules": [["q_proj"]]}, ["target_modules"]),
+        ({"layers_to_transform": [0]}, ["layers.1", "surplus", "layers_to_transform"]),
+        ({"layers_to_transform": 1}, ["layers.0", "surplus"]),
+        ({"layers_to_transform": "all"}, ["layers_to_transform", "all"]),
+        ({"base_model_name_or_path": ["base"]}, ["base_model_name_or_path"]),
         ({"base_model_name_or_path": "org/other"}, ["other", "--base"]),
     ],
 )
