@@ -105,7 +105,7 @@ class Chain:
         """Inverse of `to_json`.
 
         Raises:
-          ZooError: fields missing or unknown.
+          ZooError: fields missing or unknown, or numbers that are none of a model.
         """
         fields = dict(data)
         try:
@@ -113,9 +113,19 @@ class Chain:
                 Step(component=s["component"], deltas=tuple(s["deltas"])) for s in fields["steps"]
             )
             fields["eos_token_ids"] = tuple(fields.get("eos_token_ids", ()))
-            return cls(**fields)
+            chain = cls(**fields)
         except (TypeError, KeyError) as e:
             raise ZooError(f"chain record has missing or unknown fields: {e}") from e
+        for field in ("max_position", "vocab_size"):
+            value = fields[field]
+            if type(value) is not int or not 1 <= value < 2**31:
+                raise ZooError(f"chain record: {field} is {value!r}: the zoo is damaged; run fsck")
+        for id_ in chain.eos_token_ids:
+            if type(id_) is not int or not 0 <= id_ < chain.vocab_size:
+                raise ZooError(
+                    f"chain record: eos_token_ids has {id_!r}: the zoo is damaged; run fsck"
+                )
+        return chain
 
 
 def check_name(name: str) -> str:

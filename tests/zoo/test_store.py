@@ -170,6 +170,23 @@ def test_a_chain_names_only_what_is_there(zoo):
     assert zoo.chains() == ["m"]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_position": -1},
+        {"max_position": True},
+        {"vocab_size": 10**12},
+        {"vocab_size": "32"},
+        {"eos_token_ids": [-1]},
+        {"eos_token_ids": [10**6]},
+    ],
+)
+def test_a_record_with_numbers_of_no_model_is_not_served(zoo, change):
+    chain = zoos.fill(zoo)
+    with pytest.raises(ZooError, match=next(iter(change))):
+        Chain.from_json(chain.to_json() | change)
+
+
 @pytest.mark.parametrize("id_", ["", ".", "..", "../chains", "/etc", "0" * 63, "G" * 64, "A" * 64])
 def test_ids_are_no_paths(zoo, id_):
     for call in (zoo.component, zoo.load_component, zoo.delta, zoo.load_delta, zoo.tokenizer_path):
