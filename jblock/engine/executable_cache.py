@@ -36,10 +36,20 @@ class ExecutableCache:
         """Opens or makes the folder.
 
         Raises:
-          ValueError: it belongs to another user, or others may write to it.
+          ValueError: it cannot be made, belongs to another user, or others may write to it.
         """
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
+        try:
+            # mkdir gives the mode to the last folder only; who may write to one above it could
+            # put another in its place.
+            for above in reversed(folder.parents):
+                above.mkdir(mode=0o700, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            status = folder.stat()
+        except OSError as e:
+            raise ValueError(
+                f"executable cache {str(folder)!r} cannot be made ({e.strerror}): set XDG_CACHE_HOME "
+                "to a folder that the service may write to"
+            ) from e
         if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
             raise ValueError(
                 f"executable cache {str(folder)!r} is owned or writable by others, who could run code "

@@ -97,6 +97,22 @@ def test_refuses_a_folder_others_can_write_to(tmp_path):
         ExecutableCache(folder)
 
 
+def test_every_folder_it_makes_is_its_users_alone(tmp_path):
+    before = os.umask(0)
+    try:
+        ExecutableCache(tmp_path / "cache" / "jblock" / "executables")
+    finally:
+        os.umask(before)
+    made = [tmp_path / "cache", *(tmp_path / "cache").rglob("*")]
+    assert [folder.stat().st_mode & 0o777 for folder in made] == [0o700] * 3
+
+
+def test_says_how_to_move_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(ValueError, match="XDG_CACHE_HOME"):
+        ExecutableCache(tmp_path / "cache" / "jblock")
+
+
 def test_requests_with_options_wait_for_their_programs(zoo, tmp_path):
     one = engine(zoo, ExecutableCache(tmp_path / "cache"))
     prompt = oracle(MODEL)["prompt"]
