@@ -38,7 +38,11 @@ _ENGINE = flags.DEFINE_enum(
     "engine", "process", ["process", "thread"], "Where the engine's loop runs."
 )
 _PROFILER_PORT = flags.DEFINE_integer(
-    "profiler_port", None, "Port of the engine's XLA profiler server; default: none."
+    "profiler_port",
+    None,
+    "Port of the engine's XLA profiler server; default: none.",
+    lower_bound=1,
+    upper_bound=65535,
 )
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "Type of the weights in matmuls."
@@ -124,9 +128,18 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _parse(argv: list[str]) -> list[str]:
+    """The arguments that are no flags; ends with 2, as any bad configuration, on a bad flag."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        print(f"jblock-serve: {error}; --help lists the flags", file=sys.stderr)
+        sys.exit(2)
+
+
 def run() -> None:
     """Entry point of `jblock-serve`."""
-    app.run(main)
+    app.run(main, flags_parser=_parse)
 
 
 if __name__ == "__main__":

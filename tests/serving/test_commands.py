@@ -102,12 +102,14 @@ def test_what_is_not_given_is_left_to_the_engine(start_server):
         (["--zoo=x", "--max_queue=0"], "jblock-serve: max_queue: 0 admits nothing"),
         (["--zoo=x", "stray"], "jblock-serve: arguments: ['stray'] are not understood"),
         ([], "zoo"),
+        (["--zoo=x", "--nonsense"], "jblock-serve: Unknown command line flag 'nonsense'"),
+        (["--zoo=x", "--profiler_port=-1"], "profiler_port"),
     ],
 )
 def test_bad_flags(start_server, flags, message):
     server = start_server(*flags)
     out, err = server.communicate(timeout=20)
-    assert server.returncode != 0
+    assert server.returncode == 2
     assert message in out + err
     assert "Traceback" not in err
 
