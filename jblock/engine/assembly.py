@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 
-import jax
 import numpy as np
 
 from jblock.blocks.spec import AttentionSpec, ComponentSpec, EmbeddingSpec, FfnSpec, LoraSpec
@@ -17,8 +16,8 @@ from jblock.zoo.partition import Block, blocks
 from jblock.zoo.records import Chain, Step
 from jblock.zoo.store import Zoo
 
-# A call costs the host some 30 us; a CPU reads 12 MB in ten times that.
-SEGMENT_LAYER_BYTES = 12 * 10**6 if jax.default_backend() == "cpu" else 2**62
+# Calls cost the host and the device some time each; longer segments only cost more to compile.
+SEGMENT_LAYERS = 16
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -63,8 +62,7 @@ class Instance:
       name: for traces and logs.
       depth: index of its first step in the chains that use it; the sweep goes in this order.
       units: run one after another over the same rows.
-      segments: the units again, in runs that one program may carry; runs of one where calls are long
-        enough anyway.
+      segments: the units again, in runs that one program may carry.
       queue: items ready to run here.
       calls: batches run.
       rows: rows (tokens) those carried.
@@ -330,15 +328,14 @@ class _Loader:
 
 
 def _segments(units: Sequence[Unit]) -> tuple[tuple[Unit, ...], ...]:
-    """Runs of layers worth one call: neighbours of one KV group whose weights a device reads in less
-    time than ten calls cost it. On CPU larger layers measured faster as programs of their own."""
+    """Runs of layers of one KV group, of SEGMENT_LAYERS at most, that one program may carry."""
     runs: list[list[Unit]] = []
     for unit in units:
         joins = (
             bool(runs)
             and unit.signature.kind == "layer"
             and unit.group == runs[-1][-1].group
-            and parameters.nbytes(unit.params) <= SEGMENT_LAYER_BYTES
+            and len(runs[-1]) < SEGMENT_LAYERS
         )
         if joins:
             runs[-1].append(unit)
