@@ -24,6 +24,7 @@ class TextCodec:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        self._longest = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1)
         self.detokenizer = Detokenizer(tokenizer)
 
     @classmethod
@@ -42,6 +43,11 @@ class TextCodec:
             raise ValueError(
                 f"tokenizer_path: {path} is no tokenizer ({error}); convert the model again"
             ) from error
+
+    def most_characters(self, num_tokens: int) -> int:
+        """Texts longer than this have more than `num_tokens` tokens, by a wide margin: of so many
+        the longest there is, four times over for what a normalizer may compose or drop."""
+        return num_tokens * self._longest * 4
 
     async def encode(self, text: str) -> tuple[int, ...]:
         """The ids of a text, the special tokens of the tokenizer's template added."""

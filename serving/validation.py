@@ -30,11 +30,18 @@ async def prompt_ids(request: pb.GenerateRequest, model: ServedModel) -> tuple[i
       RequestError: the prompt is missing, empty, too long or not of this vocabulary.
     """
     given = request.WhichOneof("prompt")
+    most = model.info.max_model_len - 1
     if given == "text":
         if model.codec is None:
             raise invalid(f"text: {model.info.name} has no tokenizer; send token_ids")
         if not request.text:
             raise invalid("text: is empty; send at least one character")
+        # Encoding megabytes takes seconds, in which other long prompts would wait.
+        if len(request.text) > model.codec.most_characters(most):
+            raise invalid(
+                f"text: prompt has {len(request.text)} characters, {model.info.name} takes at most "
+                f"{most} tokens; shorten it"
+            )
         ids = await model.codec.encode(request.text)
         if not ids:
             raise invalid(f"text: {request.text[:40]!r} encodes to no token; send other text")
@@ -44,7 +51,6 @@ async def prompt_ids(request: pb.GenerateRequest, model: ServedModel) -> tuple[i
             raise invalid("token_ids: is empty; send at least one id")
     else:
         raise invalid("prompt: is missing; set text or token_ids")
-    most = model.info.max_model_len - 1
     if len(ids) > most:
         raise invalid(
             f"{given}: prompt has {len(ids)} tokens, {model.info.name} takes at most {most}; "

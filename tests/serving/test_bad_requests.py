@@ -34,6 +34,11 @@ CASES = {
         "INVALID_ARGUMENT",
         "text: is empty; send at least one character",
     ),
+    "megabytes of text, which are not even encoded": (
+        pb.GenerateRequest(model="echo", text="a " * 1_000_000),
+        "INVALID_ARGUMENT",
+        "text: prompt has 2000000 characters, echo takes at most 1023 tokens; shorten it",
+    ),
     "no ids": (ask(ids=()), "INVALID_ARGUMENT", "token_ids: is empty; send at least one id"),
     "text for a model of ids": (
         pb.GenerateRequest(model="ids", text="x"),
