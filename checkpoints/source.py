@@ -98,6 +98,9 @@ def read_json(path: Path, required: bool = True) -> dict[str, Any]:
     """
     if not path.exists() and not required:
         return {}
+    if path.exists() and not path.is_file():
+        # Reading a pipe or a device might never end.
+        raise CheckpointError(f"{path} is no regular file: give a complete checkpoint")
     try:
         data = json.loads(path.read_bytes(), parse_constant=_refuse_constant, parse_float=_finite)
     except FileNotFoundError as e:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -237,6 +238,14 @@ def test_folders(tmp_path, cli):
     refused(cli, ["config.json", "1e999"], "hf", tmp_path / "src", "--name", "bad")
     (tmp_path / "src" / "config.json").write_text("[" * 100_000)
     refused(cli, ["config.json"], "hf", tmp_path / "src", "--name", "bad")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_pipes_are_not_waited_for(tmp_path, cli, name):
+    source = tiny.write_checkpoint(tmp_path / "src")
+    (source / name).unlink()
+    os.mkfifo(source / name)
+    refused(cli, [name], "hf", source, "--name", "bad")
 
 
 def test_a_folder_that_is_no_zoo_is_left_alone(tmp_path, capsys):
