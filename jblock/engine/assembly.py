@@ -56,7 +56,7 @@ class Unit:
 
 @dataclasses.dataclass(eq=False)
 class Instance:
-    """A block resident on this agent, with its own queue and counters.
+    """A block resident on this agent, with its own queue.
 
     Attributes:
       name: for traces and logs.
@@ -64,8 +64,6 @@ class Instance:
       units: run one after another over the same rows.
       segments: the units again, in runs that one program may carry.
       queue: items ready to run here.
-      calls: batches run.
-      rows: rows (tokens) those carried.
       calls_by_bucket: what runs it on each grid, as the device looked it up last.
     """
 
@@ -74,8 +72,6 @@ class Instance:
     units: tuple[Unit, ...]
     segments: tuple[tuple[Unit, ...], ...] = ()
     queue: collections.deque[Item] = dataclasses.field(default_factory=collections.deque)
-    calls: int = 0
-    rows: int = 0
     calls_by_bucket: dict[Bucket, tuple[int, list]] = dataclasses.field(default_factory=dict)
 
     @property

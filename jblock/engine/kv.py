@@ -76,11 +76,6 @@ class PagePool:
         """Pages nobody owns, cached ones included: what `take` can hand out."""
         return len(self._free) + len(self._unowned)
 
-    @property
-    def cached(self) -> int:
-        """Pages that can be found by content."""
-        return len(self._page_of)
-
     def take(self, count: int) -> list[int]:
         """`count` pages with one owner each, or none at all. Cached pages are forgotten for it last.
 

@@ -186,7 +186,8 @@ class Loop:
         problem = sampling_problem(request.sampling, route.chain)
         if problem:
             return problem
-        if request.request_id in self._running:
+        open_ids = (s.request.request_id for s in (*self._running.values(), *self._waiting))
+        if request.request_id in open_ids:
             return f"request_id {request.request_id!r} is already in flight; give another"
         return ""
 
@@ -306,8 +307,6 @@ class Loop:
                 instance.queue.clear()
                 for batch in batches(ready, buckets):
                     result = self.device.run(instance, batch)
-                    instance.calls += 1
-                    instance.rows += batch.num_rows
                     self._block_calls += 1
                     self._block_rows += batch.num_rows
                     if result is not None:

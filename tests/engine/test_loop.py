@@ -47,10 +47,7 @@ def test_refuses_what_it_cannot_serve(agent, model, prompt, options, code, words
     assert words in output.error_message
 
 
-def test_ends_at_eos_unless_told_to_go_on(agent):
-    greedy = oracle(MODEL)["greedy"].tolist()
-    stop = greedy[5]
-    before = greedy.index(stop)
+def test_ends_at_a_stop_id_without_returning_it(agent):
     prompt = oracle(MODEL)["prompt"][:40]
     free = agent.generate({"r": (MODEL, prompt)}, max_tokens=20)["r"]
     stop, before = free[5], free.index(free[5])
@@ -91,3 +88,15 @@ def test_cancelling_waiting_and_running_requests_frees_them(agent):
 def test_a_cache_too_small_for_one_sequence_is_refused(zoo):
     with pytest.raises(ValueError, match="kv_memory_mb"):
         Agent.make(zoo, [MODEL], EngineConfig(max_model_len=100_000, kv_memory_mb=1))
+
+
+def test_an_id_in_use_is_refused_whether_its_request_runs_or_waits(agent):
+    prompt = oracle(MODEL)["prompt"][:20]
+    for i in range(6):  # two more than run at a time
+        agent.loop.submit(request(f"r{i}", MODEL, prompt, max_tokens=4))
+    agent.loop.step()
+    for i in (0, 5):
+        agent.loop.submit(request(f"r{i}", MODEL, prompt, max_tokens=4))
+    refused = [o.request_id for o in agent.loop._outputs if "already in flight" in o.error_message]
+    assert refused == ["r0", "r5"]
+    agent.run()
