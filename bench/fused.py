@@ -17,7 +17,7 @@ from jblock.blocks.ffn import Ffn
 from jblock.blocks.rows import Rows
 from jblock.blocks.spec import AttentionSpec, EmbeddingSpec, FfnSpec, NormSpec
 from jblock.engine.assembly import Route
-from jblock.pallas_kernels.paged_attention.api import kv_shapes, paged_attention
+from jblock.pallas_kernels.paged_attention.api import abstract_pages, paged_attention
 
 
 class FusedDecode:
@@ -41,12 +41,11 @@ class FusedDecode:
         self._tied = units[-1].signature.tied
         self.num_seqs, self._max_pages = num_seqs, -(-max_len // page_size)
         attentions = [s for s in self._specs if isinstance(s, AttentionSpec)]
+        num_pages = 1 + num_seqs * self._max_pages
         self._pools = tuple(
             tuple(
-                jnp.zeros(shape, jnp.float32)
-                for shape in kv_shapes(
-                    1 + num_seqs * self._max_pages, page_size, s.num_kv_heads, s.head_dim
-                )
+                jnp.zeros(a.shape, a.dtype)
+                for a in abstract_pages(num_pages, page_size, s.num_kv_heads, s.head_dim)
             )
             for s in attentions
         )

@@ -52,6 +52,9 @@ _MAX_MODEL_LEN = flags.DEFINE_integer(
     "max_model_len", None, "Most tokens of prompt and output together."
 )
 _PAGE_SIZE = flags.DEFINE_integer("page_size", None, "Tokens a KV page holds.")
+_KV_DTYPE = flags.DEFINE_enum(
+    "kv_dtype", None, ["float32", "int8"], "Type of the KV cache; int8 is approximate."
+)
 _KV_MEMORY_MB = flags.DEFINE_integer("kv_memory_mb", None, "Memory of the KV cache.")
 _SHARE = flags.DEFINE_bool("share", None, "Share blocks between models; --noshare: a set each.")
 
@@ -62,6 +65,7 @@ _ENGINE_FLAGS = (
     _MAX_NUM_SEQS,
     _MAX_MODEL_LEN,
     _PAGE_SIZE,
+    _KV_DTYPE,
     _KV_MEMORY_MB,
     _SHARE,
     _PROFILER_PORT,

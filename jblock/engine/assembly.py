@@ -29,11 +29,6 @@ class KvGroup:
     head_dim: int
     layers: int
 
-    @property
-    def bytes_per_token(self) -> int:
-        """float32 bytes of K and V over all layers."""
-        return 2 * 4 * self.num_kv_heads * self.head_dim * self.layers
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Unit:

@@ -3,6 +3,7 @@
 import dataclasses
 
 DTYPES = ("float32", "bfloat16")
+KV_DTYPES = ("float32", "int8")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -24,10 +25,12 @@ class EngineConfig:
     """Settings of one agent.
 
     Attributes:
-      dtype: weights of the matmuls, "float32" or "bfloat16". Norms, registers and KV are float32.
+      dtype: weights of the matmuls, "float32" or "bfloat16". Norms and registers are float32.
       max_num_seqs: most sequences in flight.
       max_model_len: most tokens of prompt and output of one sequence.
       page_size: tokens in a KV page. 64 measured best on CPU.
+      kv_dtype: of the KV pages: "float32", or "int8" with a scale a token and head, which holds over
+        three times the tokens and changes outputs a little.
       kv_memory_mb: memory of all KV pools together, in 10^6 bytes.
       kv_pages: pages of every KV group at most, where fewer than the memory allows are wanted.
       decode_sizes: batch sizes decode programs are compiled for.
@@ -41,6 +44,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_model_len: int = 1024
     page_size: int = 64
+    kv_dtype: str = "float32"
     kv_memory_mb: int = 256
     kv_pages: int = 2**31 - 1
     decode_sizes: tuple[int, ...] = (1, 4, 16, 64)
@@ -58,6 +62,10 @@ class EngineConfig:
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is not served; give one of {', '.join(DTYPES)}")
+        if self.kv_dtype not in KV_DTYPES:
+            raise ValueError(
+                f"kv_dtype {self.kv_dtype!r} is not served; give one of {', '.join(KV_DTYPES)}"
+            )
         for field in ("max_num_seqs", "max_model_len", "page_size", "kv_memory_mb", "kv_pages"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:

@@ -205,8 +205,8 @@ class Device:
             index,
             pages,
         )
-        for i, pair in zip(layers, updated, strict=True):
-            pools[i] = pair
+        for i, new in zip(layers, updated, strict=True):
+            pools[i] = new
 
     def _sample(self, logits: jax.Array, meta: jax.Array, batch: Batch) -> Sampled:
         """Picks tokens; what no row of the batch asks for is not run."""
@@ -277,7 +277,15 @@ def _scoring_key(unit: Unit, bucket: Bucket) -> ProgramKey:
 def _pool_shape(group: KvGroup, num_groups: int, config: EngineConfig) -> PoolShape:
     """An equal share of the KV memory, page 0 (the null page) beside it, and never more pages than
     max_num_seqs sequences can fill."""
-    page_bytes = group.bytes_per_token * config.page_size
+    one = PoolShape(
+        num_pages=1,
+        page_size=config.page_size,
+        num_kv_heads=group.num_kv_heads,
+        head_dim=group.head_dim,
+        layers=group.layers,
+        dtype=config.kv_dtype,
+    )
+    page_bytes = one.page_bytes
     pages = min(
         config.kv_memory_mb * 10**6 // num_groups // page_bytes,
         config.max_num_seqs * config.max_pages,
@@ -289,10 +297,4 @@ def _pool_shape(group: KvGroup, num_groups: int, config: EngineConfig) -> PoolSh
             f"kv_memory_mb {config.kv_memory_mb} does not hold one sequence of max_model_len "
             f"{config.max_model_len}: give at least {needed}, or a smaller max_model_len"
         )
-    return PoolShape(
-        num_pages=pages + 1,
-        page_size=config.page_size,
-        num_kv_heads=group.num_kv_heads,
-        head_dim=group.head_dim,
-        layers=group.layers,
-    )
+    return dataclasses.replace(one, num_pages=pages + 1)

@@ -15,7 +15,7 @@ from jblock.engine.config import Bucket
 from jblock.engine.executable_cache import ExecutableCache
 from jblock.engine.params import abstract_params, abstract_tables
 from jblock.engine.signature import Signature
-from jblock.pallas_kernels.paged_attention.api import kv_shapes
+from jblock.pallas_kernels.paged_attention.api import abstract_pages
 
 SCRUB_PAGES = 16
 _ANY = Bucket(1, 1)
@@ -23,18 +23,26 @@ _ANY = Bucket(1, 1)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PoolShape:
-    """One KV group's pools: `layers` pairs of K and V page arrays."""
+    """One KV group's pools: the page arrays of `layers` layers."""
 
     num_pages: int
     page_size: int
     num_kv_heads: int
     head_dim: int
     layers: int
+    dtype: str = "float32"
 
-    def abstract_layer(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of one layer's K and V pages."""
-        k, v = kv_shapes(self.num_pages, self.page_size, self.num_kv_heads, self.head_dim)
-        return jax.ShapeDtypeStruct(k, jnp.float32), jax.ShapeDtypeStruct(v, jnp.float32)
+    def abstract_layer(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes and dtypes of one layer's pages."""
+        return abstract_pages(
+            self.num_pages, self.page_size, self.num_kv_heads, self.head_dim, dtype=self.dtype
+        )
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers."""
+        arrays = self.abstract_layer()
+        return self.layers * sum(a.size // self.num_pages * a.dtype.itemsize for a in arrays)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,10 +23,9 @@ from jblock.blocks.rows import Rows
 from jblock.blocks.spec import AttentionSpec, FfnSpec, NormSpec
 from jblock.engine.config import Bucket
 from jblock.engine.signature import Signature
-from jblock.pallas_kernels.paged_attention.api import paged_attention
+from jblock.pallas_kernels.paged_attention.api import KvPages, paged_attention
 
 INDEX_COLUMNS = 4
-KvPages = tuple[jax.Array, jax.Array]
 
 
 def unpack(index: jax.Array, bucket: Bucket) -> tuple[Rows, jax.Array, jax.Array, jax.Array]:
@@ -61,7 +60,7 @@ def segment_program(signatures: Sequence[Signature], bucket: Bucket) -> Callable
     """(params, tables, registers, kv pools, index, page_table) -> (registers, kv pools).
 
     Runs one or more layers over the same rows, which stay in registers of the machine between them.
-    Params and tables are one tuple a layer, pools one pair an attention.
+    Params and tables are one tuple a layer, pools one tuple of page arrays an attention.
     """
 
     def segment(
@@ -129,9 +128,7 @@ def scrub_program(pools: Sequence[KvPages], pages: jax.Array) -> tuple[KvPages, 
     """Zeroes pages that change hands: what an old tenant left can neither leak nor be 0 x NaN.
 
     Args:
-      pools: every layer's K and V pages (donated).
+      pools: every layer's page arrays (donated).
       pages: int32 [n] page ids; ids past the end are dropped.
     """
-    return tuple(
-        (k.at[pages].set(0, mode="drop"), v.at[pages].set(0, mode="drop")) for k, v in pools
-    )
+    return tuple(tuple(a.at[pages].set(0, mode="drop") for a in layer) for layer in pools)

@@ -27,6 +27,7 @@ class Case:
     head_dim: int = 8
     page_size: int = 4
     window: int | None = None
+    dtype: str = "float32"
 
 
 CASES = [
@@ -47,6 +48,10 @@ CASES = [
     Case(((20, 3),), 4, window=100),
     Case(((1, 1), (63, 1)), 1, page_size=64),
     Case(((60, 16),), 16, page_size=64, head_dim=32),
+    Case(((7, 1), (0, 0), (12, 1), (0, 0)), 1, dtype="int8"),
+    Case(((5, 8), (0, 3), (4, 4)), 8, dtype="int8"),
+    Case(((13, 8), (0, 8)), 8, window=5, dtype="int8"),
+    Case(((60, 16),), 16, heads=8, kv_heads=1, page_size=64, head_dim=32, dtype="int8"),
 ]
 
 
@@ -56,14 +61,32 @@ def attend(q, k, v, pages, table, rows, window, backend):
     return api.paged_attention(q, k, v, pages, table, rows, sliding_window=window, backend=backend)
 
 
+def poisoned(array: jax.ShapeDtypeStruct, mine: np.ndarray) -> jax.Array:
+    """Pages that are zero where they are owned and the worst their dtype has elsewhere."""
+    worst = np.nan if array.dtype == jnp.float32 else -128
+    owned = mine.reshape(-1, *[1] * (len(array.shape) - 1))
+    return jnp.asarray(np.where(owned, 0, np.full(array.shape, worst)), array.dtype)
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """What int8 pages hold of [tokens, heads, d], by the rule of api.py's contract."""
+    scale = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
+    return np.round(x / scale) * scale
+
+
 def run(case: Case, backend: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(output of the backend, output of the reference), real rows only, [rows, heads, d]."""
     rng = np.random.default_rng(seed)
     lengths = [cached + new for cached, new in case.sequences]
     max_pages = 1 + max(5, *(-(-n // case.page_size) for n in lengths))
     num_pages = 1 + max_pages * len(lengths) + 2
-    k_shape, v_shape = api.kv_shapes(
-        num_pages, case.page_size, case.kv_heads, case.head_dim, backend=backend
+    arrays = api.abstract_pages(
+        num_pages,
+        case.page_size,
+        case.kv_heads,
+        case.head_dim,
+        dtype=case.dtype,
+        backend=backend,
     )
     # Pages nobody owns are poison; an owner's pages start as zeros; page 0 is the null page.
     free = rng.permutation(np.arange(1, num_pages))
@@ -74,10 +97,7 @@ def run(case: Case, backend: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray
         table[s, :count], free = free[:count], free[count:]
         owned.extend(table[s, :count])
     mine = np.isin(np.arange(num_pages), owned)
-    pages = tuple(
-        jnp.asarray(np.where(mine[:, None, None, None], 0, np.nan) * np.ones(shape), jnp.float32)
-        for shape in (k_shape, v_shape)
-    )
+    pages = tuple(poisoned(a, mine) for a in arrays)
 
     def draw(count, heads):
         return rng.standard_normal((count, heads, case.head_dim)).astype(np.float32)
@@ -100,20 +120,26 @@ def run(case: Case, backend: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray
                 out[s, :n] = full[s][i][a : a + n]
             return jnp.asarray(out)
 
-        arrays = grid(0, case.heads), grid(1, case.kv_heads), grid(2, case.kv_heads)
-        return attend(*arrays, pages, jnp.asarray(table), rows, case.window, backend)
+        new = grid(0, case.heads), grid(1, case.kv_heads), grid(2, case.kv_heads)
+        return attend(*new, pages, jnp.asarray(table), rows, case.window, backend)
 
     cached = [c for c, _ in case.sequences]
     if max(cached):
         _, pages = call(max(13, *cached), [0] * len(lengths), cached, pages)
     out, pages = call(case.q_len, cached, [n for _, n in case.sequences], pages)
     assert np.all(np.asarray(pages[1])[0] == 0), "the null page was written"
-    assert np.isnan(np.asarray(pages[0])[~mine]).all(), "a page nobody owns was written"
+    for array, before in zip(pages, arrays, strict=True):
+        wanted_pages = np.asarray(poisoned(before, mine))[~mine]
+        assert np.array_equal(np.asarray(array)[~mine], wanted_pages, equal_nan=True), (
+            "a page nobody owns was written"
+        )
     got, wanted = [], []
     for s, (start, n) in enumerate(case.sequences):
         if n:
             q, k, v = full[s]
             got.append(np.asarray(out)[s, :n])
+            if case.dtype == "int8":
+                k, v = rounded(k), rounded(v)
             wanted.append(reference.attention(q[start:], k, v, start, case.window))
     return np.concatenate(got), np.concatenate(wanted)
 
@@ -129,9 +155,10 @@ def test_matches_reference(case, backend):
 @given(
     sequences=st.lists(st.tuples(st.integers(0, 13), st.integers(0, 4)), min_size=3, max_size=3),
     window=st.sampled_from([None, 1, 4, 6]),
+    dtype=st.sampled_from(["float32", "int8"]),
     seed=st.integers(0, 99),
 )
-def test_matches_reference_on_random_batches(sequences, window, seed):
+def test_matches_reference_on_random_batches(sequences, window, dtype, seed):
     sequences = (*sequences, (1, 1))
-    got, wanted = run(Case(tuple(sequences), 4, window=window), "xla", seed)
+    got, wanted = run(Case(tuple(sequences), 4, window=window, dtype=dtype), "xla", seed)
     np.testing.assert_allclose(got, wanted, atol=TOLERANCE * np.abs(wanted).max(), rtol=0)

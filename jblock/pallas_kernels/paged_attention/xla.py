@@ -4,6 +4,10 @@ K pages are `[page, kv_head, d, token]` and V pages `[page, kv_head, token, d]`:
 scores are a plain matmul over contiguous memory (measured ten times faster on CPU than `[token, d]`).
 Pages are walked one by one with an online softmax (arXiv 2205.14135); gathering them into one array
 first costs several times more.
+
+int8 pages are widened as they are visited: scores take the scale of their K token, weights that of
+their V token, so a page's values go into the matmul as they are. On CPU that reads a quarter of the
+bytes and is up to twice as fast where the context is long.
 """
 
 import math
@@ -30,13 +34,13 @@ def paged_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    kv_pages: tuple[jax.Array, jax.Array],
+    kv_pages: tuple[jax.Array, ...],
     page_table: jax.Array,
     rows: Rows,
     sliding_window: int | None,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """See `api.paged_attention`."""
-    k_pages, v_pages = kv_pages
+    k_pages, v_pages, *scales = kv_pages
     num_pages, kv_heads, d, page_size = k_pages.shape
     num_seqs, q_len, heads, _ = q.shape
     groups = heads // kv_heads
@@ -46,9 +50,15 @@ def paged_attention(
     page = jnp.take_along_axis(page_table, positions // page_size, axis=1, mode="clip")
     page = jnp.where(valid, page, num_pages).reshape(-1)
     offset = (positions % page_size).reshape(-1)
-    k_rows, v_rows = (
-        a.reshape(num_seqs * q_len, kv_heads, d).astype(k_pages.dtype) for a in (k, v)
-    )
+    k_rows, v_rows = (a.reshape(num_seqs * q_len, kv_heads, d) for a in (k, v))
+    if scales:
+        k_rows, k_scale = quantise(k_rows)
+        v_rows, v_scale = quantise(v_rows)
+        scales = [
+            pages.at[page, :, offset].set(new, mode="drop")
+            for pages, new in zip(scales, (k_scale, v_scale), strict=True)
+        ]
+    k_rows, v_rows = k_rows.astype(k_pages.dtype), v_rows.astype(v_pages.dtype)
     k_pages = k_pages.at[page, :, :, offset].set(k_rows, mode="drop")
     v_pages = v_pages.at[page, :, offset, :].set(v_rows, mode="drop")
 
@@ -61,7 +71,11 @@ def paged_attention(
         best, total, acc = carry
         ids = jax.lax.dynamic_index_in_dim(page_table, j, axis=1, keepdims=False)
         k_page, v_page = k_pages[ids], v_pages[ids]  # (S, K, d, P), (S, K, P, d)
+        if scales:
+            k_page, v_page = k_page.astype(jnp.float32), v_page.astype(jnp.float32)
         scores = jnp.einsum("skqd,skdp->skqp", q, k_page, preferred_element_type=jnp.float32)
+        if scales:
+            scores *= scales[0][ids][:, :, None, :]
         k_pos = (j * page_size + jnp.arange(page_size, dtype=jnp.int32))[None, None, None, :]
         visible = k_pos <= q_pos
         if sliding_window is not None:
@@ -71,6 +85,8 @@ def paged_attention(
         weights = jnp.where(visible, jnp.exp(scores - new_best), 0.0)
         keep = jnp.exp(best - new_best)
         total = total * keep + weights.sum(axis=-1, keepdims=True)
+        if scales:
+            weights *= scales[1][ids][:, :, None, :]
         acc = acc * keep + jnp.einsum(
             "skqp,skpd->skqd", weights, v_page, preferred_element_type=jnp.float32
         )
@@ -95,4 +111,14 @@ def paged_attention(
     )
     out = acc / jnp.where(total > 0, total, 1.0)
     out = out.reshape(num_seqs, kv_heads, q_len, groups, d).transpose(0, 2, 1, 3, 4)
-    return out.reshape(num_seqs, q_len, heads, d), (k_pages, v_pages)
+    return out.reshape(num_seqs, q_len, heads, d), (k_pages, v_pages, *scales)
+
+
+def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[..., d] float32 -> int8 [..., d] and its scales [...]: symmetric, the greatest magnitude at 127.
+
+    NaN or Inf makes the scale so, and with it all that is read back.
+    """
+    scale = jnp.abs(x).max(axis=-1) / 127.0
+    steps = x / jnp.where(scale == 0, 1.0, scale)[..., None]
+    return jnp.round(steps).astype(jnp.int8), scale
