@@ -1,0 +1,111 @@
+"""Models made on the spot, written as other engines read them: Hugging Face and PEFT folders."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+
+from bench.models import MemoryZoo
+from jblock.blocks.spec import AttentionSpec, EmbeddingSpec, FfnSpec, NormSpec
+from jblock.families import base as llama
+
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def write_model(zoo: MemoryZoo, name: str, folder: Path, dtype: str, max_position: int) -> Path:
+    """Writes a chain of a zoo in memory as a Llama checkpoint of `dtype`; returns its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = zoo.shape
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": max_position,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": shape.tied,
+        "torch_dtype": dtype,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": False} | ids))
+    tensors: dict[str, np.ndarray] = {}
+    layer = -1
+    for step in zoo.served[name].steps:
+        record = zoo.component(step.component)
+        names: Mapping[str, str] = llama.UNEMBEDDING
+        if isinstance(record.spec, AttentionSpec):
+            layer, names = layer + 1, llama.ATTENTION
+        elif isinstance(record.spec, FfnSpec):
+            names = llama.FFN
+        elif isinstance(record.spec, EmbeddingSpec):
+            names = llama.EMBEDDING
+        elif isinstance(record.spec, NormSpec):
+            names = llama.NORM
+        for tensor, value in ({} if record.refs else zoo.load_component(step.component)).items():
+            tensors[names[tensor].format(i=layer)] = _stored(value, dtype)
+    _save(tensors, folder / "model.safetensors")
+    return folder
+
+
+def write_adapter(zoo: MemoryZoo, name: str, folder: Path, dtype: str) -> Path:
+    """Writes the LoRA deltas of a chain of a zoo in memory as a PEFT adapter; returns its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    modules = {projection: path for path, projection in llama.PROJECTIONS.items()}
+    tensors: dict[str, np.ndarray] = {}
+    layer, ranks, scales, targets = -1, set(), set(), set()
+    for step in zoo.served[name].steps:
+        spec = zoo.component(step.component).spec
+        layer += isinstance(spec, AttentionSpec)
+        for delta in step.deltas:
+            values = zoo.load_delta(delta)
+            for target, width in zoo.delta(delta).spec.targets.items():
+                path = modules[spec.kind, target].format(i=layer)
+                ranks.add(width.rank)
+                scales.add(width.scale)
+                targets.add(path.rsplit(".", 1)[1])
+                for side in "ab":
+                    key = f"base_model.model.{path}.lora_{side.upper()}.weight"
+                    tensors[key] = _stored(values[f"{target}.{side}"], dtype)
+    if len(ranks) != 1 or len(scales) != 1:
+        raise ValueError(f"{name!r} has ranks {ranks} and scales {scales}; one of each is written")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "base",
+        "r": ranks.pop(),
+        "lora_alpha": 0.0,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(targets),
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    config["lora_alpha"] = scales.pop() * config["r"]
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    _save(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def _stored(value: np.ndarray, dtype: str) -> np.ndarray:
+    return np.ascontiguousarray(value.astype(_DTYPES[dtype]))
+
+
+def _save(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+    safetensors.numpy.save_file(dict(tensors), path, metadata={"format": "pt"})
