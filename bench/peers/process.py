@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -46,6 +47,8 @@ def run(python: str, module: str, spec: Mapping[str, Any], timeout: float) -> Ra
     file.write_text(json.dumps({**spec, "out": str(out)}, indent=2))
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    # Told to stop, we still stop the engine first: it has a session of its own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     begin = time.time()
     with log.open("wb") as stream:
         child = subprocess.Popen(
