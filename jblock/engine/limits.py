@@ -1,4 +1,4 @@
-"""What the engine's programs cannot hold of a request's sampling, in words a user can act on."""
+"""What makes a request impossible to serve, in words a user can act on."""
 
 import math
 
@@ -6,9 +6,32 @@ from jblock.engine.api import (
     MAX_END_IDS,
     MAX_LOGIT_BIAS,
     MAX_TOP_LOGPROBS,
+    Request,
     SamplingParams,
 )
 from jblock.zoo.records import Chain
+
+
+def request_problem(request: Request, chain: Chain, limit: int) -> str:
+    """Field, value and remedy of the first thing that makes a request impossible to serve, or "".
+
+    Args:
+      request: as submitted.
+      chain: that is to serve it.
+      limit: most tokens of prompt and output together.
+    """
+    count, vocab = len(request.token_ids), chain.vocab_size
+    if count == 0:
+        return "token_ids is empty; give at least one token"
+    if count >= limit:
+        return (
+            f"token_ids has {count} tokens; model {request.model!r} takes at most {limit - 1} "
+            "and one to generate: shorten the prompt"
+        )
+    wrong = next((t for t in request.token_ids if not 0 <= t < vocab), None)
+    if wrong is not None:
+        return f"token_ids has {wrong}; ids of {request.model!r} go from 0 to {vocab - 1}"
+    return sampling_problem(request.sampling, chain)
 
 
 def sampling_problem(sampling: SamplingParams, chain: Chain) -> str:

@@ -79,20 +79,19 @@ def force(agent: Agent, name: str, prompt: np.ndarray) -> None:
     """Feeds the prompt one token a step through the decode path and compares every position."""
     expected = oracle(name)["logits"]
     agent.loop.submit(request_for(name, prompt))
-    loop = agent.loop
-    plan = loop._plan
+    sweeper = agent.loop._sweeper
+    sweep = sweeper.sweep
 
-    def one_token_each(chunks):
-        items = plan(chunks)
+    def one_token_each(items, *rest):
         for item in items:
             # What the prompt says stands where the sampled token would.
             item.tokens = (int(prompt[item.start]),)
-        return items
+        return sweep(items, *rest)
 
     agent.device.seen.clear()
-    loop._plan = one_token_each
+    sweeper.sweep = one_token_each
     agent.run()
-    loop._plan = plan
+    sweeper.sweep = sweep
     compare(agent, "force", dict(enumerate(expected)), len(prompt))
 
 
