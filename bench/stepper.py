@@ -17,7 +17,7 @@ from jblock.engine.executables import ProgramKey
 from jblock.engine.loop import Loop
 from jblock.zoo.records import Chain
 
-_GREEDY = {"embedding", "layer", "head", "greedy", "scrub"}
+_GREEDY = {"embedding", "layer", "head", "greedy", "scrub", "gather_pages", "scatter_pages"}
 
 
 class WatchedDevice(Device):

@@ -55,7 +55,12 @@ _PAGE_SIZE = flags.DEFINE_integer("page_size", None, "Tokens a KV page holds.")
 _KV_DTYPE = flags.DEFINE_enum(
     "kv_dtype", None, ["float32", "int8"], "Type of the KV cache; int8 is approximate."
 )
-_KV_MEMORY_MB = flags.DEFINE_integer("kv_memory_mb", None, "Memory of the KV cache.")
+_KV_MEMORY_MB = flags.DEFINE_integer(
+    "kv_memory_mb", None, "Memory of the KV cache; default: a share of what is free."
+)
+_HOST_KV_MEMORY_MB = flags.DEFINE_integer(
+    "host_kv_memory_mb", None, "Host memory for the KV of requests that gave way to others."
+)
 _SHARE = flags.DEFINE_bool("share", None, "Share blocks between models; --noshare: a set each.")
 
 _ENGINE_FLAGS = (
@@ -67,6 +72,7 @@ _ENGINE_FLAGS = (
     _PAGE_SIZE,
     _KV_DTYPE,
     _KV_MEMORY_MB,
+    _HOST_KV_MEMORY_MB,
     _SHARE,
     _PROFILER_PORT,
 )

@@ -28,6 +28,8 @@ _HELP = {
     "prompt_tokens": ("counter", "Prompt tokens computed."),
     "cached_tokens": ("counter", "Prompt tokens found in the prefix cache instead."),
     "preemptions": ("counter", "Sequences that gave their pages to an older one for a while."),
+    "swaps": ("counter", "How many of those went by copies of their pages on the host."),
+    "host_kv_bytes": ("gauge", "Host memory that copies of pages take."),
     "generated_tokens": ("counter", "Tokens generated."),
 }
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)

@@ -9,6 +9,7 @@ from jblock.engine.device import Device
 from jblock.engine.kv import Allocator
 from jblock.engine.kv_cache import KvCache
 from jblock.engine.sequence import Sequence
+from jblock.engine.swap import HostPool
 
 
 class Admission:
@@ -20,14 +21,16 @@ class Admission:
       rows: register rows.
       kv: pages.
       preemptions: how often a sequence gave way to another.
+      swaps: how often its pages were copied to the host for that.
     """
 
     def __init__(self, device: Device, config: EngineConfig):
         self.waiting: collections.deque[Sequence] = collections.deque()
         self.running: dict[str, Sequence] = {}
         self.rows = Allocator(device.num_rows)
-        self.kv = KvCache(device.pool_shapes, config.page_size, device.scrub)
-        self.preemptions = 0
+        host = HostPool(config.host_kv_memory_mb * 10**6, device.longest_bytes)
+        self.kv = KvCache(device.pool_shapes, config.page_size, device, host)
+        self.preemptions = self.swaps = 0
         self._device = device
         self._seq_slots = Allocator(config.max_num_seqs)
 
@@ -69,7 +72,7 @@ class Admission:
 
     def make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Pages for one more token of a sequence; under pressure the youngest sequences of its groups
-        give way and are computed anew later. False: it was the youngest itself."""
+        give way until there is room again. False: it was the youngest itself."""
         groups = set(sequence.route.groups)
         while not self.kv.grow(sequence, num_tokens):
             rivals = [s for s in self.running.values() if groups.intersection(s.route.groups)]
@@ -85,11 +88,16 @@ class Admission:
             self._release(sequence, poisoned)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+            self.kv.drop_copy(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Takes all a sequence holds and puts it first in the queue; its prefix stays cached for as
-        long as nobody wants the pages."""
+        """Takes all a sequence holds and puts it first in the queue. Its pages go to the host where
+        that is cheaper than computing them anew and there is room; its prefix stays cached besides
+        for as long as nobody wants the pages."""
         self.preemptions += 1
+        written, rates = _written(sequence), self._device.rates
+        if rates and rates.swap_pays(self.kv.copy_bytes(sequence, written), written):
+            self.swaps += self.kv.swap_out(sequence, written)
         self._release(sequence)
         self.waiting.appendleft(sequence)
 
@@ -97,12 +105,16 @@ class Admission:
         """Gives back the pages, row and slot of a running sequence."""
         del self.running[sequence.request.request_id]
         if not poisoned:
-            written = sequence.computed
-            if written == sequence.prefill:
-                written = min(sequence.prompt_len + sequence.sampled - 1, len(sequence.known))
-            self.kv.remember(sequence, written)
+            self.kv.remember(sequence, _written(sequence))
         self.kv.release(sequence, poisoned)
         self.rows.give([sequence.row])
         self._seq_slots.give([sequence.seq_slot])
         sequence.seq_slot = sequence.row = -1
         sequence.computed = 0
+
+
+def _written(sequence: Sequence) -> int:
+    """How many of a running sequence's first tokens have their KV enqueued, as far as known."""
+    if sequence.computed < sequence.prefill:
+        return sequence.computed
+    return min(sequence.prompt_len + sequence.sampled - 1, len(sequence.known))

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from absl import logging
 
+from jblock.engine import swap
 from jblock.engine.api import EngineDied, EngineStats, ModelInfo, Output, Request, UnknownChain
 from jblock.engine.assembly import Assembly, assemble
 from jblock.engine.config import EngineConfig
@@ -42,14 +43,16 @@ class ThreadEngine:
           ZooError: a chain or component that cannot be read.
           ValueError: settings that do not fit the chains.
         """
-        self._zoo, self._config = zoo, config
+        self._zoo = zoo
         assembly = assemble(zoo, chains, config)
-        device = Device(assembly, config, cache)
+        device = self._device = Device(assembly, config, cache)
         self._inbox: queue.SimpleQueue[Request | str | Switch | None] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[list[Output]] = queue.SimpleQueue()
         self._death: BaseException | None = None
         self._keeper = Keeper(zoo, assembly, device, config, self._switch)
-        self._models = _model_infos(zoo, assembly, config)
+        if config.host_kv_memory_mb:
+            device.rates = swap.measure(device, assembly)
+        self._models = _model_infos(zoo, assembly, device)
         self._loop = Loop(assembly, device, config)
         self._thread = threading.Thread(target=self._run, name="jblock-engine", daemon=True)
         self._thread.start()
@@ -102,7 +105,7 @@ class ThreadEngine:
         """
         chains = [_find_chain(self._zoo, model) for model in models]
         assembly = self._keeper.serve({chain.name: chain for chain in chains})
-        self._models = _model_infos(self._zoo, assembly, self._config)
+        self._models = _model_infos(self._zoo, assembly, self._device)
         return self._models
 
     def settle(self) -> None:
@@ -200,14 +203,14 @@ def _find_chain(zoo: Zoo, model: str) -> Chain:
     )
 
 
-def _model_infos(zoo: Zoo, assembly: Assembly, config: EngineConfig) -> tuple[ModelInfo, ...]:
+def _model_infos(zoo: Zoo, assembly: Assembly, device: Device) -> tuple[ModelInfo, ...]:
     return tuple(
         ModelInfo(
             name=name,
             version=route.chain.version,
             family=route.chain.family,
             vocab_size=route.chain.vocab_size,
-            max_model_len=min(config.max_model_len, route.chain.max_position),
+            max_model_len=device.max_model_len(route),
             tokenizer_path=str(zoo.tokenizer_path(route.chain.tokenizer))
             if route.chain.tokenizer
             else "",

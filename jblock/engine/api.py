@@ -167,6 +167,8 @@ class EngineStats:
       prompt_tokens: prompt tokens computed.
       cached_tokens: prompt tokens found in the prefix cache instead.
       preemptions: sequences that gave their pages up to an older one and were resumed later.
+      swaps: how many of them by copies of their pages on the host; the others were computed anew.
+      host_kv_bytes: host memory those copies take now.
       generated_tokens: tokens generated.
     """
 
@@ -187,6 +189,8 @@ class EngineStats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
+    swaps: int = 0
+    host_kv_bytes: int = 0
     generated_tokens: int = 0
 
 

@@ -31,7 +31,10 @@ class EngineConfig:
       page_size: tokens in a KV page. 64 measured best on CPU.
       kv_dtype: of the KV pages: "float32", or "int8" with a scale a token and head, which holds over
         three times the tokens and changes outputs a little.
-      kv_memory_mb: memory of all KV pools together, in 10^6 bytes.
+      kv_memory_mb: memory of all KV pools together, in 10^6 bytes; 0 takes a share of what is free
+        after the parameters were loaded (memory.py).
+      host_kv_memory_mb: host memory for pages of sequences that gave way to others, in 10^6 bytes,
+        taken as it is needed; 0 always computes them anew.
       kv_pages: pages of every KV group at most, where fewer than the memory allows are wanted.
       decode_sizes: batch sizes decode programs are compiled for.
       prefill_grids: (sequences, tokens) grids prefill programs are compiled for; the token counts are
@@ -45,7 +48,8 @@ class EngineConfig:
     max_model_len: int = 1024
     page_size: int = 64
     kv_dtype: str = "float32"
-    kv_memory_mb: int = 256
+    kv_memory_mb: int = 0
+    host_kv_memory_mb: int = 256
     kv_pages: int = 2**31 - 1
     decode_sizes: tuple[int, ...] = (1, 4, 16, 64)
     prefill_grids: tuple[tuple[int, int], ...] = (
@@ -66,10 +70,14 @@ class EngineConfig:
             raise ValueError(
                 f"kv_dtype {self.kv_dtype!r} is not served; give one of {', '.join(KV_DTYPES)}"
             )
-        for field in ("max_num_seqs", "max_model_len", "page_size", "kv_memory_mb", "kv_pages"):
+        for field in ("max_num_seqs", "max_model_len", "page_size", "kv_pages"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{field} is {value!r}; give a whole number of at least 1")
+        for field in ("kv_memory_mb", "host_kv_memory_mb"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{field} is {value!r}; give a whole number of at least 0")
         if not self.decode_sizes or not self.prefill_grids:
             raise ValueError("decode_sizes and prefill_grids need at least one entry each")
 

@@ -8,20 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jblock.engine import batching
+from jblock.engine import batching, memory
 from jblock.engine.adjust import count_row
-from jblock.engine.assembly import Assembly, Instance, KvGroup, Unit
+from jblock.engine.assembly import Assembly, Instance, KvGroup, Route, Unit
 from jblock.engine.batching import Batch
 from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.executable_cache import ExecutableCache
 from jblock.engine.executables import (
     SCRUB_PAGES,
+    SWAP_PAGES,
     Executables,
     Geometry,
     PoolShape,
     ProgramKey,
     vocab_size,
 )
+from jblock.engine.swap import Rates
 
 Calls = Sequence[tuple[tuple[Unit, ...], Any]]
 
@@ -51,6 +53,7 @@ class Device:
       pool_shapes: pages of each KV group.
       executables: the compiled programs.
       buckets: grids that may be used now; replaced as a whole when more are compiled.
+      rates: of swapping and of prefill, once measured; until then nothing is swapped.
       plain_only: only what plain greedy requests need is compiled yet; others wait.
     """
 
@@ -60,7 +63,8 @@ class Device:
         """Allocates registers and pools for an assembly.
 
         Raises:
-          ValueError: the KV memory does not hold one sequence of the longest length.
+          ValueError: the KV memory given does not hold one sequence of the longest length, or there
+            is none left.
         """
         self.config = config
         prefill_rows = max(b.num_seqs * b.q_len for b in config.prefill_buckets)
@@ -75,8 +79,13 @@ class Device:
         )
         self.buckets: tuple[Bucket, ...] = (*config.decode_buckets, *config.prefill_buckets)
         self.plain_only = False
+        self.rates: Rates | None = None
         groups = sorted({g for route in assembly.routes.values() for g in route.groups})
-        self.pool_shapes = {g: _pool_shape(g, len(groups), config) for g in groups}
+        budget = config.kv_memory_mb * 10**6 or memory.kv_budget()
+        self.pool_shapes = self._pool_shapes(groups, budget)
+        if not config.kv_memory_mb:
+            budget -= self._workspace(assembly)
+            self.pool_shapes = self._pool_shapes(groups, budget)
         self._pools = {
             group: [
                 tuple(jnp.zeros(a.shape, a.dtype) for a in shape.abstract_layer())
@@ -89,6 +98,47 @@ class Device:
         self._last_tokens = jnp.zeros((config.max_num_seqs,), jnp.int32)
         self._counts: dict[int, jax.Array] = {}  # By vocabulary, once a request has penalties.
         self._arrays: dict[tuple, jax.Array] = {}
+
+    def _pool_shapes(self, groups: Sequence[KvGroup], budget: int) -> dict[KvGroup, PoolShape]:
+        return {g: _pool_shape(g, budget // len(groups), self.config, len(groups)) for g in groups}
+
+    def _workspace(self, assembly: Assembly) -> int:
+        """Bytes to keep free beside the pools: what the largest programs need, for two steps are
+        enqueued at a time, and copies of one sequence's pages on their way to the host. The programs
+        are made here; unless the pools shrink for it they are those that serve."""
+        config = self.config
+        largest = (
+            max(config.decode_buckets),
+            max(config.prefill_buckets, key=lambda b: b.num_seqs * b.q_len),
+        )
+        keys = [
+            key
+            for key in self.program_keys(assembly, largest)
+            if key.kind in ("layer", "head", "prompt_logprobs")
+        ]
+        self.executables.warm(keys, config.compile_workers)
+        return 2 * self.executables.workspace(keys) + self.longest_bytes
+
+    @property
+    def longest_bytes(self) -> int:
+        """Bytes of the pages of the longest sequence."""
+        return sum(self.config.max_pages * s.page_bytes for s in self.pool_shapes.values())
+
+    def max_model_len(self, route: Route) -> int:
+        """Most tokens of a sequence on this route: the model's limit, the configured one, or what the
+        KV pools hold."""
+        held = (self.pool_shapes[g].num_pages - 1 for g in route.groups)
+        pages = min(held, default=self.config.max_pages)
+        return min(
+            self.config.max_model_len, route.chain.max_position, pages * self.config.page_size
+        )
+
+    def limit_remedy(self, limit: int) -> str:
+        """What helps against a prompt longer than a route's limit."""
+        held = min(s.num_pages - 1 for s in self.pool_shapes.values()) * self.config.page_size
+        if limit < held:
+            return "shorten the prompt"
+        return "shorten the prompt, or start the server with more kv_memory_mb, or kv_dtype int8"
 
     def check(self, assembly: Assembly) -> None:
         """Whether an assembly fits what was allocated.
@@ -126,6 +176,9 @@ class Device:
                 yield ProgramKey(kind="set_counts", vocab_size=vocab)
         for shape in self.pool_shapes.values():
             yield ProgramKey(kind="scrub", pool=shape)
+            if self.config.host_kv_memory_mb:
+                yield ProgramKey(kind="gather_pages", pool=shape)
+                yield ProgramKey(kind="scatter_pages", pool=shape)
 
     def segment_keys(self, assembly: Assembly) -> Iterator[ProgramKey]:
         """Programs that run several layers in one call: a tier that saves time but that nothing waits
@@ -149,6 +202,41 @@ class Device:
             part = pages[begin : begin + SCRUB_PAGES]
             ids[: len(part)] = part
             self._pools[group] = list(program(tuple(self._pools[group]), jax.device_put(ids)))
+
+    def copy_out(self, group: KvGroup, pages: Sequence[int]) -> list[Any]:
+        """Begins to copy pages to the host. What comes back is for `copy_in`, as it is or with its
+        arrays taken to the host."""
+        program = self.executables.get(
+            ProgramKey(kind="gather_pages", pool=self.pool_shapes[group])
+        )
+        copies = []
+        for begin in range(0, len(pages), SWAP_PAGES):
+            ids = np.zeros(SWAP_PAGES, np.int32)
+            part = pages[begin : begin + SWAP_PAGES]
+            ids[: len(part)] = part
+            copy = program(tuple(self._pools[group]), jax.device_put(ids))
+            for array in jax.tree.leaves(copy):
+                array.copy_to_host_async()
+            copies.append(copy)
+        return copies
+
+    def copy_in(
+        self, group: KvGroup, pages: Sequence[int], copies: Sequence[Any], skip: int = 0
+    ) -> None:
+        """Overwrites pages with the copies of as many pages; the first `skip` stay as they are."""
+        shape = self.pool_shapes[group]
+        program = self.executables.get(ProgramKey(kind="scatter_pages", pool=shape))
+        for begin in range(skip // SWAP_PAGES * SWAP_PAGES, len(pages), SWAP_PAGES):
+            ids = np.full(SWAP_PAGES, shape.num_pages, np.int32)
+            part = pages[begin : begin + SWAP_PAGES]
+            ids[: len(part)] = part
+            ids[: max(skip - begin, 0)] = shape.num_pages
+            copy = copies[begin // SWAP_PAGES]
+            self._pools[group] = list(program(tuple(self._pools[group]), copy, jax.device_put(ids)))
+
+    def wait(self) -> None:
+        """Blocks until all that was enqueued is done."""
+        jax.block_until_ready((self._registers, self._pools, self._last_tokens))
 
     def run(self, instance: Instance, batch: Batch) -> Sampled | None:
         """Enqueues one batch through a block; a head samples too and returns its tokens."""
@@ -274,10 +362,10 @@ def _scoring_key(unit: Unit, bucket: Bucket) -> ProgramKey:
     return ProgramKey(kind="prompt_logprobs", bucket=bucket, signatures=(unit.signature,))
 
 
-def _pool_shape(group: KvGroup, num_groups: int, config: EngineConfig) -> PoolShape:
-    """An equal share of the KV memory, page 0 (the null page) beside it, and never more pages than
-    max_num_seqs sequences can fill."""
-    one = PoolShape(
+def _pool_shape(group: KvGroup, budget: int, config: EngineConfig, num_groups: int) -> PoolShape:
+    """Pages for `budget` bytes, page 0 (the null page) beside them, and never more than max_num_seqs
+    sequences can fill."""
+    shape = PoolShape(
         num_pages=1,
         page_size=config.page_size,
         num_kv_heads=group.num_kv_heads,
@@ -285,16 +373,16 @@ def _pool_shape(group: KvGroup, num_groups: int, config: EngineConfig) -> PoolSh
         layers=group.layers,
         dtype=config.kv_dtype,
     )
-    page_bytes = one.page_bytes
-    pages = min(
-        config.kv_memory_mb * 10**6 // num_groups // page_bytes,
-        config.max_num_seqs * config.max_pages,
-        config.kv_pages,
-    )
-    if pages < config.max_pages:
-        needed = -(-config.max_pages * page_bytes * num_groups // 10**6)
+    pages = min(budget // shape.page_bytes, config.max_num_seqs * config.max_pages, config.kv_pages)
+    if config.kv_memory_mb and pages < config.max_pages:
+        needed = -(-config.max_pages * shape.page_bytes * num_groups // 10**6)
         raise ValueError(
             f"kv_memory_mb {config.kv_memory_mb} does not hold one sequence of max_model_len "
             f"{config.max_model_len}: give at least {needed}, or a smaller max_model_len"
         )
-    return dataclasses.replace(one, num_pages=pages + 1)
+    if pages < 1:
+        raise ValueError(
+            f"{max(budget, 0) // 10**6} MB of memory for the KV cache do not hold a page of "
+            f"{shape.page_bytes} bytes: serve fewer models, or free memory and start again"
+        )
+    return dataclasses.replace(shape, num_pages=pages + 1)

@@ -18,6 +18,8 @@ from jblock.engine.signature import Signature
 from jblock.pallas_kernels.paged_attention.api import abstract_pages
 
 SCRUB_PAGES = 16
+# Copied in one call: few, because a call moves them all even where fewer are wanted.
+SWAP_PAGES = 4
 _ANY = Bucket(1, 1)
 
 
@@ -66,10 +68,11 @@ class ProgramKey:
 
     Attributes:
       kind: "embedding", "layer" (one, or a segment of them), "head", "prompt_logprobs", "adjust",
-        "greedy", "sampled", "top_logprobs", "set_counts" or "scrub".
+        "greedy", "sampled", "top_logprobs", "set_counts", "scrub", "gather_pages" or
+        "scatter_pages".
       bucket: grid of the batch; what works on logits ignores its q_len, and carries 1.
       signatures: of an embedding, a head or prompt_logprobs, or of the layers of a segment in order.
-      pool: of layers and scrub.
+      pool: of layers and of what works on pages.
       vocab_size: of what works on logits, and of set_counts.
     """
 
@@ -145,6 +148,16 @@ class Executables:
                 if progress:
                     progress(done, len(missing))
 
+    def workspace(self, keys: Iterable[ProgramKey]) -> int:
+        """Bytes the largest of these programs, all of them made, takes beside its arguments."""
+        sizes = [0]
+        for key in keys:
+            analysis = self._table[key].memory_analysis()
+            if analysis is not None:
+                fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+                sizes.append(analysis.temp_size_in_bytes + fresh)
+        return max(sizes)
+
     def _make(self, key: ProgramKey, stop: threading.Event | None = None) -> tuple[Any, bool]:
         """The program of a key, from the cache or compiled (True)."""
         if stop is not None and stop.is_set():
@@ -172,10 +185,8 @@ class Executables:
         page_table = jax.ShapeDtypeStruct((s, geometry.max_pages), i32)
         last_tokens = jax.ShapeDtypeStruct((geometry.max_num_seqs,), i32)
         logits = jax.ShapeDtypeStruct((s, key.vocab_size), f32)
-        if key.kind == "scrub" and key.pool:
-            pools = tuple(key.pool.abstract_layer() for _ in range(key.pool.layers))
-            pages = jax.ShapeDtypeStruct((SCRUB_PAGES,), i32)
-            return _copy(programs.scrub_program), (0,), (pools, pages)
+        if key.pool and not key.signatures:
+            return self._describe_pages(key.kind, key.pool)
         counts = jax.ShapeDtypeStruct((geometry.max_num_seqs, key.vocab_size), i32)
         if key.kind == "set_counts":
             slot = jax.ShapeDtypeStruct((1,), i32)
@@ -225,6 +236,26 @@ class Executables:
             (2, 3),
             (params, tables, registers, pools, index, page_table),
         )
+
+    @staticmethod
+    def _describe_pages(
+        kind: str, pool: PoolShape
+    ) -> tuple[Callable[..., Any], tuple[int, ...], tuple]:
+        """The same of what works on the pages of a group."""
+
+        def ids(count: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((count,), jnp.int32)
+
+        def layers(shape: PoolShape) -> tuple:
+            return tuple(shape.abstract_layer() for _ in range(shape.layers))
+
+        if kind == "scrub":
+            return _copy(programs.scrub_program), (0,), (layers(pool), ids(SCRUB_PAGES))
+        if kind == "gather_pages":
+            return _copy(programs.gather_pages_program), (), (layers(pool), ids(SWAP_PAGES))
+        copies = layers(dataclasses.replace(pool, num_pages=SWAP_PAGES))
+        arguments = (layers(pool), copies, ids(SWAP_PAGES))
+        return _copy(programs.scatter_pages_program), (0,), arguments
 
 
 def _copy(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,7 @@
 """The KV pages of sequences: prefix reuse on admission, growth while decoding, return at the end."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from jblock.blocks.spec import AttentionSpec
 from jblock.engine.assembly import KvGroup
@@ -8,6 +9,25 @@ from jblock.engine.executables import PoolShape
 from jblock.engine.kv import PagePool
 from jblock.engine.prefix import page_keys, root_key
 from jblock.engine.sequence import Sequence as Seq
+from jblock.engine.swap import Copy, HostPool
+
+
+class PageStore(Protocol):
+    """Where the pages are: the device."""
+
+    def scrub(self, group: KvGroup, pages: Sequence[int]) -> None:
+        """Zeroes pages."""
+        ...
+
+    def copy_out(self, group: KvGroup, pages: Sequence[int]) -> Sequence[Any]:
+        """Begins to copy pages to the host."""
+        ...
+
+    def copy_in(
+        self, group: KvGroup, pages: Sequence[int], copies: Sequence[Any], skip: int = 0
+    ) -> None:
+        """Overwrites all pages but the first `skip` with their copies."""
+        ...
 
 
 class KvCache:
@@ -16,6 +36,7 @@ class KvCache:
 
     Attributes:
       pools: by group.
+      host: copies of the pages of sequences that gave way.
       hit_tokens: prompt tokens found in the cache instead of computed.
     """
 
@@ -23,20 +44,25 @@ class KvCache:
         self,
         shapes: Mapping[KvGroup, PoolShape],
         page_size: int,
-        scrub: Callable[[KvGroup, Sequence[int]], None],
+        store: PageStore,
+        host: HostPool | None = None,
     ):
-        """`scrub(group, pages)` must zero pages on the device; it is called when they change hands."""
+        """`store` zeroes or overwrites pages whenever they change hands; no `host` keeps no copies."""
         self.pools = {g: PagePool(s.num_pages - 1, 1) for g, s in shapes.items()}
         self.hit_tokens = 0
         # Pages that running sequences are about to compute, by content, and by whom.
         self._computing: dict[tuple[KvGroup, bytes], Seq] = {}
         self._page_size = page_size
-        self._scrub = scrub
+        self._store = store
+        self.host = host or HostPool(0, 0)
+        self._page_bytes = {g: s.page_bytes for g, s in shapes.items()}
 
     def awaits(self, sequence: Seq) -> bool:
         """Whether another sequence is about to compute the page this one would compute first: samples
         of one prompt, or requests with a long beginning in common, that come at once. It is worth
         waiting for."""
+        if sequence.copy is not None:
+            return False
         _, hits = self._found(sequence)
         return hits < self._shareable(sequence) and any(
             (group, self._keys(sequence, group, sequence.known)[hits]) in self._computing
@@ -44,9 +70,11 @@ class KvCache:
         )
 
     def admit(self, sequence: Seq) -> bool:
-        """Gives a sequence pages for all its known tokens and one more, cached ones first, and sets how
-        many tokens need no computing. False: not enough pages; nothing changed."""
+        """Gives a sequence pages for all its known tokens and one more, cached ones first, then those
+        copied to the host, and sets how many tokens need no computing. False: not enough pages;
+        nothing changed."""
         groups, tokens = sequence.route.groups, sequence.known
+        copy = sequence.copy
         found, hits = self._found(sequence)
         count = self._pages_for(len(tokens) + 1)
         for group in groups:
@@ -55,14 +83,47 @@ class KvCache:
             for group in groups:
                 self.pools[group].give(found[group][:hits])
             return False
+        copied = max(self._pages_for(copy.tokens), hits) if copy else hits
         for group in groups:
             sequence.pages[group] = found[group][:hits]
+            self._extend(sequence, group, copied, overwritten=True)
+            if copy and copied > hits:
+                self._store.copy_in(group, sequence.pages[group], copy.parts[group], hits)
             self._extend(sequence, group, count)
-            for key in self._keys(sequence, group, tokens)[hits:]:
-                self._computing.setdefault((group, key), sequence)
         sequence.computed = hits * self._page_size
-        self.hit_tokens += sequence.computed
+        if copy:
+            sequence.computed = max(sequence.computed, copy.tokens)
+            self.remember(sequence, sequence.computed)
+            self.drop_copy(sequence)
+        else:
+            self.hit_tokens += sequence.computed
+        for group in groups:
+            for key in self._keys(sequence, group, tokens)[sequence.computed // self._page_size :]:
+                self._computing.setdefault((group, key), sequence)
         return True
+
+    def copy_bytes(self, sequence: Seq, num_tokens: int) -> int:
+        """Bytes of the pages of a sequence's first tokens."""
+        pages = self._pages_for(num_tokens)
+        return sum(pages * self._page_bytes[g] for g in sequence.route.groups)
+
+    def swap_out(self, sequence: Seq, num_tokens: int) -> bool:
+        """Begins to copy the pages of a sequence's first tokens to the host, before it gives them up.
+        False: no room; nothing changed."""
+        num_bytes = self.copy_bytes(sequence, num_tokens)
+        if not num_tokens or not self.host.fits(num_bytes):
+            return False
+        count = self._pages_for(num_tokens)
+        parts = {g: self._store.copy_out(g, p[:count]) for g, p in sequence.pages.items()}
+        sequence.copy = Copy(num_tokens, parts, num_bytes)
+        self.host.keep(sequence.copy)
+        return True
+
+    def drop_copy(self, sequence: Seq) -> None:
+        """Forgets what the host holds of a sequence, if anything."""
+        if sequence.copy is not None:
+            self.host.drop(sequence.copy)
+            sequence.copy = None
 
     def grow(self, sequence: Seq, num_tokens: int) -> bool:
         """Makes sure a sequence has pages for `num_tokens` tokens. False: none free; nothing changed."""
@@ -115,9 +176,11 @@ class KvCache:
         }
         return found, min((len(pages) for pages in found.values()), default=0)
 
-    def _extend(self, sequence: Seq, group: KvGroup, count: int) -> None:
+    def _extend(self, sequence: Seq, group: KvGroup, count: int, overwritten: bool = False) -> None:
+        """Takes pages up to `count`, zeroed unless the caller overwrites them whole."""
         pages = self.pools[group].take(count - len(sequence.pages[group]))
-        self._scrub(group, pages)
+        if not overwritten:
+            self._store.scrub(group, pages)
         sequence.pages[group].extend(pages)
 
     def _pages_for(self, num_tokens: int) -> int:

@@ -12,13 +12,14 @@ from jblock.engine.api import (
 from jblock.zoo.records import Chain
 
 
-def request_problem(request: Request, chain: Chain, limit: int) -> str:
+def request_problem(request: Request, chain: Chain, limit: int, remedy: str) -> str:
     """Field, value and remedy of the first thing that makes a request impossible to serve, or "".
 
     Args:
       request: as submitted.
       chain: that is to serve it.
       limit: most tokens of prompt and output together.
+      remedy: against a prompt longer than that.
     """
     count, vocab = len(request.token_ids), chain.vocab_size
     if count == 0:
@@ -26,7 +27,7 @@ def request_problem(request: Request, chain: Chain, limit: int) -> str:
     if count >= limit:
         return (
             f"token_ids has {count} tokens; model {request.model!r} takes at most {limit - 1} "
-            "and one to generate: shorten the prompt"
+            f"and one to generate: {remedy}"
         )
     wrong = next((t for t in request.token_ids if not 0 <= t < vocab), None)
     if wrong is not None:

@@ -87,8 +87,9 @@ class Loop:
                 f"{request.version}; send the request again",
             )
             return
-        limit = min(self.config.max_model_len, route.chain.max_position)
-        problem = request_problem(request, route.chain, limit)
+        limit = self.device.max_model_len(route)
+        remedy = self.device.limit_remedy(limit)
+        problem = request_problem(request, route.chain, limit, remedy)
         if not problem and self._sequences.find(request.request_id):
             problem = f"request_id {request.request_id!r} is already in flight; give another"
         if problem:
@@ -122,6 +123,7 @@ class Loop:
         enqueued = self._sweeper.sweep(items, self._instances) if items else None
         if self._in_flight is not None:
             self._collect(self._in_flight)
+        self.kv.host.land()
         self._in_flight = enqueued
         if len(self._instances) > len(self.assembly.instances):
             self._merge_instances()
@@ -153,6 +155,8 @@ class Loop:
             prompt_tokens=ran.prompt_tokens,
             cached_tokens=self.kv.hit_tokens,
             preemptions=sequences.preemptions,
+            swaps=sequences.swaps,
+            host_kv_bytes=self.kv.host.used,
             generated_tokens=self._generated_tokens,
         )
 

@@ -32,6 +32,9 @@ def plan(admission: Admission, chunks: Sequence[int]) -> list[Item]:
             continue
         start = sequence.computed
         length, chunk = chunk_for(sequence.prefill - start, tuple(chunks))
+        if start >= sequence.prompt_len and sequence.prefill - start == 1:
+            # What a swap leaves to compute: the token it was about to decode, on the same grid.
+            length = chunk = 1
         if length - 1 > admission.rows.free:
             break
         rows = [sequence.row, *admission.rows.take(length - 1)]

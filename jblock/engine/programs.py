@@ -124,6 +124,32 @@ def head_program(
     return head
 
 
+def gather_pages_program(pools: Sequence[KvPages], pages: jax.Array) -> tuple[KvPages, ...]:
+    """Copies pages out of every layer's arrays.
+
+    Args:
+      pools: every layer's page arrays (not donated).
+      pages: int32 [n] page ids; 0, the null page, fills up.
+    """
+    return tuple(tuple(a.at[pages].get(mode="clip") for a in layer) for layer in pools)
+
+
+def scatter_pages_program(
+    pools: Sequence[KvPages], copies: Sequence[KvPages], pages: jax.Array
+) -> tuple[KvPages, ...]:
+    """Overwrites whole pages with copies that `gather_pages_program` made.
+
+    Args:
+      pools: every layer's page arrays (donated).
+      copies: n pages of every layer.
+      pages: int32 [n] page ids; ids past the end are dropped.
+    """
+    return tuple(
+        tuple(a.at[pages].set(c, mode="drop") for a, c in zip(layer, copy, strict=True))
+        for layer, copy in zip(pools, copies, strict=True)
+    )
+
+
 def scrub_program(pools: Sequence[KvPages], pages: jax.Array) -> tuple[KvPages, ...]:
     """Zeroes pages that change hands: what an old tenant left can neither leak nor be 0 x NaN.
 

@@ -7,6 +7,7 @@ from jblock.engine.api import Request
 
 if TYPE_CHECKING:
     from jblock.engine.assembly import KvGroup, Route
+    from jblock.engine.swap import Copy
 
 
 @dataclasses.dataclass(eq=False)
@@ -22,6 +23,7 @@ class Sequence:
       row: its register row for decoding.
       pages: physical pages by KV group.
       page_keys: content keys of its full pages by KV group, as far as worked out.
+      copy: its pages on the host, while it waits after a preemption by swap.
       remembered: how many of its pages others can find by content.
       prefill: known tokens to compute before it decodes: the prompt, and after a preemption what it
         had generated too.
@@ -40,6 +42,7 @@ class Sequence:
     row: int = -1
     pages: dict["KvGroup", list[int]] = dataclasses.field(default_factory=dict)
     page_keys: dict["KvGroup", list[bytes]] = dataclasses.field(default_factory=dict)
+    copy: "Copy | None" = None
     remembered: int = 0
     prefill: int = 0
     computed: int = 0

@@ -75,6 +75,7 @@ def test_serve_says_where_drains_and_ends_with_0(start_server, tmp_path, engine,
 def test_every_engine_flag_reaches_the_engine(start_server):
     flags = {
         "dtype": "bfloat16",
+        "host_kv_memory_mb": 4,
         "kv_dtype": "int8",
         "kv_memory_mb": 5,
         "max_model_len": 7,

@@ -1,0 +1,306 @@
+"""Giving way by copies on the host: accounts, contents, privacy, and the same tokens either way."""
+
+import dataclasses
+import types
+
+import jax
+import numpy as np
+import pytest
+from harness import Agent, oracle, request
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from jblock.blocks.spec import AttentionSpec, RopeSpec
+from jblock.engine.api import Request
+from jblock.engine.assembly import KvGroup
+from jblock.engine.config import EngineConfig
+from jblock.engine.executables import PoolShape
+from jblock.engine.kv_cache import KvCache
+from jblock.engine.sequence import Sequence
+from jblock.engine.swap import Copy, HostPool, Rates, measure
+from jblock.zoo.records import Step
+
+PAGE = 4
+GROUPS = (KvGroup(1, 2, 1), KvGroup(1, 4, 2))
+SHAPES = {
+    g: PoolShape(num_pages=8, page_size=PAGE, num_kv_heads=1, head_dim=g.head_dim, layers=g.layers)
+    for g in GROUPS
+}
+HOST_BYTES = 5 * sum(s.page_bytes for s in SHAPES.values())
+ROUTE = types.SimpleNamespace(
+    groups=GROUPS,
+    chain=types.SimpleNamespace(steps=(Step(component="a"), Step(component="b"))),
+    specs=tuple(
+        AttentionSpec(
+            hidden_size=4,
+            num_heads=1,
+            num_kv_heads=1,
+            head_dim=g.head_dim,
+            norm_eps=1e-5,
+            rope=RopeSpec(),
+        )
+        for g in GROUPS
+    ),
+)
+
+
+class Cells:
+    """Pages with one number a token, so that what a page holds can be told."""
+
+    def __init__(self):
+        self.pages = {g: np.zeros((s.num_pages, PAGE), np.int64) for g, s in SHAPES.items()}
+
+    def scrub(self, group, pages):
+        self.pages[group][list(pages)] = 0
+
+    def copy_out(self, group, pages):
+        return [self.pages[group][list(pages)].copy()]
+
+    def copy_in(self, group, pages, copies, skip=0):
+        self.pages[group][list(pages[skip:])] = copies[0][skip : len(pages)]
+
+
+class KvMachine(RuleBasedStateMachine):
+    """Random lives of sequences of two tenants. The cell of a token holds a hash of its tenant and all
+    tokens so far: a page of anyone else's, or of other tokens, cannot pass for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.cells = Cells()
+        self.kv = KvCache(SHAPES, PAGE, self.cells, HostPool(HOST_BYTES, HOST_BYTES))
+        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []
+
+    def expected(self, sequence: Sequence, position: int) -> int:
+        return hash((sequence.request.cache_salt, sequence.known[: position + 1])) | 1
+
+    def compute(self, sequence: Sequence) -> None:
+        """Writes what admission left to compute, as a prefill would."""
+        for position in range(sequence.computed, len(sequence.known)):
+            for group in GROUPS:
+                page = sequence.pages[group][position // PAGE]
+                self.cells.pages[group][page, position % PAGE] = self.expected(sequence, position)
+        sequence.computed = len(sequence.known)
+        self.kv.remember(sequence, sequence.computed)
+
+    def admit(self, sequence: Sequence) -> bool:
+        if self.kv.awaits(sequence) or not self.kv.admit(sequence):
+            return False
+        self.compute(sequence)
+        self.running.append(sequence)
+        return True
+
+    @rule(salt=st.sampled_from("ab"), length=st.integers(1, 3 * PAGE), first=st.integers(0, 1))
+    def submit(self, salt, length, first):
+        request = Request(
+            request_id="r", model="m", token_ids=(first, *range(length - 1)), cache_salt=salt
+        )
+        sequence = Sequence(request=request, route=ROUTE, max_tokens=99, seed=0)
+        if not self.admit(sequence):
+            self.waiting.append(sequence)
+
+    @precondition(lambda self: self.running)
+    @rule(index=st.integers(0, 99), count=st.integers(1, 5))
+    def generate(self, index, count):
+        sequence = self.running[index % len(self.running)]
+        for _ in range(count):
+            if len(sequence.known) < 6 * PAGE and self.kv.grow(sequence, len(sequence.known) + 1):
+                sequence.generated.append(len(sequence.generated))
+                self.compute(sequence)
+
+    @precondition(lambda self: self.running)
+    @rule(index=st.integers(0, 99), swap=st.booleans(), short=st.integers(0, 3))
+    def preempt(self, index, swap, short):
+        sequence = self.running.pop(index % len(self.running))
+        written = max(len(sequence.known) - short, 0)
+        used = self.kv.host.used
+        if swap:
+            room = self.kv.host.fits(self.kv.copy_bytes(sequence, written))
+            assert self.kv.swap_out(sequence, written) == (room and written > 0)
+        if sequence.copy is None:
+            assert self.kv.host.used == used
+        self.kv.release(sequence)
+        sequence.computed = 0
+        self.waiting.append(sequence)
+
+    @precondition(lambda self: self.waiting)
+    @rule(index=st.integers(0, 99))
+    def resume(self, index):
+        sequence = self.waiting.pop(index % len(self.waiting))
+        held = sequence.copy.tokens if sequence.copy else 0
+        if not self.admit(sequence):
+            assert (sequence.copy.tokens if sequence.copy else 0) == held
+            self.waiting.append(sequence)
+
+    @precondition(lambda self: self.running)
+    @rule(index=st.integers(0, 99))
+    def finish(self, index):
+        self.kv.release(self.running.pop(index % len(self.running)))
+
+    @precondition(lambda self: self.waiting)
+    @rule(index=st.integers(0, 99))
+    def cancel(self, index):
+        self.kv.drop_copy(self.waiting.pop(index % len(self.waiting)))
+
+    @rule()
+    def land(self):
+        self.kv.host.land()
+
+    @invariant()
+    def accounts_balance(self):
+        held = sum(s.copy.num_bytes for s in self.waiting if s.copy)
+        assert self.kv.host.used == held <= HOST_BYTES
+        assert not any(s.copy for s in self.running)
+        for group, pool in self.kv.pools.items():
+            owned = {p for s in self.running for p in s.pages[group]}
+            assert pool.free == pool.total - len(owned)
+
+    @invariant()
+    def everyone_reads_what_is_theirs_and_nothing_else(self):
+        for sequence in self.running:
+            length = len(sequence.known)
+            wanted = [self.expected(sequence, i) for i in range(length)]
+            for group in GROUPS:
+                cells = self.cells.pages[group][sequence.pages[group]].reshape(-1).tolist()
+                assert cells[:length] == wanted
+                assert not any(cells[length:])
+
+
+TestKvMachine = KvMachine.TestCase
+TestKvMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_the_host_is_bounded_and_so_is_what_is_on_its_way():
+    pool = HostPool(10, 4)
+    first, second = Copy(1, {}, 3), Copy(1, {}, 3)
+    assert pool.fits(4) and not pool.fits(5)
+    pool.keep(first)
+    assert not pool.fits(3)  # 6 would be on their way
+    pool.land()
+    assert not pool.fits(3)  # a step later at the earliest
+    pool.land()
+    pool.keep(second)
+    assert pool.used == 6 and pool.fits(1) and not pool.fits(3)
+    pool.drop(second)
+    assert pool.used == 3 and pool.fits(4)
+    pool.drop(first)
+    assert pool.used == 0
+    with pytest.raises(ValueError, match="-1"):
+        HostPool(-1, 0)
+
+
+def test_the_cheaper_way_is_taken():
+    rates = Rates(copy_bytes=1000.0, prefill_tokens=10.0)
+    assert rates.swap_pays(num_bytes=499, num_tokens=10)
+    assert not rates.swap_pays(num_bytes=501, num_tokens=10)
+
+
+BASE, ADAPTER = "llama_gqa_untied", "lora_all_r8"
+CONFIG = EngineConfig(
+    max_num_seqs=8,
+    max_model_len=96,
+    page_size=16,
+    decode_sizes=(8,),
+    prefill_grids=((8, 16),),
+    kv_memory_mb=1,
+)
+PROMPTS = {
+    f"r{i}": (model, oracle(model)["prompt"][i : i + 20 + i])
+    for i in range(12)
+    for model in (BASE if i % 2 else ADAPTER,)
+}
+ALWAYS, NEVER = (Rates(copy_bytes=c, prefill_tokens=1.0) for c in (1e18, 1e-9))
+
+
+def logits_of(agent: Agent) -> dict[tuple[str, int], np.ndarray]:
+    """Logits by request and position; the device keeps them as they were sampled from."""
+    return {
+        (item.sequence.request.request_id, item.start + item.q_len): logits[i]
+        for batch, logits in agent.device.seen
+        for i, item in enumerate(batch.items)
+        if item.samples
+    }
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+def test_both_ways_give_the_tokens_of_an_unloaded_run(zoo, kv_dtype):
+    config = dataclasses.replace(CONFIG, kv_dtype=kv_dtype)
+    roomy = Agent.make(zoo, [BASE, ADAPTER], config)
+    expected = roomy.generate(PROMPTS, max_tokens=40)
+    assert roomy.loop.stats().preemptions == 0
+    tight = dataclasses.replace(config, kv_pages=13)
+    for rates in (ALWAYS, NEVER):
+        agent = Agent.make(zoo, [BASE, ADAPTER], tight)
+        agent.device.rates = rates
+        assert agent.generate(PROMPTS, max_tokens=40) == expected
+        stats = agent.loop.stats()
+        assert stats.preemptions > 0 and stats.pages_free == stats.pages_total
+        assert stats.swaps == (stats.preemptions if rates is ALWAYS else 0)
+        assert stats.host_kv_bytes == 0
+        if rates is ALWAYS:
+            # Nothing was computed twice, and every number is the one an unloaded run computes.
+            assert stats.prompt_tokens - stats.preemptions <= roomy.loop.stats().prompt_tokens
+            wanted = logits_of(roomy)
+            for key, logits in logits_of(agent).items():
+                np.testing.assert_array_equal(logits, wanted[key], err_msg=str(key))
+
+
+def test_a_full_host_computes_anew(zoo):
+    agent = Agent.make(zoo, [BASE], dataclasses.replace(CONFIG, kv_pages=13))
+    agent.device.rates = ALWAYS
+    agent.loop.kv.host.total = agent.device.longest_bytes // 2
+    prompts = {i: (BASE, prompt) for i, (_, prompt) in PROMPTS.items()}
+    roomy = Agent.make(zoo, [BASE], CONFIG)
+    assert agent.generate(prompts, max_tokens=40) == roomy.generate(prompts, max_tokens=40)
+    stats = agent.loop.stats()
+    assert 0 < stats.swaps < stats.preemptions and stats.host_kv_bytes == 0
+
+
+def test_a_cancelled_sequence_leaves_nothing_on_the_host(zoo):
+    agent = Agent.make(zoo, [BASE], dataclasses.replace(CONFIG, kv_pages=8))
+    agent.device.rates = ALWAYS
+    for i in range(3):
+        agent.loop.submit(request(f"r{i}", BASE, oracle(BASE)["prompt"][i : i + 30]))
+    while not agent.loop.stats().host_kv_bytes:
+        agent.loop.step()
+    for i in range(3):
+        agent.loop.cancel(f"r{i}")
+    assert agent.loop.stats().host_kv_bytes == 0
+
+
+def test_copies_hold_their_own_pages_only_and_overwrite_whole_ones(zoo):
+    device = Agent.make(zoo, [BASE], CONFIG).device
+    ((group, shape),) = device.pool_shapes.items()
+    rng = np.random.default_rng(0)
+    pools = [
+        tuple(rng.standard_normal(a.shape).astype(np.float32) for a in shape.abstract_layer())
+        for _ in range(shape.layers)
+    ]
+    device._pools[group] = [
+        tuple(jax.numpy.asarray(a).at[0].set(0) for a in layer) for layer in pools
+    ]
+    copies = jax.tree.map(np.asarray, device.copy_out(group, [3, 7, 4, 2, 9]))
+    assert len(copies) == 2
+    for layer, arrays in zip(copies[1], pools, strict=True):
+        for copy, pool in zip(layer, arrays, strict=True):
+            np.testing.assert_array_equal(copy[0], pool[9])
+            assert not copy[1:].any()  # padding is the null page, nobody's
+    device.copy_in(group, [5, 6, 10, 11, 12], copies, skip=1)
+    for layer, arrays in zip(device._pools[group], pools, strict=True):
+        for now, before in zip(layer, arrays, strict=True):
+            np.testing.assert_array_equal(
+                np.asarray(now)[[5, 6, 10, 11, 12]], before[[5, 7, 4, 2, 9]]
+            )
+            others = [i for i in range(1, len(before)) if i not in (6, 10, 11, 12)]
+            np.testing.assert_array_equal(np.asarray(now)[others], before[others])
+
+
+def test_rates_are_measured_and_leave_no_trace(zoo):
+    agent = Agent.make(zoo, [BASE], CONFIG)
+    agent.device.rates = measure(agent.device, agent.assembly)
+    assert agent.device.rates.copy_bytes > 1e4 and agent.device.rates.prefill_tokens > 1
+    for arrays in agent.device._pools.values():
+        assert not any(np.asarray(a).any() for layer in arrays for a in layer)
+    got = agent.generate({"r": (BASE, oracle(BASE)["prompt"])})
+    assert got["r"] == oracle(BASE)["greedy"][:16].tolist()
