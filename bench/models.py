@@ -268,8 +268,7 @@ class MemoryZoo:
                 noise = rng.standard_normal(shape, np.float32)
                 tensors[name] = np.float32(1.0) + np.float32(0.1) * noise
             else:
-                # Drawn as [in, out], the engine's own layout: seen as [out, in], it is not copied again.
-                tensors[name] = rng.standard_normal(shape[::-1], np.float32).T
+                tensors[name] = rng.standard_normal(shape, np.float32)
                 tensors[name] *= np.float32(shape[1] ** -0.5)
         return tensors
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jblock.blocks.linear import matmul
+from jblock.blocks.linear import OUT_IN, matmul
 from jblock.blocks.spec import FfnSpec
 from jblock.engine.assembly import Unit
 
@@ -61,7 +61,7 @@ class SmallRowsMatmul:
                     self._weights.append((tensors["gate.weight"], tensors["down.weight"]))
         if not self._weights:
             raise ValueError("the model has no ffn to take weights from")
-        width = self._weights[0][0].shape[0]
+        width = _inputs(self._weights[0][0])
         self._x = jnp.full((rows, width), 0.01, jnp.float32)
         self.flops = 2 * rows * sum(g.size + d.size for g, d in self._weights)
         self.nbytes = sum(g.nbytes + d.nbytes for g, d in self._weights)
@@ -85,7 +85,7 @@ class BestMatmul:
         for m, k, n in self.SHAPES:
             m, k, n = m // scale, k // scale, n // scale
             x = jnp.asarray(np.ones((m, k), np.float32))
-            w = jnp.full((k, n), 0.01, dtype)
+            w = jnp.full((n, k) if OUT_IN else (k, n), 0.01, dtype)
             self._cases.append((jax.jit(matmul).lower(x, w).compile(), x, w, 2 * m * k * n))
 
     def measure(self) -> float:
@@ -96,6 +96,11 @@ class BestMatmul:
             program(x, w).block_until_ready()
             best = max(best, flops / (time.perf_counter() - begin))
         return best
+
+
+def _inputs(weight: jax.Array) -> int:
+    """Width of what a projection reads."""
+    return weight.shape[1 if OUT_IN else 0]
 
 
 def _chain(x: jax.Array, weights: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
@@ -126,7 +131,7 @@ class LayerTimes:
         self._tied = units[-1].signature.tied
         self._programs = {}
         for rows in row_counts:
-            widths = sorted({w.shape[0] for ws in self._layers for w in ws})
+            widths = sorted({_inputs(w) for ws in self._layers for w in ws})
             xs = {w: jnp.full((rows, w), 0.01, jnp.float32) for w in widths}
             x = jnp.full((rows, units[0].signature.hidden_size), 0.01, jnp.float32)
             self._programs[rows] = (
@@ -146,7 +151,7 @@ class LayerTimes:
         return LayerSeconds((middle - begin) / self._count, time.perf_counter() - middle)
 
     def _logits(self, x: jax.Array, weight: jax.Array) -> jax.Array:
-        return matmul(x, weight.T if self._tied else weight)
+        return matmul(x, weight, transposed=self._tied or OUT_IN)
 
 
 def _sums(xs: Mapping[int, jax.Array], layers: Sequence[Sequence[jax.Array]]) -> list[jax.Array]:
@@ -155,6 +160,6 @@ def _sums(xs: Mapping[int, jax.Array], layers: Sequence[Sequence[jax.Array]]) ->
     out, link = [], jnp.float32(0)
     for weights in layers:
         for w in weights:
-            link = matmul(xs[w.shape[0]] + link * 1e-30, w).sum()
+            link = matmul(xs[_inputs(w)] + link * 1e-30, w).sum()
             out.append(link)
     return out

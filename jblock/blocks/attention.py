@@ -24,7 +24,7 @@ class Attention(nnx.Module):
         params: Mapping[str, jax.Array],
         deltas: Mapping[str, jax.Array],
     ):
-        """Builds the block over tensors named as in AttentionSpec, projections as [in, out]."""
+        """Builds the block over tensors named as in AttentionSpec, projections as in Linear."""
         self.spec = spec
         self.norm = RMSNorm(params["norm.weight"], spec.norm_eps)
         self.q = Linear(params, deltas, "q")

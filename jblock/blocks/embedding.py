@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jblock.blocks.linear import matmul
+from jblock.blocks.linear import OUT_IN, matmul
 from jblock.blocks.norm import RMSNorm
 
 
@@ -22,8 +22,8 @@ class Embedding(nnx.Module):
 class Head(nnx.Module):
     """Final norm and unembedding: hidden rows to float32 logits.
 
-    The weight is `[hidden_size, vocab_size]`, or the embedding's own `[vocab_size, hidden_size]`
-    when tied, so that a tied table is held once.
+    The weight lies as in Linear, or as the embedding's own `[vocab_size, hidden_size]` when tied, so
+    that a tied table is held once.
     """
 
     def __init__(self, norm_weight: jax.Array, eps: float, weight: jax.Array, *, tied: bool):
@@ -33,4 +33,4 @@ class Head(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, hidden_size] -> [T, vocab_size]."""
-        return matmul(self.norm(x), self.weight[...], transposed=self.tied)
+        return matmul(self.norm(x), self.weight[...], transposed=self.tied or OUT_IN)

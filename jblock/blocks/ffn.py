@@ -22,7 +22,7 @@ class Ffn(nnx.Module):
     def __init__(
         self, spec: FfnSpec, params: Mapping[str, jax.Array], deltas: Mapping[str, jax.Array]
     ):
-        """Builds the block over tensors named as in FfnSpec, projections as [in, out]."""
+        """Builds the block over tensors named as in FfnSpec, projections as in Linear."""
         self.spec = spec
         self.norm = RMSNorm(params["norm.weight"], spec.norm_eps)
         self.gate = Linear(params, deltas, "gate")
