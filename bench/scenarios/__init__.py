@@ -43,6 +43,7 @@ _ALL = (
     Scenario("hotswap", "gaps between tokens while chains, weights and programs are swapped"),
     Scenario("coldstart", "process start to first token, with and without compiled programs"),
     Scenario("peers", "vLLM, OpenVINO GenAI and transformers on the same work and machine"),
+    Scenario("kv", "int8 KV over float32: bytes, speed over long contexts, changed answers"),
     Scenario("oversubscription", "KV for a quarter of what is offered: all finish, all the same"),
 )
 SCENARIOS = {s.name: s for s in _ALL}

@@ -1,4 +1,5 @@
-"""KV memory for a quarter of the sequences offered: all finish, and say what they say unloaded."""
+"""KV memory for a quarter of the sequences offered: all finish, and say what they say unloaded; what
+gives way is copied to the host, or computed anew."""
 
 import argparse
 import dataclasses
@@ -22,8 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """All requests at once on an engine with KV for a quarter of them, and again on one with KV for
-    the most it runs together, few at a time."""
+    """All requests at once on an engine with KV for a quarter of them, which swaps or computes anew as
+    its measured rates say; on one that always computes anew; and on one with KV for the most it runs
+    together, few at a time."""
     shape = _SHAPES["tiny" if args.quick else args.model]
     count = 32 if args.quick else args.requests
     lengths = (
@@ -53,27 +55,43 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     squeezed = dataclasses.replace(
         config, kv_memory_mb=1 + max(full // 4, 4 * length * shape.kv_floats_per_token) // 10**6
     )
-    runs, compiles, pages = {}, 0, {}
-    for name, settings, in_flight in (("squeezed", squeezed, None), ("unloaded", config, 4)):
+    runs, compiles, stats = {}, 0, {}
+    for name, settings, in_flight in (
+        ("squeezed", squeezed, None),
+        ("recomputing", dataclasses.replace(squeezed, host_kv_memory_mb=0), None),
+        ("unloaded", config, 4),
+    ):
         progress(f"{count} requests, {name}")
         engine = make_engine(zoo, settings, args.cache)
         try:
-            pages[name] = engine.stats().pages_total
             runs[name] = measure(engine, arrivals, in_flight)
-            compiles += engine.stats().compiles_on_serving_path
+            stats[name] = engine.stats()
+            compiles += stats[name].compiles_on_serving_path
         finally:
             engine.close()
     outputs = exactness.compare(zoo, runs["unloaded"].traces, runs["squeezed"].traces).to_json()
     progress(f"outputs: {outputs}")
+    recomputed = exactness.compare(zoo, runs["unloaded"].traces, runs["recomputing"].traces)
+    swaps = stats["squeezed"].swaps
     return {
         "oversubscription": {
             "offered": count,
             "finished": count - runs["squeezed"].failed,
             **outputs,
+            "swaps": swaps,
+            "recomputes": stats["squeezed"].preemptions - swaps,
+            "tokens_per_second": round(runs["squeezed"].tokens_per_second, 2),
+            "tokens_per_second_recomputing": round(runs["recomputing"].tokens_per_second, 2),
+        },
+        "recomputing": {
+            "finished": count - runs["recomputing"].failed,
+            "recomputes": stats["recomputing"].preemptions,
+            **recomputed.to_json(),
         },
         "detail": {
             "model": "tiny" if args.quick else args.model,
-            "pages": pages,
+            "pages": {name: s.pages_total for name, s in stats.items()},
+            "prompt_tokens_computed": {name: s.prompt_tokens for name, s in stats.items()},
             "workload": describe(arrivals),
             **{name: measured.summary() for name, measured in runs.items()},
         },

@@ -28,7 +28,17 @@ KEYS = {
     "hotswap": {"failed", "gap_ratio"},
     "coldstart": {"cached_ratio", "first_token_full_s", "first_token_empty_s"},
     "peers": {"vllm", "openvino", "transformers", "jblock"},
-    "oversubscription": {"offered", "finished", "identical", "within_token_rule"},
+    "kv": {"bytes_ratio", "tokens_per_second_ratio", "top1_agreement", "accuracy_delta"},
+    "oversubscription": {
+        "offered",
+        "finished",
+        "identical",
+        "within_token_rule",
+        "swaps",
+        "recomputes",
+        "tokens_per_second",
+        "tokens_per_second_recomputing",
+    },
 }
 
 
@@ -54,7 +64,7 @@ def test_every_scenario_is_held_to_its_keys():
     assert set(KEYS) == set(SCENARIOS)
 
 
-_LONG = {"coldstart", "peers"}  # Start processes that compile everything.
+_LONG = {"coldstart", "kv", "peers"}  # New processes or four engines that compile everything.
 
 
 @pytest.mark.parametrize(
@@ -68,7 +78,7 @@ def test_quick_run(name, quick):
     assert KEYS[name] <= set(figures)
     if name == "peers":
         return  # One object an engine; test_peers.py knows them.
-    assert all(value >= 0 for value in figures.values())
+    assert all(value >= 0 for key, value in figures.items() if key != "accuracy_delta")
     if name in ("block_tax", "roofline", "lora"):
         assert all(0.0001 < value < 1000 for value in figures.values())
 
@@ -86,7 +96,17 @@ def test_oversubscribed_all_finish(quick):
     figures = line["oversubscription"]
     assert figures["finished"] == figures["offered"]
     assert figures["within_token_rule"]
+    assert line["recomputing"]["finished"] == figures["offered"]
+    assert line["recomputing"]["within_token_rule"]
     assert line["detail"]["pages"]["squeezed"] < line["detail"]["pages"]["unloaded"]
+
+
+@pytest.mark.long
+def test_int8_pages_are_small_and_change_little(quick):
+    figures = quick("kv")["kv"]
+    assert figures["bytes_ratio"] < 0.4
+    assert figures["top1_agreement"] > 0.9
+    assert abs(figures["accuracy_delta"]) <= 0.1
 
 
 def test_a_prefix_seen_before_is_not_computed_again(quick):
