@@ -78,7 +78,7 @@ def logit_gap(zoo: Any, chain: Chain, token_ids: Sequence[int]) -> float:
         elif isinstance(spec, AttentionSpec):
 
             def attend(q, k, v, window=spec.sliding_window):
-                return attention(q[0], k[0], v[0], 0, window)[None]
+                return jnp.asarray(attention(q[0], k[0], v[0], 0, window))[None]
 
             x = Attention(spec, tensors, {})(x, rows, attend)
         elif isinstance(spec, FfnSpec):

@@ -18,6 +18,7 @@ from jblock.blocks.rows import Rows
 from jblock.blocks.spec import AttentionSpec, EmbeddingSpec, FfnSpec, NormSpec
 from jblock.engine.assembly import Route
 from jblock.pallas_kernels.paged_attention.api import abstract_pages, paged_attention
+from jblock.pallas_kernels.paged_attention.ragged import Ragged
 
 
 class FusedDecode:
@@ -41,11 +42,12 @@ class FusedDecode:
         self._tied = units[-1].signature.tied
         self.num_seqs, self._max_pages = num_seqs, -(-max_len // page_size)
         attentions = [s for s in self._specs if isinstance(s, AttentionSpec)]
-        num_pages = 1 + num_seqs * self._max_pages
         self._pools = tuple(
             tuple(
                 jnp.zeros(a.shape, a.dtype)
-                for a in abstract_pages(num_pages, page_size, s.num_kv_heads, s.head_dim)
+                for a in abstract_pages(
+                    1 + num_seqs * self._max_pages, page_size, s.num_kv_heads, s.head_dim
+                )
             )
             for s in attentions
         )
@@ -99,6 +101,7 @@ class FusedDecode:
             q_lens=jnp.ones(self.num_seqs, jnp.int32),
             slots=jnp.zeros(self.num_seqs, jnp.int32),
         )
+        ragged = Ragged.grid(starts, rows.q_lens, page_table, rows.q_len)
         x = logits = None
         updated: list = []
         norm: tuple[jax.Array, float] | None = None
@@ -109,11 +112,10 @@ class FusedDecode:
                 pages = pools[len(updated)]
 
                 def attend(q, k, v, pages=pages, window=spec.sliding_window):
-                    out, new = paged_attention(
-                        q, k, v, pages, page_table, rows, sliding_window=window
-                    )
+                    q, k, v = rows.flat(q), rows.flat(k), rows.flat(v)
+                    out, new = paged_attention(q, k, v, pages, ragged, sliding_window=window)
                     updated.append(new)
-                    return out
+                    return rows.by_sequence(out)
 
                 x = Attention(spec, tensors, {})(x, rows, attend)
             elif isinstance(spec, FfnSpec):

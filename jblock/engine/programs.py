@@ -24,6 +24,7 @@ from jblock.blocks.spec import AttentionSpec, FfnSpec, NormSpec
 from jblock.engine.config import Bucket
 from jblock.engine.signature import Signature
 from jblock.pallas_kernels.paged_attention.api import KvPages, paged_attention
+from jblock.pallas_kernels.paged_attention.ragged import Ragged
 
 INDEX_COLUMNS = 4
 
@@ -73,6 +74,7 @@ def segment_program(signatures: Sequence[Signature], bucket: Bucket) -> Callable
     ):
         rows, _, register_rows, _ = unpack(index, bucket)
         register_rows = register_rows.reshape(-1)
+        ragged = Ragged.grid(rows.starts, rows.q_lens, page_table, rows.q_len)
         x = registers.at[register_rows].get(mode="clip")
         updated: list[KvPages] = []
         components = (
@@ -85,11 +87,10 @@ def segment_program(signatures: Sequence[Signature], bucket: Bucket) -> Callable
                 pages = pools[len(updated)]
 
                 def attend(q, k, v, pages=pages, window=spec.sliding_window):
-                    out, new = paged_attention(
-                        q, k, v, pages, page_table, rows, sliding_window=window
-                    )
+                    q, k, v = rows.flat(q), rows.flat(k), rows.flat(v)
+                    out, new = paged_attention(q, k, v, pages, ragged, sliding_window=window)
                     updated.append(new)
-                    return out
+                    return rows.by_sequence(out)
 
                 with jax.named_scope("attention"):
                     x = Attention(spec, tensors, deltas)(x, rows, attend)

@@ -1,30 +1,29 @@
-"""Paged attention: one call writes a batch's new KV rows and attends over everything cached.
+"""Ragged paged attention: one call writes a batch's new KV and attends over everything cached.
 
-A backend is a module with `kv_shapes` and `paged_attention` of the signatures below. Each backend owns
-the physical layout of its pages; nothing outside it may assume one.
-
-A layer's pages are `(k, v)` in float32, or in int8 `(k, v, k_scale, v_scale)`: one float32 scale per
-page, kv head and token, `[page, kv_head, token]` whatever the backend, the greatest magnitude of that
-token's head over 127; a value is round(x / scale). Values and scales are written in the same call.
+A backend is a module with `abstract_pages` and `paged_attention` of the signatures below, less `backend`.
+Each backend owns the physical layout of its pages; nothing outside it may assume one, except that
+every array has the page id first and that a page of zeros is an empty one.
 """
 
 import jax
 import jax.numpy as jnp
 
-from jblock.blocks.rows import Rows
 from jblock.pallas_kernels.paged_attention import xla
+from jblock.pallas_kernels.paged_attention.quantize import is_scaled
+from jblock.pallas_kernels.paged_attention.ragged import Ragged
 
 BACKENDS = {"xla": xla}
+"""Modules by name."""
 
 KvPages = tuple[jax.Array, ...]
+"""The page arrays of one layer, as abstract_pages shapes them."""
+
+_OF_PLATFORM: dict[str, str] = {}
 
 
-def kv_shapes(
-    num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, *, backend: str = "xla"
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the K and V page arrays of one layer, page id first. Page 0 is the null page: always
-    zeros, never written, named by the unused entries of a page table."""
-    return BACKENDS[backend].kv_shapes(num_pages, page_size, num_kv_heads, head_dim)
+def backend_of(platform: str | None = None) -> str:
+    """The backend that serves a platform ("cpu", "tpu", "gpu"); None: the one jax computes on."""
+    return _OF_PLATFORM.get(platform or jax.default_backend(), "xla")
 
 
 def abstract_pages(
@@ -33,16 +32,28 @@ def abstract_pages(
     num_kv_heads: int,
     head_dim: int,
     *,
-    dtype: str = "float32",
-    backend: str = "xla",
+    dtype: jax.typing.DTypeLike = "float32",
+    backend: str | None = None,
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Shapes and dtypes of the page arrays of one layer: K and V, and for int8 their scales."""
-    shapes = kv_shapes(num_pages, page_size, num_kv_heads, head_dim, backend=backend)
-    pages = tuple(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes)
-    if dtype != "int8":
-        return pages
-    scale = jax.ShapeDtypeStruct((num_pages, num_kv_heads, page_size), jnp.float32)
-    return (*pages, scale, scale)
+    """The arrays that hold one layer's pages: shapes and dtypes, page id first.
+
+    Page 0 is the null page: always zeros, never written, named by the unused entries of a page table.
+
+    Args:
+      num_pages: pages, the null page included.
+      page_size: tokens of a page.
+      num_kv_heads: key/value heads.
+      head_dim: width of a head.
+      dtype: one of quantize.KV_DTYPES.
+      backend: key of BACKENDS; None: the one for the platform jax computes on.
+
+    Raises:
+      ValueError: a dtype KV cannot have.
+    """
+    is_scaled(dtype)
+    return BACKENDS[backend or backend_of()].abstract_pages(
+        num_pages, page_size, num_kv_heads, head_dim, jnp.dtype(dtype)
+    )
 
 
 def paged_attention(
@@ -50,29 +61,71 @@ def paged_attention(
     k: jax.Array,
     v: jax.Array,
     kv_pages: KvPages,
-    page_table: jax.Array,
-    rows: Rows,
+    ragged: Ragged,
     *,
     sliding_window: int | None = None,
-    backend: str = "xla",
+    softcap: float | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
 ) -> tuple[jax.Array, KvPages]:
     """Causal grouped-query attention of a batch over its pages.
 
     A query at position p sees positions 0 .. p of its own sequence (p - sliding_window + 1 .. p with a
-    window). Pages a sequence does not own cannot reach its output, whatever they hold: V pages must
-    be finite where they are visited, which the engine ensures by zeroing a page when it changes hands.
+    window). Pages a sequence does not own cannot reach its output, whatever they hold. Its own pages
+    must be finite past its last token too, which the engine ensures by zeroing a page when it
+    changes hands.
 
     Args:
-      q: [S, Q, heads, d] queries, rope applied, not scaled.
-      k: [S, Q, kv_heads, d] new keys, rope applied.
-      v: [S, Q, kv_heads, d] new values.
-      kv_pages: the page arrays of this layer, as `abstract_pages` shapes them (donated by the caller).
-      page_table: int32 [S, max_pages], physical page of each logical page, 0 where there is none.
-      rows: which of the S x Q rows are real, and where their sequences start.
+      q: [T, heads, d] queries, rope applied, not scaled.
+      k: [T, kv_heads, d] new keys, rope applied.
+      v: [T, kv_heads, d] new values.
+      kv_pages: the arrays of this layer, as abstract_pages says (donated by the caller). Keys and values
+        are rounded to their dtype before anything is computed, those of this call too.
+      ragged: which rows are whose, and the page table.
       sliding_window: tokens visible to a query, itself included; None sees all.
-      backend: key of BACKENDS.
+      softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2, arXiv 2408.00118); None: none.
+      scale: factor of the scores, before the soft cap; None: 1 / sqrt(d).
+      backend: key of BACKENDS; None: the one for the platform jax computes on.
 
     Returns:
-      [S, Q, heads, d] float32 (0 on padding rows or unspecified finite), and the updated pages.
+      [T, heads, d] in q's dtype, whose padding rows are unspecified, and the updated arrays.
+
+    Raises:
+      ValueError: shapes that do not fit together, a window under 1, a softcap or a number of
+        sequences that is no use.
     """
-    return BACKENDS[backend].paged_attention(q, k, v, kv_pages, page_table, rows, sliding_window)
+    _check(q, k, v, ragged, sliding_window, softcap)
+    return BACKENDS[backend or backend_of()].paged_attention(
+        q,
+        k,
+        v,
+        kv_pages,
+        ragged,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        scale=float(q.shape[-1] ** -0.5 if scale is None else scale),
+    )
+
+
+def _check(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    ragged: Ragged,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> None:
+    rows, heads, d = q.shape
+    if k.shape != v.shape or k.shape[0] != rows or k.shape[2] != d or heads % k.shape[1]:
+        raise ValueError(
+            f"q {q.shape}, k {k.shape} and v {v.shape} do not fit: want [T, heads, d] and twice "
+            "[T, kv_heads, d], kv_heads a divisor of heads"
+        )
+    if ragged.is_grid and rows != ragged.num_seqs * ragged.max_q_len:
+        raise ValueError(
+            f"a grid of {ragged.num_seqs} x {ragged.max_q_len} has no {rows} rows; use Ragged.packed"
+        )
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window is {sliding_window}; give 1 or more, or None")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}; give a number over 0, or None")
