@@ -39,6 +39,8 @@ KEYS = {
         "tokens_per_second",
         "tokens_per_second_recomputing",
     },
+    "kernels": {"paged_attention"},
+    "oversubscription": {"offered", "finished", "identical", "within_token_rule"},
 }
 
 

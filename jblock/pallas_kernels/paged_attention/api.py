@@ -5,25 +5,39 @@ Each backend owns the physical layout of its pages; nothing outside it may assum
 every array has the page id first and that a page of zeros is an empty one.
 """
 
+import importlib
+from types import ModuleType
+
 import jax
 import jax.numpy as jnp
 
-from jblock.pallas_kernels.paged_attention import xla
 from jblock.pallas_kernels.paged_attention.quantize import is_scaled
 from jblock.pallas_kernels.paged_attention.ragged import Ragged
 
-BACKENDS = {"xla": xla}
-"""Modules by name."""
+BACKENDS = ("xla", "tpu")
+"""Modules of this folder. One is imported when it is used: Pallas takes a while, and CPU needs none of it."""
 
 KvPages = tuple[jax.Array, ...]
 """The page arrays of one layer, as abstract_pages shapes them."""
 
-_OF_PLATFORM: dict[str, str] = {}
+_OF_PLATFORM = {"tpu": "tpu"}
 
 
 def backend_of(platform: str | None = None) -> str:
     """The backend that serves a platform ("cpu", "tpu", "gpu"); None: the one jax computes on."""
     return _OF_PLATFORM.get(platform or jax.default_backend(), "xla")
+
+
+def module(backend: str | None = None) -> ModuleType:
+    """The module of a backend; None: of the one for the platform jax computes on.
+
+    Raises:
+      ValueError: there is no such backend.
+    """
+    backend = backend or backend_of()
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is not known; give one of {', '.join(BACKENDS)}")
+    return importlib.import_module(f"jblock.pallas_kernels.paged_attention.{backend}")
 
 
 def abstract_pages(
@@ -45,13 +59,13 @@ def abstract_pages(
       num_kv_heads: key/value heads.
       head_dim: width of a head.
       dtype: one of quantize.KV_DTYPES.
-      backend: key of BACKENDS; None: the one for the platform jax computes on.
+      backend: one of BACKENDS; None: the one for the platform jax computes on.
 
     Raises:
       ValueError: a dtype KV cannot have.
     """
     is_scaled(dtype)
-    return BACKENDS[backend or backend_of()].abstract_pages(
+    return module(backend).abstract_pages(
         num_pages, page_size, num_kv_heads, head_dim, jnp.dtype(dtype)
     )
 
@@ -85,7 +99,7 @@ def paged_attention(
       sliding_window: tokens visible to a query, itself included; None sees all.
       softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2, arXiv 2408.00118); None: none.
       scale: factor of the scores, before the soft cap; None: 1 / sqrt(d).
-      backend: key of BACKENDS; None: the one for the platform jax computes on.
+      backend: one of BACKENDS; None: the one for the platform jax computes on.
 
     Returns:
       [T, heads, d] in q's dtype, whose padding rows are unspecified, and the updated arrays.
@@ -95,7 +109,7 @@ def paged_attention(
         sequences that is no use.
     """
     _check(q, k, v, ragged, sliding_window, softcap)
-    return BACKENDS[backend or backend_of()].paged_attention(
+    return module(backend).paged_attention(
         q,
         k,
         v,

@@ -1,0 +1,143 @@
+"""Block sizes of the TPU kernel: tuned for a device where somebody has measured, else by a heuristic."""
+
+import dataclasses
+import functools
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+TUNED = Path(__file__).parent / "tuned"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What block sizes depend on.
+
+    Attributes:
+      heads: query heads.
+      kv_heads: key/value heads.
+      head_dim: width of a head.
+      page_size: tokens of a page.
+      kv_dtype: name of the pages' dtype.
+      max_q_len: bound on the new tokens of a sequence, rounded up to a power of two.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    kv_dtype: str
+    max_q_len: int
+
+    @property
+    def key(self) -> str:
+        """How a tuned file names the shape."""
+        return (
+            f"{self.heads}/{self.kv_heads}x{self.head_dim}"
+            f" page {self.page_size} {self.kv_dtype} q {self.max_q_len}"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """How the kernel cuts its work.
+
+    Attributes:
+      q_tokens: query tokens of a tile, a power of two; times the query heads of a kv head they are the
+        rows of one matmul.
+      q_tiles: tiles that share one pass over the keys.
+      kv_pages: pages brought together; two such blocks are in VMEM.
+      chunk_pages: pages of one matmul, a divisor of kv_pages.
+    """
+
+    q_tokens: int
+    q_tiles: int
+    kv_pages: int
+    chunk_pages: int
+
+    def __post_init__(self):
+        if min(dataclasses.astuple(self)) < 1 or self.kv_pages % self.chunk_pages:
+            raise ValueError(f"{self}: give numbers over 0, chunk_pages a divisor of kv_pages")
+        if self.q_tokens & (self.q_tokens - 1):
+            raise ValueError(f"q_tokens is {self.q_tokens}; give a power of two")
+
+
+def blocks_for(shape: Shape, device_kind: str) -> Blocks:
+    """The tuned block sizes of a shape on a device, or the heuristic's, which is then said once."""
+    tuned = tuned_blocks(device_kind).get(shape.key)
+    if tuned is None:
+        _say_untuned(shape.key, device_kind)
+        return heuristic(shape)
+    return tuned
+
+
+def heuristic(shape: Shape) -> Blocks:
+    """Tiles of 128 rows, which fill the matrix unit's height, four of them to a pass over the keys;
+    blocks of 2 MB, far over what hides a copy's latency; chunks of 128 tokens where the triangle's
+    edge wastes what they overhang, of 512 in decoding, where nothing is wasted."""
+    groups = shape.heads // shape.kv_heads
+    q_tokens = min(_up(shape.max_q_len), _down(max(1, 128 // groups)))
+    q_tiles = max(1, min(4, -(-shape.max_q_len // q_tokens)))
+    item = {"float32": 4, "bfloat16": 2}.get(shape.kv_dtype, 1)
+    token_bytes = 2 * shape.kv_heads * shape.head_dim * item
+    tokens = max(128, min(1024, _down(2**21 // token_bytes)))
+    kv_pages = _down(max(1, tokens // shape.page_size))
+    chunk = 512 if shape.max_q_len * groups <= 128 else 128
+    chunk_pages = _down(max(1, chunk // shape.page_size))
+    return Blocks(
+        q_tokens=q_tokens,
+        q_tiles=q_tiles,
+        kv_pages=kv_pages,
+        chunk_pages=min(chunk_pages, kv_pages),
+    )
+
+
+def tuned_file(device_kind: str) -> Path:
+    """Where the tuned block sizes of a device lie, whether or not there are any."""
+    return TUNED / (re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_") + ".json")
+
+
+@functools.cache
+def tuned_blocks(device_kind: str) -> dict[str, Blocks]:
+    """By key of the shape, all that somebody has measured on a device."""
+    path = tuned_file(device_kind)
+    if not path.exists():
+        return {}
+    return {key: Blocks(**entry["blocks"]) for key, entry in json.loads(path.read_text()).items()}
+
+
+def save_tuned(device_kind: str, measured: Mapping[Shape, tuple[Blocks, float]]) -> Path:
+    """Adds measured shapes (the best blocks, and the seconds of a call with them) to a device's file."""
+    path = tuned_file(device_kind)
+    entries = json.loads(path.read_text()) if path.exists() else {}
+    for shape, (blocks, seconds) in measured.items():
+        entries[shape.key] = {
+            "blocks": dataclasses.asdict(blocks),
+            "microseconds": round(seconds * 1e6, 1),
+        }
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
+    tuned_blocks.cache_clear()
+    return path
+
+
+@functools.cache
+def _say_untuned(key: str, device_kind: str) -> None:
+    logging.getLogger(__name__).info(
+        "paged attention %s is not tuned for %s: block sizes by heuristic; "
+        "python -m bench kernels --tune measures them",
+        key,
+        device_kind,
+    )
+
+
+def _down(n: int) -> int:
+    """Greatest power of two that is not over n."""
+    return 1 << (n.bit_length() - 1)
+
+
+def _up(n: int) -> int:
+    """Least power of two that is not under n."""
+    return 1 << (n - 1).bit_length()

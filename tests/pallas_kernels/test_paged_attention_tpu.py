@@ -1,0 +1,197 @@
+"""The TPU kernel in jax's TPU interpreter: asynchronous copies done as late as they may be, memory that
+nobody wrote full of NaN, accesses out of bounds and races detected.
+
+`make test` takes every sixth case, by which every dtype and feature is met; `make test-long` takes all.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jblock.pallas_kernels.paged_attention import shapes, tpu, tpu_blocks
+from jblock.pallas_kernels.paged_attention.tpu_blocks import Blocks, Shape
+from tests.pallas_kernels.attention_cases import CASES, FORMS, Case, check, run
+
+INTERPRET = pltpu.InterpretParams(detect_races=True)
+SPREAD = CASES[2::6]
+RACE = "RACE DETECTED"
+
+
+@functools.partial(jax.jit, static_argnames=("sliding_window", "softcap", "scale", "blocks"))
+def interpreted(q, k, v, pages, ragged, *, sliding_window, softcap, scale, blocks=None):
+    return tpu.paged_attention(
+        q,
+        k,
+        v,
+        pages,
+        ragged,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        blocks=blocks,
+        interpret=INTERPRET,
+        device_kind="none",
+    )
+
+
+def pages_of(*sizes, dtype):
+    return tpu.abstract_pages(*sizes, dtype)
+
+
+def small(case: Case) -> Blocks:
+    """Blocks so small that a case of a few tokens takes several items, blocks and chunks."""
+    q_tokens = 1 if case.max_q_len == 1 else 4
+    return Blocks(q_tokens=q_tokens, q_tiles=2, kv_pages=4, chunk_pages=2)
+
+
+def hold(case: Case, blocks: Blocks | None, capfd, seed: int = 0) -> None:
+    got, wanted = run(case, pages_of, functools.partial(interpreted, blocks=blocks), seed)
+    check(case, got, wanted)
+    assert RACE not in "".join(capfd.readouterr())
+
+
+def test_the_spread_meets_everything():
+    assert {(c.kv, c.q) for c in SPREAD} == {(c.kv, c.q) for c in CASES} - {("float32", "bfloat16")}
+    assert {c.form for c in SPREAD} == set(FORMS)
+    for feature in ("window", "softcap", "scale"):
+        assert any(getattr(c, feature) is not None for c in SPREAD)
+
+
+@pytest.mark.parametrize("case", SPREAD, ids=str)
+def test_matches_reference(case, capfd):
+    hold(case, small(case), capfd)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("cut", ["small", "heuristic"])
+def test_every_case_matches_reference(case, cut, capfd):
+    hold(case, small(case) if cut == "small" else None, capfd)
+
+
+LENGTHS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), min_size=3, max_size=3)
+
+
+def random_case(sequences, form, window, kv):
+    # The last sequence fixes max_q_len and the size of the page table, and so the program.
+    return Case((*sequences, (41, 9)), form, window=window, kv=kv)
+
+
+@settings(max_examples=4, deadline=None)
+@given(sequences=LENGTHS, seed=st.integers(0, 99))
+def test_matches_reference_on_random_batches(sequences, seed):
+    case = random_case(sequences, "packed", 12, "float32")
+    got, wanted = run(case, pages_of, functools.partial(interpreted, blocks=small(case)), seed)
+    check(case, got, wanted)
+
+
+@pytest.mark.long
+@settings(max_examples=60, deadline=None)
+@given(
+    sequences=LENGTHS,
+    form=st.sampled_from(FORMS),
+    window=st.sampled_from([None, 1, 7, 20]),
+    kv=st.sampled_from(["float32", "int8", "bfloat16"]),
+    seed=st.integers(0, 99),
+)
+def test_matches_reference_on_many_random_batches(sequences, form, window, kv, seed):
+    case = random_case(sequences, form, window, kv)
+    got, wanted = run(case, pages_of, functools.partial(interpreted, blocks=small(case)), seed)
+    check(case, got, wanted)
+
+
+def test_races_would_be_detected(capfd):
+    """A kernel that reads a buffer before its copy is waited for."""
+
+    def kernel(x, out, buffer, sem):
+        copy = pltpu.make_async_copy(x, buffer, sem)
+        copy.start()
+        out[...] = buffer[...]
+        copy.wait()
+
+    x = jnp.zeros((8, 128), jnp.float32)
+    pl.pallas_call(
+        kernel,
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        scratch_shapes=[pltpu.VMEM(x.shape, x.dtype), pltpu.SemaphoreType.DMA],
+        interpret=INTERPRET,
+    )(x).block_until_ready()
+    assert RACE in "".join(capfd.readouterr())
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    ranges=st.lists(st.tuples(st.integers(0, 50), st.integers(-3, 40)), min_size=1, max_size=6),
+    size=st.sampled_from([1, 4, 8, 16]),
+)
+def test_pieces_cover_every_range_once(ranges, size):
+    begin = np.array([b for b, _ in ranges], np.int32)
+    end = np.array([b + n for b, n in ranges], np.int32)
+    lengths = np.maximum(end - begin, 0)
+    bound = tpu.piece_bound(len(ranges), int(lengths.max()), int(lengths.sum()), size)
+    wanted = [
+        (s, i)
+        for s, (b, n) in enumerate(ranges)
+        if n > 0
+        for i in range(b // size, (b + n - 1) // size + 1)
+    ]
+    with jax.disable_jit():
+        seq, number, count = tpu.pieces(begin, end, size, max(bound, 1))
+    assert int(count) == len(wanted) <= bound or not wanted
+    got = list(zip(np.asarray(seq).tolist(), np.asarray(number).tolist(), strict=True))
+    assert got[: int(count)] == wanted
+    assert all(0 <= s < len(ranges) for s, _ in got)
+
+
+@pytest.mark.parametrize("model", shapes.MODELS, ids=lambda m: m.name)
+@pytest.mark.parametrize("batch", shapes.BATCHES, ids=lambda b: b.name)
+@pytest.mark.parametrize("dtype", ["float32", *shapes.DTYPES])
+def test_the_heuristic_fits_vector_memory(model, batch, dtype):
+    shape = Shape(
+        heads=model.heads,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        page_size=shapes.PAGE_SIZE,
+        kv_dtype=dtype,
+        max_q_len=batch.max_q_len,
+    )
+    b = tpu_blocks.heuristic(shape)
+    item = jnp.dtype(dtype).itemsize
+    kv = 4 * model.kv_heads * b.kv_pages * shapes.PAGE_SIZE * model.head_dim * item
+    rows = b.q_tiles * model.heads * max(b.q_tokens, 16)
+    state = rows * (2 * 128 + model.head_dim) * 4 + 4 * rows * model.head_dim * 4
+    assert kv + state < 48 * 2**20
+
+
+def test_tuned_blocks_are_used_and_untuned_shapes_are_said_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tpu_blocks, "TUNED", tmp_path)
+    tpu_blocks.tuned_blocks.cache_clear()
+    shape = Shape(
+        heads=32, kv_heads=8, head_dim=128, page_size=64, kv_dtype="bfloat16", max_q_len=1
+    )
+    best = Blocks(q_tokens=1, q_tiles=1, kv_pages=2, chunk_pages=2)
+    other = Shape(**{**shape.__dict__, "page_size": 128})
+    tpu_blocks.save_tuned("TPU v9", {shape: (best, 1e-3)})
+    assert tpu_blocks.tuned_file("TPU v9").name == "tpu_v9.json"
+    assert tpu_blocks.blocks_for(shape, "TPU v9") == best
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            assert tpu_blocks.blocks_for(other, "TPU v9") == tpu_blocks.heuristic(other)
+    said = [r for r in caplog.records if "not tuned for TPU v9" in r.message]
+    assert len(said) == 1
+    tpu_blocks.tuned_blocks.cache_clear()
+
+
+@pytest.mark.parametrize("change", [{"q_tokens": 3}, {"kv_pages": 0}, {"chunk_pages": 3}])
+def test_blocks_that_cannot_be_are_refused(change):
+    fields = {"q_tokens": 4, "q_tiles": 2, "kv_pages": 4, "chunk_pages": 2}
+    with pytest.raises(ValueError, match="give"):
+        Blocks(**{**fields, **change})
