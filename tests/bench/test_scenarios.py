@@ -40,7 +40,6 @@ KEYS = {
         "tokens_per_second_recomputing",
     },
     "kernels": {"paged_attention"},
-    "oversubscription": {"offered", "finished", "identical", "within_token_rule"},
 }
 
 
