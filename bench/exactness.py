@@ -11,7 +11,7 @@ from jblock.blocks.attention import Attention
 from jblock.blocks.embedding import Embedding, Head
 from jblock.blocks.ffn import Ffn
 from jblock.blocks.rows import Rows
-from jblock.blocks.spec import AttentionSpec, EmbeddingSpec, FfnSpec, NormSpec
+from jblock.blocks.spec import AttentionSpec, EmbeddingSpec, FfnSpec, NormSpec, UnembeddingSpec
 from jblock.engine import params as parameters
 from jblock.pallas_kernels.paged_attention.reference import attention
 from jblock.zoo.records import Chain
@@ -74,18 +74,22 @@ def logit_gap(zoo: Any, chain: Chain, token_ids: Sequence[int]) -> float:
         spec = zoo.component(step.component).spec
         tensors = parameters.prepare(spec, zoo.load_component(step.component), "float32", False)
         if isinstance(spec, EmbeddingSpec):
-            x = Embedding(tensors["weight"])(jnp.asarray(token_ids, jnp.int32))
+            embedding = Embedding(spec, tensors, "float32")
+            x = embedding(jnp.asarray(token_ids, jnp.int32), rows.positions[0])
         elif isinstance(spec, AttentionSpec):
 
-            def attend(q, k, v, window=spec.sliding_window):
-                return jnp.asarray(attention(q[0], k[0], v[0], 0, window))[None]
+            def attend(q, k, v, spec=spec):
+                options = (spec.sliding_window, spec.softcap, spec.scale)
+                return jnp.asarray(attention(q[0], k[0], v[0], 0, *options))[None]
 
             x = Attention(spec, tensors, {})(x, rows, attend)
         elif isinstance(spec, FfnSpec):
             x = Ffn(spec, tensors, {})(x, rows)
         elif isinstance(spec, NormSpec):
-            norm, eps = tensors["weight"], spec.eps
+            norm = spec, tensors
+        elif isinstance(spec, UnembeddingSpec):
+            logits = Head((norm[0], spec), (norm[1], tensors), tied=False)(x[-1:])
         else:
-            logits = Head(norm, eps, tensors["weight"], tied=False)(x[-1:])
+            raise ValueError(f"a component of kind {spec.kind} is not of a dense model")
     best = jnp.sort(logits[0])[-2:]
     return float(best[1] - best[0])

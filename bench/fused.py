@@ -15,7 +15,7 @@ from jblock.blocks.attention import Attention
 from jblock.blocks.embedding import Embedding, Head
 from jblock.blocks.ffn import Ffn
 from jblock.blocks.rows import Rows
-from jblock.blocks.spec import AttentionSpec, EmbeddingSpec, FfnSpec, NormSpec
+from jblock.blocks.spec import AttentionSpec, EmbeddingSpec, FfnSpec, NormSpec, UnembeddingSpec
 from jblock.engine.assembly import Route
 from jblock.pallas_kernels.paged_attention.api import abstract_pages, paged_attention
 from jblock.pallas_kernels.paged_attention.ragged import Ragged
@@ -104,10 +104,10 @@ class FusedDecode:
         ragged = Ragged.grid(starts, rows.q_lens, page_table, rows.q_len)
         x = logits = None
         updated: list = []
-        norm: tuple[jax.Array, float] | None = None
+        norm: tuple | None = None
         for spec, tensors in zip(self._specs, params, strict=True):
             if isinstance(spec, EmbeddingSpec):
-                x = Embedding(tensors["weight"])(tokens)
+                x = Embedding(spec, tensors, "float32")(tokens, starts)
             elif isinstance(spec, AttentionSpec):
                 pages = pools[len(updated)]
 
@@ -121,9 +121,9 @@ class FusedDecode:
             elif isinstance(spec, FfnSpec):
                 x = Ffn(spec, tensors, {})(x, rows)
             elif isinstance(spec, NormSpec):
-                norm = tensors["weight"], spec.eps
-            elif norm is not None:
-                logits = Head(*norm, tensors["weight"], tied=self._tied)(x)
+                norm = spec, tensors
+            elif isinstance(spec, UnembeddingSpec) and norm is not None:
+                logits = Head((norm[0], spec), (norm[1], tensors), tied=self._tied)(x)
         if logits is None:
             raise ValueError("a chain to fuse ends with a norm and an unembedding")
         return tuple(updated), *_greedy(logits)

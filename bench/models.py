@@ -160,7 +160,8 @@ class MemoryZoo:
             label = self._labels[step.component]
             if label.startswith(f"{name}/"):
                 fresh = f"{label.split('@')[0]}@{old.version + 1}"
-                step = Step(component=self._component(self.component(step.component).spec, fresh))
+                id_ = self._component(self.component(step.component).spec, fresh)
+                step = dataclasses.replace(step, component=id_, deltas=())
             steps.append(step)
         return self._publish(name, tuple(steps))
 
@@ -176,7 +177,7 @@ class MemoryZoo:
             if mine:
                 lora = LoraSpec(targets={t: LoraTarget(rank=rank, scale=0.5) for t in mine})
                 deltas = (self._delta(lora, step.component, name),)
-            steps.append(Step(component=step.component, deltas=deltas))
+            steps.append(dataclasses.replace(step, deltas=deltas))
         return self._publish(name, tuple(steps), f"{base}@1")
 
     def chains(self) -> list[str]:

@@ -67,7 +67,7 @@ def convert(source_path: Path, zoo_path: Path, name: str, progress: Progress) ->
                 own = {t: source.read(n) for t, n in step.tensors.items() if t not in tied}
                 id_ = writer.put_component(step.spec, own, tied)
                 owners |= {step.tensors[t]: (id_, t) for t in own}
-                steps.append(Step(component=id_))
+                steps.append(Step(component=id_, joined=step.joined))
                 advance(sum(v.nbytes for v in own.values()))
         chain = Chain(
             name=name,
@@ -100,17 +100,20 @@ def check_tensors(plan: Plan, source: Source) -> None:
     for step in plan.steps:
         shapes = step.spec.tensors()
         wanted |= {source_name: shapes[name] for name, source_name in step.tensors.items()}
+    missing = [name for name in wanted if name not in source.tensors]
+    if missing:
+        names = ", ".join(map(repr, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        raise CheckpointError(
+            f"{source.path}: {len(missing)} tensors are missing: {names}: give the whole checkpoint, "
+            "and the config.json that belongs to it"
+        )
     for name, shape in wanted.items():
-        if name not in source.tensors:
-            raise CheckpointError(
-                f"{source.path}: tensor {name!r} is missing: give the whole checkpoint, and the "
-                "config.json that belongs to it"
-            )
         if source.tensors[name].shape != shape:
             raise CheckpointError(
                 f"{source.path}: tensor {name!r} has shape {list(source.tensors[name].shape)}, "
                 f"config.json makes it {list(shape)}: one of the two is of another model"
             )
+    surplus = []
     for name in sorted(source.tensors.keys() - wanted.keys()):
         if name in plan.copies:
             if not source.equal(name, plan.copies[name]):
@@ -121,10 +124,14 @@ def check_tensors(plan: Plan, source: Source) -> None:
         elif name in plan.inverse_frequencies:
             _check_frequencies(plan, source, name)
         else:
-            raise CheckpointError(
-                f"{source.path}: tensor {name!r} is surplus: config.json describes a model "
-                "without it, so what it is for is not known"
-            )
+            surplus.append(name)
+    if surplus:
+        names = ", ".join(map(repr, surplus[:8]))
+        raise CheckpointError(
+            f"{source.path}: {len(surplus)} tensors are surplus: {names}"
+            + (", ..." if len(surplus) > 8 else "")
+            + ": config.json describes a model without them, so what they are for is not known"
+        )
 
 
 def note_tokenizer(
@@ -156,13 +163,14 @@ def _left_out(plan: Plan, source: Source) -> dict[str, bytes]:
 
 def _check_frequencies(plan: Plan, source: Source, name: str) -> None:
     spec = next(s.spec for s in plan.steps if isinstance(s.spec, AttentionSpec))
-    exponents = np.arange(0, spec.head_dim, 2) / spec.head_dim
-    expected = spec.rope.theta**-exponents
-    if source.tensors[name].shape == expected.shape and spec.rope.kind == "default":
-        found = source.read(name).astype(np.float64)
-        if np.allclose(found, expected, rtol=1e-2, atol=0):
-            return
+    if spec.rope is not None and spec.rope.kind == "default":
+        dim = spec.rope.rotated(spec.head_dim)
+        expected = spec.rope.theta ** -(np.arange(0, dim, 2) / dim)
+        if source.tensors[name].shape == expected.shape:
+            found = source.read(name).astype(np.float64)
+            if np.allclose(found, expected, rtol=1e-2, atol=0):
+                return
     raise CheckpointError(
-        f"{source.path}: {name!r} is not the rope that config.json describes (theta "
-        f"{spec.rope.theta}, {spec.rope.kind}): only what config.json says can be served"
+        f"{source.path}: {name!r} is not the rope that config.json describes ({spec.rope}): only "
+        "what config.json says can be served"
     )

@@ -9,9 +9,10 @@ from checkpoints.peft_config import LoraSettings, read_settings
 from checkpoints.progress import Progress
 from checkpoints.source import Source, open_source, read_json
 from checkpoints.tokenizer import read_tokenizer
-from jblock.blocks.spec import LoraSpec, LoraTarget
+from jblock.blocks.layout import is_projection
+from jblock.blocks.spec import LoraSpec, LoraTarget, projection_shape
 from jblock.families import families
-from jblock.zoo.records import Chain, Step, check_name
+from jblock.zoo.records import Chain, check_name
 from jblock.zoo.store import Zoo
 
 _PREFIX = "base_model.model."
@@ -66,7 +67,7 @@ def convert(
             name=name,
             version=0,
             steps=tuple(
-                Step(component=s.component, deltas=s.deltas + ((added[i],) if i in added else ()))
+                dataclasses.replace(s, deltas=s.deltas + ((added[i],) if i in added else ()))
                 for i, s in enumerate(base.steps)
             ),
             base=f"{base.name}@{base.version}",
@@ -117,9 +118,8 @@ def plan_deltas(
                 "whole adapter"
             )
         rank, scale = settings.rank_and_scale(module)
-        out, inner = zoo.component(base.steps[index].component).spec.tensors()[
-            f"{projection}.weight"
-        ]
+        spec = zoo.component(base.steps[index].component).spec
+        out, inner = projection_shape(spec, projection)
         for half, shape in (("a", (rank, inner)), ("b", (out, rank))):
             if source.tensors[pair[half]].shape != shape:
                 raise CheckpointError(
@@ -134,8 +134,8 @@ def plan_deltas(
     if left:
         raise CheckpointError(
             f"{source.path}: tensor {min(left)!r} fits no projection of {base.name} "
-            f"({base.family}, {max(i for i, _ in modules.values()) // 2} layers): the adapter is "
-            "for another base, or adapts what cannot be served"
+            f"({base.family}, {len(base.steps)} components): the adapter is for another base, or "
+            "adapts what cannot be served"
         )
     if not found:
         raise CheckpointError(f"{source.path} has no LoRA tensors: give a trained adapter")
@@ -147,13 +147,12 @@ def plan_deltas(
 
 def _modules(base: Chain) -> dict[str, tuple[int, str]]:
     """Module path in the checkpoint -> (index of the step, projection)."""
-    family = families()[base.family]
-    modules = {}
-    for index, step in enumerate(family.plan(base.source).steps):
-        for template, (kind, projection) in family.projections.items():
-            if step.layer is not None and step.spec.kind == kind:
-                modules[template.format(i=step.layer)] = (index, projection)
-    return modules
+    return {
+        source.removesuffix(".weight"): (index, name.removesuffix(".weight"))
+        for index, step in enumerate(families()[base.family].plan(base.source).steps)
+        for name, source in step.tensors.items()
+        if is_projection(step.spec, name)
+    }
 
 
 def _check_base(zoo: Zoo, base: Chain, settings: LoraSettings) -> None:

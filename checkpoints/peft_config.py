@@ -16,6 +16,7 @@ _HARMLESS = {
     "ensure_weight_tying",
     "eva_config",
     "exclude_modules",
+    "fan_in_fan_out",  # how the base stores its matrices; the pair itself is the same
     "inference_mode",
     "init_lora_weights",
     "layers_pattern",
@@ -41,14 +42,13 @@ _HARMLESS = {
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # What a program computes with holds no more.
 _FLOAT32_MAX = 3.4e38
-_LAYER = re.compile(r".*\.layers\.(\d+)\.")
+_LAYER = re.compile(r".*\.[^.]*\.(\d+)\.")  # as PEFT finds it
 _REMEDY = {
     "use_dora": "merge it into the base and convert the result with 'hf'",
     "bias": "train with bias='none', or merge it into the base",
     "lora_bias": "train with lora_bias=False, or merge it into the base",
     "modules_to_save": "it holds whole modules: merge it into the base and convert with 'hf'",
     "trainable_token_indices": "merge it into the base and convert the result with 'hf'",
-    "fan_in_fan_out": "it is meant for Conv1D bases, which no family here has",
 }
 
 

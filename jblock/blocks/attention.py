@@ -1,4 +1,4 @@
-"""The attention block: norm, projections, rotary embedding, paged attention, residual."""
+"""The attention block: norms, projections, rotary embedding, paged attention, residual."""
 
 from collections.abc import Callable, Mapping
 
@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from jblock.blocks.linear import Linear
-from jblock.blocks.norm import RMSNorm
+from jblock.blocks.norm import Norm
 from jblock.blocks.rope import inverse_frequencies, rotate
 from jblock.blocks.rows import Rows
 from jblock.blocks.spec import AttentionSpec
@@ -16,7 +16,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Attention(nnx.Module):
-    """Pre-norm grouped-query self attention with its residual. See AttentionSpec for the options."""
+    """Grouped-query self attention with its residual. See AttentionSpec for the options."""
 
     def __init__(
         self,
@@ -24,34 +24,41 @@ class Attention(nnx.Module):
         params: Mapping[str, jax.Array],
         deltas: Mapping[str, jax.Array],
     ):
-        """Builds the block over tensors named as in AttentionSpec, projections as in Linear."""
+        """Builds the block over tensors as `layout.compute_shapes` names them, laid as in Linear."""
+
+        def norm(name: str, there: bool) -> Norm | None:
+            return Norm(spec.norm, params, f"{name}.", spec.norm_eps) if there else None
+
         self.spec = spec
-        self.norm = RMSNorm(params["norm.weight"], spec.norm_eps)
+        self.norm = norm("norm", spec.pre_norm)
         self.q = Linear(params, deltas, "q")
         self.k = Linear(params, deltas, "k")
         self.v = Linear(params, deltas, "v")
         self.o = Linear(params, deltas, "o")
-        self.q_norm = RMSNorm(params["q_norm.weight"], spec.norm_eps) if spec.qk_norm else None
-        self.k_norm = RMSNorm(params["k_norm.weight"], spec.norm_eps) if spec.qk_norm else None
+        self.q_norm = norm("q_norm", spec.qk_norm)
+        self.k_norm = norm("k_norm", spec.qk_norm)
+        self.post_norm = norm("post_norm", spec.post_norm)
 
     def __call__(self, x: jax.Array, rows: Rows, attend: Attend) -> jax.Array:
         """[T, hidden_size] float32 -> the same; `attend` owns the KV cache."""
         spec = self.spec
-        normed = self.norm(x)
+        normed = x if self.norm is None else self.norm(x)
 
-        def heads(projection: Linear, count: int) -> jax.Array:
-            return rows.by_sequence(projection(normed, rows)).reshape(
-                rows.num_seqs, rows.q_len, count, spec.head_dim
-            )
+        def heads(projection: Linear, norm: Norm | None, count: int) -> jax.Array:
+            y = projection(normed, rows)
+            if norm is not None and spec.qk_norm_joint:
+                y = norm(y)
+            y = rows.by_sequence(y).reshape(rows.num_seqs, rows.q_len, count, spec.head_dim)
+            return y if norm is None or spec.qk_norm_joint else norm(y)
 
-        q, k, v = (
-            heads(self.q, spec.num_heads),
-            heads(self.k, spec.num_kv_heads),
-            heads(self.v, spec.num_kv_heads),
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        inv_freq = inverse_frequencies(spec.rope, spec.head_dim)
-        q, k = rotate(q, rows.positions, inv_freq), rotate(k, rows.positions, inv_freq)
+        q = heads(self.q, self.q_norm, spec.num_heads)
+        k = heads(self.k, self.k_norm, spec.num_kv_heads)
+        v = heads(self.v, None, spec.num_kv_heads)
+        if spec.rope is not None:
+            inv_freq = inverse_frequencies(spec.rope, spec.head_dim)
+            scale = spec.rope.attention_factor
+            q = rotate(q, rows.positions, inv_freq, scale)
+            k = rotate(k, rows.positions, inv_freq, scale)
         out = attend(q, k, v)
-        return x + self.o(out.reshape(x.shape[0], spec.num_heads * spec.head_dim), rows)
+        out = self.o(out.reshape(x.shape[0], spec.num_heads * spec.head_dim), rows)
+        return x + (out if self.post_norm is None else self.post_norm(out))

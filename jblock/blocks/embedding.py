@@ -1,22 +1,38 @@
 """Tokens to hidden rows, and hidden rows to logits."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jblock.blocks.linear import OUT_IN, matmul
-from jblock.blocks.norm import RMSNorm
+from jblock.blocks.norm import Norm
+from jblock.blocks.spec import EmbeddingSpec, NormSpec, UnembeddingSpec
 
 
 class Embedding(nnx.Module):
-    """Looks token ids up in `weight [vocab_size, hidden_size]`."""
+    """Looks token ids, and where there is a table their positions, up. See EmbeddingSpec."""
 
-    def __init__(self, weight: jax.Array):
-        self.weight = nnx.Param(weight)
+    def __init__(self, spec: EmbeddingSpec, params: Mapping[str, jax.Array], dtype: str):
+        """Builds the block over tensors named as in EmbeddingSpec.
 
-    def __call__(self, token_ids: jax.Array) -> jax.Array:
-        """int32 [T] -> float32 [T, hidden_size]."""
-        return self.weight[...][token_ids].astype(jnp.float32)
+        `dtype` is that of the matmul weights: the scale is rounded to it, as Hugging Face does.
+        """
+        self.weight = nnx.Param(params["weight"])
+        self.positions = nnx.Param(params["positions.weight"]) if spec.num_positions else None
+        self.scale = float(np.asarray(spec.scale, jnp.dtype(dtype)))
+
+    def __call__(self, token_ids: jax.Array, positions: jax.Array) -> jax.Array:
+        """int32 [T], int32 [T] -> float32 [T, hidden_size]."""
+        x = self.weight[...][token_ids].astype(jnp.float32)
+        if self.scale != 1.0:
+            x = x * self.scale
+        if self.positions is not None:
+            # Only padding lies past the table's end, and what it holds is dropped.
+            x = x + self.positions[...].at[positions].get(mode="clip")
+        return x
 
 
 class Head(nnx.Module):
@@ -26,11 +42,19 @@ class Head(nnx.Module):
     that a tied table is held once.
     """
 
-    def __init__(self, norm_weight: jax.Array, eps: float, weight: jax.Array, *, tied: bool):
-        self.norm = RMSNorm(norm_weight, eps)
-        self.weight = nnx.Param(weight)
-        self.tied = tied
+    def __init__(
+        self,
+        specs: tuple[NormSpec, UnembeddingSpec],
+        params: tuple[Mapping[str, jax.Array], Mapping[str, jax.Array]],
+        *,
+        tied: bool,
+    ):
+        norm, unembedding = specs
+        self.norm = Norm(norm.norm, params[0], "", norm.eps)
+        self.weight = nnx.Param(params[1]["weight"])
+        self.softcap, self.tied = unembedding.softcap, tied
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, hidden_size] -> [T, vocab_size]."""
-        return matmul(self.norm(x), self.weight[...], transposed=self.tied or OUT_IN)
+        logits = matmul(self.norm(x), self.weight[...], transposed=self.tied or OUT_IN)
+        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)

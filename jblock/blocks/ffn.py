@@ -1,20 +1,24 @@
-"""The gated feed-forward block with its residual."""
+"""The feed-forward block with its residual."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 from flax import nnx
 
 from jblock.blocks.linear import Linear
-from jblock.blocks.norm import RMSNorm
+from jblock.blocks.norm import Norm
 from jblock.blocks.rows import Rows
 from jblock.blocks.spec import FfnSpec
 
-_ACTIVATIONS = {"silu": jax.nn.silu}
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
 
 
 class Ffn(nnx.Module):
-    """`x + down(act(gate(norm(x))) * up(norm(x)))` (SwiGLU, arXiv 2002.05202).
+    """`x + down(act(gate(norm(x))) * up(norm(x)))` (arXiv 2002.05202), or without the gate.
 
     gate and up stay two projections: on CPU a fused one with a split measured slower.
     """
@@ -22,15 +26,30 @@ class Ffn(nnx.Module):
     def __init__(
         self, spec: FfnSpec, params: Mapping[str, jax.Array], deltas: Mapping[str, jax.Array]
     ):
-        """Builds the block over tensors named as in FfnSpec, projections as in Linear."""
+        """Builds the block over tensors as `layout.compute_shapes` names them, laid as in Linear."""
+
+        def norm(name: str, there: bool) -> Norm | None:
+            return Norm(spec.norm, params, f"{name}.", spec.norm_eps) if there else None
+
         self.spec = spec
-        self.norm = RMSNorm(params["norm.weight"], spec.norm_eps)
-        self.gate = Linear(params, deltas, "gate")
+        self.norm = norm("norm", spec.pre_norm)
+        self.gate = Linear(params, deltas, "gate") if spec.gated else None
         self.up = Linear(params, deltas, "up")
         self.down = Linear(params, deltas, "down")
+        self.post_norm = norm("post_norm", spec.post_norm)
 
-    def __call__(self, x: jax.Array, rows: Rows) -> jax.Array:
-        """[T, hidden_size] float32 -> the same."""
-        normed = self.norm(x)
-        activation = _ACTIVATIONS[self.spec.activation]
-        return x + self.down(activation(self.gate(normed, rows)) * self.up(normed, rows), rows)
+    def __call__(self, x: jax.Array, rows: Rows, source: jax.Array | None = None) -> jax.Array:
+        """[T, hidden_size] float32 -> the same.
+
+        Args:
+          x: what is added to.
+          rows: of the batch.
+          source: what the layer reads, where that is not x (a parallel residual).
+        """
+        source = x if source is None else source
+        normed = source if self.norm is None else self.norm(source)
+        activation = ACTIVATIONS[self.spec.activation]
+        up = self.up(normed, rows)
+        inner = activation(up) if self.gate is None else activation(self.gate(normed, rows)) * up
+        out = self.down(inner, rows)
+        return x + (out if self.post_norm is None else self.post_norm(out))

@@ -6,19 +6,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jblock.blocks.spec import RopeSpec
+from jblock.blocks.rope_spec import RopeSpec
 
 
 def inverse_frequencies(spec: RopeSpec, head_dim: int) -> np.ndarray:
-    """float32 [head_dim // 2], radians per position of each rotated pair.
-
-    "llama3" stretches long wavelengths by `factor`, leaves short ones, and blends between (the
-    scheme released with Llama 3.1).
-    """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    """float32 [rotated // 2], radians per position of each rotated pair."""
+    dim = spec.rotated(head_dim)
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     freqs = (1.0 / np.power(np.float32(spec.theta), exponents)).astype(np.float32)
-    if spec.kind == "default":
-        return freqs
+    if spec.kind == "linear":
+        freqs = freqs / np.float32(spec.factor)
+    elif spec.kind == "llama3":
+        freqs = _llama3(spec, freqs)
+    elif spec.kind == "yarn":
+        freqs = _yarn(spec, freqs, dim)
+    elif spec.kind == "longrope":
+        freqs = freqs / np.asarray(spec.factors, np.float32)
+    return freqs.astype(np.float32)
+
+
+def _llama3(spec: RopeSpec, freqs: np.ndarray) -> np.ndarray:
+    """Stretches long wavelengths by `factor`, leaves short ones, and blends between (the scheme
+    released with Llama 3.1)."""
     wavelengths = 2 * math.pi / freqs
     longest_kept = spec.original_max_position / spec.high_freq_factor
     shortest_stretched = spec.original_max_position / spec.low_freq_factor
@@ -26,17 +35,44 @@ def inverse_frequencies(spec: RopeSpec, head_dim: int) -> np.ndarray:
         spec.high_freq_factor - spec.low_freq_factor
     )
     blended = (1 - blend) * freqs / spec.factor + blend * freqs
-    freqs = np.where(
+    return np.where(
         wavelengths > shortest_stretched,
         freqs / spec.factor,
         np.where(wavelengths < longest_kept, freqs, blended),
     )
-    return freqs.astype(np.float32)
 
 
-def rotate(x: jax.Array, positions: jax.Array, inv_freq: np.ndarray) -> jax.Array:
-    """Rotates `x [..., heads, head_dim]` by `positions [...]`; first half pairs with second half."""
+def _yarn(spec: RopeSpec, freqs: np.ndarray, dim: int) -> np.ndarray:
+    """Leaves pairs that turn often within the first context, stretches those that hardly turn, and
+    goes from one to the other linearly in the pair's index (arXiv 2309.00071, section 3.2)."""
+
+    def index(turns: float) -> float:
+        """Of the pair that turns so often within the first context."""
+        ratio = spec.original_max_position / (turns * 2 * math.pi)
+        return dim * math.log(ratio) / (2 * math.log(spec.theta))
+
+    first, last = index(spec.beta_fast), index(spec.beta_slow)
+    if spec.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    last += 0.001 if first == last else 0.0
+    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - first) / (last - first), 0, 1)
+    return freqs / spec.factor * ramp + freqs * (1 - ramp)
+
+
+def rotate(
+    x: jax.Array, positions: jax.Array, inv_freq: np.ndarray, scale: float = 1.0
+) -> jax.Array:
+    """Rotates the leading 2 * len(inv_freq) dimensions of `x [..., heads, head_dim]` by
+    `positions [...]`; their first half pairs with their second half.
+
+    `scale` multiplies the rotated dimensions.
+    """
     angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(inv_freq)
     cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    if scale != 1.0:
+        cos, sin = cos * scale, sin * scale
+    dim = 2 * len(inv_freq)
+    first, second = jnp.split(x[..., :dim], 2, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*rotated, x[..., dim:]] if dim < x.shape[-1] else rotated, axis=-1)

@@ -4,75 +4,89 @@ A spec is a frozen dataclass that fixes which tensors a component owns, their sh
 that runs over them. It is plain data: this file imports neither jax nor the zoo, so the converter,
 the scheduler and the engine all speak the same words.
 
-Tensors keep the orientation of the Hugging Face checkpoint (`[out, in]` for a projection), so that
-storing, hashing and exporting a component never rewrites a byte of it.
+Tensors keep the orientation and the fusion of the Hugging Face checkpoint (mostly `[out, in]`, one
+tensor a projection), so that storing, hashing and exporting a component never rewrites a byte of it;
+`layout.py` says what the blocks compute with.
 """
 
 import dataclasses
 import json
 from typing import Any, ClassVar
 
-ACTIVATIONS = ("silu",)
-ROPE_KINDS = ("default", "llama3")
+from jblock.blocks.rope_spec import RopeSpec, SpecError
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+NORMS = ("rms", "rms_plus_one", "layer")
+QKV_LAYOUTS = ("apart", "joined", "by_head")
 
 
-class SpecError(ValueError):
-    """A spec that cannot be served: names the field, the value and the remedy."""
+def norm_tensors(norm: str, name: str, width: int) -> dict[str, tuple[int, ...]]:
+    """Tensors of a norm called `name`: a weight, and a bias where it is a LayerNorm.
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeSpec:
-    """Rotary position embedding (arXiv 2104.09864), half-split layout as in Hugging Face Llama.
-
-    Attributes:
-      kind: "default", or "llama3" for the frequency bands of Llama 3.1 (the fields below).
-      theta: base of the geometric sequence of wavelengths.
-      factor: llama3: how much the long wavelengths are stretched.
-      low_freq_factor: llama3: wavelengths over original_max_position / this are fully stretched.
-      high_freq_factor: llama3: wavelengths under original_max_position / this are left alone.
-      original_max_position: llama3: context length in tokens the model was first trained on.
+    "rms" is RMSNorm (arXiv 1910.07467), "rms_plus_one" one that scales by 1 + weight (Gemma), "layer"
+    is LayerNorm (arXiv 1607.06450).
     """
-
-    kind: str = "default"
-    theta: float = 10000.0
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    original_max_position: int = 0
-
-    def __post_init__(self):
-        if self.kind not in ROPE_KINDS:
-            raise SpecError(f"rope kind {self.kind!r} is not known; known: {', '.join(ROPE_KINDS)}")
+    if norm not in NORMS:
+        raise SpecError(f"norm {norm!r} is not known; known: {', '.join(NORMS)}")
+    shapes: dict[str, tuple[int, ...]] = {f"{name}weight": (width,)}
+    if norm == "layer":
+        shapes[f"{name}bias"] = (width,)
+    return shapes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmbeddingSpec:
-    """Token ids to hidden rows. Tensors: `weight [vocab_size, hidden_size]`."""
+    """Token ids to hidden rows: `scale * weight[id] + positions.weight[position]`.
+
+    Tensors: `weight [vocab_size, hidden_size]`, `positions.weight [num_positions, hidden_size]`.
+
+    Attributes:
+      vocab_size: rows of the table.
+      hidden_size: width of the register it writes.
+      num_positions: rows of the table of learned positions (GPT-2); 0 has none.
+      scale: multiplies the token's row, rounded to the serving dtype first (Gemma).
+    """
 
     kind: ClassVar[str] = "embedding"
     vocab_size: int
     hidden_size: int
+    num_positions: int = 0
+    scale: float = 1.0
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor the component owns."""
-        return {"weight": (self.vocab_size, self.hidden_size)}
+        shapes: dict[str, tuple[int, ...]] = {"weight": (self.vocab_size, self.hidden_size)}
+        if self.num_positions:
+            shapes["positions.weight"] = (self.num_positions, self.hidden_size)
+        return shapes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """Pre-norm self attention with its residual: `x + o(attend(q(n(x)), k(n(x)), v(n(x))))`.
+    """Self attention with its residual: `x + post(o(attend(q(n(x)), k(n(x)), v(n(x)))))`.
 
     Attributes:
       hidden_size: width of the register it reads and writes.
       num_heads: query heads.
       num_kv_heads: key/value heads; divides num_heads.
       head_dim: width of one head; free, not tied to hidden_size / num_heads.
-      norm_eps: epsilon of the RMSNorm before the projections (and of q/k norm).
-      rope: rotary embedding of queries and keys.
+      norm_eps: epsilon of every norm in it.
+      rope: rotary embedding of queries and keys; None has none.
       qkv_bias: biases on q, k and v (Qwen2).
-      qk_norm: RMSNorm over head_dim on q and k before rope (Qwen3).
+      qk_norm: norm on q and k before rope, over each head (Qwen3) unless qk_norm_joint.
       sliding_window: a token sees itself and the sliding_window - 1 tokens before it (Mistral);
         None sees everything.
+      norm: kind of every norm in it, as in `norm_tensors`.
+      pre_norm: a norm before the projections.
+      post_norm: a norm on what is added to the residual (Gemma 2, OLMo 2).
+      qk_norm_joint: q and k are each normed over all their heads together (OLMo 2).
+      o_bias: a bias on o.
+      scale: of the scores; None is 1 / sqrt(head_dim).
+      softcap: scores become softcap * tanh(scores / softcap) (Gemma 2); None leaves them.
+      qkv: how the checkpoint lays q, k and v out: "apart"; "joined" as one projection "qkv", q's rows
+        first, then k's, then v's (Phi-3); "by_head" as one, for each head its q, k and v (GPT-NeoX).
+      in_out: projections are stored [in, out] (GPT-2's Conv1D) instead of [out, in].
+      parallel: the ffn behind it reads what this one read, not what it wrote (GPT-NeoX).
     """
 
     kind: ClassVar[str] = "attention"
@@ -81,78 +95,181 @@ class AttentionSpec:
     num_kv_heads: int
     head_dim: int
     norm_eps: float
-    rope: RopeSpec
+    rope: RopeSpec | None
     qkv_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None
+    norm: str = "rms"
+    pre_norm: bool = True
+    post_norm: bool = False
+    qk_norm_joint: bool = False
+    o_bias: bool = False
+    scale: float | None = None
+    softcap: float | None = None
+    qkv: str = "apart"
+    in_out: bool = False
+    parallel: bool = False
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
             raise SpecError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
             )
-        if self.head_dim % 2:
+        if self.qkv not in QKV_LAYOUTS:
+            raise SpecError(f"qkv {self.qkv!r} is not known; known: {', '.join(QKV_LAYOUTS)}")
+        if self.qkv == "by_head" and self.num_heads != self.num_kv_heads:
+            raise SpecError(
+                f"qkv by head needs as many key/value heads as heads, not {self.num_kv_heads} and "
+                f"{self.num_heads}"
+            )
+        if self.rope is not None and self.head_dim % 2 and not self.rope.dim:
             raise SpecError(f"head_dim {self.head_dim} is odd; rotary embedding needs an even one")
+        if self.rope is not None:
+            self.rope.rotated(self.head_dim)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Columns of q, k and v."""
+        kv = self.num_kv_heads * self.head_dim
+        return {"q": self.num_heads * self.head_dim, "k": kv, "v": kv}
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor the component owns."""
-        d, q, kv = (
-            self.hidden_size,
-            self.num_heads * self.head_dim,
-            self.num_kv_heads * self.head_dim,
-        )
-        shapes: dict[str, tuple[int, ...]] = {
-            "norm.weight": (d,),
-            "q.weight": (q, d),
-            "k.weight": (kv, d),
-            "v.weight": (kv, d),
-            "o.weight": (d, q),
-        }
+        d, widths = self.hidden_size, self.widths
+        outs = widths if self.qkv == "apart" else {"qkv": sum(widths.values())}
+        shapes = norm_tensors(self.norm, "norm.", d) if self.pre_norm else {}
+        shapes |= {f"{p}.weight": _matrix(out, d, self.in_out) for p, out in outs.items()}
+        shapes["o.weight"] = _matrix(d, widths["q"], self.in_out)
         if self.qkv_bias:
-            shapes |= {"q.bias": (q,), "k.bias": (kv,), "v.bias": (kv,)}
-        if self.qk_norm:
-            shapes |= {"q_norm.weight": (self.head_dim,), "k_norm.weight": (self.head_dim,)}
-        return shapes
+            shapes |= {f"{p}.bias": (out,) for p, out in outs.items()}
+        if self.o_bias:
+            shapes["o.bias"] = (d,)
+        for p in ("q", "k") if self.qk_norm else ():
+            width = widths[p] if self.qk_norm_joint else self.head_dim
+            shapes |= norm_tensors(self.norm, f"{p}_norm.", width)
+        return shapes | (norm_tensors(self.norm, "post_norm.", d) if self.post_norm else {})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FfnSpec:
-    """Pre-norm gated feed-forward with its residual: `x + down(act(gate(n(x))) * up(n(x)))`."""
+    """Feed-forward with its residual: `x + post(down(act(gate(n(x))) * up(n(x))))`.
+
+    Attributes:
+      hidden_size: width of the register it reads and writes.
+      intermediate_size: columns of gate and up.
+      norm_eps: epsilon of every norm in it.
+      activation: one of ACTIVATIONS; "gelu_tanh" is the approximation with tanh.
+      norm: kind of every norm in it, as in `norm_tensors`.
+      pre_norm: a norm before the projections.
+      post_norm: a norm on what is added to the residual.
+      gated: without a gate it is `down(act(up(n(x))))`.
+      bias: biases on every projection.
+      joined: the checkpoint has gate and up as one projection "gate_up", gate's rows first (Phi-3).
+      in_out: projections are stored [in, out] (GPT-2's Conv1D) instead of [out, in].
+    """
 
     kind: ClassVar[str] = "ffn"
     hidden_size: int
     intermediate_size: int
     norm_eps: float
     activation: str = "silu"
+    norm: str = "rms"
+    pre_norm: bool = True
+    post_norm: bool = False
+    gated: bool = True
+    bias: bool = False
+    joined: bool = False
+    in_out: bool = False
 
     def __post_init__(self):
-        if self.activation not in ACTIVATIONS:
-            raise SpecError(
-                f"activation {self.activation!r} is not known; known: {', '.join(ACTIVATIONS)}"
-            )
+        _check_activation(self.activation)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor the component owns."""
         d, f = self.hidden_size, self.intermediate_size
-        return {
-            "norm.weight": (d,),
-            "gate.weight": (f, d),
-            "up.weight": (f, d),
-            "down.weight": (d, f),
-        }
+        outs = {"gate": f, "up": f} if self.gated else {"up": f}
+        if self.joined:
+            outs = {"gate_up": sum(outs.values())}
+        shapes = norm_tensors(self.norm, "norm.", d) if self.pre_norm else {}
+        shapes |= {f"{p}.weight": _matrix(out, d, self.in_out) for p, out in outs.items()}
+        shapes["down.weight"] = _matrix(d, f, self.in_out)
+        if self.bias:
+            shapes |= {f"{p}.bias": (out,) for p, out in outs.items()} | {"down.bias": (d,)}
+        return shapes | (norm_tensors(self.norm, "post_norm.", d) if self.post_norm else {})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterSpec:
+    """What sends each row to some experts: `x + sum(w_e * expert_e(n(x)))` over the `top_k` experts of
+    largest router probability. The experts are the components behind it, in order.
+
+    Attributes:
+      hidden_size: width of the register it reads and writes.
+      num_experts: experts behind it that rows are sent to.
+      top_k: experts a row is sent to.
+      norm_eps: epsilon of the norm.
+      normalise: the weights of a row's experts are made to add up to 1.
+      shared: one more expert, behind the others, sees every row; its output is multiplied by
+        sigmoid(shared_gate(n(x))) (Qwen2-MoE).
+    """
+
+    kind: ClassVar[str] = "router"
+    hidden_size: int
+    num_experts: int
+    top_k: int
+    norm_eps: float
+    normalise: bool = False
+    shared: bool = False
+
+    def __post_init__(self):
+        if not 1 <= self.top_k <= self.num_experts:
+            raise SpecError(
+                f"top_k {self.top_k} does not fit num_experts {self.num_experts}; give 1 to "
+                f"{self.num_experts}"
+            )
+
+    @property
+    def followers(self) -> int:
+        """Expert components that belong to it."""
+        return self.num_experts + self.shared
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor the component owns."""
+        d = self.hidden_size
+        shapes = norm_tensors("rms", "norm.", d) | {"router.weight": (self.num_experts, d)}
+        return shapes | ({"shared_gate.weight": (1, d)} if self.shared else {})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertSpec:
+    """One expert of a mixture: `down(act(gate(x)) * up(x))`, without norm and residual."""
+
+    kind: ClassVar[str] = "expert"
+    hidden_size: int
+    intermediate_size: int
+    activation: str = "silu"
+
+    def __post_init__(self):
+        _check_activation(self.activation)
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor the component owns."""
+        d, f = self.hidden_size, self.intermediate_size
+        return {"gate.weight": (f, d), "up.weight": (f, d), "down.weight": (d, f)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormSpec:
-    """RMSNorm (arXiv 1910.07467) on its own: the final norm. Tensors: `weight [hidden_size]`."""
+    """A norm on its own: the final norm, of a kind as in `norm_tensors`."""
 
     kind: ClassVar[str] = "norm"
     hidden_size: int
     eps: float
+    norm: str = "rms"
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor the component owns."""
-        return {"weight": (self.hidden_size,)}
+        return norm_tensors(self.norm, "", self.hidden_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,21 +277,61 @@ class UnembeddingSpec:
     """Hidden rows to logits. Tensors: `weight [vocab_size, hidden_size]`.
 
     A tied unembedding owns no tensor: its record refers to the embedding component's `weight`.
+
+    Attributes:
+      vocab_size: logits of a row.
+      hidden_size: width of the register it reads.
+      softcap: logits become softcap * tanh(logits / softcap) (Gemma 2); None leaves them.
     """
 
     kind: ClassVar[str] = "unembedding"
     vocab_size: int
     hidden_size: int
+    softcap: float | None = None
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor the component needs (its own, or by reference)."""
         return {"weight": (self.vocab_size, self.hidden_size)}
 
 
-ComponentSpec = EmbeddingSpec | AttentionSpec | FfnSpec | NormSpec | UnembeddingSpec
+ComponentSpec = (
+    EmbeddingSpec | AttentionSpec | FfnSpec | RouterSpec | ExpertSpec | NormSpec | UnembeddingSpec
+)
+LAYER_KINDS = ("attention", "ffn", "router", "expert")
 _KINDS: dict[str, Any] = {
-    cls.kind: cls for cls in (EmbeddingSpec, AttentionSpec, FfnSpec, NormSpec, UnembeddingSpec)
+    cls.kind: cls
+    for cls in (
+        EmbeddingSpec,
+        AttentionSpec,
+        FfnSpec,
+        RouterSpec,
+        ExpertSpec,
+        NormSpec,
+        UnembeddingSpec,
+    )
 }
+
+
+def projection_shape(spec: ComponentSpec, name: str) -> tuple[int, int]:
+    """(out, in) of a layer's projection, however it is stored.
+
+    Raises:
+      SpecError: the component has no projection of that name.
+    """
+    shape = spec.tensors().get(f"{name}.weight", ())
+    if spec.kind not in LAYER_KINDS or len(shape) != 2:
+        raise SpecError(f"{name!r} is not a projection of a {spec.kind} component")
+    out, inner = shape[::-1] if getattr(spec, "in_out", False) else shape
+    return out, inner
+
+
+def _matrix(out: int, inner: int, in_out: bool) -> tuple[int, int]:
+    return (inner, out) if in_out else (out, inner)
+
+
+def _check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise SpecError(f"activation {activation!r} is not known; known: {', '.join(ACTIVATIONS)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,7 +354,7 @@ class LoraSpec:
     Tensors, for every projection `p` in targets: `p.a [rank, in]` and `p.b [out, rank]`.
 
     Attributes:
-      targets: projection name ("q", "k", "v", "o", "gate", "up", "down") -> its rank and scale.
+      targets: projection name as in the component's tensors ("q", "gate_up", ...) -> its rank and scale.
     """
 
     kind: ClassVar[str] = "lora"
@@ -210,13 +367,8 @@ class LoraSpec:
           SpecError: base has no projection of a target's name.
         """
         shapes: dict[str, tuple[int, ...]] = {}
-        base_shapes = base.tensors()
         for name, target in sorted(self.targets.items()):
-            if f"{name}.weight" not in base_shapes:
-                raise SpecError(
-                    f"LoRA target {name!r} is not a projection of a {base.kind} component"
-                )
-            out, inner = base_shapes[f"{name}.weight"]
+            out, inner = projection_shape(base, name)
             shapes[f"{name}.a"] = (target.rank, inner)
             shapes[f"{name}.b"] = (out, target.rank)
         return shapes
@@ -259,8 +411,11 @@ def spec_from_json(data: dict[str, Any]) -> ComponentSpec | DeltaSpec:
             raise SpecError(
                 f"component kind {kind!r} is not known; known: {', '.join(_KINDS)}, lora"
             )
-        if "rope" in fields:
-            fields["rope"] = RopeSpec(**fields["rope"])
+        if fields.get("rope") is not None:
+            rope = dict(fields["rope"])
+            if "factors" in rope:
+                rope["factors"] = tuple(rope["factors"])
+            fields["rope"] = RopeSpec(**rope)
         return _KINDS[kind](**fields)
     except (TypeError, KeyError, AttributeError) as e:
         raise SpecError(f"spec of kind {kind!r} has missing or unknown fields: {e}") from e

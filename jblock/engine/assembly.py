@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jblock.blocks.spec import AttentionSpec, ComponentSpec, EmbeddingSpec, FfnSpec, LoraSpec
+from jblock.blocks import layout
+from jblock.blocks.spec import AttentionSpec, ComponentSpec, EmbeddingSpec, LoraSpec
 from jblock.engine import params as parameters
 from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.sequence import Item
@@ -17,7 +18,7 @@ from jblock.zoo.records import Chain, Step
 from jblock.zoo.store import Zoo
 
 # Calls cost the host and the device some time each; longer segments only cost more to compile.
-SEGMENT_LAYERS = 16
+SEGMENT_COMPONENTS = 32
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -234,7 +235,11 @@ class _Loader:
             spec = self.records[component].spec
             adapters = [[lora for lora, _ in parts] for parts in slots.values()]
             targets.setdefault(spec, set()).update(
-                t for a in adapters for d in a for t in d.targets
+                part
+                for a in adapters
+                for d in a
+                for t in d.targets
+                for part in layout.parts(spec, t)
             )
             counts.setdefault(spec, []).append([parameters.num_pieces(a) for a in adapters])
         return {
@@ -319,14 +324,14 @@ class _Loader:
 
 
 def _segments(units: Sequence[Unit]) -> tuple[tuple[Unit, ...], ...]:
-    """Runs of layers of one KV group, of SEGMENT_LAYERS at most, that one program may carry."""
+    """Runs of layers of one KV group, of SEGMENT_COMPONENTS at most, that one program may carry."""
     runs: list[list[Unit]] = []
     for unit in units:
         joins = (
             bool(runs)
             and unit.signature.kind == "layer"
             and unit.group == runs[-1][-1].group
-            and len(runs[-1]) < SEGMENT_LAYERS
+            and sum(len(u.signature.specs) for u in [*runs[-1], unit]) <= SEGMENT_COMPONENTS
         )
         if joins:
             runs[-1].append(unit)
@@ -353,12 +358,15 @@ def _capacity(slots: int) -> int:
 
 
 def _unit_runs(specs: Sequence[ComponentSpec]) -> list[list[int]]:
-    """Cuts a block into units: an attention with the ffn behind it, or norm with unembedding."""
+    """Cuts a block into units: an attention with the ffn, or the router and experts, behind it; or norm
+    with unembedding."""
     runs: list[list[int]] = []
     for i, spec in enumerate(specs):
-        previous = specs[runs[-1][-1]] if runs else None
-        joins = (isinstance(spec, FfnSpec) and isinstance(previous, AttentionSpec)) or (
-            spec.kind == "unembedding" and previous is not None and previous.kind == "norm"
+        previous = specs[runs[-1][-1]].kind if runs else None
+        joins = spec.kind == "expert" or (previous, spec.kind) in (
+            ("attention", "ffn"),
+            ("attention", "router"),
+            ("norm", "unembedding"),
         )
         if joins:
             runs[-1].append(i)

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jblock.blocks.embedding import Head
-from jblock.blocks.spec import NormSpec
 from jblock.engine.api import MAX_TOP_LOGPROBS
 from jblock.engine.config import Bucket
-from jblock.engine.programs import unpack
+from jblock.engine.programs import head_specs, unpack
 from jblock.engine.signature import Signature
 
 
@@ -45,13 +44,11 @@ def prompt_logprobs_program(signature: Signature, bucket: Bucket) -> Callable[..
 
     The logits of one sequence's rows exist at a time, not those of the whole batch.
     """
-    norm = signature.specs[0]
-    if not isinstance(norm, NormSpec):
-        raise ValueError(f"a head starts with a norm, not with {norm.kind}")
+    specs = head_specs(signature)
 
     def score(params: Any, registers: jax.Array, index: jax.Array, targets: jax.Array):
         _, _, register_rows, _ = unpack(index, bucket)
-        head = Head(params[0]["weight"], norm.eps, params[1]["weight"], tied=signature.tied)
+        head = Head(specs, params, tied=signature.tied)
 
         def sequence(rows_and_targets):
             rows, wanted = rows_and_targets

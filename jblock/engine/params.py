@@ -1,7 +1,7 @@
 """Component weights on the device, in the layout the blocks compute with.
 
-The zoo keeps a tensor as its checkpoint had it (`[out, in]`); here projections are laid as this machine's
-matmuls read them fastest (`blocks.linear.OUT_IN`), and take the serving dtype.
+The zoo keeps a tensor as its checkpoint had it; here projections become what `blocks/layout.py` says:
+apart, laid as this machine's matmuls read them fastest (`blocks.linear.OUT_IN`), in the serving dtype.
 """
 
 import collections
@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from jblock.blocks import layout
 from jblock.blocks.linear import OUT_IN, PIECE_RANK
-from jblock.blocks.spec import EmbeddingSpec, LoraSpec, NormSpec, UnembeddingSpec
+from jblock.blocks.spec import LAYER_KINDS, EmbeddingSpec, LoraSpec, RouterSpec, UnembeddingSpec
 from jblock.engine.signature import LoraForm, Signature
 
 Tensors = Mapping[str, jax.Array]
@@ -21,13 +22,17 @@ SlotDeltas = Mapping[int, Sequence[tuple[LoraSpec, Mapping[str, np.ndarray]]]]
 _NUMPY_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def _placement(spec, name: str, dtype: str, tied: bool) -> tuple[bool, np.dtype]:
-    """(transposed, dtype) of one tensor on the device."""
-    matrix = name.endswith("weight") and len(spec.tensors()[name]) == 2
-    if isinstance(spec, EmbeddingSpec) or tied:
-        # XLA's CPU gather converts a whole bf16 table first, so tables that are gathered are float32.
-        return False, _NUMPY_DTYPES["float32"]
-    return matrix and not OUT_IN, _NUMPY_DTYPES[dtype if matrix else "float32"]
+def _placement(
+    spec, name: str, shape: tuple[int, ...], dtype: str, tied: bool
+) -> tuple[bool, np.dtype]:
+    """(transposed, dtype) on the device of one tensor of `layout.compute_shapes`."""
+    # XLA's CPU gather converts a whole bf16 table first, so tables that are gathered are float32;
+    # so are routers, whose rounding would send rows to other experts.
+    matrix = len(shape) == 2
+    gathered = tied or isinstance(spec, EmbeddingSpec)
+    exact = gathered or isinstance(spec, RouterSpec) or not matrix
+    transposed = matrix and not gathered and not OUT_IN
+    return transposed, _NUMPY_DTYPES["float32" if exact else dtype]
 
 
 def prepare(
@@ -42,10 +47,10 @@ def prepare(
       tied: the component is an unembedding that shares the embedding's table as it is.
     """
     out = {}
-    for name in spec.tensors():
-        transposed, wanted = _placement(spec, name, dtype, tied)
-        array = tensors[name].astype(wanted)
-        out[name] = jnp.asarray(np.ascontiguousarray(array.T) if transposed else array)
+    for name, value in layout.to_compute(spec, tensors).items():
+        transposed, wanted = _placement(spec, name, value.shape, dtype, tied)
+        array = np.ascontiguousarray(value.T if transposed else value, dtype=wanted)
+        out[name] = jnp.asarray(array)
     return out
 
 
@@ -55,8 +60,8 @@ def abstract_params(signature: Signature) -> tuple[dict[str, jax.ShapeDtypeStruc
     for spec in signature.specs:
         tied = signature.tied and isinstance(spec, UnembeddingSpec)
         tensors = {}
-        for name, shape in spec.tensors().items():
-            transposed, wanted = _placement(spec, name, signature.dtype, tied)
+        for name, shape in layout.compute_shapes(spec).items():
+            transposed, wanted = _placement(spec, name, shape, signature.dtype, tied)
             tensors[name] = jax.ShapeDtypeStruct(shape[::-1] if transposed else shape, wanted)
         out.append(tensors)
     return tuple(out)
@@ -75,10 +80,10 @@ def abstract_tables(signature: Signature) -> tuple[dict[str, jax.ShapeDtypeStruc
 
 def _table_shapes(spec, form: LoraForm | None) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
-    if form is not None and not isinstance(spec, (EmbeddingSpec, NormSpec, UnembeddingSpec)):
+    if form is not None and spec.kind in LAYER_KINDS:
         shapes["pieces"] = (form.slots, form.turns)
         for target in form.targets:
-            out, inner = spec.tensors()[f"{target}.weight"]
+            out, inner = layout.compute_shapes(spec)[f"{target}.weight"]
             shapes[f"{target}.a"] = (form.pieces, PIECE_RANK, inner)
             shapes[f"{target}.b"] = (form.pieces, PIECE_RANK, out)
     return shapes
@@ -111,11 +116,12 @@ def lora_tables(spec, form: LoraForm | None, deltas: SlotDeltas) -> dict[str, ja
             for target, width in lora.targets.items():
                 span = slice(used[target], used[target] + width.rank)
                 used[target] = span.stop
-                for side, scale in (("a", 1.0), ("b", width.scale)):
-                    table = tables[f"{target}.{side}"][first : first + count]
-                    ranks = table.reshape(count * PIECE_RANK, -1)  # a view
-                    matrix = tensors[f"{target}.{side}"].astype(np.float32)
-                    ranks[span] = (matrix if side == "a" else matrix.T) * np.float32(scale)
+                down = tensors[f"{target}.a"].astype(np.float32)
+                up = tensors[f"{target}.b"].astype(np.float32).T * np.float32(width.scale)
+                for part, outputs in layout.parts(spec, target).items():
+                    for side, matrix in (("a", down), ("b", up[:, outputs])):
+                        table = tables[f"{part}.{side}"][first : first + count]
+                        table.reshape(count * PIECE_RANK, -1)[span] = matrix  # through a view
         first += count
     return {
         name: jnp.asarray(table.astype(np.int32) if name == "pieces" else table)

@@ -19,8 +19,16 @@ import jax.numpy as jnp
 from jblock.blocks.attention import Attention
 from jblock.blocks.embedding import Embedding, Head
 from jblock.blocks.ffn import Ffn
+from jblock.blocks.moe import Mixture
 from jblock.blocks.rows import Rows
-from jblock.blocks.spec import AttentionSpec, FfnSpec, NormSpec
+from jblock.blocks.spec import (
+    AttentionSpec,
+    EmbeddingSpec,
+    FfnSpec,
+    NormSpec,
+    RouterSpec,
+    UnembeddingSpec,
+)
 from jblock.engine.config import Bucket
 from jblock.engine.signature import Signature
 from jblock.pallas_kernels.paged_attention.api import KvPages, paged_attention
@@ -46,12 +54,16 @@ def unpack(index: jax.Array, bucket: Bucket) -> tuple[Rows, jax.Array, jax.Array
 
 def embedding_program(signature: Signature, bucket: Bucket) -> Callable[..., jax.Array]:
     """(params, registers, last_tokens [max_num_seqs], index) -> registers."""
+    spec = signature.specs[0]
+    if not isinstance(spec, EmbeddingSpec):
+        raise ValueError(f"an embedding program needs an embedding, not a component of {spec.kind}")
 
     def embed(params: Any, registers: jax.Array, last_tokens: jax.Array, index: jax.Array):
-        _, seq_slots, register_rows, tokens = unpack(index, bucket)
+        rows, seq_slots, register_rows, tokens = unpack(index, bucket)
         tokens = jnp.where(tokens < 0, last_tokens[seq_slots][:, None], tokens).reshape(-1)
         with jax.named_scope("embedding"):
-            x = Embedding(params[0]["weight"])(tokens)
+            embedding = Embedding(spec, params[0], signature.dtype)
+            x = embedding(tokens, rows.positions.reshape(-1))
         return registers.at[register_rows.reshape(-1)].set(x, mode="drop")
 
     return embed
@@ -77,29 +89,57 @@ def segment_program(signatures: Sequence[Signature], bucket: Bucket) -> Callable
         ragged = Ragged.grid(rows.starts, rows.q_lens, page_table, rows.q_len)
         x = registers.at[register_rows].get(mode="clip")
         updated: list[KvPages] = []
-        components = (
+        components = [
             part
             for signature, *layer in zip(signatures, params, tables, strict=True)
             for part in zip(signature.specs, *layer, strict=True)
-        )
-        for spec, tensors, deltas in components:
+        ]
+        source = None  # What the next ffn reads, where that is not x.
+        for at, (spec, tensors, deltas) in enumerate(components):
             if isinstance(spec, AttentionSpec):
                 pages = pools[len(updated)]
 
-                def attend(q, k, v, pages=pages, window=spec.sliding_window):
+                def attend(q, k, v, pages=pages, spec=spec):
                     q, k, v = rows.flat(q), rows.flat(k), rows.flat(v)
-                    out, new = paged_attention(q, k, v, pages, ragged, sliding_window=window)
+                    out, new = paged_attention(
+                        q,
+                        k,
+                        v,
+                        pages,
+                        ragged,
+                        sliding_window=spec.sliding_window,
+                        softcap=spec.softcap,
+                        scale=spec.scale,
+                    )
                     updated.append(new)
                     return rows.by_sequence(out)
 
+                source = x if spec.parallel else None
                 with jax.named_scope("attention"):
                     x = Attention(spec, tensors, deltas)(x, rows, attend)
             elif isinstance(spec, FfnSpec):
                 with jax.named_scope("ffn"):
-                    x = Ffn(spec, tensors, deltas)(x, rows)
+                    x = Ffn(spec, tensors, deltas)(x, rows, source)
+            elif isinstance(spec, RouterSpec):
+                experts = components[at + 1 : at + 1 + spec.followers]
+                with jax.named_scope("mixture"):
+                    x = Mixture(spec, tensors, deltas, experts)(x, rows)
         return registers.at[register_rows].set(x, mode="drop"), tuple(updated)
 
     return segment
+
+
+def head_specs(signature: Signature) -> tuple[NormSpec, UnembeddingSpec]:
+    """The two components of a head.
+
+    Raises:
+      ValueError: the signature is of something else.
+    """
+    match signature.specs:
+        case (NormSpec() as norm, UnembeddingSpec() as unembedding):
+            return norm, unembedding
+    kinds = ", ".join(s.kind for s in signature.specs)
+    raise ValueError(f"a head is a norm and an unembedding, not {kinds}")
 
 
 def head_program(
@@ -107,9 +147,7 @@ def head_program(
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """(params, registers, index) -> logits float32 [S, vocab] of each sequence's last real row, and
     the leading columns of the index, so that one sampler serves every chunk length."""
-    norm = signature.specs[0]
-    if not isinstance(norm, NormSpec):
-        raise ValueError(f"a head starts with a norm, not with {norm.kind}")
+    specs = head_specs(signature)
 
     def head(params: Any, registers: jax.Array, index: jax.Array):
         rows, _, register_rows, _ = unpack(index, bucket)
@@ -117,9 +155,7 @@ def head_program(
         row = jnp.take_along_axis(register_rows, last, axis=1)[:, 0]
         x = registers.at[row].get(mode="clip")
         with jax.named_scope("head"):
-            logits = Head(params[0]["weight"], norm.eps, params[1]["weight"], tied=signature.tied)(
-                x
-            )
+            logits = Head(specs, params, tied=signature.tied)(x)
         return logits, index[:, :INDEX_COLUMNS]
 
     return head

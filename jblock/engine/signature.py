@@ -6,7 +6,6 @@ from jblock.blocks.spec import (
     AttentionSpec,
     ComponentSpec,
     EmbeddingSpec,
-    FfnSpec,
     NormSpec,
     UnembeddingSpec,
     canonical_json,
@@ -36,8 +35,8 @@ class Signature:
     """Everything that decides the XLA program of a unit of serving, apart from its bucket.
 
     Attributes:
-      specs: the components it runs, in order: an embedding, an attention and/or ffn, or a norm with
-        its unembedding.
+      specs: the components it runs, in order: an embedding; an attention and/or what follows it (an
+        ffn, or a router and its experts); or a norm with its unembedding.
       lora: for each component the form of its LoRA tables, or None.
       dtype: dtype of the matmul weights.
       tied: the unembedding reads the embedding's own table.
@@ -72,8 +71,9 @@ class Signature:
     def name(self) -> str:
         """Short name for traces and logs, such as "layer_d256_lora"."""
         parts = [self.kind, f"d{self.hidden_size}"]
-        if self.kind == "layer" and len(self.specs) == 1:
-            parts[0] = "ffn" if isinstance(self.specs[0], FfnSpec) else "attention"
+        first, last = self.specs[0], self.specs[-1]
+        if self.kind == "layer" and (first is last or not self.attentions):
+            parts[0] = "mixture" if first.kind == "router" else first.kind
         return "_".join(parts + (["lora"] if any(self.lora) else []))
 
     def key(self) -> str:

@@ -1,12 +1,10 @@
 """What a family declares, and how a declaration and a config become the steps of a chain.
 
-A family is one short file that fills in `Family`; the package finds it by itself. The common case
-is a pre-norm decoder whose layers are one attention and one gated feed-forward, which is what
-`Family.plan` lays out.
+A family is one short file that fills in `Family`; the package finds it by itself. All are decoders
+whose layers are one attention and one feed-forward, dense or a mixture of experts.
 """
 
 import dataclasses
-import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,49 +12,26 @@ from jblock.blocks.spec import (
     AttentionSpec,
     ComponentSpec,
     EmbeddingSpec,
+    ExpertSpec,
     FfnSpec,
     NormSpec,
+    RopeSpec,
+    RouterSpec,
     UnembeddingSpec,
 )
 from jblock.families import config as cfg
+from jblock.families.names import LLAMA, Names
+from jblock.families.rope import rope
 
 Config = Mapping[str, Any]
 
-# The names Llama gave its tensors; later families kept them. `{i}` is the layer.
-_LAYER = "model.layers.{i}."
-EMBEDDING = types.MappingProxyType({"weight": "model.embed_tokens.weight"})
-ATTENTION = types.MappingProxyType(
-    {
-        "norm.weight": _LAYER + "input_layernorm.weight",
-        "q.weight": _LAYER + "self_attn.q_proj.weight",
-        "k.weight": _LAYER + "self_attn.k_proj.weight",
-        "v.weight": _LAYER + "self_attn.v_proj.weight",
-        "o.weight": _LAYER + "self_attn.o_proj.weight",
-    }
-)
-QKV_BIAS = types.MappingProxyType(
-    {f"{p}.bias": f"{_LAYER}self_attn.{p}_proj.bias" for p in ("q", "k", "v")}
-)
-QK_NORM = types.MappingProxyType(
-    {f"{p}_norm.weight": f"{_LAYER}self_attn.{p}_norm.weight" for p in ("q", "k")}
-)
-FFN = types.MappingProxyType(
-    {
-        "norm.weight": _LAYER + "post_attention_layernorm.weight",
-        "gate.weight": _LAYER + "mlp.gate_proj.weight",
-        "up.weight": _LAYER + "mlp.up_proj.weight",
-        "down.weight": _LAYER + "mlp.down_proj.weight",
-    }
-)
-NORM = types.MappingProxyType({"weight": "model.norm.weight"})
-UNEMBEDDING = types.MappingProxyType({"weight": "lm_head.weight"})
-# Module path of a projection in the checkpoint -> (component kind, projection). What adapters name.
-PROJECTIONS = types.MappingProxyType(
-    {
-        **{_LAYER + f"self_attn.{p}_proj": ("attention", p) for p in ("q", "k", "v", "o")},
-        **{_LAYER + f"mlp.{p}_proj": ("ffn", p) for p in ("gate", "up", "down")},
-    }
-)
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,11 +43,13 @@ class PlannedStep:
       tensors: tensor name in the component -> name in the checkpoint. A name that an earlier step
         has taken already is tied: stored as a reference.
       layer: index of the layer it belongs to, None outside the layers.
+      joined: it runs with the step before it, never apart.
     """
 
     spec: ComponentSpec
     tensors: dict[str, str]
     layer: int | None = None
+    joined: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +57,8 @@ class Plan:
     """What a config promises about its checkpoint.
 
     Attributes:
-      steps: embedding, then attention and ffn of every layer, then norm, unembedding.
+      steps: embedding, then the layers, then norm, unembedding. A layer is an attention, and an ffn or
+        a router with its experts.
       copies: names that a checkpoint may also carry, as bit-identical copies of another tensor.
       inverse_frequencies: names of rope tables that old checkpoints carry though the config says
         the same; checked against it and left out.
@@ -95,10 +73,41 @@ class Plan:
     vocab_size: int
 
 
-def no_window(config: Config, layer: int) -> int | None:
-    """The rule of families whose tokens see everything before them."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """The experts of a layer.
+
+    Attributes:
+      num_experts: experts rows are sent to.
+      top_k: experts a row is sent to.
+      intermediate_size: columns of an expert's gate and up.
+      normalise: the weights of a row's experts add up to 1.
+      shared_size: columns of the shared expert's gate and up; 0 has none.
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    normalise: bool
+    shared_size: int = 0
+
+
+def no_options(config: Config, layer: int) -> Mapping[str, Any]:
+    """The rule of families whose attentions differ in nothing but their dimensions."""
+    del config, layer
+    return {}
+
+
+def no_mixture(config: Config, layer: int) -> Mixture | None:
+    """The rule of families whose layers are all dense."""
     del config, layer
     return None
+
+
+def plain_rope(config: Config, layer: int, head_dim: int) -> RopeSpec | None:
+    """The rule of families with one rotary embedding, whose fields have their usual names."""
+    del layer
+    return rope(config, head_dim)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,27 +118,47 @@ class Family:
       name: what chains record ("llama").
       architectures: values of config.json's `architectures` it covers.
       model_types: values of `model_type` it covers when `architectures` is not given.
-      qkv_bias: biases on q, k and v.
-      qk_norm: RMSNorm on q and k per head.
+      names: component kind -> module of the component -> module of the checkpoint.
+      fields: usual name of a config field (Llama's) -> its name here.
+      fixed: config field -> values it may have; anything else would change the maths.
       head_dim: width of a head when the config has none; None: hidden_size / heads.
       num_kv_heads: key/value heads when the config lacks the field; None: as many as query heads.
-      sliding_window: (config, layer) -> window in tokens or None.
-      fixed: config field -> values it may have; anything else would change the maths.
-      projections: module path with `{i}` -> (component kind, projection), for adapters.
+      eps: epsilon of norms when the config has none.
+      activation: the activation when the config names none, as the config would.
+      tied: whether the unembedding is tied when the config does not say.
+      norm: kind of all norms.
+      attention: fields of AttentionSpec that are the same in every layer.
+      attention_options: (config, layer) -> fields of AttentionSpec that depend on them.
+      rope: (config, layer, head_dim) -> the rotary embedding, None for none.
+      ffn: fields of FfnSpec that are the same in every layer.
+      intermediate: config -> columns of a dense layer; None: its field intermediate_size.
+      mixture: (config, layer) -> the experts of the layer; None: the layer is dense.
+      embedding: config -> fields of EmbeddingSpec beside its dimensions.
+      unembedding: config -> fields of UnembeddingSpec beside its dimensions.
+      rope_table: name of a rope table that old checkpoints carry, with `{i}`.
     """
 
     name: str
     architectures: tuple[str, ...]
     model_types: tuple[str, ...]
-    qkv_bias: bool = False
-    qk_norm: bool = False
+    names: Names = dataclasses.field(default_factory=lambda: LLAMA)
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     head_dim: int | None = None
     num_kv_heads: int | None = None
-    sliding_window: Callable[[Config, int], int | None] = no_window
-    fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
-    projections: Mapping[str, tuple[str, str]] = dataclasses.field(
-        default_factory=lambda: PROJECTIONS
-    )
+    eps: float = 1e-6
+    activation: str = "silu"
+    tied: bool = False
+    norm: str = "rms"
+    attention: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    attention_options: Callable[[Config, int], Mapping[str, Any]] = no_options
+    rope: Callable[[Config, int, int], RopeSpec | None] = plain_rope
+    ffn: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    intermediate: Callable[[Config], int] | None = None
+    mixture: Callable[[Config, int], Mixture | None] = no_mixture
+    embedding: Callable[[Config], Mapping[str, Any]] = lambda config: {}
+    unembedding: Callable[[Config], Mapping[str, Any]] = lambda config: {}
+    rope_table: str = "model.layers.{i}.self_attn.rotary_emb.inv_freq"
 
     def plan(self, config: Config) -> Plan:
         """Lays out the steps of a checkpoint with this config.
@@ -140,117 +169,114 @@ class Family:
         """
         for field, allowed in self.fixed.items():
             cfg.require(config, field, allowed, f"family {self.name}")
-        cfg.require(config, "hidden_act", ("silu", "swish"), "other activations are not known")
         if config.get("quantization_config"):
             raise cfg.ConfigError(
                 "config.json has a quantization_config; only float32, float16 and bfloat16 weights "
                 "can be served: convert the unquantised checkpoint"
             )
-        vocab, hidden = cfg.integer(config, "vocab_size"), cfg.integer(config, "hidden_size")
-        embedding = PlannedStep(
-            spec=EmbeddingSpec(vocab_size=vocab, hidden_size=hidden), tensors=dict(EMBEDDING)
-        )
-        steps = [embedding]
+        table = {
+            "vocab_size": cfg.integer(config, "vocab_size"),
+            "hidden_size": cfg.integer(config, self.field("hidden_size")),
+        }
+        positions = cfg.integer(config, self.field("max_position_embeddings"))
+        steps = [self._step(EmbeddingSpec(**table, **self.embedding(config)))]
         # The bound keeps a mistyped number from making a plan as large as the memory.
-        layers = cfg.integer(config, "num_hidden_layers", most=10_000)
+        layers = cfg.integer(config, self.field("num_hidden_layers"), most=10_000)
         for i in range(layers):
-            steps += self._layer(config, i)
-        eps = cfg.number(config, "rms_norm_eps", 1e-6)
-        norm = NormSpec(hidden_size=hidden, eps=eps)
-        head = UnembeddingSpec(vocab_size=vocab, hidden_size=hidden)
-        tied = cfg.flag(config, "tie_word_embeddings", False)
-        steps += [
-            PlannedStep(spec=norm, tensors=dict(NORM)),
-            PlannedStep(spec=head, tensors=dict(EMBEDDING if tied else UNEMBEDDING)),
-        ]
+            attention = self._attention(config, i)
+            steps += [self._step(attention, i), *self._feed_forward(config, i, attention.parallel)]
+        norm = NormSpec(hidden_size=table["hidden_size"], eps=self._eps(config), norm=self.norm)
+        head = self._step(UnembeddingSpec(**table, **self.unembedding(config)))
+        tied = cfg.flag(config, "tie_word_embeddings", self.tied)
+        copies = {}
+        if tied:
+            embedded = {"weight": steps[0].tensors["weight"]}
+            copies = {head.tensors["weight"]: embedded["weight"]}
+            head = dataclasses.replace(head, tensors=embedded)
         return Plan(
-            steps=tuple(steps),
-            copies={UNEMBEDDING["weight"]: EMBEDDING["weight"]} if tied else {},
-            inverse_frequencies=tuple(
-                f"{_LAYER.format(i=i)}self_attn.rotary_emb.inv_freq" for i in range(layers)
-            ),
-            max_position=cfg.integer(config, "max_position_embeddings"),
-            vocab_size=vocab,
+            steps=(*steps, self._step(norm), head),
+            copies=copies,
+            inverse_frequencies=tuple(self.rope_table.format(i=i) for i in range(layers)),
+            max_position=positions,
+            vocab_size=table["vocab_size"],
         )
 
-    def _layer(self, config: Config, i: int) -> list[PlannedStep]:
-        hidden = cfg.integer(config, "hidden_size")
-        heads = cfg.integer(config, "num_attention_heads")
+    def field(self, usual: str) -> str:
+        """What a config field is called here."""
+        return self.fields.get(usual, usual)
+
+    def _step(
+        self,
+        spec: ComponentSpec,
+        layer: int | None = None,
+        *,
+        joined: bool = False,
+        names: str = "",
+        expert: int = 0,
+    ) -> PlannedStep:
+        modules, tensors = self.names[names or spec.kind], {}
+        for name in spec.tensors():
+            module, _, tensor = name.rpartition(".")
+            tensors[name] = f"{modules[module].format(i=layer, e=expert)}.{tensor}"
+        return PlannedStep(spec=spec, tensors=tensors, layer=layer, joined=joined)
+
+    def _eps(self, config: Config) -> float:
+        return cfg.number(config, self.field("rms_norm_eps"), self.eps)
+
+    def _attention(self, config: Config, i: int) -> AttentionSpec:
+        hidden = cfg.integer(config, self.field("hidden_size"))
+        heads = cfg.integer(config, self.field("num_attention_heads"))
         head_dim = self.head_dim
         if head_dim is None and config.get("head_dim") is None:
             head_dim, rest = divmod(hidden, heads)
             if rest:
                 raise cfg.ConfigError(
-                    f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads "
-                    f"{heads} and there is no head_dim: add it"
+                    f"config.json: {self.field('hidden_size')} {hidden} is not a multiple of "
+                    f"{self.field('num_attention_heads')} {heads} and there is no head_dim: add it"
                 )
+        head_dim = cfg.integer(config, "head_dim", head_dim)
         kv_heads = heads  # what null means in every family
         if self.num_kv_heads is not None and "num_key_value_heads" not in config:
             kv_heads = self.num_kv_heads
-        eps = cfg.number(config, "rms_norm_eps", 1e-6)
-        attention = AttentionSpec(
+        return AttentionSpec(
             hidden_size=hidden,
             num_heads=heads,
             num_kv_heads=cfg.integer(config, "num_key_value_heads", kv_heads),
-            head_dim=cfg.integer(config, "head_dim", head_dim),
-            norm_eps=eps,
-            rope=cfg.rope(config),
-            qkv_bias=self.qkv_bias,
-            qk_norm=self.qk_norm,
-            sliding_window=self.sliding_window(config, i),
+            head_dim=head_dim,
+            norm_eps=self._eps(config),
+            rope=self.rope(config, i, head_dim),
+            norm=self.norm,
+            **{**self.attention, **self.attention_options(config, i)},
         )
-        names = {
-            **ATTENTION,
-            **(QKV_BIAS if self.qkv_bias else {}),
-            **(QK_NORM if self.qk_norm else {}),
-        }
-        ffn = FfnSpec(
+
+    def _feed_forward(self, config: Config, i: int, joined: bool) -> list[PlannedStep]:
+        hidden, eps = cfg.integer(config, self.field("hidden_size")), self._eps(config)
+        activation = cfg.one_of(config, self.field("hidden_act"), ACTIVATIONS, self.activation)
+        mixture = self.mixture(config, i)
+        if mixture is None:
+            width = self.intermediate(config) if self.intermediate else None
+            ffn = FfnSpec(
+                hidden_size=hidden,
+                intermediate_size=width or cfg.integer(config, "intermediate_size"),
+                norm_eps=eps,
+                activation=activation,
+                norm=self.norm,
+                **self.ffn,
+            )
+            return [self._step(ffn, i, joined=joined)]
+        router = RouterSpec(
             hidden_size=hidden,
-            intermediate_size=cfg.integer(config, "intermediate_size"),
+            num_experts=mixture.num_experts,
+            top_k=mixture.top_k,
             norm_eps=eps,
+            normalise=mixture.normalise,
+            shared=bool(mixture.shared_size),
         )
-        return [
-            PlannedStep(spec=attention, tensors=_at(names, i), layer=i),
-            PlannedStep(spec=ffn, tensors=_at(FFN, i), layer=i),
-        ]
-
-
-def layer_types_window(config: Config, layer: int) -> int | None:
-    """Qwen's rule: layers from max_window_layers on slide, if use_sliding_window says so.
-
-    `layer_types`, which transformers 5 writes, must say the same or is followed where the older
-    fields leave it open.
-
-    Raises:
-      ConfigError: layer types that are not known or contradict the other fields.
-    """
-    types_ = config.get("layer_types")
-    layers = cfg.integer(config, "num_hidden_layers")
-    known = ("full_attention", "sliding_attention")
-    if types_ is not None and (
-        not isinstance(types_, list) or len(types_) != layers or any(t not in known for t in types_)
-    ):
-        raise cfg.ConfigError(
-            f"config.json: layer_types is {types_!r}; give one of {known} for each of the {layers} "
-            "layers, or remove it"
-        )
-    window = None
-    if cfg.flag(config, "use_sliding_window", False) and config.get("sliding_window") is not None:
-        window = cfg.integer(config, "sliding_window")
-    if types_ is not None:
-        slides = types_[layer] == "sliding_attention"
-    else:
-        slides = window is not None and layer >= cfg.integer(
-            config, "max_window_layers", 28, least=0
-        )
-    if slides and window is None:
-        raise cfg.ConfigError(
-            f"config.json: layer_types[{layer}] is 'sliding_attention' but use_sliding_window is "
-            f"{config.get('use_sliding_window')!r} and sliding_window "
-            f"{config.get('sliding_window')!r}: set both, or make the layer 'full_attention'"
-        )
-    return window if slides else None
-
-
-def _at(names: Mapping[str, str], i: int) -> dict[str, str]:
-    return {name: source.format(i=i) for name, source in names.items()}
+        sizes = {"hidden_size": hidden, "intermediate_size": mixture.intermediate_size}
+        expert = ExpertSpec(**sizes, activation=activation)
+        steps = [self._step(router, i, joined=joined)]
+        steps += [self._step(expert, i, joined=True, expert=e) for e in range(mixture.num_experts)]
+        if mixture.shared_size:
+            shared = dataclasses.replace(expert, intermediate_size=mixture.shared_size)
+            steps.append(self._step(shared, i, joined=True, names="shared_expert"))
+        return steps

@@ -6,8 +6,6 @@ Both spellings are read: transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`r
 from collections.abc import Mapping
 from typing import Any
 
-from jblock.blocks.spec import RopeSpec
-
 
 class ConfigError(ValueError):
     """A checkpoint's config that cannot be served: names the field, the value and the remedy."""
@@ -15,13 +13,6 @@ class ConfigError(ValueError):
 
 # What a program computes with holds no more.
 _FLOAT32_MAX = 3.4e38
-
-_LLAMA3 = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position_embeddings": "original_max_position",
-}
 
 
 def integer(
@@ -112,61 +103,18 @@ def token_ids(config: Mapping[str, Any], field: str, vocab_size: int) -> tuple[i
     return tuple(dict.fromkeys(ids))
 
 
-def rope(config: Mapping[str, Any]) -> RopeSpec:
-    """The rotary embedding a config asks for.
+def one_of(
+    config: Mapping[str, Any], field: str, known: Mapping[str, str], default: str | None = None
+) -> str:
+    """What `known` has for `config[field]`, or for `default` when it is absent or null.
 
     Raises:
-      ConfigError: a rope type, field or value that is not known, or two spellings that disagree.
+      ConfigError: another value.
     """
-    require(config, "partial_rotary_factor", (1.0, 1), "rope over part of a head is not known")
-    scaling = _section(config, "rope_scaling")
-    modern = _section(config, "rope_parameters")
-    if "rope_theta" in config and config["rope_theta"] is not None:
-        theta = number(config, "rope_theta")
-        if "rope_theta" in modern and modern["rope_theta"] != theta:
-            raise ConfigError(
-                f"config.json: rope_theta is {theta!r} and rope_parameters.rope_theta "
-                f"{modern['rope_theta']!r}; remove the wrong one"
-            )
-    else:
-        theta = 10000.0
-    theta = number(modern, "rope_theta", theta)
-    if scaling and modern and _kind(scaling) != _kind(modern):
+    value = config.get(field)
+    value = default if value is None else value
+    if not isinstance(value, str) or value not in known:
         raise ConfigError(
-            f"config.json: rope_scaling asks for {_kind(scaling)!r} and rope_parameters for "
-            f"{_kind(modern)!r}; remove the wrong one"
+            f"config.json: {field} is {value!r}; served: {', '.join(map(repr, known))}"
         )
-    params = {**scaling, **modern}
-    kind = _kind(params)
-    extra = {k: v for k, v in params.items() if k not in ("rope_type", "type", "rope_theta")}
-    if extra.get("partial_rotary_factor") in (1, 1.0):
-        del extra["partial_rotary_factor"]
-    if kind == "default" and not extra:
-        return RopeSpec(theta=theta)
-    if kind == "llama3" and extra.keys() == _LLAMA3.keys():
-        return RopeSpec(
-            kind="llama3",
-            theta=theta,
-            factor=number(extra, "factor"),
-            low_freq_factor=number(extra, "low_freq_factor"),
-            high_freq_factor=number(extra, "high_freq_factor"),
-            original_max_position=integer(extra, "original_max_position_embeddings"),
-        )
-    raise ConfigError(
-        f"config.json: rope of type {kind!r} with fields {sorted(extra)} is not known; known: "
-        f"'default' without fields, 'llama3' with {sorted(_LLAMA3)}"
-    )
-
-
-def _section(config: Mapping[str, Any], field: str) -> dict[str, Any]:
-    value = config.get(field) or {}
-    if not isinstance(value, dict) or any(isinstance(v, dict) for v in value.values()):
-        raise ConfigError(
-            f"config.json: {field} is {value!r}; only one set of rope fields for the whole model "
-            "can be served"
-        )
-    return {k: v for k, v in value.items() if v is not None}
-
-
-def _kind(params: Mapping[str, Any]) -> str:
-    return str(params.get("rope_type", params.get("type", "default")))
+    return known[value]

@@ -2,6 +2,7 @@
 
 A block is as long as it can be while every chain that uses one of its components uses all of them,
 in that order. Longer blocks mean fewer hand-overs; cutting there and only there loses no sharing.
+Joined steps (a router and its experts) are never cut apart: chains share them together or not at all.
 A delta never cuts: its rows ride on the component that all its neighbours share.
 """
 
@@ -12,6 +13,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jblock.zoo.records import Chain
+
+Joined = tuple[str, ...]
+"""Component ids that are never cut apart; mostly one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,11 +44,11 @@ def blocks(chains: Mapping[str, Chain]) -> dict[str, tuple[Block, ...]]:
     Returns:
       The same keys -> blocks, which follow each other and cover the chain's steps exactly.
     """
-    before: dict[str, set[str | None]] = defaultdict(set)
-    after: dict[str, set[str | None]] = defaultdict(set)
+    before: dict[Joined, set[Joined | None]] = defaultdict(set)
+    after: dict[Joined, set[Joined | None]] = defaultdict(set)
     for chain in chains.values():
         # None stands for the embedding or the head: no run goes on past them.
-        layers: list[str | None] = [None, *_layers(chain), None]
+        layers: list[Joined | None] = [None, *_layers(chain), None]
         for left, right in itertools.pairwise(layers):
             if right is not None:
                 before[right].add(left)
@@ -52,14 +56,16 @@ def blocks(chains: Mapping[str, Chain]) -> dict[str, tuple[Block, ...]]:
                 after[left].add(right)
     cut = {}
     for key, chain in chains.items():
-        runs: list[list[str]] = []
-        for component in _layers(chain):
-            if runs and after[runs[-1][-1]] == {component} and before[component] == {runs[-1][-1]}:
-                runs[-1].append(component)
+        joined: list[list[Joined]] = []
+        for part in _layers(chain):
+            last = joined[-1][-1] if joined else None
+            if last is not None and after[last] == {part} and before[part] == {last}:
+                joined[-1].append(part)
             else:
-                runs.append([component])
+                joined.append([part])
         ids = [step.component for step in chain.steps]
-        runs = [run for run in (ids[:1], *runs, ids[1:][-2:]) if run]
+        between = [[i for part in run for i in part] for run in joined]
+        runs = [run for run in (ids[:1], *between, ids[1:][-2:]) if run]
         out, first = [], 0
         for run in runs:
             out.append(Block(components=tuple(run), first=first))
@@ -76,5 +82,11 @@ def to_json(cut: Mapping[str, tuple[Block, ...]]) -> dict[str, Any]:
     }
 
 
-def _layers(chain: Chain) -> list[str]:
-    return [step.component for step in chain.steps[1:-2]]
+def _layers(chain: Chain) -> list[Joined]:
+    parts: list[Joined] = []
+    for step in chain.steps[1:-2]:
+        if step.joined and parts:
+            parts[-1] += (step.component,)
+        else:
+            parts.append((step.component,))
+    return parts

@@ -53,10 +53,15 @@ class DeltaRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step of a chain: a component id and the ordered delta ids that ride on it."""
+    """One step of a chain: a component id and the ordered delta ids that ride on it.
+
+    `joined` steps run together with the one before and are never served apart from it: an expert with
+    its router, a parallel ffn with its attention.
+    """
 
     component: str
     deltas: tuple[str, ...] = ()
+    joined: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +72,7 @@ class Chain:
       name: public model name.
       version: 1, 2, ...; given by the zoo on publishing.
       family: name of the architecture ("llama", ...), for export.
-      steps: embedding, then attention and ffn alternating, then norm, unembedding.
+      steps: embedding, then the layers, then norm, unembedding.
       tokenizer: tokenizer id, or None when the source had none (token ids only).
       max_position: longest sequence in tokens the model was made for.
       vocab_size: rows of the embedding.
@@ -110,7 +115,12 @@ class Chain:
         fields = dict(data)
         try:
             fields["steps"] = tuple(
-                Step(component=s["component"], deltas=tuple(s["deltas"])) for s in fields["steps"]
+                Step(
+                    component=s["component"],
+                    deltas=tuple(s["deltas"]),
+                    joined=s.get("joined", False) is True,
+                )
+                for s in fields["steps"]
             )
             fields["eos_token_ids"] = tuple(fields.get("eos_token_ids", ()))
             chain = cls(**fields)

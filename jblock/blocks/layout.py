@@ -1,0 +1,83 @@
+"""From tensors as a checkpoint lays them out to tensors as the blocks compute with them.
+
+Stored projections may be fused (Phi-3, GPT-2, GPT-NeoX) or lie `[in, out]` (GPT-2). Blocks know one
+form: every projection apart, `[out, in]`. What is stored stays as it was, so that an export writes the
+same bytes; the cut is made when a component is loaded.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from jblock.blocks.spec import LAYER_KINDS, AttentionSpec, ComponentSpec, FfnSpec
+
+Rows = slice | np.ndarray
+
+
+def fused(spec: ComponentSpec) -> dict[str, dict[str, Rows]]:
+    """Fused projections of a component: name -> the projections in it -> which of its outputs are theirs."""
+    if isinstance(spec, AttentionSpec) and spec.qkv == "joined":
+        return {"qkv": _consecutive(spec.widths)}
+    if isinstance(spec, AttentionSpec) and spec.qkv == "by_head":
+        outputs = np.arange(3 * spec.widths["q"]).reshape(spec.num_heads, 3, spec.head_dim)
+        return {"qkv": {p: outputs[:, i].reshape(-1) for i, p in enumerate("qkv")}}
+    if isinstance(spec, FfnSpec) and spec.joined:
+        return {"gate_up": _consecutive(dict.fromkeys(("gate", "up"), spec.intermediate_size))}
+    return {}
+
+
+def parts(spec: ComponentSpec, projection: str) -> dict[str, Rows]:
+    """The projections a stored one is computed as, and which of its outputs are theirs."""
+    return fused(spec).get(projection, {projection: slice(None)})
+
+
+def is_projection(spec: ComponentSpec, name: str) -> bool:
+    """Whether a tensor of the component is the matrix of a projection."""
+    return spec.kind in LAYER_KINDS and len(spec.tensors()[name]) == 2
+
+
+def compute_shapes(spec: ComponentSpec) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor a block computes with; projections are [out, in]."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in spec.tensors().items():
+        projection, _, tensor = name.rpartition(".")
+        if is_projection(spec, name):
+            out, inner = shape[::-1] if getattr(spec, "in_out", False) else shape
+            for part, rows in parts(spec, projection).items():
+                shapes[f"{part}.weight"] = (_count(rows, out), inner)
+        elif projection in fused(spec):
+            for part, rows in parts(spec, projection).items():
+                shapes[f"{part}.{tensor}"] = (_count(rows, shape[0]),)
+        else:
+            shapes[name] = shape
+    return shapes
+
+
+def to_compute(spec: ComponentSpec, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Stored tensors as `compute_shapes` has them; views of the given arrays where that is possible."""
+    out = {}
+    for name, value in tensors.items():
+        projection, _, tensor = name.rpartition(".")
+        if is_projection(spec, name):
+            matrix = value.T if getattr(spec, "in_out", False) else value
+            for part, rows in parts(spec, projection).items():
+                out[f"{part}.weight"] = matrix[rows]
+        elif projection in fused(spec):
+            for part, rows in parts(spec, projection).items():
+                out[f"{part}.{tensor}"] = value[rows]
+        else:
+            out[name] = value
+    return out
+
+
+def _consecutive(widths: Mapping[str, int]) -> dict[str, Rows]:
+    found: dict[str, Rows] = {}
+    first = 0
+    for name, width in widths.items():
+        found[name] = slice(first, first + width)
+        first += width
+    return found
+
+
+def _count(rows: Rows, total: int) -> int:
+    return len(range(total)[rows]) if isinstance(rows, slice) else len(rows)

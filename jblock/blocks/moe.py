@@ -1,0 +1,110 @@
+"""A mixture of experts with its residual: every row goes through the experts its router picks.
+
+Exact: no row is dropped, whatever the load. Rows are sorted by expert and cut into groups of a static
+size, so an expert runs one program over as many groups as its rows fill, and none if it has none: a
+decoded token reads the weights of its own experts only. A row's arithmetic depends on its own values
+and the size of a group, which the shape of the batch decides, never on the rows beside it.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jblock.blocks.ffn import ACTIVATIONS
+from jblock.blocks.linear import Linear
+from jblock.blocks.norm import Norm
+from jblock.blocks.rows import Rows
+from jblock.blocks.spec import ExpertSpec, RouterSpec
+
+Tensors = Mapping[str, jax.Array]
+_SMALLEST_GROUP = 8
+
+
+def group_size(num_rows: int, spec: RouterSpec) -> int:
+    """Rows an expert takes at once: twice its even share as a power of two, and at least 8, below
+    which a matmul of more rows costs next to nothing; all rows where they are fewer."""
+    share = -(-2 * num_rows * spec.top_k // spec.num_experts)
+    return min(num_rows, max(_SMALLEST_GROUP, 1 << (share - 1).bit_length()))
+
+
+class Expert(nnx.Module):
+    """`down(act(gate(x)) * up(x))`."""
+
+    def __init__(self, spec: ExpertSpec, params: Tensors, deltas: Tensors):
+        """Builds the expert over tensors named as in ExpertSpec, laid as in Linear."""
+        self.spec = spec
+        self.gate = Linear(params, deltas, "gate")
+        self.up = Linear(params, deltas, "up")
+        self.down = Linear(params, deltas, "down")
+
+    def __call__(self, x: jax.Array, rows: Rows) -> jax.Array:
+        """[T, hidden_size] float32 -> the same."""
+        activation = ACTIVATIONS[self.spec.activation]
+        return self.down(activation(self.gate(x, rows)) * self.up(x, rows), rows)
+
+
+class Mixture(nnx.Module):
+    """A router and the experts behind it. See RouterSpec."""
+
+    def __init__(
+        self,
+        spec: RouterSpec,
+        params: Tensors,
+        deltas: Tensors,
+        experts: Sequence[tuple[ExpertSpec, Tensors, Tensors]],
+    ):
+        """Builds the block over the router's tensors and its experts' specs, tensors and tables.
+
+        Raises:
+          ValueError: another number of experts than the router sends rows to.
+        """
+        if len(experts) != spec.followers:
+            raise ValueError(f"a router of {spec.followers} experts is followed by {len(experts)}")
+        self.spec = spec
+        self.norm = Norm("rms", params, "norm.", spec.norm_eps)
+        self.router = Linear(params, deltas, "router")
+        self.shared_gate = Linear(params, deltas, "shared_gate") if spec.shared else None
+        self.experts = nnx.List([Expert(*e) for e in experts])
+
+    def __call__(self, x: jax.Array, rows: Rows) -> jax.Array:
+        """[T, hidden_size] float32 -> the same."""
+        spec, num_rows = self.spec, x.shape[0]
+        normed = self.norm(x)
+        weights, chosen = jax.lax.top_k(jax.nn.softmax(self.router(normed, rows)), spec.top_k)
+        if spec.normalise:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        # Padding goes to no expert, or it would be waited for.
+        chosen = jnp.where(rows.valid.reshape(-1, 1), chosen, spec.num_experts).reshape(-1)
+
+        # The k-th pick of row t is number t * top_k + k; picks of one expert lie together in `order`.
+        size = group_size(num_rows, spec)
+        order = jnp.concatenate([jnp.argsort(chosen, stable=True), jnp.zeros(size, jnp.int32)])
+        counts = jnp.sum(chosen[:, None] == jnp.arange(spec.num_experts), axis=0, dtype=jnp.int32)
+        starts = jnp.cumsum(counts) - counts
+        weights, slots = weights.reshape(-1), jnp.repeat(rows.slots, rows.q_len)
+
+        out = jnp.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            if e == spec.num_experts:
+                gate = jax.nn.sigmoid(self.shared_gate(normed, rows)) if self.shared_gate else 1.0
+                return x + (out + gate * expert(normed, rows))
+
+            def add(group: jax.Array, out: jax.Array, e=e, expert=expert) -> jax.Array:
+                nth = group * size + jnp.arange(size, dtype=jnp.int32)
+                real = nth < counts[e]
+                picks = jax.lax.dynamic_slice(order, (starts[e] + group * size,), (size,))
+                row = jnp.where(real, picks // spec.top_k, num_rows)
+                group_rows = Rows(
+                    num_seqs=size,
+                    q_len=1,
+                    starts=jnp.zeros(size, jnp.int32),
+                    q_lens=real.astype(jnp.int32),
+                    slots=jnp.where(real, slots.at[row].get(mode="clip"), 0),
+                )
+                y = expert(normed.at[row].get(mode="clip"), group_rows)
+                return out.at[row].add(y * weights[picks][:, None], mode="drop")
+
+            out = jax.lax.fori_loop(0, (counts[e] + size - 1) // size, add, out)
+        return x + out
