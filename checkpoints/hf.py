@@ -44,8 +44,8 @@ def convert(source_path: Path, zoo_path: Path, name: str, progress: Progress) ->
     config = read_json(source_path / "config.json")
     generation = read_json(source_path / "generation_config.json", required=False)
     family = family_for(config)
-    plan = family.plan(config)
     source = open_source(source_path)
+    plan = family.plan(config).fitting(source.tensors)
     check_tensors(plan, source)
     eos = token_ids(generation, "eos_token_id", plan.vocab_size)
     bos = token_ids(generation, "bos_token_id", plan.vocab_size)
@@ -123,6 +123,8 @@ def check_tensors(plan: Plan, source: Source) -> None:
                 )
         elif name in plan.inverse_frequencies:
             _check_frequencies(plan, source, name)
+        elif name in plan.masks:
+            _check_mask(source, name)
         else:
             surplus.append(name)
     if surplus:
@@ -155,10 +157,26 @@ def _plain(value: object) -> bool:
 
 
 def _left_out(plan: Plan, source: Source) -> dict[str, bytes]:
-    """Rope tables kept aside, so that an export can write them again."""
-    names = [n for n in plan.inverse_frequencies if n in source.tensors]
+    """Rope tables and masks kept aside, so that an export can write them again."""
+    names = [n for n in (*plan.inverse_frequencies, *plan.masks) if n in source.tensors]
     tensors = {n: source.read(n) for n in names}
     return {"left_out.safetensors": safetensors.numpy.save(tensors)} if tensors else {}
+
+
+def _check_mask(source: Source, name: str) -> None:
+    """A mask must be the causal one, or the value that masked scores once took.
+
+    Raises:
+      CheckpointError: it is something else.
+    """
+    info = source.tensors[name]
+    if info.shape in ((), (1,)):
+        return
+    square = len(info.shape) == 4 and info.shape[:2] == (1, 1) and info.shape[2] == info.shape[3]
+    if not square or not np.array_equal(source.read(name)[0, 0], np.tri(info.shape[2])):
+        raise CheckpointError(
+            f"{source.path}: {name!r} is not a causal mask: other masks cannot be served"
+        )
 
 
 def _check_frequencies(plan: Plan, source: Source, name: str) -> None:

@@ -38,8 +38,8 @@ def verify(zoo_path: Path, name: str, source_path: Path, progress: Progress) -> 
 
 def _checkpoint(zoo: Zoo, chain: Chain, path: Path, progress: Progress) -> list[str]:
     config = read_json(path / "config.json")
-    plan = family_for(config).plan(config)
     source = open_source(path)
+    plan = family_for(config).plan(config).fitting(source.tensors)
     hf.check_tensors(plan, source)
     if chain.base is not None:
         return [f"{chain.name} is an adapter on {chain.base}, {path} a whole model"]

@@ -5,7 +5,7 @@ whose layers are one attention and one feed-forward, dense or a mixture of exper
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from jblock.blocks.spec import (
@@ -21,7 +21,7 @@ from jblock.blocks.spec import (
 )
 from jblock.families import config as cfg
 from jblock.families.names import LLAMA, Names
-from jblock.families.rope import rope
+from jblock.families.rope import original_positions, rope
 
 Config = Mapping[str, Any]
 
@@ -62,15 +62,35 @@ class Plan:
       copies: names that a checkpoint may also carry, as bit-identical copies of another tensor.
       inverse_frequencies: names of rope tables that old checkpoints carry though the config says
         the same; checked against it and left out.
+      masks: names of causal masks that old checkpoints carry; checked and left out.
       max_position: longest sequence in tokens.
       vocab_size: rows of the embedding.
+      optional_prefix: what some checkpoints leave out at the start of their names.
     """
 
     steps: tuple[PlannedStep, ...]
     copies: dict[str, str]
     inverse_frequencies: tuple[str, ...]
+    masks: tuple[str, ...]
     max_position: int
     vocab_size: int
+    optional_prefix: str = ""
+
+    def fitting(self, names: Collection[str]) -> "Plan":
+        """The plan for a checkpoint with these tensors: without `optional_prefix`, if none has it."""
+        prefix = self.optional_prefix
+        if not prefix or any(n.startswith(prefix) for n in names):
+            return self
+
+        def bare(of: Mapping[str, str]) -> dict[str, str]:
+            return {k.removeprefix(prefix): v.removeprefix(prefix) for k, v in of.items()}
+
+        return dataclasses.replace(
+            self,
+            steps=tuple(dataclasses.replace(s, tensors=bare(s.tensors)) for s in self.steps),
+            copies=bare(self.copies),
+            masks=tuple(n.removeprefix(prefix) for n in self.masks),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,6 +156,8 @@ class Family:
       embedding: config -> fields of EmbeddingSpec beside its dimensions.
       unembedding: config -> fields of UnembeddingSpec beside its dimensions.
       rope_table: name of a rope table that old checkpoints carry, with `{i}`.
+      masks: names of causal masks that old checkpoints carry, with `{i}`.
+      optional_prefix: what some checkpoints leave out at the start of their tensors' names.
     """
 
     name: str
@@ -159,6 +181,8 @@ class Family:
     embedding: Callable[[Config], Mapping[str, Any]] = lambda config: {}
     unembedding: Callable[[Config], Mapping[str, Any]] = lambda config: {}
     rope_table: str = "model.layers.{i}.self_attn.rotary_emb.inv_freq"
+    masks: tuple[str, ...] = ()
+    optional_prefix: str = ""
 
     def plan(self, config: Config) -> Plan:
         """Lays out the steps of a checkpoint with this config.
@@ -197,9 +221,19 @@ class Family:
             steps=(*steps, self._step(norm), head),
             copies=copies,
             inverse_frequencies=tuple(self.rope_table.format(i=i) for i in range(layers)),
-            max_position=positions,
+            masks=tuple(name.format(i=i) for i in range(layers) for name in self.masks),
+            max_position=min(positions, self._longest(config, steps, positions)),
             vocab_size=table["vocab_size"],
+            optional_prefix=self.optional_prefix,
         )
+
+    def _longest(self, config: Config, steps: list[PlannedStep], positions: int) -> int:
+        """Tokens up to which the factors of longrope hold."""
+        ropes = [s.spec.rope for s in steps if isinstance(s.spec, AttentionSpec)]
+        if not any(r is not None and r.kind == "longrope" for r in ropes):
+            return positions
+        sections = (config.get(f) or {} for f in ("rope_parameters", "rope_scaling"))
+        return original_positions(config, next((s for s in sections if s), {}))
 
     def field(self, usual: str) -> str:
         """What a config field is called here."""

@@ -1,6 +1,7 @@
 """A zoo of the oracle's fixtures, and an agent driven step by step with its logits in reach."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ ADAPTERS = sorted(p.name for p in (FIXTURES / "peft").iterdir() if (p / "oracle.
 
 def base_of(adapter: str) -> str:
     """Name of the fixture an adapter was made on."""
-    return "qwen3_qknorm" if adapter.startswith("qwen3") else "llama_gqa_untied"
+    config = json.loads((FIXTURES / "peft" / adapter / "adapter_config.json").read_text())
+    return config["base_model_name_or_path"]
 
 
 def oracle(name: str) -> dict[str, np.ndarray]:
