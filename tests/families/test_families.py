@@ -1,8 +1,10 @@
 """Families: what a config says becomes the right specs, in both spellings, or is refused."""
 
+import numpy as np
 import pytest
 
-from jblock.blocks.spec import RopeSpec
+from jblock.blocks import layout
+from jblock.blocks.spec import AttentionSpec, FfnSpec, RopeSpec, SpecError, projection_shape
 from jblock.families import ConfigError, families, family_for
 
 BASE = {
@@ -15,6 +17,20 @@ BASE = {
     "hidden_act": "silu",
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
+}
+MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 8,
+}
+HEADS = {
+    "hidden_size": 12,
+    "num_heads": 4,
+    "head_dim": 6,
+    "norm_eps": 1e-5,
+    "rope": None,
+    "qkv_bias": True,
 }
 LLAMA3 = {
     "factor": 8.0,
@@ -166,3 +182,140 @@ def test_older_spellings():
     tied = plan("Llama", tie_word_embeddings=True)
     assert tied.steps[-1].tensors == {"weight": "model.embed_tokens.weight"}
     assert tied.copies == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def test_layers_of_a_mixture():
+    change = {
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 20,
+        "mlp_only_layers": [1],
+        "num_hidden_layers": 2,
+    }
+    steps = plan("Qwen2Moe", **change).steps[1:-2]
+    kinds = [(s.spec.kind, s.joined) for s in steps]
+    experts = [("expert", True)] * 4
+    assert kinds == [
+        ("attention", False),
+        ("router", False),
+        *experts,
+        ("attention", False),
+        ("ffn", False),
+    ]
+    assert steps[4].tensors["up.weight"] == "model.layers.0.mlp.experts.2.up_proj.weight"
+    assert [s.spec.intermediate_size for s in steps[2:6]] == [8, 8, 8, 20]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "windows"),
+    [
+        ("Gemma2", {"sliding_window": 8}, [8, None, 8, None]),
+        ("Gemma3", {"sliding_window": 8, "sliding_window_pattern": 3}, [8, 8, None, 8]),
+        ("Gemma3", {"sliding_window": 8}, [8, 8, 8, 8]),
+        ("Mixtral", {}, [None] * 4),
+        ("Phi3", {"sliding_window": 8}, [8] * 4),
+        ("Qwen3Moe", MOE, [None] * 4),
+        ("Qwen3Moe", MOE | {"use_sliding_window": True, "sliding_window": 8}, [8] * 4),
+    ],
+)
+def test_windows_of_newer_families(name, change, windows):
+    assert [a.sliding_window for a in attention(name, **change)] == windows
+
+
+def test_ropes_of_gemma3():
+    change = {
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 500.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "sliding_window_pattern": 4,
+    }
+    ropes = [a.rope for a in attention("Gemma3", **change)]
+    wide = RopeSpec(kind="linear", theta=1e6, factor=8.0)
+    assert ropes == [RopeSpec(theta=500.0)] * 3 + [wide]
+
+
+def test_ropes_that_depend_on_the_length():
+    """What is served ends where they would change."""
+    dynamic = {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    assert attention("Llama", **dynamic)[0].rope == RopeSpec()
+    change = {
+        "original_max_position_embeddings": 64,
+        "rope_scaling": {"type": "su", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+    }
+    long = plan("Phi3", **change)
+    assert long.max_position == 64
+    assert long.steps[1].spec.rope.factors == (1.0,) * 8
+    change["rope_scaling"]["short_factor"] = [1.0] * 7
+    with pytest.raises(ConfigError, match="short_factor"):
+        plan("Phi3", **change)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "word"),
+    [
+        ("Qwen2Moe", MOE | {"mlp_only_layers": "all"}, "mlp_only_layers"),
+        ("Qwen2Moe", MOE | {"use_sliding_window": True}, "layer_types"),
+        ("Mixtral", {"num_experts_per_tok": 9}, "top_k 9"),
+        ("Gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("Gemma2", {"hidden_activation": "relu"}, "hidden_activation"),
+        ("Gemma3", {"rope_parameters": {"rope_theta": 1.0}}, "rope_parameters"),
+        ("Olmo2", {"clip_qkv": 8.0}, "clip_qkv"),
+        ("GPTNeoX", {"rotary_pct": 2.0}, "rotary_pct"),
+        ("GPTNeoX", {"rotary_emb_base": "x"}, "rotary_emb_base"),
+    ],
+)
+def test_refusals_of_newer_families(name, change, word):
+    config = BASE | {"architectures": [f"{name}ForCausalLM"]} | change
+    if name == "GPTNeoX":
+        del config["num_key_value_heads"]
+    with pytest.raises((ConfigError, SpecError), match=word):
+        family_for(config).plan(config)
+
+
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 96}
+
+
+def test_gpt2():
+    config = GPT2 | {"architectures": ["GPT2LMHeadModel"]}
+    steps = family_for(config).plan(config).steps
+    assert steps[0].spec.num_positions == 64
+    assert steps[1].spec.tensors()["qkv.weight"] == (32, 96)
+    assert projection_shape(steps[1].spec, "qkv") == (96, 32)
+    assert (steps[2].spec.intermediate_size, steps[2].spec.activation) == (128, "gelu_tanh")
+    with pytest.raises(ConfigError, match="n_head"):
+        family_for(config).plan(config | {"n_head": 0})
+
+
+def test_names_without_their_prefix():
+    """The first GPT-2 checkpoints leave "transformer." out."""
+    config = GPT2 | {"model_type": "gpt2"}
+    whole = family_for(config).plan(config)
+    names = [n for s in whole.steps for n in s.tensors.values()]
+    bare = [n.removeprefix("transformer.") for n in names]
+    assert whole.fitting(names) == whole
+    assert [n for s in whole.fitting(bare).steps for n in s.tensors.values()] == bare
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        AttentionSpec(qkv="joined", in_out=True, num_kv_heads=2, **HEADS),
+        AttentionSpec(qkv="by_head", num_kv_heads=4, **HEADS),
+        FfnSpec(hidden_size=12, intermediate_size=10, norm_eps=1e-5, joined=True, bias=True),
+    ],
+)
+def test_fused_projections_are_cut_without_loss(spec):
+    """Every stored number is in exactly one projection, rows of one head together."""
+    stored, at = {}, 0
+    for name, shape in spec.tensors().items():
+        size = int(np.prod(shape))
+        stored[name] = np.arange(at, at + size).reshape(shape)
+        at += size
+    computed = layout.to_compute(spec, stored)
+    assert {n: v.shape for n, v in computed.items()} == layout.compute_shapes(spec)
+    assert sorted(np.concatenate([v.ravel() for v in computed.values()])) == list(range(at))
+    if isinstance(spec, AttentionSpec):
+        fused = stored["qkv.weight"].T if spec.in_out else stored["qkv.weight"]
+        first_v = 2 * 6 if spec.qkv == "by_head" else (4 + 2) * 6
+        np.testing.assert_array_equal(computed["v.weight"][:6], fused[first_v : first_v + 6])
