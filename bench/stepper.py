@@ -56,7 +56,7 @@ class WatchedDevice(Device):
 
 
 class Stepper:
-    """One agent with every program compiled, and its loop.
+    """One agent with every program compiled and measured, and its loop.
 
     Attributes:
       assembly: blocks and routes.
@@ -76,6 +76,8 @@ class Stepper:
         self._compile(self.device.program_keys(self.assembly, buckets))
         self._compile(self.device.segment_keys(self.assembly))
         self.loop = Loop(self.assembly, self.device, config)
+        while self.loop.measure():
+            pass
         self._rng = np.random.default_rng(0)
         self._count = 0
         self._lengths: dict[str, int] = {}

@@ -61,6 +61,9 @@ _KV_MEMORY_MB = flags.DEFINE_integer(
 _HOST_KV_MEMORY_MB = flags.DEFINE_integer(
     "host_kv_memory_mb", None, "Host memory for the KV of requests that gave way to others."
 )
+_STEP_MS = flags.DEFINE_integer(
+    "step_ms", None, "Milliseconds a step should take at most while answers stream."
+)
 _SHARE = flags.DEFINE_bool("share", None, "Share blocks between models; --noshare: a set each.")
 
 _ENGINE_FLAGS = (
@@ -73,6 +76,7 @@ _ENGINE_FLAGS = (
     _KV_DTYPE,
     _KV_MEMORY_MB,
     _HOST_KV_MEMORY_MB,
+    _STEP_MS,
     _SHARE,
     _PROFILER_PORT,
 )

@@ -16,6 +16,9 @@ from jblock.engine.agent import ThreadEngine
 from jblock.engine.config import EngineConfig
 
 _PAGE = 64
+# New weights of one chain; an older version of it again; the programs that decode compiled anew; a chain
+# leaves, so that others join up into longer blocks with programs of their own; and it comes back.
+KINDS = ("weights", "version", "executables", "fewer chains", "all chains")
 _SHAPES = {"tiny": TINY, "demo": DEMO_3M, "250m": MODEL_250M}
 
 
@@ -31,7 +34,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """`failed` requests, and `gap_ratio`: the largest gap between two tokens while swapping over the
     99th percentile of the gaps without."""
     shape = _SHAPES["tiny" if args.quick else args.model]
-    swaps, seconds, pause = (3, 1.0, 0.1) if args.quick else (args.swaps, args.seconds, args.pause)
+    swaps, seconds, pause = (5, 1.0, 0.1) if args.quick else (args.swaps, args.seconds, args.pause)
     in_flight = 8
     length = 3 * _PAGE
     zoo = fine_tunes(shape, 3, shape.layers // 4)
@@ -68,7 +71,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         },
         "detail": {
             "model": "tiny" if args.quick else args.model,
-            "swaps": swaps,
+            "swaps": {k: len(range(i, swaps, len(KINDS))) for i, k in enumerate(KINDS)},
             "gap_p99_calm_s": round(p99, 5),
             "greatest_gap_calm_s": round(max(calm.gaps_s), 5),
             "calm": calm.summary(),
@@ -92,23 +95,22 @@ def _load(zoo: MemoryZoo, count: int = 5000) -> list:
 
 
 def _swap(engine: ThreadEngine, zoo: MemoryZoo, swaps: int, pause: float) -> None:
-    """In turn: new weights of one chain, an older version of it again, another cut of the blocks (a
-    chain leaves, so that others join up into longer blocks with programs of their own), and back."""
+    """The kinds of KINDS in turn."""
     everything = ["tune-0", "tune-1", "tune-2"]
     for i in range(swaps):
         time.sleep(pause)
-        kind = i % 4
-        if kind == 0:
-            zoo.retune("tune-1")
-        models = {
-            0: everything,
-            1: ["tune-0", "tune-1@1", "tune-2"],
-            2: ["tune-0", "tune-1"],
-            3: everything,
-        }[kind]
+        kind = KINDS[i % len(KINDS)]
         began = time.monotonic()
-        engine.serve(models)
-        progress(f"swap {i + 1} of {swaps}: {', '.join(models)}, {time.monotonic() - began:.2f} s")
+        if kind == "executables":
+            engine.renew()
+        elif kind == "weights":
+            zoo.retune("tune-1")
+            engine.serve(everything)
+        elif kind == "version":
+            engine.serve(["tune-0", "tune-1@1", "tune-2"])
+        else:
+            engine.serve(everything[: 2 if kind == "fewer chains" else 3])
+        progress(f"swap {i + 1} of {swaps}: {kind}, {time.monotonic() - began:.2f} s")
     engine.serve(["tune-0", "tune-1@1", "tune-2"])
     engine.settle()
 

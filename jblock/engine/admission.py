@@ -8,8 +8,9 @@ from jblock.engine.config import EngineConfig
 from jblock.engine.device import Device
 from jblock.engine.kv import Allocator
 from jblock.engine.kv_cache import KvCache
-from jblock.engine.sequence import Sequence
+from jblock.engine.sequence import Item, Sequence
 from jblock.engine.swap import HostPool
+from jblock.engine.sweep import withdraw
 
 
 class Admission:
@@ -44,6 +45,12 @@ class Admission:
         return self.running.get(request_id) or next(
             (s for s in self.waiting if s.request.request_id == request_id), None
         )
+
+    @property
+    def passing(self) -> list[Item]:
+        """Chunks of prompts on their way through the blocks, those of the oldest sequence first."""
+        items = (s.item for s in self.running.values())
+        return [item for item in items if item is not None and item.chunk > 1]
 
     def admit(self) -> None:
         """Starts waiting requests in order. One that lacks pages holds back only those that want
@@ -95,6 +102,7 @@ class Admission:
         that is cheaper than computing them anew and there is room; its prefix stays cached besides
         for as long as nobody wants the pages."""
         self.preemptions += 1
+        withdraw(sequence, self.rows)
         written, rates = _written(sequence), self._device.rates
         if rates and rates.swap_pays(self.kv.copy_bytes(sequence, written), written):
             self.swaps += self.kv.swap_out(sequence, written)
@@ -103,6 +111,7 @@ class Admission:
 
     def _release(self, sequence: Sequence, poisoned: bool = False) -> None:
         """Gives back the pages, row and slot of a running sequence."""
+        withdraw(sequence, self.rows)
         del self.running[sequence.request.request_id]
         if not poisoned:
             self.kv.remember(sequence, _written(sequence))

@@ -54,6 +54,9 @@ class ThreadEngine:
             device.rates = swap.measure(device, assembly)
         self._models = _model_infos(zoo, assembly, device)
         self._loop = Loop(assembly, device, config)
+        while self._loop.measure():
+            pass
+        self._measured = threading.Event()
         self._thread = threading.Thread(target=self._run, name="jblock-engine", daemon=True)
         self._thread.start()
         self._keeper.start()
@@ -108,9 +111,21 @@ class ThreadEngine:
         self._models = _model_infos(self._zoo, assembly, self._device)
         return self._models
 
+    def renew(self) -> None:
+        """Compiles the programs that run several layers at once anew, and swaps each in while requests
+        run: for when the compiled ones are not trusted any more. Blocks until all are there.
+
+        Raises:
+          EngineDied: the engine was closed meanwhile.
+        """
+        self._keeper.renew()
+
     def settle(self) -> None:
-        """Waits until the background compiler has nothing left to do."""
+        """Waits until the background compiler has nothing left to do, and on an idle engine until all
+        programs are measured."""
         self._keeper.settle()
+        while self._loop.idle and self._thread.is_alive() and not self._measured.wait(0.01):
+            pass
 
     def _switch(self, assembly: Assembly) -> None:
         taken = threading.Event()
@@ -121,6 +136,16 @@ class ThreadEngine:
     def _check_alive(self) -> None:
         if not self._thread.is_alive():
             raise EngineDied(f"the engine's loop ended: {self._death or 'it was closed'}")
+
+    def _measure(self) -> bool:
+        """Times one call of a program, if that disturbs nobody: a request that comes meanwhile waits for
+        no more than this call. False: nothing to time, or not now."""
+        if self._measured.is_set() or not self._keeper.settled:
+            return False
+        if self._loop.measure():
+            return True
+        self._measured.set()
+        return False
 
     def _run(self) -> None:
         try:
@@ -137,7 +162,9 @@ class ThreadEngine:
         while True:
             try:
                 idle = self._loop.idle
-                wait = None if idle else _STALL_SECONDS
+                if idle and self._inbox.empty() and self._measure():
+                    continue
+                wait = None if idle and self._measured.is_set() else _STALL_SECONDS
                 message = self._inbox.get(block=idle or self._loop.stalled, timeout=wait)
             except queue.Empty:
                 return True
@@ -150,6 +177,7 @@ class ThreadEngine:
             else:
                 assembly, taken = message
                 self._loop.switch(assembly)
+                self._measured.clear()
                 taken.set()
             if self._inbox.empty():
                 return True

@@ -10,7 +10,9 @@ import numpy as np
 from jblock.blocks import layout
 from jblock.blocks.spec import AttentionSpec, ComponentSpec, EmbeddingSpec, LoraSpec
 from jblock.engine import params as parameters
+from jblock.engine.batching import Underway
 from jblock.engine.config import Bucket, EngineConfig
+from jblock.engine.policy import NO_LIMIT
 from jblock.engine.sequence import Item
 from jblock.engine.signature import LoraForm, Signature
 from jblock.zoo.partition import Block, blocks
@@ -60,6 +62,9 @@ class Instance:
       units: run one after another over the same rows.
       segments: the units again, in runs that one program may carry.
       queue: items ready to run here.
+      underway: the batch of prompts that stays between two of its layers, if the last step ended there.
+      limit: rows it may decode in a step.
+      wanted: rows that have lately come to it in a step.
       calls_by_bucket: what runs it on each grid, as the device looked it up last.
     """
 
@@ -68,6 +73,9 @@ class Instance:
     units: tuple[Unit, ...]
     segments: tuple[tuple[Unit, ...], ...] = ()
     queue: collections.deque[Item] = dataclasses.field(default_factory=collections.deque)
+    underway: Underway | None = None
+    limit: int = NO_LIMIT
+    wanted: float = 0.0
     calls_by_bucket: dict[Bucket, tuple[int, list]] = dataclasses.field(default_factory=dict)
 
     @property

@@ -32,6 +32,19 @@ class Batch:
         return sum(item.q_len for item in self.items)
 
 
+@dataclasses.dataclass(frozen=True)
+class Underway:
+    """A batch of prompts part of the way through a block.
+
+    Attributes:
+      batch: what was cut.
+      done: calls of the block it has behind it.
+    """
+
+    batch: Batch
+    done: int
+
+
 def batches(items: Iterable[Item], buckets: Sequence[Bucket]) -> Iterator[Batch]:
     """Groups items by chunk length, decoding first, and cuts each group to the buckets.
 

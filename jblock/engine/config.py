@@ -40,6 +40,9 @@ class EngineConfig:
       prefill_grids: (sequences, tokens) grids prefill programs are compiled for; the token counts are
         the chunk lengths a prompt is cut into.
       share: blocks with equal contents are held and run once; off, every chain has its own.
+      step_ms: milliseconds a step should take at most while sequences decode; prompts are taken through
+        the blocks in pieces that fit. 200 keeps every stream at five tokens a second, about as fast as
+        people read; less makes streams smoother and prompts slower.
       compile_workers: threads that compile, before the first request and in the background.
     """
 
@@ -61,6 +64,7 @@ class EngineConfig:
         (1, 256),
     )
     share: bool = True
+    step_ms: int = 200
     compile_workers: int = 2
 
     def __post_init__(self):
@@ -70,7 +74,7 @@ class EngineConfig:
             raise ValueError(
                 f"kv_dtype {self.kv_dtype!r} is not served; give one of {', '.join(KV_DTYPES)}"
             )
-        for field in ("max_num_seqs", "max_model_len", "page_size", "kv_pages"):
+        for field in ("max_num_seqs", "max_model_len", "page_size", "kv_pages", "step_ms"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{field} is {value!r}; give a whole number of at least 1")

@@ -1,6 +1,7 @@
 """What lives on the device beside parameters: registers, KV pools, last tokens; and the calls on them."""
 
 import dataclasses
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -238,14 +239,41 @@ class Device:
         """Blocks until all that was enqueued is done."""
         jax.block_until_ready((self._registers, self._pools, self._last_tokens))
 
-    def run(self, instance: Instance, batch: Batch) -> Sampled | None:
-        """Enqueues one batch through a block; a head samples too and returns its tokens."""
+    def time_unit(self, unit: Unit, bucket: Bucket) -> float:
+        """Seconds of one call on rows that do not exist and the null page; nothing else changes. A
+        head's include the greedy sampler's. Blocks; the device should be idle."""
+        self.begin_step()
+        batch = Batch(bucket, ())
+        index = self._index(batch)
+        program = self.executables.get(self._key((unit,), bucket))
+        width, group = unit.signature.hidden_size, unit.group
+        registers = self._registers[width]
+        if group is not None:
+            self._page_table(batch, group)
+        jax.block_until_ready((index, registers, self._last_tokens, list(self._pools.values())))
+        begin = time.perf_counter()
+        if unit.signature.kind == "layer":
+            self._run_segment((unit,), program, index, batch)
+        elif unit.signature.kind == "embedding":
+            self._registers[width] = program(unit.params, registers, self._last_tokens, index)
+        else:
+            logits, meta = program(unit.params, registers, index)
+            sampler = self._logits_program("greedy", logits)
+            self._last_tokens, _ = sampler(logits, logits, self._last_tokens, meta)
+        jax.block_until_ready((self._registers[width], self._last_tokens))
+        return time.perf_counter() - begin
+
+    def run(
+        self, instance: Instance, batch: Batch, first: int = 0, last: int | None = None
+    ) -> Sampled | None:
+        """Enqueues one batch through a block, or through its calls `first` to `last` alone; a head
+        samples too and returns its tokens."""
         index = self._index(batch)
         with jax.profiler.TraceAnnotation(instance.name, rows=batch.num_rows):
             calls = self._calls(instance, batch.bucket)
             kind = instance.units[0].signature.kind
             if kind == "layer":
-                for segment, program in calls:
+                for segment, program in calls[first:last]:
                     self._run_segment(segment, program, index, batch)
                 return None
             ((unit,), program) = calls[0]
@@ -265,9 +293,10 @@ class Device:
 
     def _calls(self, instance: Instance, bucket: Bucket) -> Calls:
         """The programs of a block on a grid: whole segments where they are compiled, else layer by
-        layer. Looked up anew only when a program has been added since."""
+        layer. Looked up anew only when a program has come since."""
+        version = self.executables.version
         known = instance.calls_by_bucket.get(bucket)
-        if known is not None and known[0] == len(self.executables):
+        if known is not None and known[0] == version:
             return known[1]
         calls: list[tuple[tuple[Unit, ...], Any]] = []
         for segment in instance.segments:
@@ -277,7 +306,7 @@ class Device:
             else:
                 singles = ((unit,) for unit in segment)
                 calls.extend((u, self.executables.get(self._key(u, bucket))) for u in singles)
-        instance.calls_by_bucket[bucket] = (len(self.executables), calls)
+        instance.calls_by_bucket[bucket] = (version, calls)
         return calls
 
     def _run_segment(self, segment: Sequence[Unit], program, index, batch: Batch) -> None:
@@ -332,6 +361,10 @@ class Device:
     def _logits_program(self, kind: str, logits: jax.Array):
         size, vocab = logits.shape
         return self.executables.get(ProgramKey(kind=kind, bucket=Bucket(size, 1), vocab_size=vocab))
+
+    def unit_key(self, unit: Unit, bucket: Bucket) -> ProgramKey:
+        """The program that runs one unit on a grid."""
+        return self._key((unit,), bucket)
 
     def _key(self, units: Sequence[Unit], bucket: Bucket) -> ProgramKey:
         group = units[0].group

@@ -100,6 +100,7 @@ class Executables:
       compiles_on_serving_path: programs `get` had to compile.
       compiles_in_background: programs `warm` compiled.
       cache: programs of earlier starts; None compiles everything.
+      version: changes with every program that is added or replaced.
     """
 
     def __init__(self, geometry: Geometry, cache: ExecutableCache | None = None):
@@ -107,11 +108,9 @@ class Executables:
         self.cache = cache
         self.compiles_on_serving_path = 0
         self.compiles_in_background = 0
+        self.version = 0
         self._table: dict[ProgramKey, Any] = {}
         self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._table)
 
     def get(self, key: ProgramKey) -> Any:
         """The compiled program. A miss compiles on the spot and is counted against us."""
@@ -158,12 +157,21 @@ class Executables:
                 sizes.append(analysis.temp_size_in_bytes + fresh)
         return max(sizes)
 
-    def _make(self, key: ProgramKey, stop: threading.Event | None = None) -> tuple[Any, bool]:
+    def renew(self, keys: Iterable[ProgramKey], stop: threading.Event | None = None) -> None:
+        """Compiles programs anew, one after another, and puts each in its old one's place: calls from
+        then on use it, those enqueued end on the old one."""
+        for key in dict.fromkeys(keys):
+            _, compiled = self._make(key, stop, anew=True)
+            self.compiles_in_background += compiled
+
+    def _make(
+        self, key: ProgramKey, stop: threading.Event | None = None, *, anew: bool = False
+    ) -> tuple[Any, bool]:
         """The program of a key, from the cache or compiled (True)."""
         if stop is not None and stop.is_set():
             return None, False
         text = f"{key!r} {self.geometry!r}"
-        program = self.cache.load(text) if self.cache else None
+        program = self.cache.load(text) if self.cache and not anew else None
         compiled = program is None
         if program is None:
             function, donate, arguments = self._describe(key)
@@ -173,6 +181,7 @@ class Executables:
                 self.cache.store(text, program)
         with self._lock:
             self._table[key] = program
+            self.version += 1
         return program, compiled
 
     def _describe(self, key: ProgramKey) -> tuple[Callable[..., Any], tuple[int, ...], tuple]:

@@ -19,7 +19,8 @@ from jblock.engine.device import Device
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
 
-Job = tuple[dict[str, Chain], concurrent.futures.Future]
+# Chains to serve, or None to make the segments anew; and who waits for it.
+Job = tuple[dict[str, Chain] | None, concurrent.futures.Future]
 
 
 class Keeper:
@@ -68,11 +69,27 @@ class Keeper:
           ValueError: a chain cannot be read or does not fit; nothing changed.
           EngineDied: the engine was closed meanwhile.
         """
+        return self._ask(chains)
+
+    def renew(self) -> None:
+        """Compiles the segments of what is served anew and swaps them in while requests run.
+
+        Raises:
+          EngineDied: the engine was closed meanwhile.
+        """
+        self._ask(None)
+
+    def _ask(self, chains: dict[str, Chain] | None) -> Assembly:
         done: concurrent.futures.Future[Assembly] = concurrent.futures.Future()
         self._jobs.put((chains, done))
         if self._closing.is_set():
             self._drop_jobs()
         return done.result()
+
+    @property
+    def settled(self) -> bool:
+        """Whether every tier is compiled."""
+        return self._settled.is_set()
 
     def settle(self) -> None:
         """Waits until every tier is compiled."""
@@ -152,8 +169,13 @@ class Keeper:
             grids = {*self._device.buckets, bucket}
             self._device.buckets = tuple(sorted(grids, key=lambda b: (b.q_len, b.num_seqs)))
 
-    def _do(self, chains: dict[str, Chain], done: concurrent.futures.Future) -> None:
+    def _do(self, chains: dict[str, Chain] | None, done: concurrent.futures.Future) -> None:
         try:
+            if chains is None:
+                keys = self._device.segment_keys(self.assembly)
+                self._device.executables.renew(keys, self._closing)
+                done.set_result(self.assembly)
+                return
             assembly = assemble(self._zoo, chains, self._config, self.assembly)
             self._device.check(assembly)
             self._make(assembly, self._device.buckets)

@@ -1,21 +1,25 @@
 """The agent's loop: admit, plan, sweep the instances, read tokens one step behind."""
 
+import math
 import secrets
+import time
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jblock.engine import policy
 from jblock.engine.admission import Admission
 from jblock.engine.api import EngineStats, Output, Request
-from jblock.engine.assembly import Assembly
+from jblock.engine.assembly import Assembly, Route
 from jblock.engine.config import EngineConfig
-from jblock.engine.device import Device, Sampled
+from jblock.engine.device import Device
 from jblock.engine.kv_cache import KvCache
 from jblock.engine.limits import request_problem
 from jblock.engine.logprobs import best_tokens
 from jblock.engine.planning import plan
+from jblock.engine.profile import Profile
 from jblock.engine.sequence import Sequence
-from jblock.engine.sweep import Sweeper
+from jblock.engine.sweep import Step, Sweeper
 
 
 class Picked(NamedTuple):
@@ -26,6 +30,33 @@ class Picked(NamedTuple):
     finite: bool
 
 
+class Pace:
+    """How much longer steps take than their profile says: cached tokens to attend to, other work on
+    the machine, and calls that are cheaper together.
+
+    Attributes:
+      ratio: seconds passed over seconds expected, lately.
+    """
+
+    _SLOWEST, _FASTEST = 8.0, 0.25
+    _WEIGHT = 0.1
+
+    def __init__(self) -> None:
+        self.ratio = 1.0
+        self._ready: float | None = None
+
+    def note(self, step: Step) -> None:
+        """Learns from a step whose tokens were read a moment ago."""
+        now = time.perf_counter()
+        if step.sampled and step.seconds and self._ready is not None:
+            # Steps follow each other on the device, so one takes from the last one's end to its own.
+            seconds = now - max(self._ready, step.enqueued)
+            ratio = min(max(seconds / step.seconds, self._FASTEST), self._SLOWEST)
+            self.ratio += self._WEIGHT * (ratio - self.ratio)
+        # A step without tokens ends unnoticed, and the next one bears its time.
+        self._ready = now if step.sampled else None
+
+
 class Loop:
     """One agent's scheduling. Not thread-safe: `submit`, `cancel` and `step` are called by one
     thread; `stats` may be called by any."""
@@ -34,9 +65,11 @@ class Loop:
         self.assembly, self.device, self.config = assembly, device, config
         self._instances = assembly.instances
         self._sequences = Admission(device, config)
-        self._sweeper = Sweeper(device, self._sequences.rows)
+        self.profile = Profile(device)
+        self._sweeper = Sweeper(device, self.profile, self._sequences.rows, self._sequences.kv)
+        self._pace = Pace()
         self._outputs: list[Output] = []
-        self._in_flight: list[Sampled] | None = None
+        self._in_flight: Step | None = None
         self._generated_tokens = 0
 
     @property
@@ -62,6 +95,7 @@ class Loop:
         """
         self.assembly = assembly
         self._merge_instances()
+        self.profile.forget()
 
     def _merge_instances(self) -> None:
         """Instances to sweep: those of the assembly, and older ones that requests still pass."""
@@ -118,17 +152,42 @@ class Loop:
           Outputs since the last call.
         """
         self._sequences.admit()
-        chunks = sorted({b.q_len for b in self.device.buckets if b.q_len > 1})
-        items = plan(self._sequences, chunks)
-        enqueued = self._sweeper.sweep(items, self._instances) if items else None
+        enqueued = self._enqueue()
         if self._in_flight is not None:
             self._collect(self._in_flight)
+            self._pace.note(self._in_flight)
         self.kv.host.land()
         self._in_flight = enqueued
         if len(self._instances) > len(self.assembly.instances):
             self._merge_instances()
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    def measure(self) -> bool:
+        """Times one call of a program that the profile lacks. Call it when idle; False: none is lacking."""
+        self.profile.prepare(self._instances)
+        if self.profile.complete:
+            return False
+        self.profile.measure_one()
+        return True
+
+    def _enqueue(self) -> Step | None:
+        """Plans a step and sends it to the device; None when there is nothing to do."""
+        sequences = self._sequences
+        running = sequences.running.values()
+        budget = self.config.step_ms / 1e3 / self._pace.ratio
+        # Nobody waits for the next token of a prompt: only streams need steps that end soon.
+        streams = any(s.computed >= s.prefill for s in running)
+        decoding = self._in_flight.decode_seconds if self._in_flight else 0.0
+        for_prompts = policy.prompt_seconds(budget, decoding) if streams else math.inf
+        chunks = sorted({b.q_len for b in self.device.buckets if b.q_len > 1})
+        items = plan(sequences, chunks, for_prompts, self._chunk_seconds)
+        if not items and all(s.item is None for s in running):
+            return None
+        return self._sweeper.sweep(items, self._instances, sequences.passing, for_prompts, budget)
+
+    def _chunk_seconds(self, route: Route, chunk: int) -> float | None:
+        return self.profile.chunk_seconds(route.instances, chunk)
 
     def stats(self) -> EngineStats:
         """Counters and gauges."""
@@ -170,9 +229,9 @@ class Loop:
             )
         )
 
-    def _collect(self, step: list[Sampled]) -> None:
+    def _collect(self, step: Step) -> None:
         """Reads a step's tokens from the device and hands them to their requests."""
-        for sampled in step:
+        for sampled in step.sampled:
             packed = np.asarray(sampled.packed)
             logprobs = packed[:, 1].view(np.float32)
             top = None if sampled.top is None else np.asarray(sampled.top)

@@ -1,6 +1,7 @@
 """One request on its way through the engine, and the piece of it that is in flight."""
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 from jblock.engine.api import Request
@@ -31,6 +32,7 @@ class Sequence:
       sampled: tokens the device was asked to sample so far, those not yet read included.
       generated: tokens read so far.
       prompt_logprobs: of each prompt token but the first, as far as read; empty if not asked for.
+      item: what is on its way through the blocks; None between steps, unless a step ended before it.
       finished: its last output has been sent.
     """
 
@@ -49,6 +51,7 @@ class Sequence:
     sampled: int = 0
     generated: list[int] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[float] = dataclasses.field(default_factory=list)
+    item: "Item | None" = None
     finished: bool = False
 
     def __post_init__(self):
@@ -110,6 +113,8 @@ class Item:
       samples: its last token's logits are wanted.
       scores: the log-probabilities of its prompt tokens are wanted.
       hop: index of the instance it is at.
+      seconds_left: of a chunk of a prompt: what it is expected to take from here; 0 if not known.
+      allowance: how many of them it may use in this step.
     """
 
     sequence: Sequence
@@ -121,6 +126,13 @@ class Item:
     samples: bool
     scores: bool = False
     hop: int = 0
+    seconds_left: float = 0.0
+    allowance: float = math.inf
+
+    @property
+    def of_prompt(self) -> bool:
+        """Whether it is of what its sequence computes before it decodes."""
+        return self.start < self.sequence.prefill
 
 
 def chunk_for(remaining: int, chunks: tuple[int, ...]) -> tuple[int, int]:

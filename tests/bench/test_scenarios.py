@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 
 from bench.__main__ import main, parse
-from bench.scenarios import SCENARIOS
+from bench.scenarios import SCENARIOS, overlap
 
 KEYS = {
     "block_tax": {"b1", "b8", "b32", "demo"},
@@ -25,6 +25,8 @@ KEYS = {
     },
     "lora": {"tokens_per_second_ratio"},
     "prefix": {"ttft_ratio"},
+    "overlap": {"b8_idle", "b32_idle"},
+    "stalls": {"gap_max_ms", "gap_max_ratio", "gap_p99_ratio", "prompt_ratio"},
     "hotswap": {"failed", "gap_ratio"},
     "coldstart": {"cached_ratio", "first_token_full_s", "first_token_empty_s"},
     "peers": {"vllm", "openvino", "transformers", "jblock"},
@@ -122,6 +124,20 @@ def test_swapping_fails_nothing_and_gives_memory_back(quick):
     assert line["hotswap"]["failed"] == 0
     assert line["detail"]["bytes_after"] == line["detail"]["bytes_before"]
     assert line["detail"]["swapped"]["requests"] > 0
+    assert all(line["detail"]["swaps"].values())
+
+
+def test_idle_time_is_what_no_span_covers():
+    spans = [(0.0, 2.0), (1.0, 4.0), (6.0, 7.0), (9.0, 20.0)]
+    assert overlap.gaps(spans, 1.0, 10.0) == [(4.0, 6.0), (7.0, 9.0)]
+    assert overlap.covered(spans, 1.0, 10.0) == 5.0
+    assert overlap.longest_gap(spans, 1.0, 12.0) == 2.0
+    assert overlap.gaps(spans, 0.0, 25.0)[-1] == (20.0, 25.0)
+
+
+def test_the_device_is_neither_always_idle_nor_always_busy(quick):
+    figures = quick("overlap")["overlap"]
+    assert all(0 < idle < 1 for idle in figures.values())
 
 
 @pytest.mark.long

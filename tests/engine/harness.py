@@ -72,6 +72,14 @@ class Agent:
         device = LogitsDevice(assembly, config, ExecutableCache(zoo.parent / "executables"))
         return cls(assembly, device, Loop(assembly, device, config))
 
+    def slow_down(self, factor: float) -> None:
+        """Measures every program, and lets the batching policy believe in a device slower by `factor`."""
+        while self.loop.measure():
+            pass
+        profile = self.loop.profile
+        profile._seconds = {name: factor * s for name, s in profile._seconds.items()}
+        profile.forget()
+
     def run(self) -> dict[str, list[Output]]:
         """Steps until nothing is left; outputs by request id."""
         outputs: dict[str, list[Output]] = {}

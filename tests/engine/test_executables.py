@@ -3,11 +3,12 @@
 import os
 
 import pytest
-from harness import Agent, oracle, request
+from harness import Agent, collect_tokens, oracle, request
 
 from jblock.engine.agent import ThreadEngine
 from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.executable_cache import ExecutableCache
+from jblock.engine.profile import Profile
 from jblock.zoo.store import Zoo
 
 MODEL = "llama_gqa_untied"
@@ -124,3 +125,41 @@ def test_requests_with_options_wait_for_their_programs(zoo, tmp_path):
     one.settle()
     assert one.stats().compiles_on_serving_path == 0
     one.close()
+
+
+def test_programs_are_renewed_while_a_request_runs(zoo, tmp_path):
+    one = engine(zoo, ExecutableCache(tmp_path / "cache"))
+    one.settle()
+    device = one._loop.device
+    keys = list(device.segment_keys(one._loop.assembly))
+    old = [device.executables.get(key) for key in keys]
+    one.submit(request("r", MODEL, oracle(MODEL)["prompt"]))
+    one.renew()
+    assert collect_tokens(one, ["r"])["r"] == oracle(MODEL)["greedy"].tolist()
+    assert keys
+    for key, before in zip(keys, old, strict=True):
+        assert device.executables.get(key) is not before
+    assert greedy(one) == oracle(MODEL)["greedy"].tolist()
+    assert one.stats().compiles_on_serving_path == 0
+    one.close()
+
+
+def test_the_profile_is_measured_once_and_kept(zoo, tmp_path):
+    folder = tmp_path / "cache"
+    one = engine(zoo, ExecutableCache(folder))
+    one.settle()
+    measured = dict(one._loop.profile._seconds)
+    # Embedding, layer and head on four grids.
+    assert len(measured) == 3 * 4 and all(s > 0 for s in measured.values())
+    assert greedy(one) == oracle(MODEL)["greedy"].tolist()
+    one.close()
+
+    two = engine(zoo, ExecutableCache(folder))
+    two.settle()
+    assert two._loop.profile._seconds == measured
+    two.close()
+
+    (file,) = folder.glob("profile-*.json")
+    for damage in ("{", "[1]", '{"layer": "slow"}', '{"layer": -1.0}'):
+        file.write_text(damage)
+        assert Profile(two._loop.device)._seconds == {}

@@ -1,6 +1,8 @@
 """Sharing changes nothing: who else is in the batch, and whether blocks are shared, cannot be seen in a
 request's tokens."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from harness import BASES, Agent, oracle, request
@@ -8,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jblock.engine.config import EngineConfig
+from jblock.engine.policy import NO_LIMIT
 
 MODELS = [
     "llama_gqa_untied",
@@ -40,8 +43,10 @@ LOGIT_ERROR = 1e-4
 
 @pytest.fixture(scope="module")
 def shared(zoo) -> Agent:
-    """All models on one set of blocks."""
-    return Agent.make(zoo, MODELS, ONE_PLAN)
+    """All models on one set of blocks, on a device that seems so slow that one layer fills a step."""
+    agent = Agent.make(zoo, MODELS, ONE_PLAN)
+    agent.slow_down(1e4)
+    return agent
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +93,11 @@ requests = st.lists(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(arrivals=requests)
-def test_bit_identical_within_one_plan_whatever_else_arrives(shared, alone, arrivals):
+@given(arrivals=requests, step_ms=st.sampled_from([1, NO_LIMIT]))
+def test_bit_identical_within_one_plan_whatever_else_arrives(shared, alone, arrivals, step_ms):
+    """Rows that are held in a queue, or between two layers, included."""
     loop, outputs, cancelled = shared.loop, {}, set()
+    loop.config = dataclasses.replace(loop.config, step_ms=step_ms)
     free = loop.stats().pages_free, loop.stats().rows_free
     pending = dict(enumerate(arrivals))
     wanted = {}
@@ -160,6 +167,7 @@ def assert_token_rule(reference: list[int], other: list[int], gaps: list[float])
 def test_rows_of_base_and_adapters_meet_in_one_call(shared):
     models = ["llama_gqa_untied", "lora_all_r8", "lora_qv_r4", "lora_rslora_r16"]
     prompts = {m: (m, oracle(m)["prompt"][:5]) for m in models}
+    shared.loop.config = dataclasses.replace(ONE_PLAN, step_ms=NO_LIMIT)
     before = shared.loop.stats()
     shared.generate(prompts, max_tokens=8)
     after = shared.loop.stats()
