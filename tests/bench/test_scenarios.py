@@ -67,7 +67,8 @@ def test_every_scenario_is_held_to_its_keys():
     assert set(KEYS) == set(SCENARIOS)
 
 
-_LONG = {"coldstart", "kv", "peers"}  # New processes or four engines that compile everything.
+# Start processes that compile everything, or several engines.
+_LONG = {"coldstart", "kv", "peers", "stalls"}
 
 
 @pytest.mark.parametrize(
