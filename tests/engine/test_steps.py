@@ -106,7 +106,7 @@ def test_rows_over_the_limit_go_first_in_the_next_step(agent):
 
 
 def test_without_streams_a_prompt_takes_the_step_it_needs(agent):
-    agent.loop.submit(request("alone", MODELS[0], prompt(MODELS[0], 32), max_tokens=1))
+    agent.loop.submit(request("alone", MODELS[0], prompt(MODELS[0], 16), max_tokens=1))
     agent.run()
     assert agent.loop.stats().steps == 1
     assert all(i.limit == NO_LIMIT for i in agent.assembly.instances)
