@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from jblock.pallas_kernels.paged_attention.quantize import is_scaled
 from jblock.pallas_kernels.paged_attention.ragged import Ragged
 
-BACKENDS = ("xla", "tpu")
+BACKENDS = ("xla", "tpu", "mosaic_gpu")
 """Modules of this folder. One is imported when it is used: Pallas takes a while, and CPU needs none of it."""
 
 KvPages = tuple[jax.Array, ...]
 """The page arrays of one layer, as abstract_pages shapes them."""
 
+# Not yet "gpu": mosaic_gpu is for Hopper and bfloat16 pages only, and never met a device.
 _OF_PLATFORM = {"tpu": "tpu"}
 
 

@@ -66,13 +66,17 @@ PAGE_SIZE = 128
 
 
 def programs(
-    backend: str, models: tuple[Model, ...] = MODELS, **options
+    backend: str,
+    models: tuple[Model, ...] = MODELS,
+    dtypes: tuple[str, ...] = DTYPES,
+    **options,
 ) -> Iterator[tuple[str, Callable, tuple]]:
     """Every program the compile matrix holds a backend to.
 
     Args:
       backend: one of api.BACKENDS.
       models: which.
+      dtypes: of the pages; mosaic_gpu has "bfloat16" only.
       options: passed to the backend, such as device_kind where no device is present.
 
     Yields:
@@ -80,7 +84,7 @@ def programs(
     """
     for model in models:
         for batch in BATCHES:
-            for dtype in DTYPES:
+            for dtype in dtypes:
                 fn, args = program(backend, model, batch, dtype, **options)
                 yield f"paged_attention {model.name} {batch.name} {dtype}", fn, args
 

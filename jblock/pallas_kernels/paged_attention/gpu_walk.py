@@ -1,0 +1,178 @@
+"""Which rows a CUDA block of the Hopper kernel serves and which keys it visits, as plain integer functions.
+
+A block serves a *tile*: a run of one sequence's new tokens, for the query heads of one KV head. It
+visits keys in *steps* of `block_kv` positions: first those cached before this call, through the page
+table, then the new ones, straight from the arrays that hold them. Tiles that see the same keys from
+different splits (flash-decoding) divide the steps between them.
+
+Everything here works on Python ints, numpy arrays and traced values alike, so that the kernel and its
+tests share it. All numbers are non-negative unless said.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jblock.pallas_kernels.paged_attention.ragged import Ragged
+
+Int = Any
+"""A Python int or an int32 scalar or array."""
+
+TILE_FIELDS = ("seq", "row", "count", "cached", "first")
+
+
+def _div(a: Int, b: int) -> Int:
+    # Truncating division is one shift for powers of two; `//` on traced values adds a sign fix-up.
+    return a // b if isinstance(a, int) else jax.lax.div(a, jnp.full_like(a, b))
+
+
+def cdiv(a: Int, b: int) -> Int:
+    """a / b rounded up."""
+    return _div(a + (b - 1), b)
+
+
+def _max(a: Int, b: Int) -> Int:
+    return max(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.maximum(a, b)
+
+
+def _min(a: Int, b: Int) -> Int:
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.minimum(a, b)
+
+
+def clip(a: Int, low: Int, high: Int) -> Int:
+    """a, raised to low, then lowered to high."""
+    return _min(_max(a, low), high)
+
+
+def num_tiles(rows: int, num_seqs: int, max_q_len: int, tile_tokens: int) -> int:
+    """Tiles that always suffice: every sequence may end in a part of one."""
+    return min(num_seqs * cdiv(max_q_len, tile_tokens), num_seqs + rows // tile_tokens)
+
+
+def tile_table(ragged: Ragged, rows: int, tile_tokens: int) -> jax.Array:
+    """The tiles of a batch.
+
+    Args:
+      ragged: the batch.
+      rows: T.
+      tile_tokens: new tokens a tile may hold.
+
+    Returns:
+      int32 [num_tiles, 5] of TILE_FIELDS: the sequence, the flat row of the tile's first token, its
+      tokens (0: an unused tile), the tokens cached before this call, and the index of the tile's first
+      token among the sequence's new ones.
+    """
+    total = num_tiles(rows, ragged.num_seqs, ragged.max_q_len, tile_tokens)
+    if ragged.max_q_len <= tile_tokens:
+        seq = jnp.arange(ragged.num_seqs, dtype=jnp.int32)
+        first = jnp.zeros_like(seq)
+    else:
+        # Tile t is the (t - before)-th of the first sequence whose tiles, with those before, pass t.
+        ends = jnp.cumsum(cdiv(ragged.q_lens, tile_tokens), dtype=jnp.int32)
+        tile = jnp.arange(total, dtype=jnp.int32)
+        seq = jnp.searchsorted(ends, tile, side="right", method="compare_all").astype(jnp.int32)
+        before = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])[seq]
+        first = (tile - before) * tile_tokens
+        used = seq < ragged.num_seqs
+        seq = jnp.where(used, seq, 0)
+        first = jnp.where(used, first, ragged.q_lens[0])
+    q_len = ragged.q_lens[seq]
+    count = jnp.clip(q_len - first, 0, tile_tokens)
+    cached = ragged.kv_lens[seq] - q_len
+    return jnp.stack([seq, ragged.row_starts[seq] + first, count, cached, first], axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """The steps of one tile.
+
+    Attributes:
+      first_query: position of the tile's first token.
+      last_query: position of its last token.
+      lowest: the lowest position that any of its tokens sees.
+      cached: tokens cached before this call; positions from here on are new.
+      cached_block: the first cached block visited, in units of block_kv positions.
+      num_cached: cached blocks visited.
+      new_block: the first block of new tokens visited.
+      num_steps: blocks visited in all.
+    """
+
+    first_query: Int
+    last_query: Int
+    lowest: Int
+    cached: Int
+    cached_block: Int
+    num_cached: Int
+    new_block: Int
+    num_steps: Int
+
+
+def walk(count: Int, cached: Int, first: Int, *, block_kv: int, window: int | None) -> Walk:
+    """The steps of the tile of `count` tokens from the `first`-th new one on; none if count is 0."""
+    first_query = cached + first
+    last_query = first_query + count - 1
+    lowest = first_query * 0 if window is None else _max(first_query - (window - 1), 0)
+    cached_block = _div(_min(lowest, cached), block_kv)
+    num_cached = _max(cdiv(cached, block_kv) - cached_block, 0)
+    # A window that begins at or past the end of the cache leaves no cached block to visit.
+    num_cached = num_cached * _min(_max(cached - lowest, 0), 1)
+    new_block = _div(_max(lowest - cached, 0), block_kv)
+    num_new = cdiv(first + count, block_kv) - new_block
+    num_steps = (num_cached + num_new) * _min(count, 1)
+    return Walk(
+        first_query, last_query, lowest, cached, cached_block, num_cached, new_block, num_steps
+    )
+
+
+def split_range(num_steps: Int, split: Int, splits: int) -> tuple[Int, Int]:
+    """The steps [begin, end) of one split; later splits may have none."""
+    share = cdiv(num_steps, splits)
+    begin = _min(split * share, num_steps)
+    return begin, _min(begin + share, num_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One step's keys.
+
+    Attributes:
+      is_new: whether they come from this call's arrays (else from pages); int 0 or 1.
+      position: position of the block's first key.
+      head: first key of the block that some query sees.
+      tail: keys from here on are not visible to any query, or not the sequence's.
+    """
+
+    is_new: Int
+    position: Int
+    head: Int
+    tail: Int
+
+
+def block_at(w: Walk, step: Int, *, block_kv: int) -> Block:
+    """The keys of step `step` of a walk (0 <= step < num_steps)."""
+    is_new = _min(_max(step - w.num_cached + 1, 0), 1)
+    cached_position = (w.cached_block + step) * block_kv
+    new_position = w.cached + (w.new_block + step - w.num_cached) * block_kv
+    position = is_new * new_position + (1 - is_new) * cached_position
+    end = is_new * (w.last_query + 1) + (1 - is_new) * w.cached
+    return Block(
+        is_new,
+        position,
+        clip(w.lowest - position, 0, block_kv),
+        clip(end - position, 0, block_kv),
+    )
+
+
+def needs_mask(w: Walk, block: Block, *, block_kv: int, window: int | None) -> Any:
+    """Whether some query of the tile must not see some key of the block."""
+    masked = (block.position + block_kv - 1 > w.first_query) | (block.tail < block_kv)
+    if window is not None:
+        masked |= block.position <= w.last_query - window
+    return masked
+
+
+def piece_is_read(block: Block, offset: int, size: int) -> Any:
+    """Whether the keys [offset, offset + size) of a cached block, a page or part of one, are read."""
+    return (offset < block.tail) & (offset + size > block.head)

@@ -1,0 +1,69 @@
+"""The few operations of Mosaic GPU that say how registers are laid out, kept apart from the kernels.
+
+They are what the Mosaic GPU interpreter cannot run (it knows neither register layouts nor a matmul with
+an operand in registers or a transposed one), so the tests put plain array versions in their place;
+everything else of a kernel, copies, barriers and warp specialisation, they interpret as it stands.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+def swizzle_columns(columns: int, dtype: Any) -> int:
+    """Columns of one tile of `swizzled` memory: as many as the widest swizzle that divides a row."""
+    bits = jnp.dtype(dtype).itemsize * 8
+    return int(plgpu.find_swizzle(columns * bits)) * 8 // bits
+
+
+def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory for a wgmma operand: [..., rows, columns], tiled and swizzled as TMA writes it."""
+    columns = swizzle_columns(shape[-1], dtype)
+    swizzle = columns * jnp.dtype(dtype).itemsize
+    transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def matmul(
+    a: Any, b: Any, *, transpose_b: bool = False, then: Callable[[], None] | None = None
+) -> jax.Array:
+    """a @ b in float32, accumulated in registers.
+
+    Args:
+      a: [64, k], shared memory or registers in the accumulator's layout.
+      b: [k, n] in shared memory, or [n, k] with transpose_b.
+      then: run after the matmul is issued, before it is awaited.
+    """
+    b = plgpu.transpose_ref(b, (1, 0)) if transpose_b else b
+
+    def run(acc: Any) -> jax.Array:
+        plgpu.wgmma(acc, a, b)
+        if then is not None:
+            then()
+        return acc[...]
+
+    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def accumulator(shape: tuple[int, int], value: float) -> jax.Array:
+    """A constant in an accumulator's layout."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), plgpu.Layout.WGMMA)
+
+
+def per_row(rows: int, value: float) -> jax.Array:
+    """A constant vector laid out as one value for each of an accumulator's rows."""
+    return plgpu.layout_cast(jnp.full((rows,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+
+
+def iota(shape: tuple[int, int], dimension: int) -> jax.Array:
+    """int32 indices in an accumulator's layout."""
+    return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=plgpu.Layout.WGMMA)
+
+
+def load(ref: Any) -> jax.Array:
+    """A [64 * i, 8 * j] array of 16 or 32 bit values from shared memory, in an accumulator's layout."""
+    return plgpu.load(ref, (), layout=plgpu.Layout.WGMMA, optimized=False)

@@ -1,0 +1,208 @@
+"""Runs the Hopper kernel in jax's Mosaic GPU interpreter, in a process of its own.
+
+The interpreter gives every warpgroup a thread, each of which blocks one of XLA's: with the pool of a
+small machine they wait for each other for ever. The pool's size is read when jax starts (NPROC), so the
+cases run in a worker that was started with enough.
+
+What of the kernel the interpreter (jax 0.10 to 0.12) cannot run is in `jblock/.../hopper.py` and is
+replaced here: register layouts (there are none), matmuls with an operand in registers or a transposed
+one, and products summed in registers across matmuls. Copies, barriers, loops over pages, masks and warp
+specialisation run as they stand.
+"""
+
+import dataclasses
+import functools
+import os
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+
+from tests.pallas_kernels import attention_cases
+from tests.pallas_kernels.attention_cases import Case
+
+THREADS = 8
+
+
+def served(case: Case) -> Case:
+    """The case itself, or the nearest one within what the kernel serves, which is: bfloat16 pages (sm_90
+    has no float32 matmul, and 8-bit pages are not built; both are the XLA backend's), pages of 8 tokens
+    or more, heads of 16 or more."""
+    return dataclasses.replace(
+        case,
+        kv="bfloat16",
+        page_size=max(case.page_size, 8),
+        head_dim=max(case.head_dim, 16),
+    )
+
+
+def start() -> ProcessPoolExecutor:
+    """A pool of one worker whose jax has THREADS threads."""
+    before = {name: os.environ.get(name) for name in ("NPROC", "JAX_PLATFORMS")}
+    os.environ.update(NPROC=str(THREADS), JAX_PLATFORMS="cpu")
+    try:
+        pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        pool.submit(_prepare).result()
+        return pool
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@dataclasses.dataclass
+class Result:
+    """What `run` found.
+
+    Attributes:
+      got: output of the kernel.
+      wanted: of the reference.
+      races: whether two warpgroups were seen to race; None if not looked for.
+      read: bytes that the last call's TMA copies brought into shared memory.
+      written: bytes that they took out of it.
+      flops: of its matmuls.
+    """
+
+    got: np.ndarray
+    wanted: np.ndarray
+    races: bool | None
+    read: int
+    written: int
+    flops: int
+
+
+_COUNTS = {"read": 0, "written": 0, "flops": 0}
+"""In the worker: what the interpreted kernel has done so far."""
+
+
+def run(
+    case: Case,
+    plan: dict[str, Any] | None = None,
+    detect_races: bool = False,
+    fill: bool = False,
+) -> Result:
+    """In the worker: puts a case to the kernel, and counts what its last call did.
+
+    Args:
+      case: what to compute; see `served`.
+      plan: fields of gpu_kernel.Plan to set otherwise than make_plan does.
+      detect_races: whether to look for races.
+      fill: write the cached tokens without the kernel, which saves most of the time.
+    """
+    import jax
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    from jblock.pallas_kernels.paged_attention import mosaic_gpu
+
+    params = InterpretGPUParams(
+        detect_races=detect_races, uninitialized_memory="nan", out_of_bounds_reads="uninitialized"
+    )
+
+    @functools.partial(jax.jit, static_argnames=("sliding_window", "softcap", "scale"))
+    def attend(q, k, v, pages, ragged, *, scale, **options):
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        made = mosaic_gpu.plan_of(q, k, pages, ragged, scale=scale, **options)
+        made = dataclasses.replace(made, **plan or {})
+        return mosaic_gpu.run(made, q, k, v, pages, ragged, interpret=params)
+
+    to_fill = fill and any(cached for cached, _ in case.sequences)
+
+    def counted(*args, **kwargs):
+        nonlocal to_fill
+        if to_fill:
+            to_fill = False
+            return _fill(*args)
+        _COUNTS.update(read=0, written=0, flops=0)
+        return jax.block_until_ready(attend(*args, **kwargs))
+
+    got, wanted = attention_cases.run(case, mosaic_gpu.abstract_pages, counted)
+    races = gpu_callbacks.get_races().races_found if detect_races else None
+    return Result(got, wanted, races, **_COUNTS)
+
+
+def _fill(q: Any, k: Any, v: Any, pages: Any, ragged: Any) -> tuple[Any, tuple[Any, ...]]:
+    """As the op, for sequences that had nothing cached, but without attending."""
+    filled = []
+    table = np.asarray(ragged.page_table)
+    for rows, old in zip((k, v), pages, strict=True):
+        rows, new = np.asarray(rows), np.array(old)
+        for s, (row, n) in enumerate(
+            zip(ragged.row_starts.tolist(), ragged.q_lens.tolist(), strict=True)
+        ):
+            for i in range(n):
+                new[table[s, i // new.shape[2]], :, i % new.shape[2]] = rows[row + i]
+        filled.append(new)
+    return q, tuple(filled)
+
+
+def _prepare() -> None:
+    """Puts plain array operations in the place of what the interpreter lacks."""
+    import jax
+    import jax.numpy as jnp
+    from jax._src.pallas.mosaic.interpret import thread_map
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    from jblock.pallas_kernels.paged_attention import hopper
+
+    lock = threading.Lock()
+
+    def count(what: str, amount: int) -> None:
+        with lock:
+            _COUNTS[what] += amount
+
+    execute = gpu_callbacks.DeviceLocalMemoryTransfer.execute
+
+    def execute_and_count(transfer, token):
+        token = execute(transfer, token)
+        count("read", transfer.data.nbytes)
+        return token
+
+    gpu_callbacks.DeviceLocalMemoryTransfer.execute = execute_and_count
+    store = gpu_callbacks.copy_smem_to_gmem
+
+    def store_and_count(*, src_allocation_key_as_array, src_transforms, **kwargs):
+        src = {
+            "src_allocation_key_as_array": src_allocation_key_as_array,
+            "src_transforms": src_transforms,
+        }
+        _, value = gpu_callbacks._get(
+            **{k: kwargs[k] for k in ("token", "device_id", "grid_point_coords", "thread_id")},
+            allocation_key_as_array=src_allocation_key_as_array,
+            transforms=jax.tree.map(int, gpu_callbacks._remove_noop_transforms(src_transforms)),
+        )
+        count("written", value.nbytes)
+        return store(**src, **kwargs)
+
+    gpu_callbacks.copy_smem_to_gmem = store_and_count
+
+    def matmul(a, b, *, transpose_b=False, then=None):
+        a = a[...]
+        b = b[...].T if transpose_b else b[...]
+        if then is not None:
+            then()
+        flops = 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        jax.debug.callback(lambda: count("flops", flops))
+        return jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
+
+    hopper.matmul = matmul
+    hopper.accumulator = lambda shape, value: jnp.full(shape, value, jnp.float32)
+    hopper.per_row = lambda rows, value: jnp.full((rows,), value, jnp.float32)
+    hopper.iota = lambda shape, dimension: jax.lax.broadcasted_iota(jnp.int32, shape, dimension)
+    hopper.load = lambda ref: ref[...]
+
+    # The interpreter compiles the kernel's body anew for every block and warpgroup; once does.
+    compiled: dict[int, Any] = {}
+    compiling = threading.Lock()
+
+    def run_jaxpr(jaxpr, consts, *args):
+        with compiling:
+            if id(jaxpr) not in compiled:
+                evaluate = jax.jit(lambda c, *a: jax.core.eval_jaxpr(jaxpr, c, *a) and None)
+                options = {"xla_backend_optimization_level": 0}
+                program = evaluate.lower(consts, *args).compile(compiler_options=options)
+                compiled[id(jaxpr)] = jaxpr, program
+        compiled[id(jaxpr)][1](consts, *args)
+
+    thread_map._run_jaxpr = run_jaxpr

@@ -1,0 +1,210 @@
+"""The Hopper kernel in the Mosaic GPU interpreter on the shared cases, and its index arithmetic on its own.
+
+Which cases run as their nearest neighbour, and what of the kernel the interpreter cannot run, is in
+`mosaic_gpu_worker.py`. That the kernel compiles for an H200 is shown by `test_mosaic_gpu_compiles`.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jblock.pallas_kernels.paged_attention import gpu_walk, mosaic_gpu
+from jblock.pallas_kernels.paged_attention.ragged import Ragged
+from tests.pallas_kernels import mosaic_gpu_worker as worker
+from tests.pallas_kernels.attention_cases import CASES, LONG, Case, check
+
+SERVED = list(dict.fromkeys(worker.served(c) for c in CASES))
+
+# A case takes seconds to interpret, most of them to compile; so few of the table run every time.
+QUICK = [
+    worker.served(c)
+    for c in CASES
+    if c in (Case(LONG, window=30), Case(((0, 70), (33, 40)), page_size=16))
+]
+
+SPLIT = Case(((100, 1), (0, 0), (200, 1), (3, 1)), "grid", kv="bfloat16", page_size=16)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with worker.start() as pool:
+        yield pool
+
+
+def put(pool, case, **kwargs):
+    result = pool.submit(worker.run, case, **kwargs).result(timeout=900)
+    check(case, result.got, result.wanted, 1e-2)
+    assert not result.races
+    return result
+
+
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_matches_reference(pool, case):
+    put(pool, case, fill=case.max_q_len == 1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", SERVED, ids=str)
+def test_matches_reference_on_every_case(pool, case):
+    put(pool, case)
+
+
+def test_splits_of_the_keys_are_combined(pool):
+    put(pool, SPLIT, plan={"splits": 3, "stages": 2}, fill=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize("window", [None, 100])
+def test_any_number_of_splits_gives_the_same(pool, splits, window):
+    put(
+        pool,
+        Case(SPLIT.sequences, "grid", kv="bfloat16", window=window),
+        plan={"splits": splits},
+        fill=True,
+    )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", [Case(((5, 40), (70, 3)), kv="bfloat16"), SPLIT], ids=str)
+def test_has_no_data_race(pool, case):
+    put(pool, case, detect_races=True, fill=True)
+
+
+MODEL = dict(heads=8, kv_heads=2, head_dim=64, page_size=64, kv="bfloat16", q="bfloat16")
+
+
+@pytest.mark.parametrize("window", [None, 256])
+def test_decoding_moves_little_more_than_it_must(pool, window):
+    sequences = ((1000, 1), (517, 1), (830, 1))
+    case = Case(sequences, "grid", **MODEL, window=window)
+    result = put(pool, case, fill=True)
+    kept = sum(min(c, (window or c + 1) - 1) for c, _ in sequences)
+    kv = 2 * 2 * 64 * 2 * (kept + 2 * len(sequences))  # the new tokens are read and written
+    rows = 2 * 8 * 64 * 2 * len(sequences)  # queries and results
+    assert kv + rows <= result.read + result.written <= 1.15 * (kv + rows)
+
+
+@pytest.mark.long
+def test_prefill_multiplies_little_more_than_it_must(pool):
+    result = put(pool, Case(((0, 2048),), "grid", **{**MODEL, "heads": 4, "kv_heads": 1}))
+    needed = 4 * 4 * 64 * (2048 * 2049 // 2)
+    assert needed <= result.flops <= 1.1 * needed
+
+
+def ragged_of(lengths, max_q_len):
+    q_lens = jnp.asarray([n for _, n in lengths], jnp.int32)
+    return Ragged(
+        row_starts=jnp.asarray(np.cumsum([0, *q_lens[:-1]]), jnp.int32),
+        q_lens=q_lens,
+        kv_lens=jnp.asarray([c + n for c, n in lengths], jnp.int32),
+        page_table=jnp.zeros((len(lengths), 1), jnp.int32),
+        max_q_len=max_q_len,
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 23)), min_size=4, max_size=4),
+    tile_tokens=st.sampled_from([1, 4, 7, 32]),
+    max_q_len=st.sampled_from([23, 30]),
+)
+def test_tiles_hold_every_new_token_once(lengths, tile_tokens, max_q_len):
+    rows = sum(n for _, n in lengths) + 2
+    table = np.asarray(gpu_walk.tile_table(ragged_of(lengths, max_q_len), rows, tile_tokens))
+    row_starts = np.cumsum([0] + [n for _, n in lengths])
+    seen = []
+    for seq, row, count, cached, first in table.tolist():
+        assert 0 <= count <= tile_tokens and 0 <= seq < len(lengths)
+        if count:
+            assert (row, cached) == (row_starts[seq] + first, lengths[seq][0])
+        seen += [(seq, first + i) for i in range(count)]
+    assert sorted(seen) == [(s, i) for s, (_, n) in enumerate(lengths) for i in range(n)]
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    cached=st.integers(0, 40),
+    first=st.integers(0, 20),
+    count=st.integers(0, 9),
+    window=st.sampled_from([None, 1, 3, 8, 21]),
+    block_kv=st.sampled_from([4, 8]),
+    page_size=st.sampled_from([2, 4, 8, 16]),
+    splits=st.integers(1, 4),
+)
+def test_walk_visits_what_is_visible_and_no_page_more(
+    cached, first, count, window, block_kv, page_size, splits
+):
+    walk = gpu_walk.walk(count, cached, first, block_kv=block_kv, window=window)
+    queries = range(cached + first, cached + first + count)
+    visible = {
+        key for p in queries for key in range(max(0, p - window + 1) if window else 0, p + 1)
+    }
+    piece = min(page_size, block_kv)
+    ranges = [gpu_walk.split_range(walk.num_steps, i, splits) for i in range(splits)]
+    steps = [i for begin, end in ranges for i in range(begin, end)]
+    assert steps == list(range(walk.num_steps))
+
+    shown, pages = [], set()
+    for step in steps:
+        block = gpu_walk.block_at(walk, step, block_kv=block_kv)
+        keys = range(block.position + block.head, block.position + block.tail)
+        shown += [(key, block.is_new) for key in keys]
+        if not block.is_new:
+            for offset in range(0, block_kv, piece):
+                if gpu_walk.piece_is_read(block, offset, piece):
+                    pages.add((block.position + offset) // page_size)
+        # A block that needs no mask is one that every query of the tile sees all of.
+        if not gpu_walk.needs_mask(walk, block, block_kv=block_kv, window=window):
+            every = range(block.position, block.position + block_kv)
+            assert all(
+                k <= p and (window is None or k > p - window) for p in queries for k in every
+            )
+            assert list(keys) == list(every)
+    assert len(shown) == len(set(shown))
+    assert {key for key, _ in shown} == visible if count else not shown
+    assert all(is_new == (key >= cached) for key, is_new in shown)
+    assert pages == {key // page_size for key in visible if key < cached}
+
+
+def test_walk_is_the_same_traced():
+    made = gpu_walk.walk(*jnp.asarray([3, 50, 7]), block_kv=16, window=20)
+    assert [int(x) for x in vars(made).values()] == list(
+        vars(gpu_walk.walk(3, 50, 7, block_kv=16, window=20)).values()
+    )
+
+
+SHAPE = dict(
+    rows=64, heads=32, kv_heads=8, head_dim=128, page_size=64, max_pages=64, num_seqs=64, max_q_len=1,
+    kv_dtype="bfloat16", sliding_window=None, softcap=None, scale=1.0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kv", sorted({c.kv for c in CASES} - {"bfloat16"}))
+def test_other_pages_are_refused(kv):
+    with pytest.raises(NotImplementedError, match=f"KV of dtype {kv}"):
+        mosaic_gpu.make_plan(**{**SHAPE, "kv_dtype": kv})
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"page_size": 4}, "page_size 4"),
+        ({"page_size": 96}, "page_size 96"),
+        ({"head_dim": 24}, "KV heads of 24"),
+        ({"heads": 128, "kv_heads": 1}, "128 heads"),
+    ],
+)
+def test_what_it_does_not_serve_is_refused(change, says):
+    with pytest.raises(NotImplementedError, match=says):
+        mosaic_gpu.make_plan(**{**SHAPE, **change})
+
+
+def test_plans_fill_the_chip():
+    assert mosaic_gpu.make_plan(**SHAPE).splits == 1
+    alone = mosaic_gpu.make_plan(**{**SHAPE, "rows": 1, "num_seqs": 1})
+    assert alone.splits == 16, "256 keys each of 4096"
+    prefill = mosaic_gpu.make_plan(**{**SHAPE, "rows": 2048, "num_seqs": 2, "max_q_len": 1024})
+    assert (prefill.compute_warpgroups, prefill.block_kv, prefill.tile_tokens) == (2, 128, 32)
