@@ -176,7 +176,7 @@ def run(
     )
     bf16 = jnp.bfloat16
     parts = kernel(q.astype(bf16), k.astype(bf16), v.astype(bf16), tiles, ragged.page_table, *pages)
-    out = parts[0][0] if plan.splits == 1 else _combine(plan, *parts, tiles)
+    out = parts[0][0] if plan.splits == 1 else _combine(plan, parts[0], parts[1], tiles)
     return out.astype(q.dtype), tuple(p[...] for p in pages)
 
 
