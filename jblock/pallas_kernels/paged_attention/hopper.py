@@ -5,6 +5,7 @@ an operand in registers or a transposed one), so the tests put plain array versi
 everything else of a kernel, copies, barriers and warp specialisation, they interpret as it stands.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+# jax 0.10 wants an index; later ones take none.
+_NO_INDEX: tuple[Any, ...] = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
 
 
 def swizzle_columns(columns: int, dtype: Any) -> int:
@@ -66,4 +70,4 @@ def iota(shape: tuple[int, int], dimension: int) -> jax.Array:
 
 def load(ref: Any) -> jax.Array:
     """A [64 * i, 8 * j] array of 16 or 32 bit values from shared memory, in an accumulator's layout."""
-    return plgpu.load(ref, (), layout=plgpu.Layout.WGMMA, optimized=False)
+    return plgpu.load(ref, *_NO_INDEX, layout=plgpu.Layout.WGMMA, optimized=False)
