@@ -128,28 +128,29 @@ def test_races_would_be_detected(capfd):
     assert RACE in "".join(capfd.readouterr())
 
 
-@settings(max_examples=200, deadline=None)
+PIECES = jax.jit(tpu.pieces, static_argnums=(2, 3))
+
+
+@settings(max_examples=100, deadline=None)
 @given(
-    ranges=st.lists(st.tuples(st.integers(0, 50), st.integers(-3, 40)), min_size=1, max_size=6),
-    size=st.sampled_from([1, 4, 8, 16]),
+    ranges=st.lists(st.tuples(st.integers(0, 50), st.integers(-3, 40)), min_size=5, max_size=5),
+    size=st.sampled_from([1, 4, 16]),
 )
 def test_pieces_cover_every_range_once(ranges, size):
     begin = np.array([b for b, _ in ranges], np.int32)
     end = np.array([b + n for b, n in ranges], np.int32)
-    lengths = np.maximum(end - begin, 0)
-    bound = tpu.piece_bound(len(ranges), int(lengths.max()), int(lengths.sum()), size)
     wanted = [
         (s, i)
         for s, (b, n) in enumerate(ranges)
         if n > 0
         for i in range(b // size, (b + n - 1) // size + 1)
     ]
-    with jax.disable_jit():
-        seq, number, count = tpu.pieces(begin, end, size, max(bound, 1))
-    assert int(count) == len(wanted) <= bound or not wanted
-    got = list(zip(np.asarray(seq).tolist(), np.asarray(number).tolist(), strict=True))
+    lengths = np.maximum(end - begin, 0)
+    assert len(wanted) <= tpu.piece_bound(5, int(lengths.max()), int(lengths.sum()), size)
+    seq, number, count = (np.asarray(a) for a in PIECES(begin, end, size, 200))
+    got = list(zip(seq.tolist(), number.tolist(), strict=True))
     assert got[: int(count)] == wanted
-    assert all(0 <= s < len(ranges) for s, _ in got)
+    assert all(0 <= s < 5 for s, _ in got)
 
 
 @pytest.mark.parametrize("model", shapes.MODELS, ids=lambda m: m.name)

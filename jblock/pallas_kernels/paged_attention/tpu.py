@@ -3,8 +3,9 @@
 Pages are `[page, 2 (k, v), kv_head, page_size / R, R, d]` with R the rows of a register tile (8 of
 float32, 16 of bfloat16, 32 of 8 bits): a page is one copy for both and all heads, a head's tokens lie as
 the matrix unit wants them, and since the two last dimensions are exactly one tile, a copy may
-begin and end at any tile of a page. Scales are `[page, 2 * kv_heads, page_size]` float32, tokens along
-lanes like the scores they multiply.
+begin and end at any tile of a page. d is the head's width rounded up to 128 lanes, which it takes in
+memory anyway: said in the shape, it keeps XLA from copying the pool into another layout. Scales are
+`[page, 2 * kv_heads, page_size]` float32, tokens along lanes like the scores they multiply.
 
 Queries are cut into tiles of a few tokens by all query heads of a kv head, and runs of tiles of one
 sequence are the kernel's items; new KV is laid out by destination tile. Both are one gather by XLA,
@@ -32,7 +33,8 @@ def abstract_pages(
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
     """(pages,) of one layer, or (pages, scales) if the dtype has scales."""
     rows = tile_rows(page_size, dtype)
-    pages = (num_pages, 2, num_kv_heads, page_size // rows, rows, head_dim)
+    d = -(-head_dim // tpu_kernel.LANES) * tpu_kernel.LANES
+    pages = (num_pages, 2, num_kv_heads, page_size // rows, rows, d)
     scales = (num_pages, 2 * num_kv_heads, page_size)
     if not is_scaled(dtype):
         return (jax.ShapeDtypeStruct(pages, dtype),)
@@ -69,18 +71,20 @@ def paged_attention(
       device_kind: whose tuned block sizes to take; None: those of the first device.
     """
     pages = kv_pages[0]
-    _, _, kv_heads, tiles, tile, d = pages.shape
-    page_size = tiles * tile
+    _, _, kv_heads, tiles, tile, lanes = pages.shape
+    page_size, head_dim = tiles * tile, q.shape[2]
     if blocks is None:
         shape = Shape(
             heads=q.shape[1],
             kv_heads=kv_heads,
-            head_dim=d,
+            head_dim=head_dim,
             page_size=page_size,
             kv_dtype=pages.dtype.name,
             max_q_len=1 << (ragged.max_q_len - 1).bit_length(),
         )
         blocks = blocks_for(shape, device_kind or jax.devices()[0].device_kind)
+    like = q
+    q, k, v = (jnp.pad(a, ((0, 0), (0, 0), (0, lanes - head_dim))) for a in (q, k, v))
     compute = jnp.float32 if pages.dtype == jnp.float32 else jnp.bfloat16
 
     queries, tile_row, row_used = _query_tiles(q.astype(compute), kv_heads, ragged, blocks)
@@ -101,10 +105,10 @@ def paged_attention(
     )
     # (N, K, G * B, d) -> rows; what no row uses goes to a row that does not exist.
     groups, size = q.shape[1] // kv_heads, blocks.q_tokens
-    out = out[:, :, : groups * size].reshape(-1, kv_heads, groups, size, d)
-    out = out.transpose(0, 3, 1, 2, 4).reshape(-1, q.shape[1], d)
+    out = out[:, :, : groups * size, :head_dim].reshape(-1, kv_heads, groups, size, head_dim)
+    out = out.transpose(0, 3, 1, 2, 4).reshape(-1, q.shape[1], head_dim)
     row = jnp.where(row_used, tile_row, q.shape[0]).reshape(-1)
-    return jnp.zeros_like(q).at[row].set(out, mode="drop"), tuple(updated)
+    return jnp.zeros_like(like).at[row].set(out, mode="drop"), tuple(updated)
 
 
 def pieces(

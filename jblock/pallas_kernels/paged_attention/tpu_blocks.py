@@ -74,12 +74,13 @@ def blocks_for(shape: Shape, device_kind: str) -> Blocks:
 
 
 def heuristic(shape: Shape) -> Blocks:
-    """Tiles of 128 rows, which fill the matrix unit's height, four of them to a pass over the keys;
+    """Tiles of 128 rows, which fill the matrix unit's height, up to eight of them to a pass over the keys
+    (1000 FLOPs for a byte read, twice what a v6e needs), fewer where many heads would fill the memory;
     blocks of 2 MB, far over what hides a copy's latency; chunks of 128 tokens where the triangle's
     edge wastes what they overhang, of 512 in decoding, where nothing is wasted."""
     groups = shape.heads // shape.kv_heads
     q_tokens = min(_up(shape.max_q_len), _down(max(1, 128 // groups)))
-    q_tiles = max(1, min(4, -(-shape.max_q_len // q_tokens)))
+    q_tiles = min(8, -(-64 // shape.kv_heads), -(-shape.max_q_len // q_tokens))
     item = {"float32": 4, "bfloat16": 2}.get(shape.kv_dtype, 1)
     token_bytes = 2 * shape.kv_heads * shape.head_dim * item
     tokens = max(128, min(1024, _down(2**21 // token_bytes)))
