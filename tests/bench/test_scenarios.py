@@ -67,6 +67,7 @@ def test_every_scenario_is_held_to_its_keys():
     assert set(KEYS) == set(SCENARIOS)
 
 
+_NO_SERVING = {"kernels"}  # Runs no engine, so there is no such figure.
 # Start processes that compile everything, or several engines.
 _LONG = {"coldstart", "kv", "peers", "stalls"}
 
@@ -77,14 +78,23 @@ _LONG = {"coldstart", "kv", "peers", "stalls"}
 def test_quick_run(name, quick):
     line = quick(name)
     assert line["scenario"] == name
-    assert line["compiles_on_serving_path"] == 0
+    if name not in _NO_SERVING:
+        assert line["compiles_on_serving_path"] == 0
     figures = line[name]
     assert KEYS[name] <= set(figures)
-    if name == "peers":
-        return  # One object an engine; test_peers.py knows them.
+    if name in ("peers", "kernels"):
+        return  # One object an engine, which test_peers.py knows, or an op: see below.
     assert all(value >= 0 for key, value in figures.items() if key != "accuracy_delta")
     if name in ("block_tax", "roofline", "lora"):
         assert all(0.0001 < value < 1000 for value in figures.values())
+
+
+def test_kernels_are_measured_and_tuned_where_there_is_something_to_tune(quick):
+    line = quick("kernels", "--tune")
+    op = line["kernels"]["paged_attention"]
+    assert op.pop("backend") == "xla" and len(op) == 2
+    assert all(0 < value < 1e6 for case in op.values() for value in case.values())
+    assert line["tuned"] == {"paged_attention": "nothing to tune: backend xla"}
 
 
 def test_sharing_says_the_same_as_one_model_each(quick):
