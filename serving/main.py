@@ -64,6 +64,9 @@ _HOST_KV_MEMORY_MB = flags.DEFINE_integer(
 _STEP_MS = flags.DEFINE_integer(
     "step_ms", None, "Milliseconds a step should take at most while answers stream."
 )
+_MESH = flags.DEFINE_string(
+    "mesh", None, "Devices to split every block over, such as tp=4 or ep=2,tp=4; default: one."
+)
 _SHARE = flags.DEFINE_bool("share", None, "Share blocks between models; --noshare: a set each.")
 
 _ENGINE_FLAGS = (
@@ -77,6 +80,7 @@ _ENGINE_FLAGS = (
     _KV_MEMORY_MB,
     _HOST_KV_MEMORY_MB,
     _STEP_MS,
+    _MESH,
     _SHARE,
     _PROFILER_PORT,
 )

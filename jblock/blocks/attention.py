@@ -34,7 +34,7 @@ class Attention(nnx.Module):
         self.q = Linear(params, deltas, "q")
         self.k = Linear(params, deltas, "k")
         self.v = Linear(params, deltas, "v")
-        self.o = Linear(params, deltas, "o")
+        self.o = Linear(params, deltas, "o", partial=True)
         self.q_norm = norm("q_norm", spec.qk_norm)
         self.k_norm = norm("k_norm", spec.qk_norm)
         self.post_norm = norm("post_norm", spec.post_norm)
@@ -44,21 +44,21 @@ class Attention(nnx.Module):
         spec = self.spec
         normed = x if self.norm is None else self.norm(x)
 
-        def heads(projection: Linear, norm: Norm | None, count: int) -> jax.Array:
+        def heads(projection: Linear, norm: Norm | None) -> jax.Array:
             y = projection(normed, rows)
             if norm is not None and spec.qk_norm_joint:
                 y = norm(y)
-            y = rows.by_sequence(y).reshape(rows.num_seqs, rows.q_len, count, spec.head_dim)
+            # As many heads as the device has.
+            y = y.reshape(rows.num_seqs, rows.q_len, -1, spec.head_dim)
             return y if norm is None or spec.qk_norm_joint else norm(y)
 
-        q = heads(self.q, self.q_norm, spec.num_heads)
-        k = heads(self.k, self.k_norm, spec.num_kv_heads)
-        v = heads(self.v, None, spec.num_kv_heads)
+        q, k = heads(self.q, self.q_norm), heads(self.k, self.k_norm)
+        v = heads(self.v, None)
         if spec.rope is not None:
             inv_freq = inverse_frequencies(spec.rope, spec.head_dim)
             scale = spec.rope.attention_factor
             q = rotate(q, rows.positions, inv_freq, scale)
             k = rotate(k, rows.positions, inv_freq, scale)
         out = attend(q, k, v)
-        out = self.o(out.reshape(x.shape[0], spec.num_heads * spec.head_dim), rows)
+        out = self.o(out.reshape(x.shape[0], -1), rows)
         return x + (out if self.post_norm is None else self.post_norm(out))

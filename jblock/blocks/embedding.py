@@ -13,20 +13,29 @@ from jblock.blocks.spec import EmbeddingSpec, NormSpec, UnembeddingSpec
 
 
 class Embedding(nnx.Module):
-    """Looks token ids, and where there is a table their positions, up. See EmbeddingSpec."""
+    """Looks token ids, and where there is a table their positions, up. See EmbeddingSpec.
 
-    def __init__(self, spec: EmbeddingSpec, params: Mapping[str, jax.Array], dtype: str):
+    Split over mesh axes, each device has a run of the tokens' table, and zeros for the others' tokens.
+    """
+
+    def __init__(
+        self,
+        spec: EmbeddingSpec,
+        params: Mapping[str, jax.Array],
+        dtype: str,
+        mesh_axes: tuple[str, ...] = (),
+    ):
         """Builds the block over tensors named as in EmbeddingSpec.
 
         `dtype` is that of the matmul weights: the scale is rounded to it, as Hugging Face does.
         """
-        self.weight = nnx.Param(params["weight"])
+        self.weight, self.mesh_axes = nnx.Param(params["weight"]), mesh_axes
         self.positions = nnx.Param(params["positions.weight"]) if spec.num_positions else None
         self.scale = float(np.asarray(spec.scale, jnp.dtype(dtype)))
 
     def __call__(self, token_ids: jax.Array, positions: jax.Array) -> jax.Array:
         """int32 [T], int32 [T] -> float32 [T, hidden_size]."""
-        x = self.weight[...][token_ids].astype(jnp.float32)
+        x = self._look_up(token_ids)
         if self.scale != 1.0:
             x = x * self.scale
         if self.positions is not None:
@@ -34,12 +43,22 @@ class Embedding(nnx.Module):
             x = x + self.positions[...].at[positions].get(mode="clip")
         return x
 
+    def _look_up(self, token_ids: jax.Array) -> jax.Array:
+        table = self.weight[...]
+        if not self.mesh_axes:
+            return table[token_ids].astype(jnp.float32)
+        local = token_ids - jax.lax.axis_index(self.mesh_axes) * table.shape[0]
+        here = (local >= 0) & (local < table.shape[0])
+        rows = table.at[local].get(mode="clip").astype(jnp.float32)
+        return jax.lax.psum(jnp.where(here[:, None], rows, 0.0), self.mesh_axes)
+
 
 class Head(nnx.Module):
     """Final norm and unembedding: hidden rows to float32 logits.
 
-    The weight lies as in Linear, or as the embedding's own `[vocab_size, hidden_size]` when tied, so
-    that a tied table is held once.
+    The weight is `[hidden_size, vocab_size]`, or the embedding's own `[vocab_size, hidden_size]`
+    when tied, so that a tied table is held once. Split over mesh axes, each device has a run of the
+    vocabulary, filled up at its end to equal runs.
     """
 
     def __init__(
@@ -48,13 +67,18 @@ class Head(nnx.Module):
         params: tuple[Mapping[str, jax.Array], Mapping[str, jax.Array]],
         *,
         tied: bool,
+        mesh_axes: tuple[str, ...] = (),
     ):
         norm, unembedding = specs
         self.norm = Norm(norm.norm, params[0], "", norm.eps)
         self.weight = nnx.Param(params[1]["weight"])
         self.softcap, self.tied = unembedding.softcap, tied
+        self.vocab_size, self.mesh_axes = unembedding.vocab_size, mesh_axes
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, hidden_size] -> [T, vocab_size]."""
         logits = matmul(self.norm(x), self.weight[...], transposed=self.tied or OUT_IN)
+        if self.mesh_axes:
+            logits = jax.lax.all_gather(logits, self.mesh_axes, axis=1, tiled=True)
+            logits = logits[:, : self.vocab_size]
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)

@@ -35,7 +35,7 @@ class Ffn(nnx.Module):
         self.norm = norm("norm", spec.pre_norm)
         self.gate = Linear(params, deltas, "gate") if spec.gated else None
         self.up = Linear(params, deltas, "up")
-        self.down = Linear(params, deltas, "down")
+        self.down = Linear(params, deltas, "down", partial=True)
         self.post_norm = norm("post_norm", spec.post_norm)
 
     def __call__(self, x: jax.Array, rows: Rows, source: jax.Array | None = None) -> jax.Array:

@@ -84,8 +84,24 @@ class Linear(nnx.Module):
       pieces: int32 [slots, turns], the pieces of each adapter slot, 0 where it has no more.
     """
 
-    def __init__(self, params: Mapping[str, jax.Array], deltas: Mapping[str, jax.Array], name: str):
-        """Takes `name`.weight and .bias from params, `name`.a, .b and "pieces" from deltas."""
+    def __init__(
+        self,
+        params: Mapping[str, jax.Array],
+        deltas: Mapping[str, jax.Array],
+        name: str,
+        *,
+        partial: bool = False,
+    ):
+        """Takes `name`.weight and .bias from params, `name`.a, .b and "pieces" from deltas.
+
+        Args:
+          params: tensors of the component.
+          deltas: its slot tables.
+          name: of the projection.
+          partial: its input is what a split block computes, so that each device of the mesh has a
+            part of the sum.
+        """
+        self.partial = partial
         self.weight = nnx.Param(params[f"{name}.weight"])
         self.bias = nnx.Param(params[f"{name}.bias"]) if f"{name}.bias" in params else None
         adapted = f"{name}.a" in deltas
@@ -95,9 +111,12 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, rows: Rows) -> jax.Array:
         """[T, in] -> [T, out], float32."""
-        y = matmul(x, self.weight[...])
-        if self.bias is not None:
-            y = y + self.bias[...]
+        y = self._add_lora(matmul(x, self.weight[...]), x, rows)
+        if self.partial and rows.mesh_axes:
+            y = jax.lax.psum(y, rows.mesh_axes)
+        return y if self.bias is None else y + self.bias[...]
+
+    def _add_lora(self, y: jax.Array, x: jax.Array, rows: Rows) -> jax.Array:
         if self.lora_a is None or self.lora_b is None or self.pieces is None:
             return y
         a, b, pieces = self.lora_a[...], self.lora_b[...], self.pieces[...][rows.slots]

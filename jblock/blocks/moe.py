@@ -6,6 +6,7 @@ decoded token reads the weights of its own experts only. A row's arithmetic depe
 and the size of a group, which the shape of the batch decides, never on the rows beside it.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -89,7 +90,9 @@ class Mixture(nnx.Module):
         for e, expert in enumerate(self.experts):
             if e == spec.num_experts:
                 gate = jax.nn.sigmoid(self.shared_gate(normed, rows)) if self.shared_gate else 1.0
-                return x + (out + gate * expert(normed, rows))
+                # The groups' rows know no mesh, so that nothing is summed twice.
+                alone = dataclasses.replace(rows, mesh_axes=())
+                return x + self._whole(out + gate * expert(normed, alone), rows)
 
             def add(group: jax.Array, out: jax.Array, e=e, expert=expert) -> jax.Array:
                 nth = group * size + jnp.arange(size, dtype=jnp.int32)
@@ -107,4 +110,9 @@ class Mixture(nnx.Module):
                 return out.at[row].add(y * weights[picks][:, None], mode="drop")
 
             out = jax.lax.fori_loop(0, (counts[e] + size - 1) // size, add, out)
-        return x + out
+        return x + self._whole(out, rows)
+
+    @staticmethod
+    def _whole(out: jax.Array, rows: Rows) -> jax.Array:
+        """The sum over the devices, each of which has a part of every expert's columns."""
+        return jax.lax.psum(out, rows.mesh_axes) if rows.mesh_axes else out

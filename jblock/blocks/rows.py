@@ -10,7 +10,7 @@ import jax.numpy as jnp
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("starts", "q_lens", "slots"),
-    meta_fields=("num_seqs", "q_len"),
+    meta_fields=("num_seqs", "q_len", "mesh_axes"),
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
@@ -25,6 +25,8 @@ class Rows:
       starts: int32 [num_seqs], position of each sequence's first token in this batch.
       q_lens: int32 [num_seqs], how many of its tokens are real; 0 marks an unused sequence.
       slots: int32 [num_seqs], slot of the sequence's delta in the slot tables; 0 is none.
+      mesh_axes: mesh axes the inside of the blocks is split over (static); each device then has its
+        share of the heads and columns, and all of every row.
     """
 
     num_seqs: int
@@ -32,6 +34,7 @@ class Rows:
     starts: jax.Array
     q_lens: jax.Array
     slots: jax.Array
+    mesh_axes: tuple[str, ...] = ()
 
     @property
     def positions(self) -> jax.Array:

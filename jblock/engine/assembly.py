@@ -15,6 +15,7 @@ from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.policy import NO_LIMIT
 from jblock.engine.sequence import Item
 from jblock.engine.signature import LoraForm, Signature
+from jblock.parallel.placement import Placement
 from jblock.zoo.partition import Block, blocks
 from jblock.zoo.records import Chain, Step
 from jblock.zoo.store import Zoo
@@ -204,6 +205,7 @@ class _Loader:
         previous: Assembly | None,
     ):
         self.zoo, self.chains, self.config = zoo, chains, config
+        self.placement = Placement.on(config.sharding)
         ids = {s.component for c in chains.values() for s in c.steps}
         self.records = {i: zoo.component(i) for i in ids}
         self.slots = _slots(chains, previous)
@@ -301,13 +303,19 @@ class _Loader:
         specs = tuple(r.spec for r in records)
         lora = tuple(self.forms[r.spec] if r.id in self.deltas else None for r in records)
         tied = bool(records[-1].refs) and self.config.dtype == "float32"
-        signature = Signature(specs=specs, lora=lora, dtype=self.config.dtype, tied=tied)
+        signature = Signature(
+            specs=specs,
+            lora=lora,
+            dtype=self.config.dtype,
+            tied=tied,
+            sharding=self.placement.rules,
+        )
         group, layer = next(kv) if signature.attentions else (None, 0)
         return Unit(
             signature=signature,
             params=tuple(self._load(r.id, tied and bool(r.refs)) for r in records),
             tables=tuple(
-                parameters.lora_tables(r.spec, form, self.deltas.get(r.id, {}))
+                parameters.lora_tables(r.spec, form, self.deltas.get(r.id, {}), self.placement)
                 for r, form in zip(records, lora, strict=True)
             ),
             group=group,
@@ -326,7 +334,11 @@ class _Loader:
                 self.params[key] = {"weight": self._load(owner, False)[tensor]}
             else:
                 self.params[key] = parameters.prepare(
-                    record.spec, self.zoo.load_component(component), self.config.dtype, False
+                    record.spec,
+                    self.zoo.load_component(component),
+                    self.config.dtype,
+                    False,
+                    self.placement,
                 )
         return self.params[key]
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from jblock.parallel.rules import MeshShape, ShardingRules
+
 DTYPES = ("float32", "bfloat16")
 KV_DTYPES = ("float32", "int8")
 
@@ -44,6 +46,7 @@ class EngineConfig:
         the blocks in pieces that fit. 200 keeps every stream at five tokens a second, about as fast as
         people read; less makes streams smoother and prompts slower.
       compile_workers: threads that compile, before the first request and in the background.
+      mesh: devices the agent spans, such as "tp=4"; "" is one.
     """
 
     dtype: str = "float32"
@@ -66,6 +69,7 @@ class EngineConfig:
     share: bool = True
     step_ms: int = 200
     compile_workers: int = 2
+    mesh: str = ""
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
@@ -84,6 +88,11 @@ class EngineConfig:
                 raise ValueError(f"{field} is {value!r}; give a whole number of at least 0")
         if not self.decode_sizes or not self.prefill_grids:
             raise ValueError("decode_sizes and prefill_grids need at least one entry each")
+        if self.sharding.mesh.dp > 1:
+            raise ValueError(
+                f"mesh {self.mesh!r}: an engine's loop feeds one group of devices; for dp start "
+                "one server each"
+            )
 
     @property
     def decode_buckets(self) -> tuple[Bucket, ...]:
@@ -109,6 +118,11 @@ class EngineConfig:
             min(decode, key=lambda b: abs(b.num_seqs - 16)),
             min(prefill, key=lambda b: abs(b.q_len - 64)),
         )
+
+    @property
+    def sharding(self) -> ShardingRules:
+        """How the agent's devices share its blocks."""
+        return ShardingRules(mesh=MeshShape.parse(self.mesh))
 
     @property
     def max_pages(self) -> int:

@@ -25,6 +25,8 @@ from jblock.engine.executables import (
     vocab_size,
 )
 from jblock.engine.swap import Rates
+from jblock.parallel.placement import Placement
+from jblock.parallel.spread import kv_heads
 
 Calls = Sequence[tuple[tuple[Unit, ...], Any]]
 
@@ -68,6 +70,7 @@ class Device:
             is none left.
         """
         self.config = config
+        self.placement = Placement.on(config.sharding)
         prefill_rows = max(b.num_seqs * b.q_len for b in config.prefill_buckets)
         self.num_rows = config.max_num_seqs + prefill_rows
         self.executables = Executables(
@@ -77,6 +80,7 @@ class Device:
                 max_pages=config.max_pages,
             ),
             cache,
+            self.placement,
         )
         self.buckets: tuple[Bucket, ...] = (*config.decode_buckets, *config.prefill_buckets)
         self.plain_only = False
@@ -89,14 +93,14 @@ class Device:
             self.pool_shapes = self._pool_shapes(groups, budget)
         self._pools = {
             group: [
-                tuple(jnp.zeros(a.shape, a.dtype) for a in shape.abstract_layer())
+                tuple(self.placement.zeros(a) for a in shape.abstract_layer(self.placement))
                 for _ in range(shape.layers)
             ]
             for group, shape in self.pool_shapes.items()
         }
         widths = {u.signature.hidden_size for i in assembly.instances for u in i.units}
-        self._registers = {d: jnp.zeros((self.num_rows, d), jnp.float32) for d in widths}
-        self._last_tokens = jnp.zeros((config.max_num_seqs,), jnp.int32)
+        self._registers = {d: self._zeros((self.num_rows, d), jnp.float32) for d in widths}
+        self._last_tokens = self._zeros((config.max_num_seqs,), jnp.int32)
         self._counts: dict[int, jax.Array] = {}  # By vocabulary, once a request has penalties.
         self._arrays: dict[tuple, jax.Array] = {}
 
@@ -140,6 +144,13 @@ class Device:
         if limit < held:
             return "shorten the prompt"
         return "shorten the prompt, or start the server with more kv_memory_mb, or kv_dtype int8"
+
+    def _zeros(self, shape: tuple[int, ...], dtype) -> jax.Array:
+        return self.placement.zeros(self.placement.struct(shape, dtype, "rows"))
+
+    def _put(self, array: np.ndarray) -> jax.Array:
+        """A small array of a batch, on every device."""
+        return self.placement.put(array, "rows")
 
     def check(self, assembly: Assembly) -> None:
         """Whether an assembly fits what was allocated.
@@ -202,7 +213,7 @@ class Device:
             ids = np.full(SCRUB_PAGES, shape.num_pages, np.int32)
             part = pages[begin : begin + SCRUB_PAGES]
             ids[: len(part)] = part
-            self._pools[group] = list(program(tuple(self._pools[group]), jax.device_put(ids)))
+            self._pools[group] = list(program(tuple(self._pools[group]), self._put(ids)))
 
     def copy_out(self, group: KvGroup, pages: Sequence[int]) -> list[Any]:
         """Begins to copy pages to the host. What comes back is for `copy_in`, as it is or with its
@@ -215,7 +226,7 @@ class Device:
             ids = np.zeros(SWAP_PAGES, np.int32)
             part = pages[begin : begin + SWAP_PAGES]
             ids[: len(part)] = part
-            copy = program(tuple(self._pools[group]), jax.device_put(ids))
+            copy = program(tuple(self._pools[group]), self._put(ids))
             for array in jax.tree.leaves(copy):
                 array.copy_to_host_async()
             copies.append(copy)
@@ -233,7 +244,7 @@ class Device:
             ids[: len(part)] = part
             ids[: max(skip - begin, 0)] = shape.num_pages
             copy = copies[begin // SWAP_PAGES]
-            self._pools[group] = list(program(tuple(self._pools[group]), copy, jax.device_put(ids)))
+            self._pools[group] = list(program(tuple(self._pools[group]), copy, self._put(ids)))
 
     def wait(self) -> None:
         """Blocks until all that was enqueued is done."""
@@ -286,7 +297,7 @@ class Device:
             sampled = self._sample(logits, meta, batch)
             if any(item.scores for item in batch.items):
                 program = self.executables.get(_scoring_key(unit, batch.bucket))
-                targets = jax.device_put(batching.target_array(batch))
+                targets = self._put(batching.target_array(batch))
                 scores = program(unit.params, registers, index, targets)
                 sampled = dataclasses.replace(sampled, scores=scores)
             return sampled
@@ -333,7 +344,7 @@ class Device:
             adjusted = self._adjust(logits, meta, batch)
         greedy = all(w.temperature == 0 for w in wanted)
         program = self._logits_program("greedy" if greedy else "sampled", logits)
-        options = () if greedy else (jax.device_put(batching.option_array(batch)),)
+        options = () if greedy else (self._put(batching.option_array(batch)),)
         self._last_tokens, packed = program(logits, adjusted, self._last_tokens, meta, *options)
         top = None
         if any(w.top_logprobs for w in wanted):
@@ -345,15 +356,15 @@ class Device:
         vocab = logits.shape[1]
         counts = self._counts.pop(vocab, None)
         if counts is None:
-            counts = jax.device_put(np.zeros((self.config.max_num_seqs, vocab), np.int32))
+            counts = self._zeros((self.config.max_num_seqs, vocab), jnp.int32)
         for item in batch.items:
             sequence = item.sequence
             if item.tokens and sequence.request.sampling.adjusts_logits:
                 row = count_row(sequence.request.token_ids, sequence.generated, vocab)
                 slot = np.array([sequence.seq_slot], np.int32)
                 program = self.executables.get(ProgramKey(kind="set_counts", vocab_size=vocab))
-                counts = program(counts, jax.device_put(slot), jax.device_put(row))
-        controls = jax.device_put(batching.control_array(batch))
+                counts = program(counts, self._put(slot), self.placement.put(row))
+        controls = self._put(batching.control_array(batch))
         program = self._logits_program("adjust", logits)
         adjusted, self._counts[vocab] = program(logits, counts, self._last_tokens, meta, controls)
         return adjusted
@@ -379,14 +390,14 @@ class Device:
         """The batch's index array, built once per group of rows and step."""
         key = (batch.bucket, *map(id, batch.items))
         if key not in self._arrays:
-            self._arrays[key] = jax.device_put(batching.index_array(batch, self.num_rows))
+            self._arrays[key] = self._put(batching.index_array(batch, self.num_rows))
         return self._arrays[key]
 
     def _page_table(self, batch: Batch, group: KvGroup) -> jax.Array:
         key = (group, batch.bucket, *map(id, batch.items))
         if key not in self._arrays:
             table = batching.page_table(batch, group, self.config.max_pages)
-            self._arrays[key] = jax.device_put(table)
+            self._arrays[key] = self._put(table)
         return self._arrays[key]
 
 
@@ -401,7 +412,7 @@ def _pool_shape(group: KvGroup, budget: int, config: EngineConfig, num_groups: i
     shape = PoolShape(
         num_pages=1,
         page_size=config.page_size,
-        num_kv_heads=group.num_kv_heads,
+        num_kv_heads=len(kv_heads(group.num_kv_heads, config.sharding.ways("heads"))),
         head_dim=group.head_dim,
         layers=group.layers,
         dtype=config.kv_dtype,

@@ -16,6 +16,7 @@ from jblock.engine.executable_cache import ExecutableCache
 from jblock.engine.params import abstract_params, abstract_tables
 from jblock.engine.signature import Signature
 from jblock.pallas_kernels.paged_attention.api import abstract_pages
+from jblock.parallel.placement import SINGLE, Placement
 
 SCRUB_PAGES = 16
 # Copied in one call: few, because a call moves them all even where fewer are wanted.
@@ -25,7 +26,8 @@ _ANY = Bucket(1, 1)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PoolShape:
-    """One KV group's pools: the page arrays of `layers` layers."""
+    """One KV group's pools: the page arrays of `layers` layers. `num_pages` is of one dp group,
+    and `num_kv_heads` counts a head once for each device that has it."""
 
     num_pages: int
     page_size: int
@@ -34,22 +36,40 @@ class PoolShape:
     layers: int
     dtype: str = "float32"
 
-    def abstract_layer(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes and dtypes of one layer's pages."""
+    def abstract_layer(self, placement: Placement = SINGLE) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes, dtypes and shardings of one layer's pages.
+
+        Each device has a whole pool of the backend's own layout with its share of the KV heads; which
+        axis of a layout grows with the heads is asked of the backend.
+        """
+        ways = placement.rules.ways("heads")
+        local = self.num_kv_heads // ways
+        out = []
+        for one, two in zip(self._pages(local), self._pages(2 * local), strict=True):
+            shape = list(one.shape)
+            (axis,) = (i for i, (a, b) in enumerate(zip(shape, two.shape, strict=True)) if a != b)
+            shape[0] *= placement.rules.ways("rows")
+            shape[axis] *= ways
+            axes: list[str | None] = ["rows", *[None] * (len(shape) - 1)]
+            axes[axis] = "heads"
+            out.append(placement.struct(shape, one.dtype, *axes))
+        return tuple(out)
+
+    def _pages(self, heads: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         return abstract_pages(
-            self.num_pages, self.page_size, self.num_kv_heads, self.head_dim, dtype=self.dtype
+            self.num_pages, self.page_size, heads, self.head_dim, dtype=self.dtype
         )
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page over all layers."""
+        """Bytes of one page over all layers, on all devices of a dp group."""
         arrays = self.abstract_layer()
         return self.layers * sum(a.size // self.num_pages * a.dtype.itemsize for a in arrays)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """Sizes every program of an agent shares.
+    """Sizes every program of an agent shares, each of one dp group.
 
     Attributes:
       num_rows: rows of each register.
@@ -97,14 +117,20 @@ class Executables:
     """Compiles programs, at warm-up in the background or, as a last resort, while a request waits.
 
     Attributes:
+      placement: the devices they run on.
       compiles_on_serving_path: programs `get` had to compile.
       compiles_in_background: programs `warm` compiled.
       cache: programs of earlier starts; None compiles everything.
       version: changes with every program that is added or replaced.
     """
 
-    def __init__(self, geometry: Geometry, cache: ExecutableCache | None = None):
-        self.geometry = geometry
+    def __init__(
+        self,
+        geometry: Geometry,
+        cache: ExecutableCache | None = None,
+        placement: Placement = SINGLE,
+    ):
+        self.geometry, self.placement = geometry, placement
         self.cache = cache
         self.compiles_on_serving_path = 0
         self.compiles_in_background = 0
@@ -170,13 +196,11 @@ class Executables:
         """The program of a key, from the cache or compiled (True)."""
         if stop is not None and stop.is_set():
             return None, False
-        text = f"{key!r} {self.geometry!r}"
+        text = f"{key!r} {self.geometry!r} {self.placement.rules}"
         program = self.cache.load(text) if self.cache and not anew else None
         compiled = program is None
         if program is None:
-            function, donate, arguments = self._describe(key)
-            function.__name__ = function.__qualname__ = key.name
-            program = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+            program = self.lower(key).compile()
             if self.cache:
                 self.cache.store(text, program)
         with self._lock:
@@ -184,87 +208,114 @@ class Executables:
             self.version += 1
         return program, compiled
 
-    def _describe(self, key: ProgramKey) -> tuple[Callable[..., Any], tuple[int, ...], tuple]:
-        """The function of a key, its donated arguments, and the shapes it is compiled for."""
-        geometry, bucket = self.geometry, key.bucket
-        s = bucket.num_seqs
+    def lower(self, key: ProgramKey) -> jax.stages.Lowered:
+        """The program of a key, traced for its devices but not compiled."""
+        function, donate, arguments, outputs = self._describe(key)
+        function.__name__ = function.__qualname__ = key.name
+        return self.placement.lower(function, donate, arguments, outputs)
+
+    def _describe(self, key: ProgramKey) -> tuple[Callable[..., Any], tuple[int, ...], tuple, Any]:
+        """The function of a key, its donated arguments, the arrays it is compiled for, and how its
+        results are split over devices: all of them by rows, and KV pools by heads too."""
+        geometry, bucket, struct = self.geometry, key.bucket, self.placement.struct
+        by_rows, groups = self.placement.spec("rows"), self.placement.rules.ways("rows")
+        if bucket.num_seqs % groups:
+            raise ValueError(f"bucket {bucket} does not divide into {groups} dp groups")
+        s, slots = bucket.num_seqs, geometry.max_num_seqs * groups
+        bucket = Bucket(s // groups, bucket.q_len)
         i32, f32 = jnp.int32, jnp.float32
-        index = jax.ShapeDtypeStruct((s, programs.INDEX_COLUMNS + 2 * bucket.q_len), i32)
-        meta = jax.ShapeDtypeStruct((s, programs.INDEX_COLUMNS), i32)
-        page_table = jax.ShapeDtypeStruct((s, geometry.max_pages), i32)
-        last_tokens = jax.ShapeDtypeStruct((geometry.max_num_seqs,), i32)
-        logits = jax.ShapeDtypeStruct((s, key.vocab_size), f32)
+        index = struct((s, programs.INDEX_COLUMNS + 2 * bucket.q_len), i32, "rows")
+        meta = struct((s, programs.INDEX_COLUMNS), i32, "rows")
+        page_table = struct((s, geometry.max_pages), i32, "rows")
+        last_tokens = struct((slots,), i32, "rows")
+        logits = struct((s, key.vocab_size), f32, "rows")
         if key.pool and not key.signatures:
             return self._describe_pages(key.kind, key.pool)
-        counts = jax.ShapeDtypeStruct((geometry.max_num_seqs, key.vocab_size), i32)
+        counts = struct((slots, key.vocab_size), i32, "rows")
         if key.kind == "set_counts":
-            slot = jax.ShapeDtypeStruct((1,), i32)
-            row = jax.ShapeDtypeStruct((key.vocab_size,), i32)
-            return _copy(adjust.set_counts), (0,), (counts, slot, row)
+            slot = struct((groups,), i32, "rows")
+            row = struct((key.vocab_size,), i32)
+            return _copy(adjust.set_counts), (0,), (counts, slot, row), by_rows
         if key.kind == "adjust":
-            controls = jax.ShapeDtypeStruct((s, adjust.CONTROL_COLUMNS), i32)
-            return _copy(adjust.adjust), (1,), (logits, counts, last_tokens, meta, controls)
+            controls = struct((s, adjust.CONTROL_COLUMNS), i32, "rows")
+            arguments = (logits, counts, last_tokens, meta, controls)
+            return _copy(adjust.adjust), (1,), arguments, by_rows
         if key.kind == "greedy":
-            return _copy(sampling.greedy), (2,), (logits, logits, last_tokens, meta)
+            return _copy(sampling.greedy), (2,), (logits, logits, last_tokens, meta), by_rows
         if key.kind == "sampled":
-            options = jax.ShapeDtypeStruct((s, sampling.OPTION_COLUMNS), i32)
-            return _copy(sampling.sampled), (2,), (logits, logits, last_tokens, meta, options)
+            options = struct((s, sampling.OPTION_COLUMNS), i32, "rows")
+            arguments = (logits, logits, last_tokens, meta, options)
+            return _copy(sampling.sampled), (2,), arguments, by_rows
         if key.kind == "top_logprobs":
-            return _copy(logprobs.top_logprobs), (), (logits,)
+            return _copy(logprobs.top_logprobs), (), (logits,), by_rows
         if not key.signatures:
             raise ValueError(f"program kind {key.kind!r} needs a signature")
         signature = key.signatures[0]
-        registers = jax.ShapeDtypeStruct((geometry.num_rows, signature.hidden_size), f32)
+        registers = struct((geometry.num_rows * groups, signature.hidden_size), f32, "rows")
         if key.kind == "embedding":
             return (
                 programs.embedding_program(signature, bucket),
                 (1,),
-                (abstract_params(signature), registers, last_tokens, index),
+                (self._params(signature), registers, last_tokens, index),
+                by_rows,
             )
         if key.kind == "head":
             return (
                 programs.head_program(signature, bucket),
                 (),
-                (abstract_params(signature), registers, index),
+                (self._params(signature), registers, index),
+                by_rows,
             )
         if key.kind == "prompt_logprobs":
-            targets = jax.ShapeDtypeStruct((s, bucket.q_len), i32)
+            targets = struct((s, bucket.q_len), i32, "rows")
             return (
                 logprobs.prompt_logprobs_program(signature, bucket),
                 (),
-                (abstract_params(signature), registers, index, targets),
+                (self._params(signature), registers, index, targets),
+                by_rows,
             )
         count = sum(len(s.attentions) for s in key.signatures)
         if key.pool is None and count:
             raise ValueError("a layer with attention needs the shape of its KV pool")
-        pools = tuple(key.pool.abstract_layer() for _ in range(count)) if key.pool else ()
-        params = tuple(abstract_params(s) for s in key.signatures)
-        tables = tuple(abstract_tables(s) for s in key.signatures)
+        pools = (key.pool.abstract_layer(self.placement),) * count if key.pool else ()
+        params = tuple(self._params(s) for s in key.signatures)
+        tables = tuple(abstract_tables(s, self.placement) for s in key.signatures)
         return (
             programs.segment_program(key.signatures, bucket),
             (2, 3),
             (params, tables, registers, pools, index, page_table),
+            (by_rows, self._specs(pools)),
         )
 
-    @staticmethod
     def _describe_pages(
-        kind: str, pool: PoolShape
-    ) -> tuple[Callable[..., Any], tuple[int, ...], tuple]:
+        self, kind: str, pool: PoolShape
+    ) -> tuple[Callable[..., Any], tuple[int, ...], tuple, Any]:
         """The same of what works on the pages of a group."""
+        groups = self.placement.rules.ways("rows")
 
         def ids(count: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((count,), jnp.int32)
+            return self.placement.struct((count * groups,), jnp.int32, "rows")
 
         def layers(shape: PoolShape) -> tuple:
-            return tuple(shape.abstract_layer() for _ in range(shape.layers))
+            return (shape.abstract_layer(self.placement),) * shape.layers
 
+        split = self._specs(layers(pool))
         if kind == "scrub":
-            return _copy(programs.scrub_program), (0,), (layers(pool), ids(SCRUB_PAGES))
+            return _copy(programs.scrub_program), (0,), (layers(pool), ids(SCRUB_PAGES)), split
         if kind == "gather_pages":
-            return _copy(programs.gather_pages_program), (), (layers(pool), ids(SWAP_PAGES))
+            arguments: tuple = (layers(pool), ids(SWAP_PAGES))
+            return _copy(programs.gather_pages_program), (), arguments, split
         copies = layers(dataclasses.replace(pool, num_pages=SWAP_PAGES))
         arguments = (layers(pool), copies, ids(SWAP_PAGES))
-        return _copy(programs.scatter_pages_program), (0,), arguments
+        return _copy(programs.scatter_pages_program), (0,), arguments, split
+
+    def _params(self, signature: Signature) -> tuple[dict[str, jax.ShapeDtypeStruct], ...]:
+        return abstract_params(signature, self.placement)
+
+    def _specs(self, pools: Any) -> Any:
+        """PartitionSpecs of pools that a program returns."""
+        single = self.placement.rules.single
+        return jax.tree.map(lambda a: None if single else a.sharding.spec, pools)
 
 
 def _copy(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -48,7 +48,7 @@ def prompt_logprobs_program(signature: Signature, bucket: Bucket) -> Callable[..
 
     def score(params: Any, registers: jax.Array, index: jax.Array, targets: jax.Array):
         _, _, register_rows, _ = unpack(index, bucket)
-        head = Head(specs, params, tied=signature.tied)
+        head = Head(specs, params, tied=signature.tied, mesh_axes=signature.sharding.axes("vocab"))
 
         def sequence(rows_and_targets):
             rows, wanted = rows_and_targets

@@ -16,6 +16,9 @@ from jblock.blocks import layout
 from jblock.blocks.linear import OUT_IN, PIECE_RANK
 from jblock.blocks.spec import LAYER_KINDS, EmbeddingSpec, LoraSpec, RouterSpec, UnembeddingSpec
 from jblock.engine.signature import LoraForm, Signature
+from jblock.parallel.axes import Axis, projection_axes, tensor_axes
+from jblock.parallel.placement import SINGLE, Placement
+from jblock.parallel.spread import spread
 
 Tensors = Mapping[str, jax.Array]
 SlotDeltas = Mapping[int, Sequence[tuple[LoraSpec, Mapping[str, np.ndarray]]]]
@@ -36,7 +39,11 @@ def _placement(
 
 
 def prepare(
-    spec, tensors: Mapping[str, np.ndarray], dtype: str, tied: bool
+    spec,
+    tensors: Mapping[str, np.ndarray],
+    dtype: str,
+    tied: bool,
+    placement: Placement = SINGLE,
 ) -> dict[str, jax.Array]:
     """Device tensors of one component.
 
@@ -45,37 +52,61 @@ def prepare(
       tensors: as stored, by name.
       dtype: of the matmul weights.
       tied: the component is an unembedding that shares the embedding's table as it is.
+      placement: the devices they are spread over.
     """
     out = {}
     for name, value in layout.to_compute(spec, tensors).items():
         transposed, wanted = _placement(spec, name, value.shape, dtype, tied)
-        array = np.ascontiguousarray(value.T if transposed else value, dtype=wanted)
-        out[name] = jnp.asarray(array)
+        axes = tensor_axes(spec, name, placement.rules, value.ndim)
+        array = spread(value, [a.sources for a in axes])
+        logical = [a.logical for a in axes]
+        if transposed:
+            array, logical = array.T, logical[::-1]
+        out[name] = placement.put(np.ascontiguousarray(array, dtype=wanted), *logical)
     return out
 
 
-def abstract_params(signature: Signature) -> tuple[dict[str, jax.ShapeDtypeStruct], ...]:
-    """Shapes and dtypes of a unit's parameters, one dict a component."""
+def abstract_params(
+    signature: Signature, placement: Placement = SINGLE
+) -> tuple[dict[str, jax.ShapeDtypeStruct], ...]:
+    """Shapes, dtypes and shardings of a unit's parameters, one dict a component."""
     out = []
     for spec in signature.specs:
         tied = signature.tied and isinstance(spec, UnembeddingSpec)
         tensors = {}
         for name, shape in layout.compute_shapes(spec).items():
             transposed, wanted = _placement(spec, name, shape, signature.dtype, tied)
-            tensors[name] = jax.ShapeDtypeStruct(shape[::-1] if transposed else shape, wanted)
+            axes = tensor_axes(spec, name, placement.rules, len(shape))
+            order = slice(None, None, -1 if transposed else 1)
+            sizes = [a.size(n) for a, n in zip(axes, shape, strict=True)][order]
+            tensors[name] = placement.struct(sizes, wanted, *[a.logical for a in axes][order])
         out.append(tensors)
     return tuple(out)
 
 
-def abstract_tables(signature: Signature) -> tuple[dict[str, jax.ShapeDtypeStruct], ...]:
-    """Shapes and dtypes of a unit's LoRA tables, one dict a component."""
-    return tuple(
-        {
-            name: jax.ShapeDtypeStruct(shape, jnp.int32 if name == "pieces" else jnp.float32)
-            for name, shape in _table_shapes(spec, form).items()
-        }
-        for spec, form in zip(signature.specs, signature.lora, strict=True)
-    )
+def abstract_tables(
+    signature: Signature, placement: Placement = SINGLE
+) -> tuple[dict[str, jax.ShapeDtypeStruct], ...]:
+    """Shapes, dtypes and shardings of a unit's LoRA tables, one dict a component."""
+    out = []
+    for spec, form in zip(signature.specs, signature.lora, strict=True):
+        tables = {}
+        for name, shape in _table_shapes(spec, form).items():
+            axes = table_axes(spec, name, placement)
+            sizes = [a.size(n) for a, n in zip(axes, shape, strict=True)]
+            dtype = jnp.int32 if name == "pieces" else jnp.float32
+            tables[name] = placement.struct(sizes, dtype, *(a.logical for a in axes))
+        out.append(tables)
+    return tuple(out)
+
+
+def table_axes(spec, name: str, placement: Placement) -> tuple[Axis, ...]:
+    """The axes of a LoRA table: what it reads or writes is split as its projection's own axis is."""
+    if name == "pieces":
+        return Axis(), Axis()
+    target, _, side = name.rpartition(".")
+    out, inner = projection_axes(spec, target, placement.rules)
+    return Axis(), Axis(), inner if side == "a" else out
 
 
 def _table_shapes(spec, form: LoraForm | None) -> dict[str, tuple[int, ...]]:
@@ -97,13 +128,16 @@ def num_pieces(deltas: Sequence[LoraSpec]) -> int:
     return -(-max(widths.values()) // PIECE_RANK)
 
 
-def lora_tables(spec, form: LoraForm | None, deltas: SlotDeltas) -> dict[str, jax.Array]:
+def lora_tables(
+    spec, form: LoraForm | None, deltas: SlotDeltas, placement: Placement = SINGLE
+) -> dict[str, jax.Array]:
     """LoRA tables of one component, as blocks/linear.py describes them.
 
     Args:
       spec: of the component.
       form: shape of the tables; None gives none.
       deltas: slot -> the LoRA deltas of that slot, added up by putting their ranks side by side.
+      placement: the devices they are spread over.
     """
     shapes = _table_shapes(spec, form)
     tables = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
@@ -123,10 +157,14 @@ def lora_tables(spec, form: LoraForm | None, deltas: SlotDeltas) -> dict[str, ja
                         table = tables[f"{part}.{side}"][first : first + count]
                         table.reshape(count * PIECE_RANK, -1)[span] = matrix  # through a view
         first += count
-    return {
-        name: jnp.asarray(table.astype(np.int32) if name == "pieces" else table)
-        for name, table in tables.items()
-    }
+    out = {}
+    for name, table in tables.items():
+        axes = table_axes(spec, name, placement)
+        table = spread(
+            table.astype(np.int32) if name == "pieces" else table, [a.sources for a in axes]
+        )
+        out[name] = placement.put(table, *(a.logical for a in axes))
+    return out
 
 
 def nbytes(tensors: Sequence[Tensors]) -> int:

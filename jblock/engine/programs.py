@@ -37,7 +37,9 @@ from jblock.pallas_kernels.paged_attention.ragged import Ragged
 INDEX_COLUMNS = 4
 
 
-def unpack(index: jax.Array, bucket: Bucket) -> tuple[Rows, jax.Array, jax.Array, jax.Array]:
+def unpack(
+    index: jax.Array, bucket: Bucket, mesh_axes: tuple[str, ...] = ()
+) -> tuple[Rows, jax.Array, jax.Array, jax.Array]:
     """Splits `index` into the rows, sequence slots [S], register rows [S, Q] and token ids [S, Q]."""
     q = bucket.q_len
     rows = Rows(
@@ -46,6 +48,7 @@ def unpack(index: jax.Array, bucket: Bucket) -> tuple[Rows, jax.Array, jax.Array
         starts=index[:, 0],
         q_lens=index[:, 1],
         slots=index[:, 2],
+        mesh_axes=mesh_axes,
     )
     registers = index[:, INDEX_COLUMNS : INDEX_COLUMNS + q]
     tokens = index[:, INDEX_COLUMNS + q : INDEX_COLUMNS + 2 * q]
@@ -57,12 +60,13 @@ def embedding_program(signature: Signature, bucket: Bucket) -> Callable[..., jax
     spec = signature.specs[0]
     if not isinstance(spec, EmbeddingSpec):
         raise ValueError(f"an embedding program needs an embedding, not a component of {spec.kind}")
+    mesh_axes = signature.sharding.axes("vocab")
 
     def embed(params: Any, registers: jax.Array, last_tokens: jax.Array, index: jax.Array):
         rows, seq_slots, register_rows, tokens = unpack(index, bucket)
         tokens = jnp.where(tokens < 0, last_tokens[seq_slots][:, None], tokens).reshape(-1)
         with jax.named_scope("embedding"):
-            embedding = Embedding(spec, params[0], signature.dtype)
+            embedding = Embedding(spec, params[0], signature.dtype, mesh_axes)
             x = embedding(tokens, rows.positions.reshape(-1))
         return registers.at[register_rows.reshape(-1)].set(x, mode="drop")
 
@@ -75,6 +79,7 @@ def segment_program(signatures: Sequence[Signature], bucket: Bucket) -> Callable
     Runs one or more layers over the same rows, which stay in registers of the machine between them.
     Params and tables are one tuple a layer, pools one tuple of page arrays an attention.
     """
+    mesh_axes = signatures[0].sharding.axes("heads")
 
     def segment(
         params: Sequence[Sequence[Mapping[str, jax.Array]]],
@@ -84,7 +89,7 @@ def segment_program(signatures: Sequence[Signature], bucket: Bucket) -> Callable
         index: jax.Array,
         page_table: jax.Array,
     ):
-        rows, _, register_rows, _ = unpack(index, bucket)
+        rows, _, register_rows, _ = unpack(index, bucket, mesh_axes)
         register_rows = register_rows.reshape(-1)
         ragged = Ragged.grid(rows.starts, rows.q_lens, page_table, rows.q_len)
         x = registers.at[register_rows].get(mode="clip")
@@ -155,7 +160,9 @@ def head_program(
         row = jnp.take_along_axis(register_rows, last, axis=1)[:, 0]
         x = registers.at[row].get(mode="clip")
         with jax.named_scope("head"):
-            logits = Head(specs, params, tied=signature.tied)(x)
+            logits = Head(
+                specs, params, tied=signature.tied, mesh_axes=signature.sharding.axes("vocab")
+            )(x)
         return logits, index[:, :INDEX_COLUMNS]
 
     return head

@@ -11,6 +11,7 @@ from jblock.blocks.spec import (
     canonical_json,
     spec_to_json,
 )
+from jblock.parallel.rules import ONE_DEVICE, ShardingRules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,12 +41,14 @@ class Signature:
       lora: for each component the form of its LoRA tables, or None.
       dtype: dtype of the matmul weights.
       tied: the unembedding reads the embedding's own table.
+      sharding: how its tensors are split over devices.
     """
 
     specs: tuple[ComponentSpec, ...]
     lora: tuple[LoraForm | None, ...]
     dtype: str
     tied: bool = False
+    sharding: ShardingRules = ONE_DEVICE
 
     @property
     def kind(self) -> str:
@@ -84,5 +87,6 @@ class Signature:
                 "lora": [dataclasses.asdict(f) if f else None for f in self.lora],
                 "dtype": self.dtype,
                 "tied": self.tied,
+                "sharding": str(self.sharding),
             }
         )

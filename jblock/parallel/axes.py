@@ -1,0 +1,100 @@
+"""The axes of every component's tensors: which rule each follows, and where its entries come from."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from jblock.blocks.spec import AttentionSpec, ComponentSpec, FfnSpec
+from jblock.parallel.rules import ShardingRules
+from jblock.parallel.spread import columns, elements, kv_heads, query_heads
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Axis:
+    """One axis of a tensor on the mesh.
+
+    Attributes:
+      logical: the sharding rule it follows; None is split over nothing.
+      sources: int, for every entry the entry of the stored tensor, spread.FILL for zeros; None if it
+        is as stored.
+    """
+
+    logical: str | None = None
+    sources: np.ndarray | None = None
+
+    def size(self, stored: int) -> int:
+        """Entries on the mesh of an axis stored with so many."""
+        return stored if self.sources is None else len(self.sources)
+
+
+_WHOLE = Axis()
+# Projection -> names of its output's and its input's axis. What is split on its input gives partial
+# sums, which blocks/linear.py adds up over the devices.
+_PROJECTIONS: Mapping[type, Mapping[str, tuple[str | None, str | None]]] = {
+    AttentionSpec: {
+        "q": ("heads", None),
+        "k": ("kv_heads", None),
+        "v": ("kv_heads", None),
+        "o": (None, "heads"),
+    },
+    FfnSpec: {"gate": ("mlp", None), "up": ("mlp", None), "down": (None, "mlp")},
+    ExpertSpec: {"gate": ("mlp", None), "up": ("mlp", None), "down": (None, "mlp")},
+    RouterSpec: {"router": (None, None), "shared_gate": (None, None)},
+}
+
+
+def tensor_axes(
+    spec: ComponentSpec, name: str, rules: ShardingRules, rank: int
+) -> tuple[Axis, ...]:
+    """The axes of one tensor of `rank` axes, laid as `blocks.layout.compute_shapes` says.
+
+    Raises:
+      ValueError: there is no rule for the tensor, so that it cannot be split over devices.
+    """
+    if not rules.single and name.startswith(("q_norm", "k_norm")) and spec.qk_norm_joint:
+        raise ValueError("qk_norm_joint: a norm over all heads together has no rule for --mesh")
+    if rules.single or "norm" in name or spec.kind == "norm" or name == "positions.weight":
+        return (_WHOLE,) * rank
+    if spec.kind in ("embedding", "unembedding") and name == "weight":
+        return _axis(spec, "vocab", rules), _WHOLE
+    projection, _, tensor = name.rpartition(".")
+    if tensor == "weight":
+        return projection_axes(spec, projection, rules)
+    if tensor == "bias":
+        return projection_axes(spec, projection, rules)[:1]
+    raise ValueError(f"tensor {name!r} of a {spec.kind} component has no rule for --mesh")
+
+
+def projection_axes(
+    spec: ComponentSpec, projection: str, rules: ShardingRules
+) -> tuple[Axis, Axis]:
+    """The output's and the input's axis of a projection.
+
+    Raises:
+      ValueError: there is no rule for the projection.
+    """
+    if rules.single:
+        return _WHOLE, _WHOLE
+    names = _PROJECTIONS.get(type(spec), {}).get(projection)
+    if names is None:
+        raise ValueError(
+            f"projection {projection!r} of a {spec.kind} component has no rule for --mesh"
+        )
+    out, inner = (_axis(spec, name, rules) for name in names)
+    return out, inner
+
+
+def _axis(spec: ComponentSpec, name: str | None, rules: ShardingRules) -> Axis:
+    if name is None:
+        return _WHOLE
+    logical = "heads" if name == "kv_heads" else name
+    ways = rules.ways(logical)
+    if isinstance(spec, AttentionSpec):
+        if name == "heads":
+            heads = query_heads(spec.num_heads, spec.num_kv_heads, ways)
+        else:
+            heads = kv_heads(spec.num_kv_heads, ways)
+        return Axis(logical, elements(heads, spec.head_dim))
+    size = spec.intermediate_size if isinstance(spec, FfnSpec) else spec.vocab_size
+    return Axis(logical, columns(size, ways))

@@ -1,0 +1,100 @@
+"""Where arrays live: sharding rules on real devices."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from jblock.parallel.rules import MESH_AXES, ONE_DEVICE, ShardingRules
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Sharding rules with the devices they are for.
+
+    Attributes:
+      rules: logical axes to mesh axes.
+      devices: as many as the mesh has; none means jax's default device.
+    """
+
+    rules: ShardingRules = ONE_DEVICE
+    devices: tuple[jax.Device, ...] = ()
+
+    @classmethod
+    def on(cls, rules: ShardingRules, devices: Sequence[jax.Device] | None = None) -> "Placement":
+        """The rules on the first of `devices`, by default those of this process.
+
+        Raises:
+          ValueError: there are too few devices.
+        """
+        if devices is None and rules.single:
+            return cls()
+        devices = jax.local_devices() if devices is None else devices
+        size = rules.mesh.size
+        if len(devices) < size:
+            raise ValueError(
+                f"mesh {rules.mesh} needs {size} devices and there are {len(devices)}: give a "
+                "smaller mesh (on CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N makes N)"
+            )
+        return cls(rules, tuple(devices[:size]))
+
+    @property
+    def mesh(self) -> Mesh:
+        """The jax mesh."""
+        shape = self.rules.mesh
+        grid = np.array(self.devices, object).reshape(shape.dp, shape.ep, shape.tp)
+        return Mesh(grid, MESH_AXES)
+
+    def sharding(self, *axes: str | None) -> Sharding | None:
+        """The sharding of an array with these logical axes; None on the default device."""
+        if not self.devices:
+            return None
+        if self.rules.single:
+            return SingleDeviceSharding(self.devices[0])
+        return NamedSharding(self.mesh, self.spec(*axes))
+
+    def spec(self, *axes: str | None) -> PartitionSpec:
+        """The PartitionSpec of an array with these logical axes."""
+        return PartitionSpec(*self.rules.spec(*axes))
+
+    def struct(self, shape: Sequence[int], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
+        """An abstract array: its global shape, and the logical axis of each leading dimension."""
+        return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=self.sharding(*axes))
+
+    def put(self, array: np.ndarray, *axes: str | None) -> jax.Array:
+        """An array on the devices."""
+        return jax.device_put(array, self.sharding(*axes))
+
+    def zeros(self, struct: jax.ShapeDtypeStruct) -> jax.Array:
+        """Zeros of the form that `struct` gave."""
+        return jax.numpy.zeros(struct.shape, struct.dtype, device=struct.sharding)
+
+    def lower(
+        self,
+        function: Callable[..., Any],
+        donate: tuple[int, ...],
+        arguments: Sequence[Any],
+        outputs: Any,
+    ) -> jax.stages.Lowered:
+        """Lowers a program for these devices, each of which runs `function` on its own part.
+
+        Args:
+          function: over the arrays of one device.
+          donate: numbers of the arguments whose memory it may take.
+          arguments: trees of what `struct` gave.
+          outputs: tree prefix of the results' PartitionSpecs.
+        """
+        if not self.rules.single:
+            inputs = jax.tree.map(lambda a: a.sharding.spec, tuple(arguments))
+            mapped = jax.shard_map(
+                function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False
+            )
+            mapped.__name__ = mapped.__qualname__ = function.__name__
+            function = mapped
+        return jax.jit(function, donate_argnums=donate).lower(*arguments)
+
+
+SINGLE = Placement()

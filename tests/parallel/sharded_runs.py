@@ -1,0 +1,118 @@
+"""Runs of agents over meshes of fake CPU devices, for test_sharded.py. jax fixes its devices when it starts,
+so this is a process of its own: `python sharded_runs.py FOLDER [all] MESH...` prints one JSON object."""
+
+import collections
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+ROOT = Path(__file__).parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "engine")]
+
+import numpy as np  # noqa: E402
+from harness import FIXTURES, Agent, base_of, collect_tokens, oracle, request  # noqa: E402
+
+from checkpoints import hf, peft  # noqa: E402
+from checkpoints.progress import Progress  # noqa: E402
+from jblock.engine.agent import ThreadEngine  # noqa: E402
+from jblock.engine.config import EngineConfig  # noqa: E402
+from jblock.zoo.store import Zoo  # noqa: E402
+
+ADAPTER = "demo-1m-largest-lora12"
+# Besides the demo family, what it has not: one KV head, biases, query and key norms.
+SOME = ("demo-1m", "demo-3m-sort", ADAPTER, "qwen2_bias", "qwen3_qknorm", "qwen3_lora_all_r8")
+ALL = (
+    *("demo-1m", "demo-1m-add", "demo-1m-spell", "demo-1m-upper"),
+    *("demo-3m", "demo-3m-date", "demo-3m-find", "demo-3m-sort"),
+    *(ADAPTER, "demo-3m-reverse-lora8", "demo-3m-next-lora16"),
+    *("llama_gqa_untied", "llama_mha_tied", "qwen2_bias", "qwen3_qknorm", "mistral_window"),
+    *("lora_all_r8", "qwen3_lora_all_r8"),
+)
+
+
+def settings(mesh: str) -> EngineConfig:
+    """One grid to decode and one to prefill: prompts of several chunks, sequences side by side."""
+    return EngineConfig(
+        max_num_seqs=8,
+        max_model_len=128,
+        page_size=16,
+        decode_sizes=(8,),
+        prefill_grids=((8, 16),),
+        kv_memory_mb=8,
+        mesh=mesh,
+    )
+
+
+def convert(path: Path, name: str) -> None:
+    """Puts a chain of the demo family or of the fixtures into a zoo, and what it needs."""
+    quiet, demo = Progress(False), name.startswith("demo")
+    root = ROOT / "examples" if demo else FIXTURES
+    if (adapter := root / ("adapters" if demo else "peft") / name).exists():
+        base = name[:7] if demo else base_of(name)
+        peft.convert(adapter, path, base, name, quiet)
+    else:
+        hf.convert(root / ("models" if demo else "hf") / name, path, name, quiet)
+
+
+def prompt_of(name: str) -> list[int]:
+    """41 tokens: two chunks and a part."""
+    if name.startswith("demo"):
+        return [5 + 7 * i % 120 for i in range(41)]
+    return oracle(name)["prompt"][:41].tolist()
+
+
+def collectives(agent: Agent) -> dict[str, dict[str, int]]:
+    """What the compiled programs send between devices: name -> collective -> count."""
+    operation = re.compile(
+        r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)"
+        r"(?:-start)?\("
+    )
+    table = agent.device.executables._table
+    return {k.name: collections.Counter(operation.findall(p.as_text())) for k, p in table.items()}
+
+
+def run(zoo: Path, names: Sequence[str], mesh: str) -> dict:
+    """Greedy tokens and logits of every chain, all together on one mesh."""
+    agent = Agent.make(zoo, names, settings(mesh))
+    tokens = agent.generate({n: (n, np.array(prompt_of(n))) for n in names}, max_tokens=24)
+    logits: dict[str, dict[int, list[float]]] = {n: {} for n in names}
+    for batch, rows in agent.device.seen:
+        for row, item in zip(rows, batch.items, strict=False):
+            if item.samples:
+                name = item.sequence.request.request_id
+                logits[name].setdefault(item.start + item.q_len, row.tolist())
+    return {"tokens": tokens, "logits": logits, "collectives": collectives(agent)}
+
+
+def swap(zoo: Path, mesh: str) -> list[int]:
+    """Tokens of a chain that is served after two changes of what is served."""
+    store = Zoo.open(zoo)
+    engine = ThreadEngine(store, {"demo-1m": store.chain("demo-1m")}, settings(mesh))
+    try:
+        for names in (["demo-1m", ADAPTER], [ADAPTER]):
+            engine.serve(names)
+        engine.submit(request("r", names[0], prompt_of(names[0]), max_tokens=24))
+        tokens = collect_tokens(engine, ["r"])["r"]
+        assert engine.stats().compiles_on_serving_path == 0
+        return tokens
+    finally:
+        engine.close()
+
+
+if __name__ == "__main__":
+    folder, *meshes = sys.argv[1:]
+    chains = SOME
+    if meshes[0] == "all":
+        meshes, chains = meshes[1:], ALL
+    zoo = Path(folder) / "zoo"
+    for chain in chains:
+        convert(zoo, chain)
+    out = {mesh: run(zoo, chains, mesh) for mesh in ("", *meshes)}
+    for mesh in meshes:
+        out[mesh]["swapped"] = swap(zoo, mesh)
+    json.dump(out, sys.stdout)
