@@ -5,7 +5,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jblock.blocks.spec import AttentionSpec, ComponentSpec, FfnSpec
+from jblock.blocks.spec import (
+    AttentionSpec,
+    ComponentSpec,
+    EmbeddingSpec,
+    FfnSpec,
+    UnembeddingSpec,
+)
 from jblock.parallel.rules import ShardingRules
 from jblock.parallel.spread import columns, elements, kv_heads, query_heads
 
@@ -96,5 +102,8 @@ def _axis(spec: ComponentSpec, name: str | None, rules: ShardingRules) -> Axis:
         else:
             heads = kv_heads(spec.num_kv_heads, ways)
         return Axis(logical, elements(heads, spec.head_dim))
-    size = spec.intermediate_size if isinstance(spec, FfnSpec) else spec.vocab_size
-    return Axis(logical, columns(size, ways))
+    if isinstance(spec, FfnSpec):
+        return Axis(logical, columns(spec.intermediate_size, ways))
+    if isinstance(spec, (EmbeddingSpec, UnembeddingSpec)):
+        return Axis(logical, columns(spec.vocab_size, ways))
+    raise ValueError(f"a {spec.kind} component has no axis {name!r}")
