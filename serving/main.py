@@ -65,7 +65,7 @@ _STEP_MS = flags.DEFINE_integer(
     "step_ms", None, "Milliseconds a step should take at most while answers stream."
 )
 _MESH = flags.DEFINE_string(
-    "mesh", None, "Devices to split every block over, such as tp=4 or ep=2,tp=4; default: one."
+    "mesh", None, "Devices to split every block over, such as tp=4; default: one."
 )
 _SHARE = flags.DEFINE_bool("share", None, "Share blocks between models; --noshare: a set each.")
 

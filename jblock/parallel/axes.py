@@ -9,7 +9,9 @@ from jblock.blocks.spec import (
     AttentionSpec,
     ComponentSpec,
     EmbeddingSpec,
+    ExpertSpec,
     FfnSpec,
+    RouterSpec,
     UnembeddingSpec,
 )
 from jblock.parallel.rules import ShardingRules
@@ -58,7 +60,8 @@ def tensor_axes(
     Raises:
       ValueError: there is no rule for the tensor, so that it cannot be split over devices.
     """
-    if not rules.single and name.startswith(("q_norm", "k_norm")) and spec.qk_norm_joint:
+    joint = isinstance(spec, AttentionSpec) and spec.qk_norm_joint
+    if joint and not rules.single and name.startswith(("q_norm", "k_norm")):
         raise ValueError("qk_norm_joint: a norm over all heads together has no rule for --mesh")
     if rules.single or "norm" in name or spec.kind == "norm" or name == "positions.weight":
         return (_WHOLE,) * rank

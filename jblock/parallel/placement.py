@@ -45,7 +45,7 @@ class Placement:
     def mesh(self) -> Mesh:
         """The jax mesh."""
         shape = self.rules.mesh
-        grid = np.array(self.devices, object).reshape(shape.dp, shape.ep, shape.tp)
+        grid = np.array(self.devices, object).reshape(shape.dp, shape.tp)
         return Mesh(grid, MESH_AXES)
 
     def sharding(self, *axes: str | None) -> Sharding | None:

@@ -1,8 +1,8 @@
 """Sharding rules: which mesh axes each logical axis of an array is split over.
 
-A mesh has three axes. `tp` splits the inside of every block (heads, ffn columns, vocabulary) as Megatron
-does (arXiv 1909.08053), `ep` gives each device whole experts (arXiv 2006.16668) and splits everything
-else as tp does, and `dp` gives each group of devices sequences, registers and KV pages of its own.
+A mesh has two axes. `tp` splits the inside of every block (heads, columns of an ffn and of every expert,
+vocabulary) as Megatron does (arXiv 1909.08053), and `dp` gives each group of devices sequences,
+registers and KV pages of its own.
 This file is plain data: it knows neither jax nor blocks.
 """
 
@@ -11,7 +11,7 @@ import functools
 import math
 import re
 
-MESH_AXES = ("dp", "ep", "tp")
+MESH_AXES = ("dp", "tp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +20,10 @@ class MeshShape:
 
     Attributes:
       dp: groups of devices with sequences of their own.
-      ep: groups of experts.
       tp: parts of every block.
     """
 
     dp: int = 1
-    ep: int = 1
     tp: int = 1
 
     def __post_init__(self):
@@ -36,7 +34,7 @@ class MeshShape:
     @property
     def size(self) -> int:
         """Devices in all."""
-        return self.dp * self.ep * self.tp
+        return self.dp * self.tp
 
     @classmethod
     def parse(cls, text: str) -> "MeshShape":
@@ -51,7 +49,7 @@ class MeshShape:
             if not match or match[1] in sizes:
                 raise ValueError(
                     f"mesh {text!r}: {part!r} is not understood; give each of "
-                    f"{', '.join(MESH_AXES)} at most once, such as tp=4 or ep=2,tp=4"
+                    f"{', '.join(MESH_AXES)} at most once, such as tp=4 or dp=2,tp=4"
                 )
             sizes[match[1]] = int(match[2])
         return cls(**sizes)
@@ -69,19 +67,15 @@ class ShardingRules:
       mesh: devices along each mesh axis.
       rows: sequences of a batch, register rows, KV pages and sequence slots.
       heads: query heads, and KV heads with them.
-      mlp: inner columns of an ffn.
+      mlp: inner columns of an ffn or of an expert.
       vocab: rows of the embedding and unembedding tables.
-      experts: experts of a mixture.
-      expert_mlp: inner columns of one expert.
     """
 
     mesh: MeshShape = MeshShape()
     rows: tuple[str, ...] = ("dp",)
-    heads: tuple[str, ...] = ("ep", "tp")
-    mlp: tuple[str, ...] = ("ep", "tp")
-    vocab: tuple[str, ...] = ("ep", "tp")
-    experts: tuple[str, ...] = ("ep",)
-    expert_mlp: tuple[str, ...] = ("tp",)
+    heads: tuple[str, ...] = ("tp",)
+    mlp: tuple[str, ...] = ("tp",)
+    vocab: tuple[str, ...] = ("tp",)
 
     def __post_init__(self):
         for name in self.logical_axes():

@@ -24,13 +24,22 @@ from jblock.engine.config import EngineConfig  # noqa: E402
 from jblock.zoo.store import Zoo  # noqa: E402
 
 ADAPTER = "demo-1m-largest-lora12"
-# Besides the demo family, what it has not: one KV head, biases, query and key norms.
-SOME = ("demo-1m", "demo-3m-sort", ADAPTER, "qwen2_bias", "qwen3_qknorm", "qwen3_lora_all_r8")
+# Besides the demo family, what it has not: one KV head, biases, query and key norms, experts.
+SOME = (
+    "demo-1m",
+    "demo-3m-sort",
+    ADAPTER,
+    "qwen2_bias",
+    "qwen3_qknorm",
+    "qwen3_lora_all_r8",
+    "mixtral",
+)
 ALL = (
     *("demo-1m", "demo-1m-add", "demo-1m-spell", "demo-1m-upper"),
     *("demo-3m", "demo-3m-date", "demo-3m-find", "demo-3m-sort"),
     *(ADAPTER, "demo-3m-reverse-lora8", "demo-3m-next-lora16"),
     *("llama_gqa_untied", "llama_mha_tied", "qwen2_bias", "qwen3_qknorm", "mistral_window"),
+    *("mixtral", "qwen2_moe", "gemma3"),
     *("lora_all_r8", "qwen3_lora_all_r8"),
 )
 

@@ -15,7 +15,7 @@ from jblock.parallel.spread import FILL, columns, kv_heads, query_heads, spread
 def test_a_mesh_from_text():
     assert MeshShape.parse("") == MeshShape() and MeshShape.parse("").size == 1
     assert MeshShape.parse("dp=2, tp=4") == MeshShape(dp=2, tp=4)
-    assert str(MeshShape.parse("ep=2,tp=4")) == "ep=2,tp=4"
+    assert str(MeshShape.parse("tp=4,dp=2")) == "dp=2,tp=4"
 
 
 @pytest.mark.parametrize("text", ["tp", "tp=0", "tp=2,tp=4", "xp=2", "tp=-1", "4", "tp=\u0662"])
@@ -30,11 +30,10 @@ def test_an_engine_refuses_data_parallel_groups():
 
 
 def test_one_mesh_axis_cannot_split_two_axes_of_an_array():
-    rules = ShardingRules(mesh=MeshShape(ep=2, tp=2))
-    assert rules.spec("experts", None, "expert_mlp") == (("ep",), None, ("tp",))
-    assert rules.spec("heads", None) == (("ep", "tp"), None)
-    with pytest.raises(ValueError, match=r"'experts' and 'mlp'.*'ep'"):
-        rules.spec("experts", "mlp")
+    rules = ShardingRules(mesh=MeshShape(dp=2, tp=2))
+    assert rules.spec("rows", None, "heads") == (("dp",), None, ("tp",))
+    with pytest.raises(ValueError, match=r"'heads' and 'mlp'.*'tp'"):
+        rules.spec("heads", "mlp")
     with pytest.raises(ValueError, match="no sharding rule"):
         rules.spec("depth")
     with pytest.raises(ValueError, match="none twice"):
@@ -73,8 +72,8 @@ def test_tensors_without_a_rule_are_refused():
     )
     for spec in (ffn, attention):
         for name, shape in spec.tensors().items():
-            assert len(tensor_axes(spec, name, rules)) == len(shape)
-    out, inner = tensor_axes(attention, "q.weight", rules)
+            assert len(tensor_axes(spec, name, rules, len(shape))) == len(shape)
+    out, inner = tensor_axes(attention, "q.weight", rules, 2)
     # Two query heads a KV head, three KV heads on two devices: each KV head lies on both.
     assert out.logical == "heads" and len(out.sources) == 6 * 4 and inner.logical is None
 
@@ -89,4 +88,4 @@ class Strange(FfnSpec):
 def test_a_component_without_a_rule_is_refused():
     spec = Strange(hidden_size=8, intermediate_size=6, norm_eps=1e-5)
     with pytest.raises(ValueError, match=r"router.*--mesh"):
-        tensor_axes(spec, "router.weight", ShardingRules(mesh=MeshShape(tp=2)))
+        tensor_axes(spec, "router.weight", ShardingRules(mesh=MeshShape(tp=2)), 2)

@@ -69,7 +69,7 @@ def test_no_more_collectives_than_the_textbook_has(runs):
 
 @pytest.mark.long
 def test_tokens_and_logits_on_other_meshes(tmp_path):
-    meshes = ("tp=4", "ep=2,tp=2", "ep=2,tp=4", "tp=3")
+    meshes = ("tp=4", "tp=3")
     out = run(tmp_path, "all", *meshes)
     for mesh in meshes:
         check(out[""], out[mesh])
