@@ -105,7 +105,7 @@ def _axis(spec: ComponentSpec, name: str | None, rules: ShardingRules) -> Axis:
         else:
             heads = kv_heads(spec.num_kv_heads, ways)
         return Axis(logical, elements(heads, spec.head_dim))
-    if isinstance(spec, FfnSpec):
+    if isinstance(spec, (FfnSpec, ExpertSpec)):
         return Axis(logical, columns(spec.intermediate_size, ways))
     if isinstance(spec, (EmbeddingSpec, UnembeddingSpec)):
         return Axis(logical, columns(spec.vocab_size, ways))
