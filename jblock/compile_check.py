@@ -1,8 +1,8 @@
 """`python -m jblock.compile_check`: does every program compile for every accelerator, and fit it?
 
-Compiles the programs of real models' blocks under the sharding rules for TPUs and GPUs that are not there, with
-their real compilers, and holds each whole model's memory against the chips'. Each distinct program is
-compiled once. `--write` makes docs/targets.md of the results.
+Compiles the programs of real models' blocks under the sharding rules for TPUs and GPUs that are not
+there, with their real compilers, and holds each whole model's memory against the chips'. Each distinct
+program is compiled once. `--write PAGE` puts the table into a page between its marks.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, flags
@@ -126,7 +127,7 @@ class Checker:
             num_rows=256 + SEQUENCES, max_num_seqs=16, max_pages=TOKENS // PAGE_SIZE
         )
         self.executables = Executables(geometry, placement=self.placement)
-        self.compiled: dict[ProgramKey, object] = {}
+        self.compiled: dict[ProgramKey, Any] = {}
 
     def check(self, model: Model) -> Result:
         """Compiles a model's programs and adds up its memory.

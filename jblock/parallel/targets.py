@@ -1,6 +1,7 @@
 """Devices that programs are compiled for without having them.
 
-The real compilers run here: libtpu's for TPUs, and XLA's of jax-cuda13-plugin for GPUs (both in the `compile` extra).
+The real compilers run here: libtpu's for TPUs, and that of jax-cuda13-plugin for GPUs (the `compile`
+extra has both).
 """
 
 import dataclasses
