@@ -16,6 +16,8 @@ from jblock.zoo.records import Chain, Step, check_name
 from jblock.zoo.store import Zoo
 
 _SMALL = ("config.json", "generation_config.json", "model.safetensors.index.json")
+# In a folder of small files: tensors that the model does not need but an export writes again.
+LEFT_OUT = "left_out.safetensors"
 _SAMPLING = (
     "do_sample",
     "temperature",
@@ -54,7 +56,8 @@ def convert(source_path: Path, zoo_path: Path, name: str, progress: Progress) ->
     tokenizer = read_tokenizer(source_path)
     note_tokenizer(tokenizer, plan.vocab_size, source_path, progress)
 
-    small = source.small_files(_SMALL) | _left_out(plan, source)
+    given = tokenizer.given if tokenizer else ()
+    small = source.small_files(_SMALL, given) | _left_out(plan, source)
 
     zoo = Zoo.create(zoo_path)
     with zoo.writer() as writer:
@@ -160,7 +163,7 @@ def _left_out(plan: Plan, source: Source) -> dict[str, bytes]:
     """Rope tables and masks kept aside, so that an export can write them again."""
     names = [n for n in (*plan.inverse_frequencies, *plan.masks) if n in source.tensors]
     tensors = {n: source.read(n) for n in names}
-    return {"left_out.safetensors": safetensors.numpy.save(tensors)} if tensors else {}
+    return {LEFT_OUT: safetensors.numpy.save(tensors)} if tensors else {}
 
 
 def _check_mask(source: Source, name: str) -> None:

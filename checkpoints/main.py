@@ -67,6 +67,15 @@ def _verify(args: argparse.Namespace) -> int:
     return 1 if differences else 0
 
 
+def _export(args: argparse.Namespace) -> int:
+    from checkpoints.export import export
+
+    name, version = _name_and_version(args.name)
+    files = export(Path(args.zoo), name, Path(args.out), _progress(args), version)
+    print(f"{args.name} written to {args.out}: {len(files)} files")
+    return 0
+
+
 def _fsck(args: argparse.Namespace) -> int:
     from jblock.zoo.fsck import fsck
     from jblock.zoo.inventory import stored_bytes
@@ -79,6 +88,12 @@ def _fsck(args: argparse.Namespace) -> int:
         print(line)
     print(f"{zoo.path}: {f'{len(problems)} problems' if problems else 'clean'}")
     return 1 if problems else 0
+
+
+def _name_and_version(text: str) -> tuple[str, int | None]:
+    """ "name@version" or "name"."""
+    name, at, version = text.partition("@")
+    return (name, int(version)) if at and version.isdecimal() else (text, None)
 
 
 def _progress(args: argparse.Namespace) -> Progress:
@@ -112,6 +127,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     inspect.add_argument("name", nargs="?", help=_FIELDS["name"])
     inspect.add_argument("--json", action="store_true", help="print everything as JSON")
     command("verify", _verify, "compare a model with its source", "name", "--against")
+    command("export", _export, "write a model as the files it was made from", "name", "--out")
     command("fsck", _fsck, "check every hash and every reference")
     return parser.parse_args(argv[1:])
 
@@ -121,6 +137,7 @@ _FIELDS = {
     "name": "name of a model in the zoo",
     "--name": "name the model gets in the zoo",
     "--base": "name of the model in the zoo that the adapter was trained on",
+    "--out": "folder to write, new or empty",
     "--against": "folder of the checkpoint or adapter",
 }
 

@@ -15,6 +15,7 @@ from jblock.families import families
 from jblock.zoo.records import Chain, check_name
 from jblock.zoo.store import Zoo
 
+_SMALL = ("adapter_config.json", "adapter_model.safetensors.index.json")
 _PREFIX = "base_model.model."
 
 
@@ -48,8 +49,8 @@ def convert(
     _check_base(zoo, base, settings)
     source = open_source(source_path, "adapter_model")
     planned = plan_deltas(zoo, base, settings, source)
-    small = source.small_files(("adapter_config.json",))
     tokenizer = read_tokenizer(source_path)
+    small = source.small_files(_SMALL, tokenizer.given if tokenizer else ())
     if tokenizer is not None:
         note_tokenizer(tokenizer, base.vocab_size, source_path, progress)
 

@@ -85,8 +85,7 @@ def read_header(path: Path) -> tuple[bytes, dict[str, TensorInfo]]:
     """The header of a safetensors file, as it is and parsed.
 
     Raises:
-      CheckpointError: truncated or malformed; tensors that overlap, leave holes, reach past the
-        end, have a size that does not fit their shape, or a dtype that is not served.
+      CheckpointError: truncated, or what `parse_header` refuses.
     """
     try:
         with open(path, "rb") as f:
@@ -98,6 +97,21 @@ def read_header(path: Path) -> tuple[bytes, dict[str, TensorInfo]]:
             raw = f.read(length)
     except OSError as e:
         raise CheckpointError(f"{path} cannot be read: {e.strerror}") from e
+    return raw, parse_header(path, raw, size)
+
+
+def parse_header(path: Path, raw: bytes, size: int | None = None) -> dict[str, TensorInfo]:
+    """Where the tensors of a file of `size` bytes with the header `raw` lie.
+
+    Args:
+      path: the file, which need not be there yet.
+      raw: the JSON of its header.
+      size: bytes of the file; None: as many as the header describes.
+
+    Raises:
+      CheckpointError: malformed; tensors that overlap, leave holes, reach past the end, have a size
+        that does not fit their shape, or a dtype that is not served.
+    """
     try:
         header = json.loads(raw.decode(), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as e:
@@ -105,8 +119,8 @@ def read_header(path: Path) -> tuple[bytes, dict[str, TensorInfo]]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: header is malformed (no object): download it again")
     header.pop("__metadata__", None)
-    tensors = {n: _tensor(path, n, e, 8 + length, size) for n, e in header.items()}
-    at = 8 + length
+    at = 8 + len(raw)
+    tensors = {n: _tensor(path, n, e, at, size) for n, e in header.items()}
     for info in sorted(tensors.values(), key=lambda t: (t.start, t.end)):
         if info.start != at:
             raise CheckpointError(
@@ -114,12 +128,12 @@ def read_header(path: Path) -> tuple[bytes, dict[str, TensorInfo]]:
                 "must follow each other; save the checkpoint again"
             )
         at = info.end
-    if at != size:
+    if size is not None and at != size:
         raise CheckpointError(f"{path} has {size} bytes, its header describes {at}: copy it again")
-    return raw, tensors
+    return tensors
 
 
-def _tensor(path: Path, name: str, entry: Any, base: int, size: int) -> TensorInfo:
+def _tensor(path: Path, name: str, entry: Any, base: int, size: int | None) -> TensorInfo:
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         ints = (*shape, start, end)
@@ -132,7 +146,7 @@ def _tensor(path: Path, name: str, entry: Any, base: int, size: int) -> TensorIn
             f"{path}: tensor {name!r} has dtype {dtype!r}; served: {', '.join(_DTYPES)}: convert "
             "the unquantised checkpoint"
         )
-    if base + end > size:
+    if size is not None and base + end > size:
         raise CheckpointError(
             f"{path} is truncated: tensor {name!r} ends at byte {base + end}, the file has {size}: "
             "download it again"

@@ -12,6 +12,8 @@ import numpy as np
 from checkpoints.errors import CheckpointError
 from checkpoints.safetensors_file import TensorInfo, read_header
 
+# In a folder of small files: names of the tokenizer files that were there, a JSON list.
+TOKENIZER_LIST = "tokenizer_files.json"
 _PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -39,9 +41,17 @@ class Source:
         same = (a.dtype, a.shape) == (b.dtype, b.shape)
         return same and all(x == y for x, y in zip(a.chunks(), b.chunks(), strict=True))
 
-    def small_files(self, names: tuple[str, ...]) -> dict[str, bytes]:
-        """Those of the named files that are there, byte by byte, and the weight files' headers."""
+    def small_files(
+        self, names: tuple[str, ...], tokenizer_files: tuple[str, ...]
+    ) -> dict[str, bytes]:
+        """What an export needs beside tensors and the tokenizer.
+
+        Returns:
+          Those of the named files that are there, byte by byte; the header of every weight file as
+          `<file>.header`; and which tokenizer files there were, as TOKENIZER_LIST.
+        """
         files = {f"{name}.header": raw for name, raw in self.headers.items()}
+        files[TOKENIZER_LIST] = json.dumps(tokenizer_files).encode()
         return files | {n: (self.path / n).read_bytes() for n in names if (self.path / n).is_file()}
 
 

@@ -34,6 +34,11 @@ class TokenizerFiles:
     largest_id: int
     made: bool
 
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Names of the files that the checkpoint has itself, sorted."""
+        return tuple(sorted(self.files.keys() - ({"tokenizer.json"} if self.made else set())))
+
 
 def read_tokenizer(path: Path) -> TokenizerFiles | None:
     """The tokenizer in a checkpoint folder; None when there is none.

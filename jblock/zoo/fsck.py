@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jblock.zoo import codec, disk, ids
+from jblock.zoo import codec, disk
 from jblock.zoo.records import ZooError, check_name
 from jblock.zoo.store import Zoo
 
@@ -34,7 +34,7 @@ def fsck(zoo: Zoo, on_component: Callable[[int], None] = lambda nbytes: None) ->
         attempt(_delta, id_, on_component)
     for kind in ("tokenizers", "sources"):
         for id_ in _entries(zoo.path / kind):
-            attempt(_files, kind, id_)
+            attempt(Zoo.files, kind, id_)
     for name in _entries(zoo.path / "chains"):
         attempt(_chains, name, attempt)
     return problems
@@ -59,18 +59,6 @@ def _delta(zoo: Zoo, id_: str, done: Callable[[int], None]) -> None:
     codec.check_shapes(f"delta {id_}", shapes, record.spec.tensors(base.spec))
     zoo.load_delta(id_, verify=True)
     done(record.nbytes)
-
-
-def _files(zoo: Zoo, kind: str, id_: str) -> None:
-    folder = zoo.folder(kind, id_)
-    files = {}
-    for name in _entries(folder):
-        path = folder / name
-        if path.is_symlink() or not path.is_file():
-            raise ZooError(f"{path} is no regular file: remove it")
-        files[name] = path.read_bytes()
-    if ids.files_id(files) != id_:
-        raise ZooError(f"{folder} holds other content than its id says: convert the model again")
 
 
 def _chains(zoo: Zoo, name: str, attempt: Callable[..., None]) -> None:

@@ -193,6 +193,25 @@ class Zoo:
         with self.writer() as writer:
             return writer.put_files("tokenizers", files)
 
+    def files(self, kind: str, id: str) -> dict[str, bytes]:
+        """The files of a tokenizer ("tokenizers") or of a source ("sources"), checked by their id.
+
+        Raises:
+          ZooError: none of that id, or it is damaged.
+        """
+        folder = self.folder(kind, id)
+        files = {}
+        for name in sorted(os.listdir(folder)):
+            path = folder / name
+            if path.is_symlink() or not path.is_file():
+                raise ZooError(f"{path} is no regular file: remove it")
+            files[name] = path.read_bytes()
+        if ids.files_id(files) != id:
+            raise ZooError(
+                f"{folder} holds other content than its id says: convert the model again"
+            )
+        return files
+
     def tokenizer_path(self, id: str) -> Path:
         """The folder of a tokenizer.
 

@@ -122,7 +122,12 @@ def test_token_ids_and_sampling_come_from_generation_config_first(tmp_path, cli)
     assert sorted(p.name for p in stored.iterdir()) == ["chat_template.jinja", "tokenizer.json"]
     kept = zoo.folder("sources", chain.source_files)
     names = sorted(p.name for p in kept.iterdir())
-    assert names == ["config.json", "generation_config.json", "model.safetensors.header"]
+    assert names == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.header",
+        "tokenizer_files.json",
+    ]
     raw = (source / "model.safetensors").read_bytes()
     header = (kept / "model.safetensors.header").read_bytes()
     assert raw[8 : 8 + len(header)] == header

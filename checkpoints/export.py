@@ -1,0 +1,162 @@
+"""`jblock-convert export`: a model of the zoo becomes the files it was made from, byte by byte.
+
+The zoo keeps the headers of the weight files as they were, which say where every tensor lies. So the
+files are laid out first, and every component is then read once, checked, and written to its places.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+from checkpoints import peft
+from checkpoints.errors import CheckpointError
+from checkpoints.hf import LEFT_OUT
+from checkpoints.peft_config import read_settings
+from checkpoints.progress import Progress
+from checkpoints.safetensors_file import TensorInfo, parse_header
+from checkpoints.source import TOKENIZER_LIST, Source
+from jblock.families import families
+from jblock.zoo import disk
+from jblock.zoo.ids import raw_bytes
+from jblock.zoo.records import Chain
+from jblock.zoo.store import Zoo
+
+_HEADER = ".header"
+
+
+def export(
+    zoo_path: Path, name: str, out: Path, progress: Progress, version: int | None = None
+) -> list[str]:
+    """Writes a model as a Hugging Face checkpoint, or an adapter as a PEFT adapter.
+
+    Args:
+      zoo_path: the zoo.
+      name: the model.
+      out: folder to make; it may exist if it is empty.
+      progress: told how far it is.
+      version: which version; None: the live one.
+
+    Returns:
+      Names of the files written, sorted.
+
+    Raises:
+      CheckpointError: `out` holds something, or the model was not made from such files.
+      ZooError: no such model, or the zoo is damaged.
+    """
+    zoo = Zoo.open(zoo_path)
+    chain = zoo.chain(name, version)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} is there and not empty: give a new folder")
+    if chain.source_files is None:
+        raise CheckpointError(
+            f"{chain.name}@{chain.version} was not made from files (or by an early version), so "
+            "there are none to write again"
+        )
+    kept = zoo.files("sources", chain.source_files)
+    headers = {n.removesuffix(_HEADER): raw for n, raw in kept.items() if n.endswith(_HEADER)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.parent / f".{out.name}.{secrets.token_hex(4)}"
+    with disk.disk_errors(out):
+        aside.mkdir()
+        try:
+            source = _lay_out(aside, headers)
+            small = {n: b for n, b in kept.items() if not n.endswith(_HEADER)}
+            left_out = safetensors.numpy.load(small.pop(LEFT_OUT, _NO_TENSORS))
+            for file, data in (small | _tokenizer(zoo, chain, small)).items():
+                (aside / file).write_bytes(data)
+            total = sum(t.nbytes for t in source.tensors.values())
+            with progress.bar(f"{name}: writing", total) as advance:
+                missing = set(source.tensors)
+                for values in (left_out, *_values(zoo, chain, source)):
+                    for tensor in values.keys() & missing:
+                        advance(_write(source.tensors[tensor], values[tensor]))
+                    missing -= values.keys()
+            if missing:
+                raise CheckpointError(
+                    f"{chain.name}@{chain.version} lacks {min(missing)!r}, which its files had: it "
+                    "is no longer what it was made from"
+                )
+            disk.fsync_tree(aside)
+            os.rename(aside, out)  # over an empty folder too
+            disk.fsync_path(out.parent)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return sorted(os.listdir(out))
+
+
+_NO_TENSORS = safetensors.numpy.save({})
+
+
+def _lay_out(folder: Path, headers: Mapping[str, bytes]) -> Source:
+    """Weight files of their full length, with their headers and nothing else yet."""
+    tensors: dict[str, TensorInfo] = {}
+    for file, raw in headers.items():
+        found = parse_header(folder / file, raw)
+        with open(folder / file, "xb") as f:
+            f.write(struct.pack("<Q", len(raw)) + raw)
+            f.truncate(8 + len(raw) + sum(t.nbytes for t in found.values()))
+        tensors |= found
+    return Source(path=folder, tensors=tensors, headers=dict(headers))
+
+
+def _write(info: TensorInfo, value: np.ndarray) -> int:
+    if (value.dtype, value.shape) != (info.dtype, info.shape):
+        raise CheckpointError(
+            f"tensor {info.name!r} is {value.dtype} {list(value.shape)}, its file had {info.dtype} "
+            f"{list(info.shape)}: it is no longer what it was made from"
+        )
+    with open(info.path, "r+b") as f:
+        f.seek(info.start)
+        f.write(raw_bytes(value).data)
+    return info.nbytes
+
+
+def _tokenizer(zoo: Zoo, chain: Chain, small: dict[str, bytes]) -> dict[str, bytes]:
+    """The tokenizer files that the source had; takes the list of them out of `small`."""
+    listed = small.pop(TOKENIZER_LIST, None)
+    if chain.tokenizer is None:
+        return {}
+    files = zoo.files("tokenizers", chain.tokenizer)
+    if listed is not None:
+        return {n: files[n] for n in json.loads(listed)}
+    # Models of zoos that hold no such list: adapters mostly have none of their own.
+    return files if chain.base is None else {}
+
+
+def _values(zoo: Zoo, chain: Chain, source: Source) -> Iterator[dict[str, np.ndarray]]:
+    """The tensors by their names in the files, those of one component or delta at a time."""
+    if chain.base is not None:
+        yield from _adapter(zoo, chain, source)
+        return
+    plan = families()[chain.family].plan(chain.source).fitting(source.tensors)
+    if len(plan.steps) != len(chain.steps):
+        raise CheckpointError(
+            f"{chain.name} has {len(chain.steps)} components, its config.json makes "
+            f"{len(plan.steps)}: it is no longer what it was made from"
+        )
+    copies: dict[str, list[str]] = {}
+    for copy, original in plan.copies.items():
+        copies.setdefault(original, []).append(copy)
+    for planned, step in zip(plan.steps, chain.steps, strict=True):
+        stored = zoo.load_component(step.component, verify=True)
+        values = {file_name: stored[name] for name, file_name in planned.tensors.items()}
+        yield values | {c: values[n] for n in values for c in copies.get(n, ())}
+
+
+def _adapter(zoo: Zoo, chain: Chain, source: Source) -> Iterator[dict[str, np.ndarray]]:
+    base_name, _, version = (chain.base or "").rpartition("@")
+    base = zoo.chain(base_name, int(version))
+    planned = {
+        d.index: d for d in peft.plan_deltas(zoo, base, read_settings(chain.adapter), source)
+    }
+    for i, (step, under) in enumerate(zip(chain.steps, base.steps, strict=True)):
+        for id_ in step.deltas[len(under.deltas) :]:
+            stored = zoo.load_delta(id_, verify=True)
+            yield {file_name: stored[name] for name, file_name in planned[i].tensors.items()}

@@ -1,0 +1,111 @@
+"""Export: the files a model was made from come back bit by bit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_checkpoints as tiny
+from converter_cli import Cli
+from tiny_checkpoints import CONFIG
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+MODELS = sorted(p.parent for p in FIXTURES.glob("hf/*/config.json"))
+ADAPTERS = sorted(p.parent for p in FIXTURES.glob("peft/*/adapter_config.json"))
+# Beside the checkpoints, the fixtures hold what only tests read.
+TESTS_OWN = ("config_v4.json", "oracle.npz", "README.md")
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """Where every fixture of this file ends up."""
+    return tmp_path_factory.mktemp("fixtures") / "zoo"
+
+
+def same_files(one, other):
+    """Whether two folders hold the same files, but for what only tests read."""
+    a, b = ({n: d for n, d in tiny.files_of(p).items() if n not in TESTS_OWN} for p in (one, other))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name] == b[name], name
+
+
+@pytest.mark.parametrize("source", MODELS, ids=lambda p: p.name)
+def test_models(zoo, capsys, tmp_path, source):
+    cli = Cli(zoo, capsys)
+    cli.ok("hf", source, "--name", source.name)
+    cli.ok("export", source.name, "--out", tmp_path / "out")
+    same_files(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("source", ADAPTERS, ids=lambda p: p.name)
+def test_adapters(zoo, capsys, tmp_path, source):
+    cli = Cli(zoo, capsys)
+    base = json.loads((source / "adapter_config.json").read_text())["base_model_name_or_path"]
+    cli.ok("hf", FIXTURES / "hf" / base, "--name", base)
+    cli.ok("peft", source, "--base", base, "--name", source.name)
+    cli.ok("export", source.name, "--out", tmp_path / "out")
+    same_files(source, tmp_path / "out")
+
+
+def test_all_that_a_checkpoint_may_hold(cli, tmp_path):
+    """Shards, a tied head's copy, an old rope table, a tokenizer; float32 beside bfloat16."""
+    config = CONFIG | {"tie_word_embeddings": True}
+    tensors = tiny.weights(config)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(tiny.BFLOAT16)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    exponents = np.arange(0, 4, 2) / 4
+    table = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    tensors[table] = (10000.0**-exponents).astype(np.float32)
+    source = tiny.write_checkpoint(tmp_path / "src", config, tensors, shards=3, generation={})
+    (source / "tokenizer.json").write_text(tiny.tokenizer_json())
+    (source / "tokenizer_config.json").write_text("{}")
+    cli.ok("hf", source, "--name", "m")
+    cli.ok("export", "m", "--out", tmp_path / "new" / "out")
+    same_files(source, tmp_path / "new" / "out")
+    assert not list((tmp_path / "new").glob(".*"))
+    again = Cli(tmp_path / "other", cli._capsys)
+    again.ok("hf", tmp_path / "new" / "out", "--name", "m")
+
+
+def test_a_tokenizer_json_that_was_made_is_not_written(cli, tmp_path):
+    source = tiny.write_checkpoint(tmp_path / "src")
+    shutil.copy(Path(__file__).parent / "data" / "bpe.model", source / "tokenizer.model")
+    result = cli("hf", source, "--name", "m")
+    assert result.code == 0, result.err
+    cli.ok("export", "m", "--out", tmp_path / "out")
+    same_files(source, tmp_path / "out")
+
+
+def test_an_adapter_with_a_tokenizer_of_its_own(cli, tmp_path):
+    cli.ok("hf", tiny.write_checkpoint(tmp_path / "base"), "--name", "base")
+    source = tiny.write_adapter(tmp_path / "adapter")
+    (source / "tokenizer.json").write_text(tiny.tokenizer_json())
+    cli.ok("peft", source, "--base", "base", "--name", "a")
+    cli.ok("export", "a", "--out", tmp_path / "out")
+    same_files(source, tmp_path / "out")
+
+
+def test_an_older_version(cli, tmp_path):
+    first = tiny.write_checkpoint(tmp_path / "1")
+    second = tiny.write_checkpoint(tmp_path / "2", tensors=tiny.weights(CONFIG, seed=1))
+    cli.ok("hf", first, "--name", "m")
+    cli.ok("hf", second, "--name", "m")
+    cli.ok("export", "m@1", "--out", tmp_path / "out1")
+    cli.ok("export", "m", "--out", tmp_path / "out2")
+    same_files(first, tmp_path / "out1")
+    same_files(second, tmp_path / "out2")
+
+
+def test_what_is_there_is_not_overwritten_and_damage_is_not_exported(cli, tmp_path):
+    cli.ok("hf", tiny.write_checkpoint(tmp_path / "src"), "--name", "m")
+    before = tiny.files_of(tmp_path / "src")
+    result = cli("export", "m", "--out", tmp_path / "src")
+    assert (result.code, "not empty" in result.err) == (2, True)
+    assert tiny.files_of(tmp_path / "src") == before
+    weights = next(cli.zoo.glob("components/*/params/q.weight/0.0"))
+    weights.write_bytes(b"\1" + weights.read_bytes()[1:])
+    result = cli("export", "m", "--out", tmp_path / "out")
+    assert (result.code, "other content" in result.err) == (2, True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["src", "zoo"]
