@@ -1,5 +1,7 @@
 """`jblock-convert hf`: a Hugging Face checkpoint becomes a chain of components."""
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,10 @@ from checkpoints.errors import CheckpointError
 from checkpoints.progress import Progress
 from checkpoints.source import Source, open_source, read_json
 from checkpoints.tokenizer import TokenizerFiles, read_tokenizer
-from jblock.blocks.spec import AttentionSpec
+from jblock.blocks.spec import AttentionSpec, canonical_json, spec_to_json
 from jblock.families import Plan, family_for
 from jblock.families.config import token_ids
-from jblock.zoo.records import Chain, Step, check_name
+from jblock.zoo.records import Chain, GoneError, Step, check_name
 from jblock.zoo.store import Zoo
 
 _SMALL = ("config.json", "generation_config.json", "model.safetensors.index.json")
@@ -60,37 +62,56 @@ def convert(source_path: Path, zoo_path: Path, name: str, progress: Progress) ->
     small = source.small_files(_SMALL, given) | _left_out(plan, source)
 
     zoo = Zoo.create(zoo_path)
-    with zoo.writer() as writer:
-        owners: dict[str, tuple[str, str]] = {}  # checkpoint tensor -> (component, tensor)
-        steps = []
-        total = sum(t.nbytes for t in source.tensors.values())
-        with progress.bar(f"{name}: components", total) as advance:
-            for step in plan.steps:
-                tied = {t: owners[n] for t, n in step.tensors.items() if n in owners}
-                own = {t: source.read(n) for t, n in step.tensors.items() if t not in tied}
-                id_ = writer.put_component(step.spec, own, tied)
-                owners |= {step.tensors[t]: (id_, t) for t in own}
-                steps.append(Step(component=id_, joined=step.joined))
-                advance(sum(v.nbytes for v in own.values()))
-        chain = Chain(
-            name=name,
-            family=family.name,
-            steps=tuple(steps),
-            tokenizer=None
-            if tokenizer is None
-            else writer.put_files("tokenizers", tokenizer.files),
-            max_position=plan.max_position,
-            vocab_size=plan.vocab_size,
-            eos_token_ids=eos,
-            bos_token_id=bos[0] if bos else None,
-            generation={k: v for k, v in generation.items() if k in _SAMPLING and _plain(v)},
-            source=config,
-            source_files=writer.put_files("sources", small),
-        )
-        progress.note(f"{name}: {writer.new_bytes} of {total} bytes are new to the zoo")
     before = zoo.versions(name)
-    published = zoo.publish(chain)
+
+    def add() -> Chain:
+        with zoo.writer(source.key()) as writer:
+            owners: dict[str, tuple[str, str]] = {}  # checkpoint tensor -> (component, tensor)
+            steps = []
+            total = sum(t.nbytes for t in source.tensors.values())
+            with progress.bar(f"{name}: components", total) as advance:
+                for i, step in enumerate(plan.steps):
+                    tied = {t: owners[n] for t, n in step.tensors.items() if n in owners}
+                    own = [t for t in step.tensors if t not in tied]
+                    # What the component is made from beside the bytes, which the key stands for.
+                    label = canonical_json([i, spec_to_json(step.spec), step.tensors])
+                    id_ = writer.finished(label)
+                    if id_ is None:
+                        tensors = {t: source.read(step.tensors[t]) for t in own}
+                        id_ = writer.put_component(step.spec, tensors, tied)
+                        writer.finish(label, id_)
+                        del tensors
+                    owners |= {step.tensors[t]: (id_, t) for t in own}
+                    steps.append(Step(component=id_, joined=step.joined))
+                    advance(sum(source.tensors[step.tensors[t]].nbytes for t in own))
+            chain = Chain(
+                name=name,
+                family=family.name,
+                steps=tuple(steps),
+                tokenizer=None
+                if tokenizer is None
+                else writer.put_files("tokenizers", tokenizer.files),
+                max_position=plan.max_position,
+                vocab_size=plan.vocab_size,
+                eos_token_ids=eos,
+                bos_token_id=bos[0] if bos else None,
+                generation={k: v for k, v in generation.items() if k in _SAMPLING and _plain(v)},
+                source=config,
+                source_files=writer.put_files("sources", small),
+            )
+            progress.note(f"{name}: {writer.new_bytes} of {total} bytes are new to the zoo")
+            return writer.publish(chain)
+
+    published = again_if_gone(add)
     return published, published.version not in before
+
+
+def again_if_gone(add: Callable[[], Chain]) -> Chain:
+    """Does `add` again if something it found in the zoo was removed before it could publish."""
+    for _ in range(4):
+        with contextlib.suppress(GoneError):
+            return add()
+    return add()
 
 
 def check_tensors(plan: Plan, source: Source) -> None:

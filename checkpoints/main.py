@@ -1,6 +1,13 @@
-"""`jblock-convert`: fills a zoo, shows what is in it, and checks it.
+"""Fills a zoo with models, shows what they share, checks it, and gives them back.
 
-Exit codes: 0 done, 1 `verify` or `fsck` found something, 2 bad input (the zoo is unchanged).
+A zoo is a folder that keeps every part of every model once. Begin with
+
+  jblock-convert hf CHECKPOINT --zoo ZOO --name NAME
+  jblock-convert inspect --zoo ZOO
+
+`jblock-convert COMMAND --help` tells more. With --json a command prints one JSON object and nothing
+else on stdout. Exit codes: 0 done, 1 `verify` or `fsck` found something, 2 bad input (no model of the
+zoo has changed).
 """
 
 import argparse
@@ -8,110 +15,34 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from absl import app, logging
 from absl.flags import argparse_flags
 
+from checkpoints import commands
 from checkpoints.errors import BAD_INPUT
-from checkpoints.progress import Progress
-
-
-def _hf(args: argparse.Namespace) -> int:
-    from checkpoints import hf
-
-    chain, new = hf.convert(Path(args.src), Path(args.zoo), args.name, _progress(args))
-    print(f"{chain.name}@{chain.version} {'added' if new else 'unchanged'}")
-    return 0
-
-
-def _peft(args: argparse.Namespace) -> int:
-    from checkpoints import peft
-
-    chain, new = peft.convert(Path(args.src), Path(args.zoo), args.base, args.name, _progress(args))
-    print(f"{chain.name}@{chain.version} on {chain.base} {'added' if new else 'unchanged'}")
-    return 0
-
-
-def _list(args: argparse.Namespace) -> int:
-    from checkpoints import printing
-    from jblock.zoo.inventory import inventory
-    from jblock.zoo.store import Zoo
-
-    printing.print_chains(inventory(Zoo.open(args.zoo)))
-    return 0
-
-
-def _inspect(args: argparse.Namespace) -> int:
-    from jblock.zoo.inventory import inventory
-    from jblock.zoo.store import Zoo
-
-    data = inventory(Zoo.open(args.zoo), args.name)
-    if args.json:
-        print(json.dumps(data, indent=2))
-        return 0
-    from checkpoints import printing
-
-    printing.print_components(data)
-    printing.print_chains(data)
-    return 0
-
-
-def _verify(args: argparse.Namespace) -> int:
-    from checkpoints.verify import verify
-
-    differences = verify(Path(args.zoo), args.name, Path(args.against), _progress(args))
-    for line in differences:
-        print(line)
-    print(f"{args.name} {'differs from' if differences else 'is'} {args.against}")
-    return 1 if differences else 0
-
-
-def _export(args: argparse.Namespace) -> int:
-    from checkpoints.export import export
-
-    name, version = _name_and_version(args.name)
-    files = export(Path(args.zoo), name, Path(args.out), _progress(args), version)
-    print(f"{args.name} written to {args.out}: {len(files)} files")
-    return 0
-
-
-def _fsck(args: argparse.Namespace) -> int:
-    from jblock.zoo.fsck import fsck
-    from jblock.zoo.inventory import stored_bytes
-    from jblock.zoo.store import Zoo
-
-    zoo = Zoo.open(args.zoo)
-    with _progress(args).bar("checking", stored_bytes(zoo)) as advance:
-        problems = fsck(zoo, advance)
-    for line in problems:
-        print(line)
-    print(f"{zoo.path}: {f'{len(problems)} problems' if problems else 'clean'}")
-    return 1 if problems else 0
-
-
-def _name_and_version(text: str) -> tuple[str, int | None]:
-    """ "name@version" or "name"."""
-    name, at, version = text.partition("@")
-    return (name, int(version)) if at and version.isdecimal() else (text, None)
-
-
-def _progress(args: argparse.Namespace) -> Progress:
-    return Progress(bars=args.progress, quiet=args.quiet)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line of one command; exits with 2 when it is malformed."""
-    parser = argparse_flags.ArgumentParser(prog="jblock-convert", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse_flags.ArgumentParser(
+        prog="jblock-convert", description=__doc__, formatter_class=raw
+    )
+    subs = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, does: Callable[[argparse.Namespace], int], help: str, *fields: str):
-        sub = commands.add_parser(name, help=help, description=help)
+    def command(
+        name: str, does: Callable[[argparse.Namespace], commands.Outcome], help: str, *fields: str
+    ):
+        more, example = _MORE[name]
+        text = f"{help[0].upper()}{help[1:]}.\n\n{more}\n\nExample:\n  jblock-convert {example}"
+        sub = subs.add_parser(name, help=help, description=text, formatter_class=raw)
         sub.set_defaults(run=does)
         sub.add_argument("--zoo", required=True, help="folder of the zoo")
         for field in fields:
             option = sub.add_argument(field, help=_FIELDS[field])
             option.required = True
+        sub.add_argument("--json", action="store_true", help="print the result as JSON")
         sub.add_argument(
             "--progress",
             action=argparse.BooleanOptionalAction,
@@ -120,25 +51,88 @@ def parse(argv: list[str]) -> argparse.Namespace:
         sub.add_argument("--quiet", action="store_true", help="say only results and errors")
         return sub
 
-    command("hf", _hf, "add a Hugging Face checkpoint", "src", "--name")
-    command("peft", _peft, "add a PEFT LoRA adapter", "src", "--base", "--name")
-    command("list", _list, "list the models")
-    inspect = command("inspect", _inspect, "show components, who shares them, and bytes")
+    command("hf", commands.hf, "add a Hugging Face checkpoint", "src", "--name")
+    command("peft", commands.peft, "add a PEFT LoRA adapter", "src", "--base", "--name")
+    command("list", commands.list_, "list the models")
+    inspect = command("inspect", commands.inspect, "show components, who shares them, and bytes")
     inspect.add_argument("name", nargs="?", help=_FIELDS["name"])
-    inspect.add_argument("--json", action="store_true", help="print everything as JSON")
-    command("verify", _verify, "compare a model with its source", "name", "--against")
-    command("export", _export, "write a model as the files it was made from", "name", "--out")
-    command("fsck", _fsck, "check every hash and every reference")
+    command("diff", commands.diff, "compare two models component by component", "a", "b")
+    command("verify", commands.verify, "compare a model with its source", "name", "--against")
+    command("export", commands.export, "write the files a model was made from", "name", "--out")
+    copy = command("copy", commands.copy, "copy models into another zoo", "--to")
+    copy.add_argument("names", nargs="*", help="models, as name or name@version; default: all")
+    command("rm", commands.rm, "remove a model", "name")
+    gc = command("gc", commands.gc, "show, or remove, what nothing uses")
+    gc.add_argument("--delete", action="store_true", help="remove it; without, only show it")
+    fsck = command("fsck", commands.fsck, "check every hash and every reference")
+    fsck.add_argument("--repair", action="store_true", help="put right what can be")
     return parser.parse_args(argv[1:])
 
 
 _FIELDS = {
     "src": "folder with config.json (hf) or adapter_config.json (peft) and safetensors weights",
-    "name": "name of a model in the zoo",
+    "name": "a model in the zoo; where it makes sense also name@version",
+    "a": "a model, as name or name@version",
+    "b": "another model, or another version of the same",
     "--name": "name the model gets in the zoo",
     "--base": "name of the model in the zoo that the adapter was trained on",
-    "--out": "folder to write, new or empty",
     "--against": "folder of the checkpoint or adapter",
+    "--out": "folder to write, new or empty",
+    "--to": "folder of the other zoo; made when absent",
+}
+# Command -> what a newcomer should know, and an example.
+_MORE = {
+    "hf": (
+        "The checkpoint is cut into components; those that the zoo has already are not stored again.\n"
+        "Killed, it goes on where it was when it is called again. An equal checkpoint under the same\n"
+        "name is no new version.",
+        "hf ./llama-3.2-1b --zoo ./zoo --name llama",
+    ),
+    "peft": (
+        "The adapter rides on the components of its base, which must be in the zoo.",
+        "peft ./my-adapter --zoo ./zoo --base llama --name my-llama",
+    ),
+    "list": (
+        "`logical` is what separate checkpoints would take, `own` what only that model uses.",
+        "list --zoo ./zoo",
+    ),
+    "inspect": (
+        "Without a name: the whole zoo. Two models share a component when both are in `used by`.",
+        "inspect my-llama --zoo ./zoo --json",
+    ),
+    "diff": (
+        "Components are equal (stored once), changed (with the largest difference of two elements and\n"
+        "the tensor that has it), or of another form.",
+        "diff llama my-llama --zoo ./zoo",
+    ),
+    "verify": (
+        "Reads both sides in full. Exit code 1 and one line for each difference.",
+        "verify llama --against ./llama-3.2-1b --zoo ./zoo",
+    ),
+    "export": (
+        "Weights, shards, index, config and tokenizer come back identical to the last byte; an adapter\n"
+        "as a PEFT adapter, without its base.",
+        "export llama@1 --out ./llama-again --zoo ./zoo",
+    ),
+    "copy": (
+        "Only components the other zoo lacks are sent; an adapter takes its base along. Interrupted, it\n"
+        "goes on where it was when it is called again.",
+        "copy my-llama --zoo ./zoo --to /mnt/other/zoo",
+    ),
+    "rm": (
+        "Refused while an adapter or an edge relies on it. The components stay until `gc --delete`.",
+        "rm my-llama --zoo ./zoo",
+    ),
+    "gc": (
+        "What no model (in any version), edge, running command or unfinished conversion of the last day\n"
+        "names. Safe beside running converters.",
+        "gc --zoo ./zoo --delete",
+    ),
+    "fsck": (
+        "Exit code 1 and one line for each problem. --repair writes derived records anew and moves damaged\n"
+        "components to damaged/, so that converting a model that uses them makes them again.",
+        "fsck --zoo ./zoo --repair",
+    ),
 }
 
 
@@ -148,17 +142,26 @@ def main(args: argparse.Namespace) -> int:
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)
     try:
-        code = args.run(args)
+        outcome = args.run(args)
+        if args.json:
+            print(json.dumps(outcome.data, indent=2))
+        else:
+            outcome.show()
         sys.stdout.flush()
-        return code
+        return outcome.code
     except BrokenPipeError:
         # The reader (`| head`) has what it wants; keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("jblock-convert: interrupted: nothing was added", file=sys.stderr)
+        print(
+            "jblock-convert: interrupted: no model has changed; the same command again goes on",
+            file=sys.stderr,
+        )
         return 130
     except (*BAD_INPUT, OSError) as e:
+        if args.json:
+            print(json.dumps({"error": str(e)}))
         print(f"jblock-convert: error: {e}", file=sys.stderr)
         return 2
     finally:

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from checkpoints.errors import CheckpointError
-from checkpoints.hf import note_tokenizer
+from checkpoints.hf import again_if_gone, note_tokenizer
 from checkpoints.peft_config import LoraSettings, read_settings
 from checkpoints.progress import Progress
 from checkpoints.source import Source, open_source, read_json
@@ -54,33 +54,38 @@ def convert(
     if tokenizer is not None:
         note_tokenizer(tokenizer, base.vocab_size, source_path, progress)
 
-    with zoo.writer() as writer:
-        added: dict[int, str] = {}
-        total = sum(t.nbytes for t in source.tensors.values())
-        with progress.bar(f"{name}: deltas", total) as advance:
-            for delta in planned:
-                tensors = {t: source.read(n) for t, n in delta.tensors.items()}
-                component = base.steps[delta.index].component
-                added[delta.index] = writer.put_delta(delta.spec, component, tensors)
-                advance(sum(v.nbytes for v in tensors.values()))
-        chain = dataclasses.replace(
-            base,
-            name=name,
-            version=0,
-            steps=tuple(
+    before = zoo.versions(name)
+
+    def add() -> Chain:
+        with zoo.writer() as writer:
+            added: dict[int, str] = {}
+            total = sum(t.nbytes for t in source.tensors.values())
+            with progress.bar(f"{name}: deltas", total) as advance:
+                for delta in planned:
+                    tensors = {t: source.read(n) for t, n in delta.tensors.items()}
+                    component = base.steps[delta.index].component
+                    added[delta.index] = writer.put_delta(delta.spec, component, tensors)
+                    advance(sum(v.nbytes for v in tensors.values()))
+            steps = tuple(
                 dataclasses.replace(s, deltas=s.deltas + ((added[i],) if i in added else ()))
                 for i, s in enumerate(base.steps)
-            ),
-            base=f"{base.name}@{base.version}",
-            adapter=config,
-            source_files=writer.put_files("sources", small),
-        )
-        if tokenizer is not None:
-            own = writer.put_files("tokenizers", tokenizer.files)
-            chain = dataclasses.replace(chain, tokenizer=own)
-        progress.note(f"{name}: {writer.new_bytes} of {total} bytes are new to the zoo")
-    before = zoo.versions(name)
-    published = zoo.publish(chain)
+            )
+            chain = dataclasses.replace(
+                base,
+                name=name,
+                version=0,
+                steps=steps,
+                base=f"{base.name}@{base.version}",
+                adapter=config,
+                source_files=writer.put_files("sources", small),
+            )
+            if tokenizer is not None:
+                own = writer.put_files("tokenizers", tokenizer.files)
+                chain = dataclasses.replace(chain, tokenizer=own)
+            progress.note(f"{name}: {writer.new_bytes} of {total} bytes are new to the zoo")
+            return writer.publish(chain)
+
+    published = again_if_gone(add)
     return published, published.version not in before
 
 

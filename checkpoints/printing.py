@@ -46,3 +46,27 @@ def print_components(data: dict[str, Any]) -> None:
         shown = ", ".join(users[:4]) + (f" and {len(users) - 4} more" if len(users) > 4 else "")
         table.add_row(entry["id"][:12], entry["kind"], size(entry["nbytes"]), shown or "nobody")
     Console().print(table)
+
+
+def print_diff(data: dict[str, Any]) -> None:
+    """A line for each step of two models that is not the same in both, and the totals."""
+    table = Table("step", "kind", "state", data["a"], data["b"], "largest difference", box=None)
+    for row in data["steps"]:
+        if row["state"] == "equal" and row["same_deltas"]:
+            continue
+        state = row["state"]
+        if state == "equal":
+            state = "other deltas"
+        most = f"{row['max_difference']:.3g} ({row['tensor']})" if "tensor" in row else ""
+        index = row["a"] if row["a"] is not None else row["b"]
+        sizes = [size(row[f"{k}_bytes"] + row[f"{k}_delta_bytes"]) for k in ("a", "b")]
+        table.add_row(str(index), row["kind"], state, *sizes, most)
+    console = Console()
+    if table.row_count:
+        console.print(table)
+    totals = data["totals"]
+    console.print(
+        f"{totals['equal']} components equal ({size(totals['equal_bytes'])}), {totals['changed']} "
+        f"changed, {totals['other']} without a counterpart",
+        highlight=False,
+    )

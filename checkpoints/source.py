@@ -1,5 +1,6 @@
 """A checkpoint folder in Hugging Face form: its JSON files, and its tensors over all shards."""
 
+import hashlib
 import json
 import math
 import os
@@ -34,6 +35,15 @@ class Source:
     def read(self, name: str) -> np.ndarray:
         """One tensor; see `TensorInfo.read`."""
         return self.tensors[name].read()
+
+    def key(self) -> str:
+        """64 hexadecimal digits that change when a file was exchanged or written to."""
+        parts: list[Any] = [str(self.path.resolve())]
+        for file, raw in sorted(self.headers.items()):
+            stat = (self.path / file).stat()
+            header = hashlib.sha256(raw).hexdigest()
+            parts.append([file, stat.st_size, stat.st_mtime_ns, stat.st_ino, header])
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors are the same bit by bit, without holding either in memory."""

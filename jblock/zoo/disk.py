@@ -1,16 +1,13 @@
 """Writing so that a crash at any instant leaves what was there before readable.
 
-Everything is written in a private scratch folder, forced to the disk, and renamed into place. A
-scratch folder whose writer is gone is told by its lock, which the kernel drops with the process:
-unlike a process id, that also holds between containers that share a zoo.
+Everything is written in a private scratch folder (the writer's lease, lease.py), forced to the disk,
+and renamed into place.
 """
 
 import contextlib
 import errno
-import fcntl
 import os
 import secrets
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,63 +86,3 @@ def move_dir(source: Path, target: Path) -> bool:
             return False
         raise
     return True
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on the file `path`, made when absent, waiting for it if need be."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-@contextlib.contextmanager
-def scratch(tmp: Path) -> Iterator[Path]:
-    """A private folder under `tmp`, removed at the end whatever happens."""
-    while True:
-        folder = tmp / secrets.token_hex(8)
-        lock = folder.with_suffix(".lock")
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        if _same(lock, fd):
-            break
-        os.close(fd)  # a cleaner took it between open and lock
-    try:
-        folder.mkdir()
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        lock.unlink(missing_ok=True)
-        os.close(fd)
-
-
-def clean_scratch(tmp: Path) -> int:
-    """Removes scratch folders whose writers are gone; returns how many."""
-    removed = 0
-    for lock in sorted(tmp.glob("*.lock")):
-        try:
-            fd = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _same(lock, fd):
-                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
-                lock.unlink(missing_ok=True)
-                removed += 1
-        except OSError:
-            continue  # its writer lives
-        finally:
-            os.close(fd)
-    return removed
-
-
-def _same(path: Path, fd: int) -> bool:
-    try:
-        here, there = os.lstat(path), os.fstat(fd)
-    except FileNotFoundError:
-        return False
-    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)

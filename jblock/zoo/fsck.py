@@ -1,11 +1,11 @@
 """Checking a whole zoo: every hash, every reference. What a crash can leave is not a problem."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jblock.zoo import codec, disk
+from jblock.zoo import codec, lease
 from jblock.zoo.records import ZooError, check_name
 from jblock.zoo.store import Zoo
 
@@ -19,7 +19,7 @@ def fsck(zoo: Zoo, on_component: Callable[[int], None] = lambda nbytes: None) ->
       zoo: the zoo.
       on_component: called with the bytes of each component and delta once it is checked.
     """
-    disk.clean_scratch(zoo.path / "tmp")
+    lease.clean(zoo.path / "tmp")
     problems: list[str] = []
 
     def attempt(check: Callable[..., Any], *args: Any) -> None:
@@ -28,16 +28,34 @@ def fsck(zoo: Zoo, on_component: Callable[[int], None] = lambda nbytes: None) ->
         except ZooError as e:
             problems.append(str(e))
 
-    for id_ in _entries(zoo.path / "components"):
-        attempt(_component, id_, on_component)
-    for id_ in _entries(zoo.path / "deltas"):
-        attempt(_delta, id_, on_component)
-    for kind in ("tokenizers", "sources"):
-        for id_ in _entries(zoo.path / kind):
-            attempt(Zoo.files, kind, id_)
+    problems += (text for _, _, text in _damage(zoo, on_component))
     for name in _entries(zoo.path / "chains"):
         attempt(_chains, name, attempt)
     return problems
+
+
+def damaged(zoo: Zoo) -> list[tuple[str, str]]:
+    """Kind and id of every component, delta, tokenizer and source that is damaged in itself.
+
+    What only refers to something missing is not: it is whole again once that is.
+    """
+    return [(kind, id_) for kind, id_, _ in _damage(zoo, lambda nbytes: None, itself=True)]
+
+
+def _damage(
+    zoo: Zoo, done: Callable[[int], None], itself: bool = False
+) -> Iterator[tuple[str, str, str]]:
+    """Kind, id and what is wrong of everything stored that is damaged."""
+    for kind, check in _CHECKS.items():
+        for id_ in _entries(zoo.path / kind):
+            try:
+                check(zoo, id_, done)
+            except ZooError as e:
+                if not os.path.lexists(zoo.path / kind / id_):
+                    continue  # removed while it was looked at
+                if itself and id_ not in str(e):
+                    continue
+                yield kind, id_, str(e)
 
 
 def _component(zoo: Zoo, id_: str, done: Callable[[int], None]) -> None:
@@ -59,6 +77,22 @@ def _delta(zoo: Zoo, id_: str, done: Callable[[int], None]) -> None:
     codec.check_shapes(f"delta {id_}", shapes, record.spec.tensors(base.spec))
     zoo.load_delta(id_, verify=True)
     done(record.nbytes)
+
+
+def _tokenizer(zoo: Zoo, id_: str, done: Callable[[int], None]) -> None:
+    zoo.files("tokenizers", id_)
+
+
+def _source(zoo: Zoo, id_: str, done: Callable[[int], None]) -> None:
+    zoo.files("sources", id_)
+
+
+_CHECKS = {
+    "components": _component,
+    "deltas": _delta,
+    "tokenizers": _tokenizer,
+    "sources": _source,
+}
 
 
 def _chains(zoo: Zoo, name: str, attempt: Callable[..., None]) -> None:

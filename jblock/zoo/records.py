@@ -13,6 +13,10 @@ class ZooError(ValueError):
     """What the zoo refuses: says what was given, what was expected and what to do."""
 
 
+class GoneError(ZooError):
+    """Something named by its id is not in the zoo: never added, or removed in the meantime."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorRecord:
     """One stored tensor: `shape`, and `dtype` by its numpy name ("bfloat16", "float32", ...)."""

@@ -7,8 +7,9 @@
     sources/<id>/                   small files of a checkpoint as they were, for export
     chains/<name>/<version>.json    immutable; chains/<name>/current holds the live version
     partition/current.json          blocks of the live chains; derived, replaceable
-    tmp/                            scratch folders of writers at work
-    lock                            held while a chain is published
+    tmp/                            leases, each the scratch folder of a process at work
+    locks/                          whose turn it is to publish or remove
+    unfinished/                     what interrupted conversions had finished
 
 Reading needs no lock: everything under a final name is complete.
 """
@@ -24,11 +25,13 @@ from typing import Any
 import numpy as np
 
 from jblock.blocks.spec import ComponentSpec, DeltaSpec, canonical_json
-from jblock.zoo import codec, disk, ids, params, partition
+from jblock.zoo import codec, disk, ids, lease, params, partition
+from jblock.zoo.journal import Journal
 from jblock.zoo.records import (
     Chain,
     ComponentRecord,
     DeltaRecord,
+    GoneError,
     TensorRecord,
     ZooError,
     check_name,
@@ -36,7 +39,17 @@ from jblock.zoo.records import (
 from jblock.zoo.writer import Writer
 
 FORMAT = 1
-FOLDERS = ("components", "deltas", "tokenizers", "sources", "chains", "partition", "edges", "tmp")
+FOLDERS = (
+    "components",
+    "deltas",
+    "tokenizers",
+    "sources",
+    "chains",
+    "partition",
+    "edges",
+    "tmp",
+    "locks",
+)
 _VERSION_FILE = re.compile(r"([1-9][0-9]{0,8})\.json")
 
 
@@ -62,13 +75,13 @@ class Zoo:
             return cls.open(root)
         with disk.disk_errors(root):
             # A writer killed in here leaves only folders of these names, and no zoo.json.
-            ours = {*FOLDERS, "lock", "zoo.json", "lost+found"}
+            ours = {*FOLDERS, "zoo.json", "lost+found"}
             if root.exists() and not set(os.listdir(root)) <= ours:
                 raise ZooError(f"{root} holds something else than a zoo: give an empty folder")
             for folder in FOLDERS:
                 (root / folder).mkdir(parents=True, exist_ok=True)
             disk.fsync_path(root)
-            with disk.scratch(root / "tmp") as scratch:
+            with lease.lease(root / "tmp") as scratch:
                 data = canonical_json({"format": FORMAT}) + "\n"
                 disk.write_atomic(root / "zoo.json", data.encode(), scratch)
         return cls.open(root)
@@ -160,18 +173,30 @@ class Zoo:
     # Adding
 
     @contextmanager
-    def writer(self) -> Iterator[Writer]:
-        """Stages additions; they enter the zoo together when the block ends without an error.
+    def writer(self, key: str | None = None) -> Iterator[Writer]:
+        """Stages additions; all have entered the zoo when the block ends without an error.
+
+        Args:
+          key: 64 hexadecimal digits that stand for the work, if a killed try shall be gone on with.
 
         Raises:
           ZooError: a full disk, or no permission to write.
         """
+        journal = Journal(self.path, key) if key else None
+        writer = None
         with disk.disk_errors(self.path):
-            disk.clean_scratch(self.path / "tmp")
-            with disk.scratch(self.path / "tmp") as scratch:
-                writer = Writer(self, scratch)
-                yield writer
-                writer.commit()
+            lease.clean(self.path / "tmp")
+            try:
+                with lease.lease(self.path / "tmp") as scratch:
+                    writer = Writer(self, scratch, journal)
+                    yield writer
+                    writer.commit()
+            except GoneError:
+                raise  # the same work again adds what is missing
+            except Exception:
+                if writer is not None:
+                    writer.undo()
+                raise
 
     def put_component(
         self,
@@ -226,18 +251,22 @@ class Zoo:
         The version is a new one, unless the zoo has an equal version already: that one goes live.
 
         Raises:
-          ZooError: the chain names something the zoo does not hold, or the disk is full.
+          GoneError: the chain names something the zoo does not hold (any more).
+          ZooError: what it names does not fit, or the disk is full.
         """
         self.check_chain(chain)
-        with disk.disk_errors(self.path), disk.locked(self.path / "lock"):
+        with disk.disk_errors(self.path), lease.exclusive(self.path) as mine:
+            self.check_chain(chain)  # again: nothing is removed from here on
+            base, _, number = (chain.base or "").rpartition("@")
+            if base and int(number) not in self.versions(base):
+                raise GoneError(f"{self.path} has no model {chain.base}: it was removed")
             folder = self._inside(self.path / "chains" / chain.name)
             folder.mkdir(exist_ok=True)
             disk.fsync_path(folder.parent)
-            with disk.scratch(self.path / "tmp") as scratch:
-                published = self._add_version(chain, folder, scratch)
-                live = f"{published.version}\n".encode()
-                disk.write_atomic(folder / "current", live, scratch)
-                self._write_partition(scratch)
+            published = self._add_version(chain, folder, mine)
+            live = f"{published.version}\n".encode()
+            disk.write_atomic(folder / "current", live, mine)
+            self.write_partition(mine)
         return published
 
     def check_chain(self, chain: Chain) -> None:
@@ -313,7 +342,7 @@ class Zoo:
         """
         path = self._inside(self.path / kind / codec.check_id(id))
         if not path.is_dir():
-            raise ZooError(f"{self.path} has no {kind[:-1]} {id}: it was removed or never added")
+            raise GoneError(f"{self.path} has no {kind[:-1]} {id}: it was removed or never added")
         return path
 
     def _inside(self, path: Path) -> Path:
@@ -360,7 +389,8 @@ class Zoo:
         disk.fsync_path(folder)
         return self.chain(chain.name, version)
 
-    def _write_partition(self, scratch: Path) -> None:
+    def write_partition(self, scratch: Path) -> None:
+        """Writes the partition of the live chains anew. Call it with the exclusive lock held."""
         live = {}
         for name in self.chains():
             try:

@@ -1,11 +1,14 @@
-"""Adding to a zoo: everything is staged in a scratch folder and moved in at the end, or not at all.
+"""Adding to a zoo: everything is staged in the writer's lease and moved in when it is complete.
 
-So an error half way (a NaN in the last layer, a full disk) leaves the zoo as it was, and a killed
-writer leaves only a scratch folder that the next one removes.
+Large work is moved in by parts, so that a try that was killed can be gone on with; nothing refers to
+them before the chain is published. An error half way (a NaN in the last layer, a full disk) removes
+them again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,27 +16,73 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jblock.blocks.spec import ComponentSpec, DeltaSpec, canonical_json, spec_to_json
-from jblock.zoo import codec, disk, ids, params
-from jblock.zoo.records import ComponentRecord, ZooError
+from jblock.zoo import codec, disk, ids, lease, params
+from jblock.zoo.journal import Journal
+from jblock.zoo.records import Chain, ComponentRecord, ZooError
 
 if TYPE_CHECKING:
     from jblock.zoo.store import Zoo
 
 
+# Staged bytes at which they are moved in: what a killed try repeats at most. Every part waits for the
+# disk's journal, which is little beside so many bytes.
+_PART = 128 << 20
+
+
 class Writer:
     """Stages components, deltas and folders of small files. Made by `Zoo.writer`.
 
-    Nothing staged is visible before the `with` block ends without an error. Then everything is
-    renamed into the zoo, what others refer to first.
+    What is staged is renamed into the zoo when there is enough of it and when the `with` block ends
+    without an error, what others refer to first.
+
+    Attributes:
+      new_bytes: tensor bytes added to the zoo.
+      added: ids moved into the zoo.
     """
 
-    def __init__(self, zoo: Zoo, scratch: Path):
+    def __init__(self, zoo: Zoo, scratch: Path, journal: Journal | None = None):
         self._zoo = zoo
+        self._journal = journal
+        self._finished: dict[str, str] = {}  # staged parts by label
+        self._staged_bytes = 0
+        self.added: set[str] = set()
         self._scratch = scratch
         self._staged: dict[Path, Path] = {}  # target -> staged folder
         self._referring: set[Path] = set()  # targets that name other components
         self._records: dict[str, ComponentRecord] = {}
         self.new_bytes = 0
+
+    def finished(self, label: str) -> str | None:
+        """The id of a component that an earlier try of this work finished, if it is there."""
+        id_ = self._journal.ids.get(_short(label)) if self._journal else None
+        if id_ is None:
+            return None
+        return id_ if self.has("components", id_) else None
+
+    def has(self, kind: str, id_: str) -> bool:
+        """Whether the zoo has a component or delta, or it is staged; it stays as long as this writer."""
+        lease.use(self._scratch, id_)
+        path = self._zoo.path / kind / id_
+        return path in self._staged or path.is_dir()
+
+    def finish(self, label: str, id_: str) -> None:
+        """Notes that a part of the work became `id_`, so that a later try need not repeat it."""
+        if self._journal is not None:
+            self._finished[_short(label)] = id_
+        self.advance()
+
+    def advance(self) -> None:
+        """Moves in what is staged, if it is enough to be worth the wait for the disk."""
+        if self._staged_bytes >= _PART:
+            self.commit()
+
+    def publish(self, chain: Chain) -> Chain:
+        """Moves in what is staged and publishes a chain of it; see `Zoo.publish`."""
+        self.commit()
+        published = self._zoo.publish(chain)
+        if self._journal is not None:
+            self._journal.remove()
+        return published
 
     def put_component(
         self,
@@ -55,6 +104,7 @@ class Writer:
         records = ids.tensor_records(tensors)
         shapes = {name: record.shape for name, record in records.items()}
         for name, (component, tensor) in refs.items():
+            lease.use(self._scratch, component)
             target = self._records.get(component) or self._zoo.component(component)
             if tensor not in target.tensors:
                 raise ZooError(
@@ -79,6 +129,7 @@ class Writer:
         Raises:
           ZooError: tensors do not fit the spec, or the component is not there.
         """
+        lease.use(self._scratch, component)
         base = self._records.get(component) or self._zoo.component(component)
         shapes = {name: record.shape for name, record in ids.tensor_records(tensors).items()}
         codec.check_shapes(spec.kind, shapes, spec.tensors(base.spec))
@@ -94,6 +145,7 @@ class Writer:
                 raise ZooError(f"file name {name!r} cannot be stored: give a plain name")
         id_ = ids.files_id(files)
         target = self._zoo.path / kind / id_
+        lease.use(self._scratch, id_)
         if target not in self._staged and not target.exists():
             folder = self._new_folder(target)
             for name, data in files.items():
@@ -109,14 +161,32 @@ class Writer:
         for refers in (False, True):
             targets = [t for t in self._staged if (t in self._referring) is refers]
             for target in targets:
-                disk.move_dir(self._staged[target], target)
+                if disk.move_dir(self._staged[target], target):
+                    self.added.add(target.name)
             for parent in {t.parent for t in targets}:
                 disk.fsync_path(parent)
         self._staged.clear()
+        self._staged_bytes = 0
+        if self._journal is not None and self._finished:
+            self._journal.ids |= self._finished
+            self._finished = {}
+            self._journal.write(self._scratch)
+
+    def undo(self) -> None:
+        """Removes what was moved in already, but for what others rely on. Call it without the lease."""
+        from jblock.zoo import gc
+
+        if self._journal is not None:
+            self._journal.remove()
+        if self.added:
+            # The error that led here is what the user must see.
+            with contextlib.suppress(ZooError):
+                gc.collect(self._zoo, dry_run=False, only=self.added)
 
     def _stage(
         self, target: Path, header: dict, tensors: Mapping[str, np.ndarray], refers: bool
     ) -> None:
+        lease.use(self._scratch, target.name)
         if target in self._staged or target.exists():
             return
         nbytes = _nbytes(tensors)
@@ -128,6 +198,7 @@ class Writer:
         if refers:
             self._referring.add(target)
         self.new_bytes += nbytes
+        self._staged_bytes += nbytes
 
     def _new_folder(self, target: Path) -> Path:
         folder = self._scratch / f"{target.parent.name}-{target.name}"
@@ -138,3 +209,7 @@ class Writer:
 
 def _nbytes(tensors: Mapping[str, np.ndarray]) -> int:
     return sum(t.nbytes for t in tensors.values())
+
+
+def _short(label: str) -> str:
+    return hashlib.sha256(label.encode()).hexdigest()[:32]

@@ -6,6 +6,7 @@ import multiprocessing
 import resource
 
 from checkpoints import main
+from jblock.zoo import writer
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -13,15 +14,16 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
-def start(*argv, file_limit=None):
+def start(*argv, file_limit=None, part=None):
     """Starts `jblock-convert *argv`; returns the process and the pipe its result comes through.
 
     Args:
       argv: the command line.
       file_limit: longest file the process may write, in bytes: a disk that is full for it.
+      part: staged bytes at which a converter moves them in; None: as many as usual.
     """
     receive, send = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=_run, args=(send, [str(a) for a in argv], file_limit))
+    process = _CONTEXT.Process(target=_run, args=(send, [str(a) for a in argv], file_limit, part))
     process.start()
     send.close()
     return process, receive
@@ -57,7 +59,9 @@ def _measure(send, *commands):
     send.send(tuple(peaks))
 
 
-def _run(send, argv, file_limit):
+def _run(send, argv, file_limit, part):
+    if part is not None:
+        writer._PART = part
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     err = io.StringIO()

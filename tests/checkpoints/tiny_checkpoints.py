@@ -156,8 +156,12 @@ def tokenizer_json(size: int = 32) -> str:
 
 
 def files_of(root: Path) -> dict[str, bytes]:
-    """Every file under a folder with its bytes: what "unchanged" is checked by."""
-    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    """Every file under a folder with its bytes: what "unchanged" is checked by.
+
+    Without `locks`, where the turns of those who publish are counted.
+    """
+    files = {str(p.relative_to(root)): p for p in root.rglob("*") if p.is_file()}
+    return {n: p.read_bytes() for n, p in files.items() if not n.startswith("locks/")}
 
 
 BFLOAT16 = ml_dtypes.bfloat16

@@ -1,6 +1,7 @@
 """fsck: what is damaged is named; what a crash can leave is not called damage."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -111,8 +112,8 @@ def test_what_a_crash_leaves_is_no_damage(zoo):
     (zoo.path / "chains" / "newer").mkdir()
     edit_to = json.loads((zoo.path / "chains/m/1.json").read_text()) | {"name": "newer"}
     (zoo.path / "chains/newer/1.json").write_text(json.dumps(edit_to))  # killed before it was live
-    (zoo.path / "tmp" / "dead.lock").write_text("")
     (zoo.path / "tmp" / "dead" / "components-x").mkdir(parents=True)
+    os.utime(zoo.path / "tmp" / "dead", (1, 1))
     (zoo.path / "partition" / "current.json").unlink()
     assert fsck(zoo) == []
     assert zoo.chains() == ["m"]

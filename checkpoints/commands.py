@@ -1,0 +1,193 @@
+"""What each command does. Each gives one `Outcome`: data for programs, lines for people."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from checkpoints.progress import Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """The end of a command.
+
+    Attributes:
+      data: plain JSON, what `--json` prints.
+      show: prints the same for people.
+      code: exit code; 1 where a check found something.
+    """
+
+    data: dict[str, Any]
+    show: Callable[[], None]
+    code: int = 0
+
+
+def _lines(*lines: str) -> Callable[[], None]:
+    def show() -> None:
+        for line in lines:
+            print(line)
+
+    return show
+
+
+def progress_of(args: argparse.Namespace) -> Progress:
+    """Where a command tells how far it is."""
+    return Progress(bars=args.progress, quiet=args.quiet)
+
+
+def hf(args: argparse.Namespace) -> Outcome:
+    """Adds a checkpoint."""
+    from checkpoints import hf
+
+    chain, new = hf.convert(Path(args.src), Path(args.zoo), args.name, progress_of(args))
+    what = "added" if new else "unchanged"
+    data = {"name": chain.name, "version": chain.version, "added": new}
+    return Outcome(data, _lines(f"{chain.name}@{chain.version} {what}"))
+
+
+def peft(args: argparse.Namespace) -> Outcome:
+    """Adds an adapter."""
+    from checkpoints import peft
+
+    chain, new = peft.convert(
+        Path(args.src), Path(args.zoo), args.base, args.name, progress_of(args)
+    )
+    what = "added" if new else "unchanged"
+    data = {"name": chain.name, "version": chain.version, "base": chain.base, "added": new}
+    return Outcome(data, _lines(f"{chain.name}@{chain.version} on {chain.base} {what}"))
+
+
+def list_(args: argparse.Namespace) -> Outcome:
+    """Lists the models."""
+    from checkpoints import printing
+    from jblock.zoo.inventory import inventory
+    from jblock.zoo.store import Zoo
+
+    data = inventory(Zoo.open(args.zoo))
+    shown = {key: data[key] for key in ("zoo", "chains", "totals")}
+    return Outcome(shown, lambda: printing.print_chains(data))
+
+
+def inspect(args: argparse.Namespace) -> Outcome:
+    """Shows components and who shares them."""
+    from checkpoints import printing
+    from jblock.zoo.inventory import inventory
+    from jblock.zoo.store import Zoo
+
+    data = inventory(Zoo.open(args.zoo), args.name)
+
+    def show() -> None:
+        printing.print_components(data)
+        printing.print_chains(data)
+
+    return Outcome(data, show)
+
+
+def verify(args: argparse.Namespace) -> Outcome:
+    """Compares a model with its source."""
+    from checkpoints.verify import verify
+
+    found = verify(Path(args.zoo), args.name, Path(args.against), progress_of(args))
+    last = f"{args.name} {'differs from' if found else 'is'} {args.against}"
+    data = {"name": args.name, "against": args.against, "differences": found}
+    return Outcome(data, _lines(*found, last), 1 if found else 0)
+
+
+def export(args: argparse.Namespace) -> Outcome:
+    """Writes the files a model was made from."""
+    from checkpoints.export import export
+
+    name, version = name_and_version(args.name)
+    files = export(Path(args.zoo), name, Path(args.out), progress_of(args), version)
+    data = {"name": args.name, "out": args.out, "files": files}
+    return Outcome(data, _lines(f"{args.name} written to {args.out}: {len(files)} files"))
+
+
+def diff(args: argparse.Namespace) -> Outcome:
+    """Compares two models."""
+    from checkpoints import printing
+    from jblock.zoo.diff import diff
+    from jblock.zoo.store import Zoo
+
+    zoo = Zoo.open(args.zoo)
+    a, b = (zoo.chain(*name_and_version(n)) for n in (args.a, args.b))
+    total = sum(zoo.component(s.component).nbytes for c in (a, b) for s in c.steps)
+    with progress_of(args).bar("comparing", total) as advance:
+        data = diff(zoo, a, b, advance)
+    return Outcome(data, lambda: printing.print_diff(data))
+
+
+def copy(args: argparse.Namespace) -> Outcome:
+    """Copies models into another zoo."""
+    from checkpoints.printing import size
+    from jblock.zoo.store import Zoo
+    from jblock.zoo.transfer import copy
+
+    source, target = Zoo.open(args.zoo), Zoo.create(args.to)
+    rows: list[dict[str, Any]] = []
+    for text in args.names or source.chains():
+        name, version = name_and_version(text)
+        with progress_of(args).bar(text, _size(source, [source.chain(name, version)])) as advance:
+            chain, sent = copy(source, target, name, version, advance)
+        rows.append({"name": chain.name, "version": chain.version, "sent_bytes": sent})
+    lines = [f"{r['name']}@{r['version']}: {size(r['sent_bytes'])} sent" for r in rows]
+    return Outcome({"to": str(target.path), "models": rows}, _lines(*lines))
+
+
+def rm(args: argparse.Namespace) -> Outcome:
+    """Removes a model."""
+    from checkpoints.printing import size
+    from jblock.zoo import gc
+    from jblock.zoo.store import Zoo
+
+    zoo = Zoo.open(args.zoo)
+    removed = gc.remove(zoo, *name_and_version(args.name))
+    nbytes = sum(g.nbytes for g in gc.collect(zoo, dry_run=True))
+    last = f"{size(nbytes)} are used by nothing now: 'jblock-convert gc --delete' frees them"
+    data = {"removed": removed, "garbage_bytes": nbytes}
+    return Outcome(data, _lines(*(f"{r} removed" for r in removed), last))
+
+
+def gc(args: argparse.Namespace) -> Outcome:
+    """Removes what nothing names."""
+    from checkpoints.printing import size
+    from jblock.zoo import gc
+    from jblock.zoo.store import Zoo
+
+    found = gc.collect(Zoo.open(args.zoo), dry_run=not args.delete)
+    nbytes = sum(g.nbytes for g in found)
+    lines = [f"{g.kind[:-1]} {g.id}: {size(g.nbytes)}" for g in found]
+    done = "removed" if args.delete else "would be removed: give --delete to do it"
+    rows = [dataclasses.asdict(g) for g in found]
+    data = {"garbage": rows, "bytes": nbytes, "deleted": bool(args.delete)}
+    return Outcome(data, _lines(*lines, f"{len(found)} entries, {size(nbytes)}, {done}"))
+
+
+def fsck(args: argparse.Namespace) -> Outcome:
+    """Checks, and on demand repairs, a zoo."""
+    from jblock.zoo.fsck import fsck
+    from jblock.zoo.inventory import stored_bytes
+    from jblock.zoo.repair import repair
+    from jblock.zoo.store import Zoo
+
+    zoo = Zoo.open(args.zoo)
+    repaired = repair(zoo) if args.repair else []
+    with progress_of(args).bar("checking", stored_bytes(zoo)) as advance:
+        problems = fsck(zoo, advance)
+    last = f"{zoo.path}: {f'{len(problems)} problems' if problems else 'clean'}"
+    data = {"zoo": str(zoo.path), "repaired": repaired, "problems": problems}
+    return Outcome(data, _lines(*repaired, *problems, last), 1 if problems else 0)
+
+
+def name_and_version(text: str) -> tuple[str, int | None]:
+    """Splits "name@version"; a name alone stands for the live version."""
+    name, at, version = text.partition("@")
+    return (name, int(version)) if at and version.isdecimal() else (text, None)
+
+
+def _size(zoo: Any, chains: Sequence[Any]) -> int:
+    steps = [s for chain in chains for s in chain.steps]
+    deltas = sum(zoo.delta(d).nbytes for s in steps for d in s.deltas)
+    return deltas + sum(zoo.component(s.component).nbytes for s in steps)

@@ -1,0 +1,66 @@
+"""What an interrupted conversion had finished, so that the next try goes on from there.
+
+A journal maps parts of the work to the ids they became. It is only a hint: whoever reads it checks that
+the id is in the zoo. It keeps what it names from being removed for a day.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from jblock.zoo import codec, disk
+from jblock.zoo.records import ZooError
+
+FOLDER = "unfinished"
+KEPT_SECONDS = 24 * 3600.0
+
+
+class Journal:
+    """The journal of one piece of work.
+
+    Attributes:
+      ids: label of a finished part -> its id.
+    """
+
+    def __init__(self, root: Path, key: str):
+        """Reads what an earlier try left; nothing if it is damaged.
+
+        Args:
+          root: the zoo.
+          key: 64 hexadecimal digits that stand for the work, its input included.
+        """
+        self._path = root / FOLDER / f"{codec.check_id(key)}.json"
+        self.ids: dict[str, str] = {}
+        if self._path.exists():
+            try:
+                data = codec.read_json(self._path)
+                self.ids = {str(k): codec.check_id(v) for k, v in data.items()}
+            except ZooError:
+                pass
+
+    def write(self, scratch: Path) -> None:
+        """Puts what is finished on the disk."""
+        self._path.parent.mkdir(exist_ok=True)
+        disk.write_atomic(self._path, json.dumps(self.ids).encode(), scratch)
+
+    def remove(self) -> None:
+        """Forgets it: the work is done, or was given up."""
+        self._path.unlink(missing_ok=True)
+
+
+def named(root: Path) -> set[str]:
+    """The ids that journals of the last day name; removes older journals."""
+    folder = root / FOLDER
+    found: set[str] = set()
+    if folder.is_dir():
+        for name in os.listdir(folder):
+            path = folder / name
+            try:
+                if time.time() - path.stat().st_mtime > KEPT_SECONDS:
+                    path.unlink(missing_ok=True)
+                else:
+                    found.update(str(i) for i in codec.read_json(path).values())
+            except (OSError, ZooError):
+                continue  # only a hint
+    return found

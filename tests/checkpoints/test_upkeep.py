@@ -1,0 +1,164 @@
+"""diff, copy, rm, gc, repair and resume from the command line; JSON from every command."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_checkpoints as tiny
+from converter_cli import Cli
+from tiny_checkpoints import CONFIG
+
+from checkpoints import main
+from jblock.zoo import writer
+from jblock.zoo.fsck import fsck
+from jblock.zoo.store import Zoo
+
+
+@pytest.fixture
+def filled(cli, tmp_path):
+    """A base, a fine-tune of its last ffn, and an adapter."""
+    tuned = tiny.weights(CONFIG)
+    tuned["model.layers.1.mlp.up_proj.weight"][3, 4] += 0.25
+    cli.ok("hf", tiny.write_checkpoint(tmp_path / "base"), "--name", "base")
+    cli.ok("hf", tiny.write_checkpoint(tmp_path / "t", tensors=tuned), "--name", "tuned")
+    cli.ok("peft", tiny.write_adapter(tmp_path / "a"), "--base", "base", "--name", "a")
+    return cli
+
+
+def test_diff(filled):
+    data = json.loads(filled.ok("diff", "base", "tuned", "--json"))
+    assert data["totals"] | {"a_bytes": 0, "b_bytes": 0, "equal_bytes": 0} == {
+        "equal": 6,
+        "changed": 1,
+        "other": 0,
+        "a_bytes": 0,
+        "b_bytes": 0,
+        "equal_bytes": 0,
+    }
+    (changed,) = [s for s in data["steps"] if s["state"] == "changed"]
+    assert (changed["kind"], changed["tensor"]) == ("ffn", "up.weight")
+    assert changed["max_difference"] == pytest.approx(0.25, abs=1e-6)
+    data = json.loads(filled.ok("diff", "base", "a@1", "--json"))
+    assert data["totals"]["equal"] == 7
+    assert sum(s["b_delta_bytes"] > 0 for s in data["steps"]) == 4
+    assert "6 components equal" in filled.ok("diff", "base", "tuned")
+
+
+def test_diff_of_models_of_other_lengths(filled, tmp_path):
+    short = CONFIG | {"num_hidden_layers": 1}
+    tensors = {n: v for n, v in tiny.weights(CONFIG).items() if "layers.1" not in n}
+    filled.ok("hf", tiny.write_checkpoint(tmp_path / "s", short, tensors), "--name", "s")
+    data = json.loads(filled.ok("diff", "base", "s", "--json"))
+    assert [s["state"] for s in data["steps"]] == ["equal"] * 3 + ["only a"] * 2 + ["equal"] * 2
+
+
+def test_copy_sends_only_what_is_missing(filled, tmp_path):
+    target = tmp_path / "other"
+    first = json.loads(filled.ok("copy", "base", "--to", target, "--json"))["models"]
+    assert first[0]["sent_bytes"] > 0
+    rest = json.loads(filled.ok("copy", "--to", target, "--json"))["models"]
+    sent = {m["name"]: m["sent_bytes"] for m in rest}
+    ffn = 4 * (16 + 3 * 16 * 24)
+    assert sent == {"a": sent["a"], "base": 0, "tuned": ffn}
+    again = json.loads(filled.ok("copy", "--to", target, "--json"))["models"]
+    assert [m["sent_bytes"] for m in again] == [0, 0, 0]
+    other = Cli(target, filled._capsys)
+    assert fsck(Zoo.open(target)) == []
+    for name, folder in (("base", "base"), ("tuned", "t"), ("a", "a")):
+        other.ok("verify", name, "--against", tmp_path / folder)
+        other.ok("export", name, "--out", tmp_path / f"out-{name}")
+        assert tiny.files_of(tmp_path / f"out-{name}") == tiny.files_of(tmp_path / folder)
+
+
+def test_an_adapter_takes_its_base_along_under_its_version_there(filled, tmp_path):
+    other = Cli(tmp_path / "other", filled._capsys)
+    another = tiny.write_checkpoint(tmp_path / "b2", tensors=tiny.weights(CONFIG, seed=7))
+    other.ok("hf", another, "--name", "base")
+    filled.ok("copy", "a", "--to", other.zoo)
+    assert Zoo.open(other.zoo).chain("a").base == "base@2"
+    other.ok("verify", "a", "--against", tmp_path / "a")
+
+
+def test_rm_and_gc(filled, tmp_path):
+    result = filled("rm", "base")
+    assert (result.code, "a@1 is an adapter on base@1" in result.err) == (2, True)
+    assert "are used by nothing now" in filled.ok("rm", "tuned")
+    assert "would be removed" in filled.ok("gc")
+    data = json.loads(filled.ok("gc", "--delete", "--json"))
+    assert (data["deleted"], [g["kind"] for g in data["garbage"]]) == (True, ["components"])
+    filled.ok("verify", "base", "--against", tmp_path / "base")
+    filled.ok("fsck")
+
+
+def test_repair_then_convert_again(filled, tmp_path):
+    path = next(filled.zoo.glob("components/*/params/gate.weight/0.0"))
+    path.write_bytes(np.zeros(16 * 24, "f4").tobytes())
+    assert filled("fsck").code == 1
+    result = filled("fsck", "--repair", "--json")
+    assert len(json.loads(result.out)["repaired"]) == 1
+    for name, folder in (("base", "base"), ("tuned", "t")):
+        filled.ok("hf", tmp_path / folder, "--name", name)
+    assert filled.ok("fsck").endswith("clean\n")
+
+
+def test_an_interrupted_conversion_goes_on_where_it_was(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "_PART", 1)
+    source = tiny.write_checkpoint(tmp_path / "src")
+    put, done = writer.Writer.put_component, []
+
+    def counted(self, spec, tensors, refs=None):
+        if len(done) == 4 and interrupt:
+            raise KeyboardInterrupt
+        done.append(spec.kind)
+        return put(self, spec, tensors, refs)
+
+    monkeypatch.setattr(writer.Writer, "put_component", counted)
+    interrupt = True
+    assert cli("hf", source, "--name", "m").code == 130
+    assert Zoo.open(cli.zoo).chains() == []
+    interrupt = False
+    cli.ok("hf", source, "--name", "m")
+    assert len(done) == 7  # each component once
+    cli.ok("verify", "m", "--against", source)
+    assert not any((cli.zoo / "unfinished").iterdir())
+
+    # Another config makes other components, and a file that was written to is read again.
+    interrupt, done[:] = True, []
+    other = tiny.write_checkpoint(tmp_path / "other", tensors=tiny.weights(CONFIG, seed=1))
+    assert cli("hf", other, "--name", "o").code == 130
+    tiny.write_checkpoint(other, CONFIG | {"rms_norm_eps": 1e-6}, tiny.weights(CONFIG, seed=2))
+    interrupt = False
+    cli.ok("hf", other, "--name", "o")
+    cli.ok("verify", "o", "--against", other)
+
+
+def test_an_error_takes_back_what_was_moved_in(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "_PART", 1)
+    cli.ok("hf", tiny.write_checkpoint(tmp_path / "src"), "--name", "m")
+    before = tiny.files_of(cli.zoo)
+    bad = tiny.weights(CONFIG, seed=1)
+    bad["model.layers.1.mlp.down_proj.weight"][0, 0] = np.nan
+    result = cli("hf", tiny.write_checkpoint(tmp_path / "bad", tensors=bad), "--name", "b")
+    assert (result.code, "NaN" in result.err) == (2, True)
+    assert tiny.files_of(cli.zoo) == before
+
+
+def test_json_from_every_command(filled, tmp_path):
+    commands = {
+        "hf": [tmp_path / "base", "--name", "base"],
+        "peft": [tmp_path / "a", "--base", "base", "--name", "a"],
+        "list": [],
+        "inspect": ["a"],
+        "diff": ["base", "tuned"],
+        "verify": ["a", "--against", tmp_path / "a"],
+        "export": ["a", "--out", tmp_path / "out"],
+        "copy": ["a", "--to", tmp_path / "other"],
+        "rm": ["tuned"],
+        "gc": [],
+        "fsck": [],
+    }
+    assert commands.keys() == main._MORE.keys()
+    for command, argv in commands.items():
+        assert isinstance(json.loads(filled.ok(command, *argv, "--json")), dict), command
+    result = filled("rm", "base", "--json")
+    assert "adapter" in json.loads(result.out)["error"]
