@@ -17,7 +17,16 @@ from jblock.engine.executables import ProgramKey
 from jblock.engine.loop import Loop
 from jblock.zoo.records import Chain
 
-_GREEDY = {"embedding", "layer", "head", "greedy", "scrub", "gather_pages", "scatter_pages"}
+_GREEDY = {
+    "embedding",
+    "layer",
+    "head",
+    "greedy",
+    "scrub",
+    "gather_pages",
+    "scatter_pages",
+    "write_adapter",
+}
 
 
 class WatchedDevice(Device):
@@ -76,6 +85,7 @@ class Stepper:
         self._compile(self.device.program_keys(self.assembly, buckets))
         self._compile(self.device.segment_keys(self.assembly))
         self.loop = Loop(self.assembly, self.device, config)
+        self.loop.loads.preload(self.assembly.routes.values())
         while self.loop.measure():
             pass
         self._rng = np.random.default_rng(0)

@@ -67,6 +67,16 @@ _STEP_MS = flags.DEFINE_integer(
 _MESH = flags.DEFINE_string(
     "mesh", None, "Devices to split every block over, such as tp=4; default: one."
 )
+_ADAPTER_SLOTS = flags.DEFINE_integer(
+    "adapter_slots", None, "Adapters on the device at a time, of 16 ranks each on average."
+)
+_WEIGHTS_MEMORY_MB = flags.DEFINE_integer(
+    "weights_memory_mb", None, "Parameters on the device at most; 0: all that are served."
+)
+_HOST_CACHE_MB = flags.DEFINE_integer(
+    "host_cache_mb", None, "Host memory for adapters and parameters that are not on the device."
+)
+_PINNED = flags.DEFINE_list("pinned", None, "Chains that are always on the device.")
 _SHARE = flags.DEFINE_bool("share", None, "Share blocks between models; --noshare: a set each.")
 
 _ENGINE_FLAGS = (
@@ -81,6 +91,10 @@ _ENGINE_FLAGS = (
     _HOST_KV_MEMORY_MB,
     _STEP_MS,
     _MESH,
+    _ADAPTER_SLOTS,
+    _WEIGHTS_MEMORY_MB,
+    _HOST_CACHE_MB,
+    _PINNED,
     _SHARE,
     _PROFILER_PORT,
 )

@@ -55,13 +55,13 @@ class Admission:
     def admit(self) -> None:
         """Starts waiting requests in order. One that lacks pages holds back only those that want
         pages of the same group; one whose prompt begins as a prompt being computed waits for it, and
-        one that needs programs still being made waits for them."""
+        one that needs programs still being made, or a chain still being read, waits for that alone."""
         held: set[KvGroup] = set()
         still_waiting: collections.deque[Sequence] = collections.deque()
         while self.waiting and self._seq_slots.free and self.rows.free:
             sequence = self.waiting.popleft()
             groups = sequence.route.groups
-            not_yet = self._device.plain_only and not sequence.plain
+            not_yet = not sequence.lease.ready or (self._device.plain_only and not sequence.plain)
             if not_yet or self.kv.awaits(sequence):
                 still_waiting.append(sequence)
                 continue

@@ -1,29 +1,36 @@
 """The engine in one process: builds an agent from a zoo and runs its loop in a thread."""
 
+import concurrent.futures
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from absl import logging
 
 from jblock.engine import swap
 from jblock.engine.api import EngineDied, EngineStats, ModelInfo, Output, Request, UnknownChain
-from jblock.engine.assembly import Assembly, assemble
+from jblock.engine.assembly import Assembly, Route, assemble
 from jblock.engine.config import EngineConfig
 from jblock.engine.device import Device
 from jblock.engine.executable_cache import ExecutableCache, default_folder
 from jblock.engine.keeper import Keeper
+from jblock.engine.loading import Done, Loads, Targets, attempt, weights_of
 from jblock.engine.loop import Loop
+from jblock.engine.residency import Adapter, Lease
 from jblock.zoo.records import Chain, ZooError
 from jblock.zoo.store import Zoo
+
+T = TypeVar("T")
 
 # Between looks at what is waiting, when nothing runs.
 _STALL_SECONDS = 0.01
 
-Switch = tuple[Assembly, threading.Event]
+# What the loop's thread is told: a request, the id of one to cancel, something to do between two steps,
+# or None to end.
+Message = Request | str | Callable[[Loop], object] | None
 
 
 class ThreadEngine:
@@ -36,8 +43,10 @@ class ThreadEngine:
         config: EngineConfig,
         cache: ExecutableCache | None = None,
     ):
-        """Loads the chains, compiles the first tier of programs and starts the loop; the other tiers
-        follow in the background, and each grid is used as soon as its programs are there.
+        """Loads the chains that fit, without their adapters, compiles the first tier of programs and
+        starts the loop; the other tiers follow in the background, and each grid is used as soon as its
+        programs are there. Adapters, and what did not fit, are read when a request asks for them; pinned
+        chains at once.
 
         Raises:
           ZooError: a chain or component that cannot be read.
@@ -45,18 +54,28 @@ class ThreadEngine:
         """
         self._zoo = zoo
         assembly = assemble(zoo, chains, config)
+        loads = Loads(assembly, config)
+        # Weights first: what they leave free is the KV's.
+        loads.preload(weights_of(assembly))
         device = self._device = Device(assembly, config, cache)
-        self._inbox: queue.SimpleQueue[Request | str | Switch | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[list[Output]] = queue.SimpleQueue()
         self._death: BaseException | None = None
-        self._keeper = Keeper(zoo, assembly, device, config, self._switch)
+        self._keeper = Keeper(zoo, assembly, device, config, self._warm, self._switch)
         if config.host_kv_memory_mb:
             device.rates = swap.measure(device, assembly)
         self._models = _model_infos(zoo, assembly, device)
-        self._loop = Loop(assembly, device, config)
+        self._loop = Loop(assembly, device, config, loads)
+        loads.preload([assembly.routes[name] for name in assembly.pinned])
         while self._loop.measure():
             pass
         self._measured = threading.Event()
+        # A thread for each kind: the gigabytes of a model never stand before the megabytes of an adapter.
+        self._readers = {
+            kind: concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"jblock-{kind}")
+            for kind in ("adapter", "weights")
+        }
+        loads.background, loads.widen_tables = self._in_background, self._widen
         self._thread = threading.Thread(target=self._run, name="jblock-engine", daemon=True)
         self._thread.start()
         self._keeper.start()
@@ -97,6 +116,8 @@ class ThreadEngine:
         self._keeper.close()
         self._inbox.put(None)
         self._thread.join()
+        for reader in self._readers.values():
+            reader.shutdown(cancel_futures=True)
 
     def serve(self, models: Sequence[str]) -> tuple[ModelInfo, ...]:
         """Serves exactly these chains from the next step on: "name" in its live version, or
@@ -106,7 +127,10 @@ class ThreadEngine:
           UnknownChain: the zoo does not have one; nothing changed.
           ValueError: a chain cannot be read, or does not fit; nothing changed.
         """
-        chains = [_find_chain(self._zoo, model) for model in models]
+        routes = self._keeper.assembly.routes
+        served = {f"{name}@{r.chain.version}": r.chain for name, r in routes.items()}
+        known = set(self._zoo.chains())
+        chains = [served.get(m) or _find_chain(self._zoo, m, known) for m in models]
         assembly = self._keeper.serve({chain.name: chain for chain in chains})
         self._models = _model_infos(self._zoo, assembly, self._device)
         return self._models
@@ -127,11 +151,58 @@ class ThreadEngine:
         while self._loop.idle and self._thread.is_alive() and not self._measured.wait(0.01):
             pass
 
-    def _switch(self, assembly: Assembly) -> None:
-        taken = threading.Event()
-        self._inbox.put((assembly, taken))
-        while not taken.wait(1.0):
-            self._check_alive()
+    def _warm(self, assembly: Assembly, routes: Sequence[Route]) -> list[Lease]:
+        """See Keeper."""
+        done: concurrent.futures.Future[list[Lease]] = concurrent.futures.Future()
+        self._inbox.put(lambda loop: loop.loads.warm(assembly, routes, done))
+        return self._wait(done)
+
+    def _switch(self, assembly: Assembly, leases: list[Lease]) -> None:
+        """See Keeper."""
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def take_up(loop: Loop) -> None:
+            loop.switch(assembly)
+            self._measured.clear()
+            for lease in leases:
+                loop.residency.release(lease)
+            done.set_result(None)
+
+        self._inbox.put(take_up)
+        self._wait(done)
+
+    def _wait(self, done: concurrent.futures.Future[T]) -> T:
+        """What the loop's thread answers.
+
+        Raises:
+          EngineDied: it ended.
+        """
+        while True:
+            try:
+                return done.result(1.0)
+            except TimeoutError:
+                if done.done():
+                    raise
+                self._check_alive()
+
+    def _in_background(self, kind: str, work: Callable[[], Any], done: Done) -> None:
+        """See `loading.Background`."""
+
+        def answer(result: Any, error: Exception | None) -> None:
+            self._inbox.put(lambda loop: done(result, error))
+
+        self._readers[kind].submit(attempt, work, answer)
+
+    def _widen(self, targets: Targets, adapter: Adapter) -> None:
+        """Has the keeper make tables; what it cannot make, its requests hear of."""
+
+        def answer(done: concurrent.futures.Future[Assembly]) -> None:
+            error = done.exception()
+            if error is not None:
+                words = f"{adapter.name} cannot be served: {error}"
+                self._inbox.put(lambda loop: loop.residency.refuse(adapter, words))
+
+        self._keeper.widen(targets).add_done_callback(answer)
 
     def _check_alive(self) -> None:
         if not self._thread.is_alive():
@@ -175,10 +246,7 @@ class ThreadEngine:
             elif isinstance(message, Request):
                 self._loop.submit(message)
             else:
-                assembly, taken = message
-                self._loop.switch(assembly)
-                self._measured.clear()
-                taken.set()
+                message(self._loop)
             if self._inbox.empty():
                 return True
 
@@ -211,6 +279,11 @@ def build_engine(
         raise ZooError(
             f"zoo {zoo!r} has no chains; convert a model first: jblock-convert hf --help"
         )
+    unknown = sorted(set(config.pinned) - set(names))
+    if unknown:
+        raise ValueError(
+            f"pinned names {', '.join(unknown)}, which are not among the models served"
+        )
     chains = {name: store.chain(name) for name in names}
     if profiler_port:
         jax.profiler.start_server(profiler_port)
@@ -219,19 +292,20 @@ def build_engine(
     return ThreadEngine(store, chains, config, cache)
 
 
-def _find_chain(zoo: Zoo, model: str) -> Chain:
+def _find_chain(zoo: Zoo, model: str, known: Collection[str]) -> Chain:
     name, at, version = model.partition("@")
-    known = zoo.chains()
     if name in known and not at:
         return zoo.chain(name)
     if name in known and version.isdecimal() and int(version) in zoo.versions(name):
         return zoo.chain(name, int(version))
     raise UnknownChain(
-        f"{model!r} is not in the zoo, which has {', '.join(known)}; convert it first"
+        f"{model!r} is not in the zoo, which has {', '.join(sorted(known))}; convert it first"
     )
 
 
 def _model_infos(zoo: Zoo, assembly: Assembly, device: Device) -> tuple[ModelInfo, ...]:
+    ids = {r.chain.tokenizer for r in assembly.routes.values()} - {None}
+    paths = {id_: str(zoo.tokenizer_path(id_)) for id_ in ids if id_ is not None}
     return tuple(
         ModelInfo(
             name=name,
@@ -239,9 +313,7 @@ def _model_infos(zoo: Zoo, assembly: Assembly, device: Device) -> tuple[ModelInf
             family=route.chain.family,
             vocab_size=route.chain.vocab_size,
             max_model_len=device.max_model_len(route),
-            tokenizer_path=str(zoo.tokenizer_path(route.chain.tokenizer))
-            if route.chain.tokenizer
-            else "",
+            tokenizer_path=paths.get(route.chain.tokenizer or "", ""),
             base=route.chain.base or "",
             blocks=len(route.instances),
             shared_blocks=route.shared_blocks,

@@ -163,7 +163,18 @@ class EngineStats:
       pages_total: KV pages over all groups.
       rows_free: free register rows.
       rows_total: register rows.
-      resident_bytes: parameter bytes on the device.
+      resident_bytes: bytes of parameters and slot tables on the device.
+      chains: chains that may be asked for.
+      chains_resident: those that a request would find on the device.
+      adapters_resident: adapters with a slot.
+      host_bytes: prepared adapters and parameters in the host's cache.
+      residency_hits: requests that found their chain on the device.
+      residency_misses: requests that had to wait for it.
+      host_hits: loads that found what they needed in the host's cache.
+      host_misses: loads that read it from the zoo.
+      loads: adapters and components brought to the device.
+      load_failures: those that could not be.
+      evictions: adapters and components that left the device.
       prompt_tokens: prompt tokens computed.
       cached_tokens: prompt tokens found in the prefix cache instead.
       preemptions: sequences that gave their pages up to an older one and were resumed later.
@@ -186,6 +197,17 @@ class EngineStats:
     rows_free: int = 0
     rows_total: int = 0
     resident_bytes: int = 0
+    chains: int = 0
+    chains_resident: int = 0
+    adapters_resident: int = 0
+    host_bytes: int = 0
+    residency_hits: int = 0
+    residency_misses: int = 0
+    host_hits: int = 0
+    host_misses: int = 0
+    loads: int = 0
+    load_failures: int = 0
+    evictions: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     preemptions: int = 0

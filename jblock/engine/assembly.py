@@ -1,23 +1,23 @@
-"""From chains in a zoo to blocks resident on this agent: instances, units and the route of each chain."""
+"""From the chains of a zoo to blocks: instances, units and the route of each chain. Only records are read
+here; what goes on the device, and when, is for `residency.py` to decide."""
 
 import collections
 import dataclasses
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-import numpy as np
-
-from jblock.blocks import layout
-from jblock.blocks.spec import AttentionSpec, ComponentSpec, EmbeddingSpec, LoraSpec
+from jblock.blocks.spec import AttentionSpec, ComponentSpec, EmbeddingSpec
 from jblock.engine import params as parameters
 from jblock.engine.batching import Underway
 from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.policy import NO_LIMIT
+from jblock.engine.residency import Adapter, Resident, Weights, WeightSet
 from jblock.engine.sequence import Item
 from jblock.engine.signature import LoraForm, Signature
+from jblock.engine.tables import Tables
 from jblock.parallel.placement import Placement
 from jblock.zoo.partition import Block, blocks
-from jblock.zoo.records import Chain, Step
+from jblock.zoo.records import Chain, ComponentRecord
 from jblock.zoo.store import Zoo
 
 # Calls cost the host and the device some time each; longer segments only cost more to compile.
@@ -35,27 +35,45 @@ class KvGroup:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Tied:
+    """An unembedding that reads the table of its embedding as it is."""
+
+    owner: Weights
+    tensor: str
+
+    @property
+    def tensors(self) -> parameters.Tensors:
+        """Device tensors by name; empty while the owner's are not there."""
+        return {"weight": self.owner.tensors[self.tensor]} if self.owner.tensors else {}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Unit:
     """What one executable call runs: an embedding, one layer, or a head.
 
     Attributes:
       signature: decides the program.
-      params: one dict of device tensors a component.
-      tables: one dict of LoRA slot tables a component; empty where it has none.
+      weights: of each component.
+      tables: one dict of LoRA slot tables a component, kept up to date; empty where it has none.
       group: KV group its attention belongs to; None without attention.
       kv_layer: index of its attention in the group's pools.
     """
 
     signature: Signature
-    params: tuple[parameters.Tensors, ...]
+    weights: tuple[Weights | Tied, ...]
     tables: tuple[parameters.Tensors, ...]
     group: KvGroup | None = None
     kv_layer: int = 0
 
+    @property
+    def params(self) -> tuple[parameters.Tensors, ...]:
+        """One dict of device tensors a component."""
+        return tuple(w.tensors for w in self.weights)
+
 
 @dataclasses.dataclass(eq=False)
 class Instance:
-    """A block resident on this agent, with its own queue.
+    """A block on this agent, with its own queue.
 
     Attributes:
       name: for traces and logs.
@@ -86,6 +104,29 @@ class Instance:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """One component of a chain: its id, its spec, and its slot tables with their form, if any chain
+    adapts it."""
+
+    component: str
+    spec: ComponentSpec
+    form: LoraForm | None
+    tables: Tables | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Wiring:
+    """What all chains with the same components have in common; Route tells of the fields."""
+
+    specs: tuple[ComponentSpec, ...]
+    instances: tuple[Instance, ...]
+    groups: tuple[KvGroup, ...]
+    parts: tuple[Part, ...]
+    weights: WeightSet
+    shared_blocks: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Route:
     """One served chain.
 
@@ -94,108 +135,103 @@ class Route:
       specs: of its components, one a step.
       instances: the blocks a row of it visits, in order.
       groups: the KV groups its sequences need pages in.
-      slot: its slot in the delta tables; 0 is none.
+      parts: its components, one a step.
+      weights: of its components, whether they are on the device or not.
       shared_blocks: how many of its blocks another route uses too.
+      adapter: its deltas; None without.
     """
 
     chain: Chain
     specs: tuple[ComponentSpec, ...]
     instances: tuple[Instance, ...]
     groups: tuple[KvGroup, ...]
-    slot: int
+    parts: tuple[Part, ...]
+    weights: WeightSet
     shared_blocks: int = 0
+    adapter: Adapter | None = None
+
+    @property
+    def lacks_targets(self) -> bool:
+        """Its adapter adapts projections that there are no tables for."""
+        targets = (self.adapter.targets if self.adapter else None) or {}
+        return any(
+            not targets.get(p.component, frozenset()) <= set(p.form.targets if p.form else ())
+            for p in self.parts
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Assembly:
-    """Everything resident on one agent.
+    """All chains one agent may serve, and what they share.
 
     Attributes:
+      zoo: where they come from.
       routes: by chain name.
       instances: in sweep order.
-      resident_bytes: of all parameters and slot tables.
-      params: device tensors by component id and whether they are a tied table; what the next assembly
-        takes over instead of loading it again.
-      by_key: instances by what decides them; the next assembly takes over those it needs unchanged.
+      targets: projections that have tables, by spec.
+      pinned: names of the routes that stay on the device.
+      known: what the next assembly takes over instead of making it again, by what decides it.
     """
 
+    zoo: Zoo
     routes: dict[str, Route]
     instances: tuple[Instance, ...]
-    resident_bytes: int
-    params: dict[tuple[str, bool], parameters.Tensors] = dataclasses.field(default_factory=dict)
-    by_key: dict[tuple, Instance] = dataclasses.field(default_factory=dict)
+    targets: dict[ComponentSpec, frozenset[str]]
+    pinned: tuple[str, ...]
+    known: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def residents(self) -> list[Resident]:
+        """All that may come to the device."""
+        return [r for r in self.known.values() if isinstance(r, Resident)]
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of all slot tables."""
+        return sum(t.nbytes for t in self.known.values() if isinstance(t, Tables))
 
 
 def assemble(
-    zoo: Zoo, chains: Mapping[str, Chain], config: EngineConfig, previous: Assembly | None = None
+    zoo: Zoo,
+    chains: Mapping[str, Chain],
+    config: EngineConfig,
+    previous: Assembly | None = None,
+    targets: Mapping[ComponentSpec, frozenset[str]] | None = None,
 ) -> Assembly:
-    """Loads the components of `chains` and wires them into instances.
+    """Wires chains into instances. A thousand adapters on one base cost little more than ten.
 
     Args:
-      zoo: where components are read from.
-      chains: what to serve, by public name.
+      zoo: where records are read from.
+      chains: what may be asked for, by public name.
       config: of the agent.
-      previous: what is resident now. Its parameters are not loaded again, blocks that stay as they
-        were stay the same instances, and it goes on working until nobody holds it.
+      previous: what is served now. Blocks that stay as they were stay the same instances, and it goes on
+        working until nobody holds it.
+      targets: projections to make tables for, beside those that are known to be adapted.
 
     Raises:
-      ZooError: a record or tensor the zoo cannot read.
+      ZooError: a record the zoo cannot read.
       ValueError: a chain this engine cannot run.
     """
-    if config.share:
-        return _assemble(zoo, chains, config, previous)
-    parts = [_assemble(zoo, {name: chain}, config, None) for name, chain in chains.items()]
-    instances = sorted((i for p in parts for i in p.instances), key=lambda i: i.depth)
+    wirer = _Wirer(zoo, chains, config, previous)
+    wirer.find_targets(targets or {})
+    # Without sharing, every chain is a world of its own.
+    worlds = {"": dict(chains)} if config.share else {n: {n: c} for n, c in chains.items()}
+    routes: dict[str, Route] = {}
+    for world, members in worlds.items():
+        routes |= wirer.routes(world, members)
+    instances = {id(i): i for route in routes.values() for i in route.instances}
     return Assembly(
-        routes={name: route for p in parts for name, route in p.routes.items()},
-        instances=tuple(instances),
-        resident_bytes=sum(p.resident_bytes for p in parts),
-    )
-
-
-def _assemble(
-    zoo: Zoo, chains: Mapping[str, Chain], config: EngineConfig, previous: Assembly | None
-) -> Assembly:
-    loader = _Loader(zoo, chains, config, previous)
-    partition = blocks(dict(chains))
-    users: dict[tuple, set[str]] = {}
-    instances: dict[tuple, Instance] = {}
-    wired = {}
-    for name, chain in chains.items():
-        keys = []
-        for block in partition[name]:
-            placement = loader.kv_placement(name, block)
-            deltas = tuple(loader.delta_key(c) for c in block.components)
-            key = (block.components, block.first, placement, deltas)
-            if key not in instances:
-                kept = previous.by_key.get(key) if previous else None
-                instances[key] = kept or loader.instance(chain, block, placement)
-            users.setdefault(key, set()).add(name)
-            keys.append(key)
-        wired[name] = keys
-    routes = {
-        name: Route(
-            chain=chain,
-            specs=tuple(loader.records[s.component].spec for s in chain.steps),
-            instances=tuple(instances[key] for key in wired[name]),
-            groups=loader.groups(name),
-            slot=loader.slots.get(name, 0),
-            shared_blocks=sum(len(users[key]) > 1 for key in wired[name]),
-        )
-        for name, chain in chains.items()
-    }
-    units = [u for i in instances.values() for u in i.units]
-    return Assembly(
-        routes=routes,
+        zoo=zoo,
+        routes={name: routes[name] for name in chains},
         instances=tuple(sorted(instances.values(), key=lambda i: i.depth)),
-        resident_bytes=parameters.nbytes([t for u in units for t in (*u.params, *u.tables)]),
-        params=loader.params,
-        by_key=instances,
+        targets=wirer.targets,
+        pinned=tuple(name for name in config.pinned if name in chains),
+        known=wirer.known,
     )
 
 
-class _Loader:
-    """Reads components once each and builds units from them."""
+class _Wirer:
+    """Makes the routes of one assembly. Whatever the last one has too is taken over from it."""
 
     def __init__(
         self,
@@ -206,79 +242,158 @@ class _Loader:
     ):
         self.zoo, self.chains, self.config = zoo, chains, config
         self.placement = Placement.on(config.sharding)
-        ids = {s.component for c in chains.values() for s in c.steps}
-        self.records = {i: zoo.component(i) for i in ids}
-        self.slots = _slots(chains, previous)
-        self.deltas = self._deltas()
-        self.forms = self._forms()
-        self.params: dict[tuple[str, bool], parameters.Tensors] = {}
-        self._resident = previous.params if previous else {}
+        self.known: dict[Any, Any] = {}
+        self.targets: dict[ComponentSpec, frozenset[str]] = {}
+        self._previous = previous
+        self._before = previous.known if previous else {}
+        self._adapted: dict[str, set[str]] = {}
 
-    def delta_key(self, component: str) -> tuple:
-        """What decides the slot tables of a component."""
-        if component not in self.deltas:
-            return ()
-        ids = tuple(
-            (slot, step.deltas)
-            for name, slot in self.slots.items()
-            for step in self.chains[name].steps
-            if step.component == component and step.deltas
+    def _keep(self, key: Any, make) -> Any:
+        if key not in self.known:
+            self.known[key] = self._before[key] if key in self._before else make()
+        return self.known[key]
+
+    def _record(self, component: str) -> ComponentRecord:
+        return self._keep(("record", component), lambda: self.zoo.component(component))
+
+    def find_targets(self, more: Mapping[ComponentSpec, frozenset[str]]) -> None:
+        """One set of targets for all adapted components of a spec, so that they share their programs.
+
+        Of a chain not met before one delta a spec is looked at, which nearly always tells of all; where it
+        does not, tables are widened when the chain is asked for.
+        """
+        before = self._previous.targets if self._previous else {}
+        found: dict[ComponentSpec, set[str]] = collections.defaultdict(set)
+        adapted: set[ComponentSpec] = set()
+        for chain in self.chains.values():
+            deltas: dict[ComponentSpec, tuple[str, ...]] = {}
+            for step in chain.steps:
+                if step.deltas:
+                    self._adapted.setdefault(step.component, set()).add(chain.name)
+                    deltas.setdefault(self._record(step.component).spec, step.deltas)
+            for spec, ids in deltas.items():
+                adapted.add(spec)
+                found[spec] |= self._keep(
+                    ("targets", spec, ids), lambda spec=spec, ids=ids: self._targets(spec, ids)
+                )
+        for spec in adapted:
+            every = found[spec] | before.get(spec, frozenset()) | more.get(spec, frozenset())
+            self.targets[spec] = frozenset(every)
+
+    def _targets(self, spec: ComponentSpec, ids: Iterable[str]) -> frozenset[str]:
+        try:
+            deltas = [self.zoo.delta(id_).spec for id_ in ids]
+            return frozenset(t for d in deltas for t in parameters.computed_targets(spec, d))
+        except ValueError:
+            return frozenset()  # who asks for the chain will hear of it
+
+    def routes(self, world: str, chains: Mapping[str, Chain]) -> dict[str, Route]:
+        """Routes of chains that share what they can."""
+        of = {name: tuple(s.component for s in chain.steps) for name, chain in chains.items()}
+        # Adapters have their base's components: what these decide is worked out once.
+        first = {ids: name for name, ids in reversed(of.items())}
+        partition = blocks({name: chains[name] for name in first.values()})
+        users: collections.Counter[tuple] = collections.Counter()
+        chains_of = collections.Counter(of.values())
+        keys = {}
+        for ids, name in first.items():
+            groups = self._groups(ids)
+            keys[ids] = [
+                self._block_key(world, b, self._kv_placement(ids, groups, b))
+                for b in partition[name]
+            ]
+            for key in keys[ids]:
+                users[key] += chains_of[ids]
+        wirings = {ids: self._wiring(world, ids, keys[ids], users) for ids in first}
+        routes = {}
+        for name, chain in chains.items():
+            wiring = wirings[of[name]]
+            fields = {f.name: getattr(wiring, f.name) for f in dataclasses.fields(wiring)}
+            routes[name] = Route(chain=chain, adapter=self._adapter(world, chain), **fields)
+        return routes
+
+    def _wiring(self, world: str, ids: tuple[str, ...], keys: list, users: Mapping) -> Wiring:
+        parts = []
+        for component in ids:
+            spec, form = self._record(component).spec, self._form(world, component)
+            tables = self._tables(world, component, form) if form else None
+            parts.append(Part(component, spec, form, tables))
+        members: dict[Weights, None] = {}
+        for component in ids:
+            found = self._weights(world, component)
+            members[found.owner if isinstance(found, Tied) else found] = None
+        return Wiring(
+            specs=tuple(p.spec for p in parts),
+            instances=tuple(
+                self._keep(key, lambda key=key: self._instance(world, key)) for key in keys
+            ),
+            groups=self._groups(ids),
+            parts=tuple(parts),
+            weights=self._keep(("weight set", world, ids), lambda: WeightSet(tuple(members))),
+            shared_blocks=sum(users[key] > 1 for key in keys),
         )
-        return (self.forms[self.records[component].spec], tuple(sorted(ids)))
 
-    def _deltas(self) -> dict[str, dict[int, list[tuple[LoraSpec, dict[str, np.ndarray]]]]]:
-        """Component id -> slot -> its LoRA deltas."""
-        out: dict[str, dict[int, list]] = {}
-        for name, slot in self.slots.items():
-            for step in self.chains[name].steps:
-                parts = [(self.zoo.delta(d).spec, self.zoo.load_delta(d)) for d in step.deltas]
-                if parts:
-                    out.setdefault(step.component, {})[slot] = parts
-        return out
+    def _block_key(self, world: str, block: Block, placement: tuple) -> tuple:
+        forms = tuple(self._form(world, component) for component in block.components)
+        return ("block", world, block, placement, forms)
 
-    def _forms(self) -> dict[ComponentSpec, LoraForm]:
-        """One form for all adapted components of a spec, so that they share their programs; with room
-        to spare, so that a few adapters more need no other."""
-        targets: dict[ComponentSpec, set[str]] = {}
-        counts: dict[ComponentSpec, list[list[int]]] = {}
-        for component, slots in self.deltas.items():
-            spec = self.records[component].spec
-            adapters = [[lora for lora, _ in parts] for parts in slots.values()]
-            targets.setdefault(spec, set()).update(
-                part
-                for a in adapters
-                for d in a
-                for t in d.targets
-                for part in layout.parts(spec, t)
-            )
-            counts.setdefault(spec, []).append([parameters.num_pieces(a) for a in adapters])
-        return {
-            spec: LoraForm(
-                targets=tuple(sorted(targets[spec])),
-                slots=_capacity(max(self.slots.values()) + 1),
-                pieces=-(-(1 + max(map(sum, pieces))) // 16) * 16,
-                turns=_capacity(max(map(max, pieces))),
-            )
-            for spec, pieces in counts.items()
-        }
+    def _form(self, world: str, component: str) -> LoraForm | None:
+        users = self._adapted.get(component, ())
+        if not users or (world and world not in users):
+            return None
+        return LoraForm(
+            targets=tuple(sorted(self.targets[self._record(component).spec])),
+            slots=self.config.adapter_slots + 1,
+            pieces=self.config.adapter_pieces + 1,
+        )
 
-    def groups(self, name: str) -> tuple[KvGroup, ...]:
+    def _tables(self, world: str, component: str, form: LoraForm) -> Tables:
+        spec = self._record(component).spec
+        return self._keep(("tables", world, component), lambda: Tables(spec, form, self.placement))
+
+    def _weights(self, world: str, component: str) -> Weights | Tied:
+        record = self._record(component)
+        if record.refs and self.config.dtype == "float32":
+            owner, tensor = record.refs["weight"]
+            found = self._weights(world, owner)
+            if isinstance(found, Tied):
+                raise ValueError(f"component {component} is tied to one that is tied: damaged")
+            return Tied(found, tensor)
+        return self._keep(
+            ("weights", world, component),
+            lambda: Weights(
+                name=f"component {component}",
+                component=component,
+                spec=record.spec,
+                size=parameters.param_bytes(record.spec, self.config.dtype, self.placement),
+            ),
+        )
+
+    def _adapter(self, world: str, chain: Chain) -> Adapter | None:
+        deltas = tuple({s.component: s.deltas for s in chain.steps if s.deltas}.items())
+        if not deltas:
+            return None
+        name = f"the adapter of model {chain.name!r}"
+        return self._keep(("adapter", world, deltas), lambda: Adapter(name=name, deltas=deltas))
+
+    def _groups(self, ids: Sequence[str]) -> tuple[KvGroup, ...]:
         """The KV groups of a chain."""
         shapes: collections.Counter[tuple[int, int]] = collections.Counter()
-        for step in self.chains[name].steps:
-            spec = self.records[step.component].spec
+        for component in ids:
+            spec = self._record(component).spec
             if isinstance(spec, AttentionSpec):
                 shapes[spec.num_kv_heads, spec.head_dim] += 1
         return tuple(KvGroup(h, d, n) for (h, d), n in sorted(shapes.items()))
 
-    def kv_placement(self, name: str, block: Block) -> tuple[tuple[KvGroup, int], ...]:
+    def _kv_placement(
+        self, ids: Sequence[str], groups: Sequence[KvGroup], block: Block
+    ) -> tuple[tuple[KvGroup, int], ...]:
         """For each attention of the block: its group, and its layer in the group's pools."""
-        by_shape = {(g.num_kv_heads, g.head_dim): g for g in self.groups(name)}
+        by_shape = {(g.num_kv_heads, g.head_dim): g for g in groups}
         seen: collections.Counter[KvGroup] = collections.Counter()
         placement = []
-        steps = self.chains[name].steps[: block.first + len(block.components)]
-        for position, step in enumerate(steps):
-            spec = self.records[step.component].spec
+        for position, component in enumerate(ids[: block.first + len(block.components)]):
+            spec = self._record(component).spec
             if isinstance(spec, AttentionSpec):
                 group = by_shape[spec.num_kv_heads, spec.head_dim]
                 if position >= block.first:
@@ -286,61 +401,38 @@ class _Loader:
                 seen[group] += 1
         return tuple(placement)
 
-    def instance(
-        self, chain: Chain, block: Block, placement: Sequence[tuple[KvGroup, int]]
-    ) -> Instance:
-        """A block with its parameters on the device."""
+    def _instance(self, world: str, key: tuple) -> Instance:
+        """A block with its units."""
+        _, _, block, placement, forms = key
         kv = iter(placement)
         units: list[Unit] = []
-        steps = chain.steps[block.first : block.first + len(block.components)]
-        for run in _unit_runs([self.records[s.component].spec for s in steps]):
-            units.append(self._unit([steps[i] for i in run], kv))
+        specs = [self._record(component).spec for component in block.components]
+        for run in _unit_runs(specs):
+            ids, lora = [block.components[i] for i in run], [forms[i] for i in run]
+            units.append(self._unit(world, ids, lora, kv))
         name = f"{units[0].signature.kind}_{block.first}_{block.components[0][:8]}"
         return Instance(name=name, depth=block.first, units=tuple(units), segments=_segments(units))
 
-    def _unit(self, steps: Sequence[Step], kv) -> Unit:
-        records = [self.records[s.component] for s in steps]
-        specs = tuple(r.spec for r in records)
-        lora = tuple(self.forms[r.spec] if r.id in self.deltas else None for r in records)
-        tied = bool(records[-1].refs) and self.config.dtype == "float32"
+    def _unit(self, world: str, ids: list[str], forms: list[LoraForm | None], kv) -> Unit:
+        weights = tuple(self._weights(world, component) for component in ids)
         signature = Signature(
-            specs=specs,
-            lora=lora,
+            specs=tuple(self._record(component).spec for component in ids),
+            lora=tuple(forms),
             dtype=self.config.dtype,
-            tied=tied,
+            tied=isinstance(weights[-1], Tied),
             sharding=self.placement.rules,
         )
         group, layer = next(kv) if signature.attentions else (None, 0)
         return Unit(
             signature=signature,
-            params=tuple(self._load(r.id, tied and bool(r.refs)) for r in records),
+            weights=weights,
             tables=tuple(
-                parameters.lora_tables(r.spec, form, self.deltas.get(r.id, {}), self.placement)
-                for r, form in zip(records, lora, strict=True)
+                self._tables(world, component, form).view(form) if form else {}
+                for component, form in zip(ids, forms, strict=True)
             ),
             group=group,
             kv_layer=layer,
         )
-
-    def _load(self, component: str, tied: bool) -> parameters.Tensors:
-        """Device tensors of a component, read once; a tied table is its embedding's own array."""
-        key = (component, tied)
-        if key not in self.params:
-            record = self.records[component]
-            if key in self._resident:
-                self.params[key] = self._resident[key]
-            elif tied:
-                owner, tensor = record.refs["weight"]
-                self.params[key] = {"weight": self._load(owner, False)[tensor]}
-            else:
-                self.params[key] = parameters.prepare(
-                    record.spec,
-                    self.zoo.load_component(component),
-                    self.config.dtype,
-                    False,
-                    self.placement,
-                )
-        return self.params[key]
 
 
 def _segments(units: Sequence[Unit]) -> tuple[tuple[Unit, ...], ...]:
@@ -358,23 +450,6 @@ def _segments(units: Sequence[Unit]) -> tuple[tuple[Unit, ...], ...]:
         else:
             runs.append([unit])
     return tuple(tuple(run) for run in runs)
-
-
-def _slots(chains: Mapping[str, Chain], previous: Assembly | None) -> dict[str, int]:
-    """A slot for every chain with deltas; one that is resident already keeps its own."""
-    adapted = [n for n, c in chains.items() if any(s.deltas for s in c.steps)]
-    slots = {
-        name: previous.routes[name].slot
-        for name in adapted
-        if previous and name in previous.routes and previous.routes[name].chain == chains[name]
-    }
-    free = (i for i in itertools.count(1) if i not in set(slots.values()))
-    return {name: slots[name] if name in slots else next(free) for name in adapted}
-
-
-def _capacity(slots: int) -> int:
-    """A power of two from 4 on that holds `slots`."""
-    return max(4, 1 << (slots - 1).bit_length())
 
 
 def _unit_runs(specs: Sequence[ComponentSpec]) -> list[list[int]]:

@@ -69,7 +69,7 @@ def index_array(batch: Batch, num_rows: int) -> np.ndarray:
     index[:, INDEX_COLUMNS : INDEX_COLUMNS + q] = num_rows
     for i, item in enumerate(batch.items):
         sequence = item.sequence
-        index[i, :INDEX_COLUMNS] = (item.start, item.q_len, sequence.route.slot, sequence.seq_slot)
+        index[i, :INDEX_COLUMNS] = (item.start, item.q_len, sequence.lease.slot, sequence.seq_slot)
         index[i, INDEX_COLUMNS : INDEX_COLUMNS + item.q_len] = item.rows
         tokens = item.tokens or (-1,)
         index[i, INDEX_COLUMNS + q : INDEX_COLUMNS + q + item.q_len] = tokens

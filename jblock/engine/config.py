@@ -45,6 +45,12 @@ class EngineConfig:
       step_ms: milliseconds a step should take at most while sequences decode; prompts are taken through
         the blocks in pieces that fit. 200 keeps every stream at five tokens a second, about as fast as
         people read; less makes streams smoother and prompts slower.
+      adapter_slots: adapters on the device at a time, of 16 ranks each on average. Tables of this size are
+        there for every component that a served chain adapts.
+      weights_memory_mb: parameters on the device at most, in 10^6 bytes; chains that are not asked for give
+        way. 0 keeps all that are served.
+      host_cache_mb: host memory for adapters, and for parameters that may give way, in 10^6 bytes.
+      pinned: chains that are loaded before they are asked for and never give way.
       compile_workers: threads that compile, before the first request and in the background.
       mesh: devices the agent spans, such as "tp=4"; "" is one.
     """
@@ -68,6 +74,10 @@ class EngineConfig:
     )
     share: bool = True
     step_ms: int = 200
+    adapter_slots: int = 32
+    weights_memory_mb: int = 0
+    host_cache_mb: int = 512
+    pinned: tuple[str, ...] = ()
     compile_workers: int = 2
     mesh: str = ""
 
@@ -86,6 +96,13 @@ class EngineConfig:
             value = getattr(self, field)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{field} is {value!r}; give a whole number of at least 0")
+        for field in ("adapter_slots", "weights_memory_mb", "host_cache_mb"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < (field == "adapter_slots"):
+                raise ValueError(
+                    f"{field} is {value!r}; give a whole number of at least "
+                    f"{int(field == 'adapter_slots')}"
+                )
         if not self.decode_sizes or not self.prefill_grids:
             raise ValueError("decode_sizes and prefill_grids need at least one entry each")
         if self.sharding.mesh.dp > 1:
@@ -93,6 +110,11 @@ class EngineConfig:
                 f"mesh {self.mesh!r}: an engine's loop feeds one group of devices; for dp start "
                 "one server each"
             )
+
+    @property
+    def adapter_pieces(self) -> int:
+        """Pieces of 8 ranks that the adapters on the device share."""
+        return 2 * self.adapter_slots
 
     @property
     def decode_buckets(self) -> tuple[Bucket, ...]:

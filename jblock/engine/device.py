@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jblock.blocks.spec import ComponentSpec
 from jblock.engine import batching, memory
 from jblock.engine.adjust import count_row
 from jblock.engine.assembly import Assembly, Instance, KvGroup, Route, Unit
@@ -24,7 +25,9 @@ from jblock.engine.executables import (
     ProgramKey,
     vocab_size,
 )
+from jblock.engine.signature import LoraForm, Signature
 from jblock.engine.swap import Rates
+from jblock.engine.tables import WRITE_SIZES
 from jblock.parallel.placement import Placement
 from jblock.parallel.spread import kv_heads
 
@@ -191,6 +194,11 @@ class Device:
             if self.config.host_kv_memory_mb:
                 yield ProgramKey(kind="gather_pages", pool=shape)
                 yield ProgramKey(kind="scatter_pages", pool=shape)
+        for signature in {u.signature for u in units}:
+            for spec, form in zip(signature.specs, signature.lora, strict=True):
+                if form is not None:
+                    for count in WRITE_SIZES:
+                        yield _writing_key(spec, form, count)
 
     def segment_keys(self, assembly: Assembly) -> Iterator[ProgramKey]:
         """Programs that run several layers in one call: a tier that saves time but that nothing waits
@@ -249,6 +257,10 @@ class Device:
     def wait(self) -> None:
         """Blocks until all that was enqueued is done."""
         jax.block_until_ready((self._registers, self._pools, self._last_tokens))
+
+    def adapter_update(self, spec: ComponentSpec, form: LoraForm, count: int) -> Any:
+        """The program that writes so many pieces of an adapter into a component's tables."""
+        return self.executables.get(_writing_key(spec, form, count))
 
     def time_unit(self, unit: Unit, bucket: Bucket) -> float:
         """Seconds of one call on rows that do not exist and the null page; nothing else changes. A
@@ -404,6 +416,11 @@ class Device:
 def _scoring_key(unit: Unit, bucket: Bucket) -> ProgramKey:
     """The program that scores the prompts that go through a head."""
     return ProgramKey(kind="prompt_logprobs", bucket=bucket, signatures=(unit.signature,))
+
+
+def _writing_key(spec: ComponentSpec, form: LoraForm, count: int) -> ProgramKey:
+    signature = Signature(specs=(spec,), lora=(form,), dtype="float32")
+    return ProgramKey(kind="write_adapter", bucket=Bucket(count, 1), signatures=(signature,))
 
 
 def _pool_shape(group: KvGroup, budget: int, config: EngineConfig, num_groups: int) -> PoolShape:

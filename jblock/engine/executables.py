@@ -13,8 +13,9 @@ from jblock.blocks.spec import UnembeddingSpec
 from jblock.engine import adjust, logprobs, programs, sampling
 from jblock.engine.config import Bucket
 from jblock.engine.executable_cache import ExecutableCache
-from jblock.engine.params import abstract_params, abstract_tables
+from jblock.engine.params import abstract_params, abstract_tables, table_structs
 from jblock.engine.signature import Signature
+from jblock.engine.tables import update_program
 from jblock.pallas_kernels.paged_attention.api import abstract_pages
 from jblock.parallel.placement import SINGLE, Placement
 
@@ -88,10 +89,12 @@ class ProgramKey:
 
     Attributes:
       kind: "embedding", "layer" (one, or a segment of them), "head", "prompt_logprobs", "adjust",
-        "greedy", "sampled", "top_logprobs", "set_counts", "scrub", "gather_pages" or
-        "scatter_pages".
-      bucket: grid of the batch; what works on logits ignores its q_len, and carries 1.
-      signatures: of an embedding, a head or prompt_logprobs, or of the layers of a segment in order.
+        "greedy", "sampled", "top_logprobs", "set_counts", "scrub", "gather_pages",
+        "scatter_pages" or "write_adapter".
+      bucket: grid of the batch; what works on logits ignores its q_len, and carries 1; of write_adapter
+        the number of pieces is in num_seqs.
+      signatures: of an embedding, a head or prompt_logprobs, of the layers of a segment in order, or of
+        one component with slot tables.
       pool: of layers and of what works on pages.
       vocab_size: of what works on logits, and of set_counts.
     """
@@ -110,6 +113,8 @@ class ProgramKey:
             what = f"{len(self.signatures)}x{what}"
         if self.kind == "prompt_logprobs":
             what = f"{self.kind}_{what}"
+        if self.kind == "write_adapter":
+            what = self.kind
         return f"{what}_{self.bucket}"
 
 
@@ -219,7 +224,7 @@ class Executables:
         results are split over devices: all of them by rows, and KV pools by heads too."""
         geometry, bucket, struct = self.geometry, key.bucket, self.placement.struct
         by_rows, groups = self.placement.spec("rows"), self.placement.rules.ways("rows")
-        if bucket.num_seqs % groups:
+        if key.kind != "write_adapter" and bucket.num_seqs % groups:
             raise ValueError(f"bucket {bucket} does not divide into {groups} dp groups")
         s, slots = bucket.num_seqs, geometry.max_num_seqs * groups
         bucket = Bucket(s // groups, bucket.q_len)
@@ -251,6 +256,15 @@ class Executables:
         if not key.signatures:
             raise ValueError(f"program kind {key.kind!r} needs a signature")
         signature = key.signatures[0]
+        if key.kind == "write_adapter":
+            held = table_structs(signature.specs[0], signature.lora[0], self.placement)
+            del held["pieces"]
+            pieces = {
+                n: jax.ShapeDtypeStruct((s, *a.shape[1:]), a.dtype, sharding=a.sharding)
+                for n, a in held.items()
+            }
+            arguments = (held, pieces, struct((s,), i32))
+            return _copy(update_program), (0,), arguments, self._specs(held)
         registers = struct((geometry.num_rows * groups, signature.hidden_size), f32, "rows")
         if key.kind == "embedding":
             return (

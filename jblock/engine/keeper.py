@@ -1,7 +1,8 @@
 """What goes on behind the loop: compiling in tiers, and preparing other sets of chains.
 
-One thread does both, so that an assembly never changes under a compilation. Everything slow (reading
-components, compiling) happens here; the loop is only ever handed something complete.
+One thread does both, so that an assembly never changes under a compilation. The loop is only ever handed
+something complete: chains that were not served before are read, and all programs there, before it changes
+over.
 """
 
 import concurrent.futures
@@ -9,18 +10,27 @@ import functools
 import queue
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 from absl import logging
 
 from jblock.engine.api import EngineDied
-from jblock.engine.assembly import Assembly, assemble
+from jblock.engine.assembly import Assembly, Route, assemble
 from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.device import Device
+from jblock.engine.loading import Targets
+from jblock.engine.residency import Lease
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
 
-# Chains to serve, or None to make the segments anew; and who waits for it.
-Job = tuple[dict[str, Chain] | None, concurrent.futures.Future]
+
+class Job(NamedTuple):
+    """Chains to serve, or None for those that are served; projections to have tables for, or None to make
+    the segments anew; and who waits for it."""
+
+    chains: dict[str, Chain] | None
+    targets: Targets | None
+    done: concurrent.futures.Future[Assembly]
 
 
 class Keeper:
@@ -36,7 +46,8 @@ class Keeper:
         assembly: Assembly,
         device: Device,
         config: EngineConfig,
-        switch: Callable[[Assembly], None],
+        warm: Callable[[Assembly, Sequence[Route]], list[Lease]],
+        switch: Callable[[Assembly, list[Lease]], None],
     ):
         """Compiles the first tier before it returns.
 
@@ -45,10 +56,14 @@ class Keeper:
           assembly: what is served first.
           device: whose programs are made.
           config: of the agent.
-          switch: hands the loop another assembly and returns when it has taken it up.
+          warm: has routes of an assembly that is not taken up yet read, as far as there is room, and
+            returns their leases.
+          switch: hands the loop another assembly, and the leases it may give back then; returns when it
+            has taken it up.
         """
         self.assembly = assembly
-        self._zoo, self._device, self._config, self._switch = zoo, device, config, switch
+        self._zoo, self._device, self._config = zoo, device, config
+        self._warm, self._switch = warm, switch
         self._failed: set[Hashable] = set()
         self._closing = threading.Event()
         self._settled = threading.Event()
@@ -69,7 +84,7 @@ class Keeper:
           ValueError: a chain cannot be read or does not fit; nothing changed.
           EngineDied: the engine was closed meanwhile.
         """
-        return self._ask(chains)
+        return self._submit(Job(chains, {}, concurrent.futures.Future())).result()
 
     def renew(self) -> None:
         """Compiles the segments of what is served anew and swaps them in while requests run.
@@ -77,14 +92,17 @@ class Keeper:
         Raises:
           EngineDied: the engine was closed meanwhile.
         """
-        self._ask(None)
+        self._submit(Job(None, None, concurrent.futures.Future())).result()
 
-    def _ask(self, chains: dict[str, Chain] | None) -> Assembly:
-        done: concurrent.futures.Future[Assembly] = concurrent.futures.Future()
-        self._jobs.put((chains, done))
+    def widen(self, targets: Targets) -> concurrent.futures.Future[Assembly]:
+        """Has tables made for more projections of the components of some specs."""
+        return self._submit(Job(None, targets, concurrent.futures.Future()))
+
+    def _submit(self, job: Job) -> concurrent.futures.Future[Assembly]:
+        self._jobs.put(job)
         if self._closing.is_set():
             self._drop_jobs()
-        return done.result()
+        return job.done
 
     @property
     def settled(self) -> bool:
@@ -112,7 +130,7 @@ class Keeper:
             except queue.Empty:
                 return
             if job is not None:
-                job[1].set_exception(EngineDied("the engine was closed; build another one"))
+                job.done.set_exception(EngineDied("the engine was closed; build another one"))
 
     def _run(self) -> None:
         """Jobs as they come; between them, what is not compiled yet."""
@@ -128,7 +146,7 @@ class Keeper:
                 continue
             if job is not None:
                 self._settled.clear()
-                self._do(*job)
+                self._do(job)
 
     def _missing(self) -> Callable[[], None] | None:
         """The next thing to compile: what requests with options need, then more grids, then segments
@@ -169,23 +187,32 @@ class Keeper:
             grids = {*self._device.buckets, bucket}
             self._device.buckets = tuple(sorted(grids, key=lambda b: (b.q_len, b.num_seqs)))
 
-    def _do(self, chains: dict[str, Chain] | None, done: concurrent.futures.Future) -> None:
+    def _do(self, job: Job) -> None:
         try:
-            if chains is None:
+            if job.targets is None:
                 keys = self._device.segment_keys(self.assembly)
                 self._device.executables.renew(keys, self._closing)
-                done.set_result(self.assembly)
+                job.done.set_result(self.assembly)
                 return
-            assembly = assemble(self._zoo, chains, self._config, self.assembly)
+            now = self.assembly.routes
+            chains = job.chains
+            if chains is None:
+                chains = {name: route.chain for name, route in now.items()}
+            assembly = assemble(self._zoo, chains, self._config, self.assembly, job.targets)
             self._device.check(assembly)
             self._make(assembly, self._device.buckets)
             if self._closing.is_set():
                 raise ValueError("the engine is being closed")
-            self._switch(assembly)
+            fresh = [
+                route
+                for name, route in assembly.routes.items()
+                if name not in now or now[name].chain != route.chain or name in assembly.pinned
+            ]
+            self._switch(assembly, self._warm(assembly, fresh))
             self.assembly = assembly
-            done.set_result(assembly)
+            job.done.set_result(assembly)
         except Exception as e:
-            done.set_exception(e)
+            job.done.set_exception(e)
 
     def _make(self, assembly: Assembly, buckets: Sequence[Bucket], *, plain: bool = False) -> None:
         """Every program the assembly can ask for on these grids, compiled or from the cache."""

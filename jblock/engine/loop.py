@@ -1,5 +1,6 @@
 """The agent's loop: admit, plan, sweep the instances, read tokens one step behind."""
 
+import functools
 import math
 import secrets
 import time
@@ -10,14 +11,16 @@ import numpy as np
 from jblock.engine import policy
 from jblock.engine.admission import Admission
 from jblock.engine.api import EngineStats, Output, Request
-from jblock.engine.assembly import Assembly, Route
+from jblock.engine.assembly import Assembly, Route, assemble
 from jblock.engine.config import EngineConfig
 from jblock.engine.device import Device
 from jblock.engine.kv_cache import KvCache
 from jblock.engine.limits import request_problem
+from jblock.engine.loading import Loads, Targets
 from jblock.engine.logprobs import best_tokens
 from jblock.engine.planning import plan
 from jblock.engine.profile import Profile
+from jblock.engine.residency import Adapter
 from jblock.engine.sequence import Sequence
 from jblock.engine.sweep import Step, Sweeper
 
@@ -61,8 +64,18 @@ class Loop:
     """One agent's scheduling. Not thread-safe: `submit`, `cancel` and `step` are called by one
     thread; `stats` may be called by any."""
 
-    def __init__(self, assembly: Assembly, device: Device, config: EngineConfig):
+    def __init__(
+        self,
+        assembly: Assembly,
+        device: Device,
+        config: EngineConfig,
+        loads: Loads | None = None,
+    ):
+        """Takes over what was loaded already, if anything; requests bring the rest."""
         self.assembly, self.device, self.config = assembly, device, config
+        self.loads = loads or Loads(assembly, config)
+        self.loads.attach(device, self._widen)
+        self.residency = self.loads.residency
         self._instances = assembly.instances
         self._sequences = Admission(device, config)
         self.profile = Profile(device)
@@ -94,8 +107,25 @@ class Loop:
         the last of them ends.
         """
         self.assembly = assembly
+        self.residency.switch(assembly)
+        for sequence in self._sequences.waiting:
+            sequence.route = sequence.lease.route
         self._merge_instances()
         self.profile.forget()
+
+    def _widen(self, targets: Targets, adapter: Adapter) -> None:
+        """Makes tables for more projections, where no keeper does it."""
+        old = self.assembly
+        chains = {name: route.chain for name, route in old.routes.items()}
+
+        def done(assembly: Assembly | None, error: Exception | None) -> None:
+            if assembly is None:
+                self.residency.refuse(adapter, f"{adapter.name} cannot be served: {error}")
+            else:
+                self.switch(assembly)
+
+        make = functools.partial(assemble, old.zoo, chains, self.config, old, targets)
+        self.loads.background("adapter", make, done)
 
     def _merge_instances(self) -> None:
         """Instances to sweep: those of the assembly, and older ones that requests still pass."""
@@ -108,7 +138,8 @@ class Loop:
         """Queues a request, or refuses it with an error output."""
         route = self.assembly.routes.get(request.model)
         if route is None:
-            known = ", ".join(sorted(self.assembly.routes))
+            names = sorted(self.assembly.routes)
+            known = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
             self._refuse(
                 request, "NOT_FOUND", f"model {request.model!r} is not served; served: {known}"
             )
@@ -136,6 +167,7 @@ class Loop:
                 route=route,
                 max_tokens=min(sampling.max_tokens, limit - len(request.token_ids)),
                 seed=secrets.randbits(32) if sampling.seed is None else sampling.seed,
+                lease=self.residency.acquire(route),
             )
         )
 
@@ -151,6 +183,10 @@ class Loop:
         Returns:
           Outputs since the last call.
         """
+        self.loads.pump()
+        for sequence in [s for s in self._sequences.waiting if s.lease.error]:
+            fields = {"error_code": sequence.lease.error_code}
+            self._finish(sequence, "error", error_message=sequence.lease.error, **fields)
         self._sequences.admit()
         enqueued = self._enqueue()
         if self._in_flight is not None:
@@ -196,6 +232,7 @@ class Loop:
             self._sequences,
             self._sweeper.counters,
         )
+        counts = self.residency.counts
         return EngineStats(
             steps=ran.steps,
             block_calls=ran.block_calls,
@@ -210,7 +247,18 @@ class Loop:
             pages_total=sum(p.total for p in self.kv.pools.values()),
             rows_free=sequences.rows.free,
             rows_total=sequences.rows.total,
-            resident_bytes=self.assembly.resident_bytes,
+            resident_bytes=self.residency.weight_bytes + self.assembly.table_bytes,
+            chains=len(self.assembly.routes),
+            chains_resident=self.residency.resident_chains,
+            adapters_resident=self.residency.adapters,
+            host_bytes=self.loads.cache.bytes,
+            residency_hits=counts.hits,
+            residency_misses=counts.misses,
+            host_hits=self.loads.cache.hits,
+            host_misses=self.loads.cache.misses,
+            loads=counts.loads,
+            load_failures=counts.failures,
+            evictions=counts.evictions,
             prompt_tokens=ran.prompt_tokens,
             cached_tokens=self.kv.hit_tokens,
             preemptions=sequences.preemptions,
@@ -284,3 +332,4 @@ class Loop:
         request_id = sequence.request.request_id
         self._outputs.append(Output(request_id=request_id, finish_reason=reason, **fields))
         self._sequences.end(sequence, poisoned=reason == "error")
+        self.residency.release(sequence.lease)

@@ -5,6 +5,7 @@ apart, laid as this machine's matmuls read them fastest (`blocks.linear.OUT_IN`)
 """
 
 import collections
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -21,7 +22,6 @@ from jblock.parallel.placement import SINGLE, Placement
 from jblock.parallel.spread import spread
 
 Tensors = Mapping[str, jax.Array]
-SlotDeltas = Mapping[int, Sequence[tuple[LoraSpec, Mapping[str, np.ndarray]]]]
 _NUMPY_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -38,14 +38,14 @@ def _placement(
     return transposed, _NUMPY_DTYPES["float32" if exact else dtype]
 
 
-def prepare(
+def prepared(
     spec,
     tensors: Mapping[str, np.ndarray],
     dtype: str,
     tied: bool,
     placement: Placement = SINGLE,
-) -> dict[str, jax.Array]:
-    """Device tensors of one component.
+) -> dict[str, np.ndarray]:
+    """One component in the layout of the devices, in host memory.
 
     Args:
       spec: of the component.
@@ -59,11 +59,46 @@ def prepare(
         transposed, wanted = _placement(spec, name, value.shape, dtype, tied)
         axes = tensor_axes(spec, name, placement.rules, value.ndim)
         array = spread(value, [a.sources for a in axes])
-        logical = [a.logical for a in axes]
-        if transposed:
-            array, logical = array.T, logical[::-1]
-        out[name] = placement.put(np.ascontiguousarray(array, dtype=wanted), *logical)
+        out[name] = np.ascontiguousarray(array.T if transposed else array, dtype=wanted)
     return out
+
+
+def on_device(
+    spec,
+    arrays: Mapping[str, np.ndarray],
+    dtype: str,
+    tied: bool,
+    placement: Placement = SINGLE,
+) -> dict[str, jax.Array]:
+    """The same on the devices."""
+    out = {}
+    for name, shape in layout.compute_shapes(spec).items():
+        transposed, _ = _placement(spec, name, shape, dtype, tied)
+        logical = [a.logical for a in tensor_axes(spec, name, placement.rules, len(shape))]
+        out[name] = placement.put(arrays[name], *logical[:: -1 if transposed else 1])
+    return out
+
+
+def prepare(
+    spec,
+    tensors: Mapping[str, np.ndarray],
+    dtype: str,
+    tied: bool,
+    placement: Placement = SINGLE,
+) -> dict[str, jax.Array]:
+    """Device tensors of one component; see `prepared`."""
+    arrays = prepared(spec, tensors, dtype, tied, placement)
+    return on_device(spec, arrays, dtype, tied, placement)
+
+
+def param_bytes(spec, dtype: str, placement: Placement = SINGLE) -> int:
+    """Bytes of one component on all devices together."""
+    total = 0
+    for name, shape in layout.compute_shapes(spec).items():
+        axes = tensor_axes(spec, name, placement.rules, len(shape))
+        sizes = [a.size(n) for a, n in zip(axes, shape, strict=True)]
+        total += math.prod(sizes) * _placement(spec, name, shape, dtype, False)[1].itemsize
+    return total
 
 
 def abstract_params(
@@ -88,16 +123,23 @@ def abstract_tables(
     signature: Signature, placement: Placement = SINGLE
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], ...]:
     """Shapes, dtypes and shardings of a unit's LoRA tables, one dict a component."""
-    out = []
-    for spec, form in zip(signature.specs, signature.lora, strict=True):
-        tables = {}
-        for name, shape in _table_shapes(spec, form).items():
-            axes = table_axes(spec, name, placement)
-            sizes = [a.size(n) for a, n in zip(axes, shape, strict=True)]
-            dtype = jnp.int32 if name == "pieces" else jnp.float32
-            tables[name] = placement.struct(sizes, dtype, *(a.logical for a in axes))
-        out.append(tables)
-    return tuple(out)
+    return tuple(
+        table_structs(spec, form, placement)
+        for spec, form in zip(signature.specs, signature.lora, strict=True)
+    )
+
+
+def table_structs(
+    spec, form: LoraForm | None, placement: Placement = SINGLE
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The LoRA tables of one component: shapes, dtypes and shardings by name."""
+    tables = {}
+    for name, shape in _table_shapes(spec, form).items():
+        axes = table_axes(spec, name, placement)
+        sizes = [a.size(n) for a, n in zip(axes, shape, strict=True)]
+        dtype = jnp.int32 if name == "pieces" else jnp.float32
+        tables[name] = placement.struct(sizes, dtype, *(a.logical for a in axes))
+    return tables
 
 
 def table_axes(spec, name: str, placement: Placement) -> tuple[Axis, ...]:
@@ -109,7 +151,20 @@ def table_axes(spec, name: str, placement: Placement) -> tuple[Axis, ...]:
     return Axis(), Axis(), inner if side == "a" else out
 
 
+def piece_shapes(spec, form: LoraForm | None) -> dict[str, tuple[int, ...]]:
+    """[PIECE_RANK, width] of every table with pieces, before it is spread over devices."""
+    shapes = _table_shapes(spec, form)
+    return {name: shape[1:] for name, shape in shapes.items() if name != "pieces"}
+
+
+def put_pieces(spec, name: str, pieces: np.ndarray, placement: Placement) -> jax.Array:
+    """Some pieces of a table, float32 [n, PIECE_RANK, width], on the devices as the table lies there."""
+    axes = table_axes(spec, name, placement)
+    return placement.put(spread(pieces, [a.sources for a in axes]), *(a.logical for a in axes))
+
+
 def _table_shapes(spec, form: LoraForm | None) -> dict[str, tuple[int, ...]]:
+    """Shapes of the LoRA tables of one component, as blocks/linear.py describes them."""
     shapes: dict[str, tuple[int, ...]] = {}
     if form is not None and spec.kind in LAYER_KINDS:
         shapes["pieces"] = (form.slots, form.turns)
@@ -120,6 +175,11 @@ def _table_shapes(spec, form: LoraForm | None) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def computed_targets(spec, lora: LoraSpec) -> frozenset[str]:
+    """The projections a delta adapts, as they are computed: a stored one may be several."""
+    return frozenset(part for t in lora.targets for part in layout.parts(spec, t))
+
+
 def num_pieces(deltas: Sequence[LoraSpec]) -> int:
     """Pieces one adapter needs on a component: its widest projection, all its deltas added up."""
     widths: collections.Counter[str] = collections.Counter()
@@ -128,45 +188,33 @@ def num_pieces(deltas: Sequence[LoraSpec]) -> int:
     return -(-max(widths.values()) // PIECE_RANK)
 
 
-def lora_tables(
-    spec, form: LoraForm | None, deltas: SlotDeltas, placement: Placement = SINGLE
-) -> dict[str, jax.Array]:
-    """LoRA tables of one component, as blocks/linear.py describes them.
+def adapter_pieces(
+    spec,
+    parts: Sequence[tuple[LoraSpec, Mapping[str, np.ndarray]]],
+) -> dict[str, np.ndarray]:
+    """One adapter's pieces on one component, for its LoRA tables.
 
     Args:
       spec: of the component.
-      form: shape of the tables; None gives none.
-      deltas: slot -> the LoRA deltas of that slot, added up by putting their ranks side by side.
-      placement: the devices they are spread over.
+      parts: its deltas there, added up by putting their ranks side by side.
+
+    Returns:
+      float32 [pieces, PIECE_RANK, width] for each projection computed, as "TARGET.a" and "TARGET.b";
+      the scale is folded into b.
     """
-    shapes = _table_shapes(spec, form)
-    tables = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    first = 1
-    for slot, parts in sorted(deltas.items()) if form else ():
-        count = num_pieces([lora for lora, _ in parts])
-        tables["pieces"][slot, :count] = np.arange(first, first + count)
-        used: collections.Counter[str] = collections.Counter()
-        for lora, tensors in parts:
-            for target, width in lora.targets.items():
-                span = slice(used[target], used[target] + width.rank)
-                used[target] = span.stop
-                down = tensors[f"{target}.a"].astype(np.float32)
-                up = tensors[f"{target}.b"].astype(np.float32).T * np.float32(width.scale)
-                for part, outputs in layout.parts(spec, target).items():
-                    for side, matrix in (("a", down), ("b", up[:, outputs])):
-                        table = tables[f"{part}.{side}"][first : first + count]
-                        table.reshape(count * PIECE_RANK, -1)[span] = matrix  # through a view
-        first += count
-    out = {}
-    for name, table in tables.items():
-        axes = table_axes(spec, name, placement)
-        table = spread(
-            table.astype(np.int32) if name == "pieces" else table, [a.sources for a in axes]
-        )
-        out[name] = placement.put(table, *(a.logical for a in axes))
+    count = num_pieces([lora for lora, _ in parts])
+    out: dict[str, np.ndarray] = {}
+    used: collections.Counter[str] = collections.Counter()
+    for lora, tensors in parts:
+        for target, width in lora.targets.items():
+            span = slice(used[target], used[target] + width.rank)
+            used[target] = span.stop
+            down = tensors[f"{target}.a"].astype(np.float32, copy=False)
+            up = tensors[f"{target}.b"].astype(np.float32).T * np.float32(width.scale)
+            for part, outputs in layout.parts(spec, target).items():
+                for side, matrix in (("a", down), ("b", up[:, outputs])):
+                    name = f"{part}.{side}"
+                    if name not in out:
+                        out[name] = np.zeros((count, PIECE_RANK, matrix.shape[1]), np.float32)
+                    out[name].reshape(count * PIECE_RANK, -1)[span] = matrix  # through a view
     return out
-
-
-def nbytes(tensors: Sequence[Tensors]) -> int:
-    """Bytes of distinct device arrays."""
-    return sum({id(a): a.nbytes for t in tensors for a in t.values()}.values())

@@ -66,6 +66,12 @@ class Profile:
         if not self._todo:
             return
         name, units, bucket = self._todo[-1]
+        units = [unit for unit in units if all(unit.params)]
+        if (
+            not units
+        ):  # Their weights are not there: until such blocks run, the policy does without.
+            self._todo.pop()
+            return
         tries = self._tries.setdefault(name, [])
         # Layers of one form in turn, so that no call finds its weights in the CPU's cache.
         tries.append(self._device.time_unit(units[len(tries) % len(units)], bucket))

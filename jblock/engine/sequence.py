@@ -5,6 +5,7 @@ import math
 from typing import TYPE_CHECKING
 
 from jblock.engine.api import Request
+from jblock.engine.residency import Lease
 
 if TYPE_CHECKING:
     from jblock.engine.assembly import KvGroup, Route
@@ -20,6 +21,7 @@ class Sequence:
       route: the chain version it is bound to until it ends.
       max_tokens: most tokens to generate, the model's limit applied.
       seed: of its draws.
+      lease: on all its chain needs on the device.
       seq_slot: its entry in the device's last-token array; -1 while waiting.
       row: its register row for decoding.
       pages: physical pages by KV group.
@@ -40,6 +42,7 @@ class Sequence:
     route: "Route"
     max_tokens: int
     seed: int
+    lease: Lease
     seq_slot: int = -1
     row: int = -1
     pages: dict["KvGroup", list[int]] = dataclasses.field(default_factory=dict)

@@ -13,6 +13,9 @@ from jblock.blocks.spec import (
 )
 from jblock.parallel.rules import ONE_DEVICE, ShardingRules
 
+# Pieces of the longest adapter that is served: rank 512.
+MAX_TURNS = 64
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraForm:
@@ -22,13 +25,16 @@ class LoraForm:
       targets: projections that have tables, sorted.
       slots: adapter slots, slot 0 (none) included.
       pieces: pieces of PIECE_RANK ranks a table holds, piece 0 (zeros) included.
-      turns: most pieces of one adapter.
     """
 
     targets: tuple[str, ...]
     slots: int
     pieces: int
-    turns: int
+
+    @property
+    def turns(self) -> int:
+        """Most pieces of one adapter."""
+        return min(MAX_TURNS, self.pieces - 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

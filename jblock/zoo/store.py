@@ -308,11 +308,10 @@ class Zoo:
           ZooError: no such model or version (the known ones are named), or a damaged record.
         """
         folder = self._inside(self.path / "chains" / check_name(name))
-        known = self.chains()
-        if version is None and name in known:
+        if version is None and (folder / "current").is_file():
             version = self.current(name)
         if version is None or version not in self.versions(name):
-            what = name if version is None else f"{name}@{version}"
+            what, known = name if version is None else f"{name}@{version}", self.chains()
             raise ZooError(f"no model {what!r} in {self.path}; known: {', '.join(known) or 'none'}")
         path = folder / f"{version}.json"
         chain = Chain.from_json(codec.read_json(self._inside(path)))

@@ -70,7 +70,9 @@ class Agent:
         store = Zoo.open(zoo)
         assembly = assemble(store, {name: store.chain(name) for name in models}, config)
         device = LogitsDevice(assembly, config, ExecutableCache(zoo.parent / "executables"))
-        return cls(assembly, device, Loop(assembly, device, config))
+        loop = Loop(assembly, device, config)
+        loop.loads.preload(assembly.routes.values())
+        return cls(assembly, device, loop)
 
     def slow_down(self, factor: float) -> None:
         """Measures every program, and lets the batching policy believe in a device slower by `factor`."""

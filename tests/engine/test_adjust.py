@@ -9,6 +9,7 @@ from jblock.engine import adjust, logprobs
 from jblock.engine.api import Request, SamplingParams
 from jblock.engine.batching import Batch, control_array
 from jblock.engine.config import Bucket
+from jblock.engine.residency import Lease
 from jblock.engine.sequence import Item, Sequence
 
 VOCAB, SLOTS = 30, 5
@@ -27,7 +28,9 @@ def item(slot: int, prompt, generated, decoding: bool, **sampling) -> Item:
     request = Request(
         request_id=str(slot), model="m", token_ids=prompt, sampling=SamplingParams(**sampling)
     )
-    sequence = Sequence(request, Route, 64, 0, seq_slot=slot, generated=list(generated))
+    sequence = Sequence(
+        request, Route, 64, 0, Lease(Route), seq_slot=slot, generated=list(generated)
+    )
     known = (*prompt, *generated)
     start = len(known) - 1 if decoding else 0
     tokens = () if decoding else known

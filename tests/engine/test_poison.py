@@ -25,13 +25,13 @@ def agent(zoo) -> Agent:
 
 def poison_weights(agent: Agent, value: float) -> None:
     """Spoils the adapter's slot on the shared blocks; slot 0 stays as it is."""
-    slot = agent.assembly.routes[BAD].slot
+    pieces = np.array(agent.assembly.routes[BAD].adapter.pieces)
     for instance in agent.assembly.instances:
         for unit in instance.units:
             for tables in unit.tables:
                 for name in tables:
                     if name.endswith(".b"):
-                        tables[name] = tables[name].at[slot].set(value)
+                        tables[name] = tables[name].at[pieces].set(value)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -138,7 +138,7 @@ def test_the_same_tokens_with_sharing_on_off_and_in_other_batches(zoo):
     together = reference.generate(prompts, max_tokens=40)
     unshared_config = EngineConfig(**{**vars(MANY_PLANS), "share": False})
     unshared = Agent.make(zoo, models, unshared_config)
-    assert unshared.assembly.resident_bytes > reference.assembly.resident_bytes
+    assert unshared.loop.stats().resident_bytes > reference.loop.stats().resident_bytes
     assert len(unshared.assembly.instances) > len(reference.assembly.instances)
     separate = unshared.generate(prompts, max_tokens=40)
     for m in models:

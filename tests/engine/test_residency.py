@@ -1,0 +1,241 @@
+"""What is on the device, by accounting alone: nothing in use leaves, nothing is counted twice, nobody
+waits for ever. The worker is a table of what was asked for; the test answers when it likes."""
+
+import dataclasses
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from jblock.engine.residency import Adapter, Lease, Residency, State, Weights, WeightSet
+
+SLOTS, PIECES, MAX_BYTES = 3, 6, 100
+SIZES = {"a": 1, "b": 2, "c": 2, "d": 3, "e": 6, "f": 7}  # f never fits
+BASE, BASE_BYTES, TUNE_BYTES = "base", 40, 25
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeChain:
+    name: str
+    version: int = 1
+
+
+@dataclasses.dataclass(eq=False)
+class FakeRoute:
+    chain: FakeChain
+    weights: WeightSet
+    adapter: Adapter | None = None
+    lacks_targets: bool = False
+
+
+@dataclasses.dataclass(eq=False)
+class FakeAssembly:
+    routes: dict[str, FakeRoute]
+    pinned: tuple[str, ...] = ()
+
+    @property
+    def residents(self):
+        members = [w for r in self.routes.values() for w in r.weights.members]
+        adapters = [r.adapter for r in self.routes.values() if r.adapter]
+        return list(dict.fromkeys([*members, *adapters]))
+
+
+class Worker:
+    """Keeps what it was asked for."""
+
+    def __init__(self):
+        self.probes: list[Adapter] = []
+        self.loads: list = []
+
+    def probe(self, adapter, route):
+        self.probes.append(adapter)
+
+    def load(self, resident, route):
+        assert resident.state is State.LOADING
+        self.loads.append(resident)
+
+    def widen(self, adapter, route):
+        raise AssertionError("every table is wide enough")
+
+
+def weights(name: str, size: int) -> Weights:
+    return Weights(name=name, component=name, spec=None, size=size)
+
+
+def assembly(names, pinned=(), old: FakeAssembly | None = None) -> FakeAssembly:
+    """Adapters on one base, and full fine-tunes ("tuneN") that share half of it."""
+    known = old.routes if old else {}
+    base = weights("base", BASE_BYTES)
+    for route in known.values():
+        base = route.weights.members[0]
+    routes = {}
+    shared = next((r.weights for r in known.values() if r.adapter), WeightSet((base,)))
+    for name in names:
+        if name in known:
+            routes[name] = known[name]
+        elif name in SIZES:
+            adapter = Adapter(name=name, deltas=((name, ("delta",)),))
+            routes[name] = FakeRoute(FakeChain(name), shared, adapter)
+        else:
+            own = weights(name, TUNE_BYTES)
+            routes[name] = FakeRoute(FakeChain(name), WeightSet((base, own)))
+    return FakeAssembly(routes, pinned)
+
+
+class Machine(RuleBasedStateMachine):
+    """Any order of requests, ends, answers, failures and changes of what is served."""
+
+    names = (*SIZES, "tune1", "tune2", "tune3")
+
+    def __init__(self):
+        super().__init__()
+        self.worker = Worker()
+        self.assembly = assembly(self.names, pinned=("b",))
+        self.residency = Residency(
+            self.assembly, self.worker, slots=SLOTS, pieces=PIECES, max_weight_bytes=MAX_BYTES
+        )
+        self.leases: list[Lease] = []
+        self.seen = {r for r in self.assembly.residents}
+
+    @rule(name=st.sampled_from(names))
+    def ask(self, name):
+        if name in self.assembly.routes:
+            self.leases.append(self.residency.acquire(self.assembly.routes[name]))
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def end(self, data):
+        lease = self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1)))
+        self.residency.release(lease)
+        self.residency.release(lease)  # twice is no mistake
+
+    @precondition(lambda self: self.worker.probes)
+    @rule(fails=st.integers(0, 9))
+    def probed(self, fails):
+        adapter = self.worker.probes.pop(0)
+        error = "damaged" if not fails else ""
+        self.residency.probed(adapter, {}, SIZES[adapter.name], error)
+
+    @precondition(lambda self: self.worker.loads)
+    @rule(data=st.data(), fails=st.integers(0, 9))
+    def loaded(self, data, fails):
+        index = data.draw(st.integers(0, len(self.worker.loads) - 1))
+        resident = self.worker.loads.pop(index)
+        self.residency.finished(resident, "damaged" if not fails else "")
+
+    @rule(names=st.sets(st.sampled_from(names), min_size=1), pin=st.booleans())
+    def change(self, names, pin):
+        pinned = tuple(n for n in ("b",) if pin and n in names)
+        self.assembly = assembly(sorted(names), pinned, self.assembly)
+        self.seen.update(self.assembly.residents)
+        self.residency.switch(self.assembly)
+
+    @invariant()
+    def accounting_is_exact(self):
+        there = [r for r in self.seen if r.state is not State.COLD]
+        adapters = [r for r in there if isinstance(r, Adapter)]
+        slots = [a.slot for a in adapters]
+        pieces = [p for a in adapters for p in a.pieces]
+        assert len(set(slots)) == len(slots) and set(slots) <= set(range(1, SLOTS + 1))
+        assert len(set(pieces)) == len(pieces) and set(pieces) <= set(range(1, PIECES + 1))
+        assert all(len(a.pieces) == a.size for a in adapters)
+        assert self.residency.slots_free == SLOTS - len(slots)
+        assert self.residency.pieces_free == PIECES - len(pieces)
+        held = sum(r.size for r in there if isinstance(r, Weights))
+        assert self.residency.weight_bytes == held <= MAX_BYTES
+        assert set(self.worker.loads) == {r for r in there if r.state is State.LOADING}
+        for cold in self.seen - set(there):
+            assert not isinstance(cold, Adapter) or (cold.slot, cold.pieces) == (0, [])
+
+    @invariant()
+    def what_is_leased_stays(self):
+        granted = [lease for lease in self.leases if lease.granted and not lease.error]
+        for lease in granted:
+            parts = [*lease.route.weights.members]
+            parts += [lease.route.adapter] if lease.route.adapter else []
+            states = {p.state for p in parts}
+            assert State.COLD not in states
+            assert lease.ready == (states == {State.READY})
+        for resident in self.seen:
+            assert not (resident.dropped and resident.state is State.READY) or resident.leases
+
+    def teardown(self):
+        """When everybody else leaves, whoever waits gets there, in whatever order they asked."""
+        for _ in range(2000):
+            for lease in [f for f in self.leases if f.ready or f.error]:
+                self.leases.remove(lease)
+                self.residency.release(lease)
+            if self.worker.probes:
+                adapter = self.worker.probes.pop(0)
+                self.residency.probed(adapter, {}, SIZES[adapter.name])
+            elif self.worker.loads:
+                self.residency.finished(self.worker.loads.pop(0))
+            elif not self.leases:
+                break
+        assert not self.leases and not self.residency.wanting and not self.residency.failed
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def make(names, slots=SLOTS) -> tuple[Residency, Worker, FakeAssembly]:
+    """A residency whose base is loaded and whose adapters are known."""
+    found, worker = assembly(names), Worker()
+    residency = Residency(found, worker, slots=slots, pieces=PIECES, max_weight_bytes=0)
+    for route in found.routes.values():
+        route.adapter.targets, route.adapter.size = {}, SIZES[route.chain.name]
+    return residency, worker, found
+
+
+def finish(residency: Residency, worker: Worker) -> None:
+    while worker.loads:
+        residency.finished(worker.loads.pop(0))
+
+
+def test_the_longest_unused_leaves_first():
+    residency, worker, found = make(["a", "b", "c", "d"])
+    for name in ("a", "b", "c", "a"):
+        lease = residency.acquire(found.routes[name])
+        finish(residency, worker)
+        assert lease.ready
+        residency.release(lease)
+    residency.acquire(found.routes["d"])  # 3 pieces of which 1 is free: b and its 2 go
+    states = {n: r.adapter.state for n, r in found.routes.items()}
+    assert states == {
+        "a": State.READY,
+        "b": State.COLD,
+        "c": State.READY,
+        "d": State.LOADING,
+    }
+
+
+def test_others_pass_who_waits_for_room_but_not_for_ever():
+    """a keeps being asked for; b needs its slot. New requests for a wait behind b once b is first."""
+    residency, worker, found = make(["a", "b"], slots=1)
+    running = residency.acquire(found.routes["a"])
+    finish(residency, worker)
+    waiting = residency.acquire(found.routes["b"])
+    later = residency.acquire(found.routes["a"])
+    assert running.ready and not waiting.granted and not later.granted
+    residency.release(running)
+    assert waiting.granted and not later.granted
+    finish(residency, worker)
+    assert waiting.ready
+    residency.release(waiting)
+    assert later.granted
+
+
+def test_who_gives_up_waiting_opens_what_was_closed_for_it():
+    residency, worker, found = make(["a", "b"], slots=1)
+    running = residency.acquire(found.routes["a"])
+    finish(residency, worker)
+    residency.release(residency.acquire(found.routes["b"]))
+    assert residency.acquire(found.routes["a"]).ready and running.ready
+
+
+def test_what_can_never_fit_is_refused_with_the_remedy():
+    residency, _, found = make(["a", "f"])
+    lease = residency.acquire(found.routes["f"])
+    assert lease.error_code == "FAILED_PRECONDITION" and residency.failed == [lease]
+    assert "adapter_slots 3" in lease.error and "'f'" in lease.error
