@@ -23,7 +23,7 @@ KEYS = {
         "p95_ratio",
         "weight_bytes_ratio",
     },
-    "lora": {"tokens_per_second_ratio"},
+    "lora": {"tokens_per_second_ratio", "registered_1000_ratio"},
     "prefix": {"ttft_ratio"},
     "overlap": {"b8_idle", "b32_idle"},
     "stalls": {"gap_max_ms", "gap_max_ratio", "gap_p99_ratio", "prompt_ratio"},
