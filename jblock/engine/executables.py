@@ -263,8 +263,8 @@ class Executables:
                 n: jax.ShapeDtypeStruct((s, *a.shape[1:]), a.dtype, sharding=a.sharding)
                 for n, a in held.items()
             }
-            arguments = (held, pieces, struct((s,), i32))
-            return _copy(update_program), (0,), arguments, self._specs(held)
+            writing = (held, pieces, struct((s,), i32))
+            return _copy(update_program), (0,), writing, self._specs(held)
         registers = struct((geometry.num_rows * groups, signature.hidden_size), f32, "rows")
         if key.kind == "embedding":
             return (
