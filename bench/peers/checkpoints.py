@@ -9,8 +9,7 @@ import numpy as np
 import safetensors.numpy
 
 from bench.models import MemoryZoo
-from jblock.blocks.spec import AttentionSpec, EmbeddingSpec, FfnSpec, NormSpec
-from jblock.families import base as llama
+from jblock.families import family_for
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -44,37 +43,30 @@ def write_model(zoo: MemoryZoo, name: str, folder: Path, dtype: str, max_positio
     ids = {"bos_token_id": 1, "eos_token_id": 2}
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": False} | ids))
     tensors: dict[str, np.ndarray] = {}
-    layer = -1
-    for step in zoo.served[name].steps:
-        record = zoo.component(step.component)
-        names: Mapping[str, str] = llama.UNEMBEDDING
-        if isinstance(record.spec, AttentionSpec):
-            layer, names = layer + 1, llama.ATTENTION
-        elif isinstance(record.spec, FfnSpec):
-            names = llama.FFN
-        elif isinstance(record.spec, EmbeddingSpec):
-            names = llama.EMBEDDING
-        elif isinstance(record.spec, NormSpec):
-            names = llama.NORM
-        for tensor, value in ({} if record.refs else zoo.load_component(step.component)).items():
-            tensors[names[tensor].format(i=layer)] = _stored(value, dtype)
+    planned_steps = family_for(config).plan(config).steps
+    for step, planned in zip(zoo.served[name].steps, planned_steps, strict=True):
+        if not zoo.component(step.component).refs:
+            for tensor, value in zoo.load_component(step.component).items():
+                tensors[planned.tensors[tensor]] = _stored(value, dtype)
     _save(tensors, folder / "model.safetensors")
     return folder
 
 
-def write_adapter(zoo: MemoryZoo, name: str, folder: Path, dtype: str) -> Path:
-    """Writes the LoRA deltas of a chain of a zoo in memory as a PEFT adapter; returns its folder."""
+def write_adapter(zoo: MemoryZoo, name: str, base: Path, folder: Path, dtype: str) -> Path:
+    """Writes the LoRA deltas of a chain of a zoo in memory as a PEFT adapter; returns its folder.
+
+    `base` is what `write_model` wrote of the chain it adapts.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    modules = {projection: path for path, projection in llama.PROJECTIONS.items()}
+    model = json.loads((base / "config.json").read_text())
+    planned_steps = family_for(model).plan(model).steps
     tensors: dict[str, np.ndarray] = {}
-    layer, ranks, scales, targets = -1, set(), set(), set()
-    for step in zoo.served[name].steps:
-        spec = zoo.component(step.component).spec
-        layer += isinstance(spec, AttentionSpec)
+    ranks, scales, targets = set(), set(), set()
+    for step, planned in zip(zoo.served[name].steps, planned_steps, strict=True):
         for delta in step.deltas:
             values = zoo.load_delta(delta)
             for target, width in zoo.delta(delta).spec.targets.items():
-                path = modules[spec.kind, target].format(i=layer)
+                path = planned.tensors[f"{target}.weight"].removesuffix(".weight")
                 ranks.add(width.rank)
                 scales.add(width.scale)
                 targets.add(path.rsplit(".", 1)[1])

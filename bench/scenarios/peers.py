@@ -235,7 +235,7 @@ class _Peers:
         for name in self._adapters:
             adapters[name] = str(folder / name)
             if not (folder / name / "adapter_model.safetensors").exists():
-                checkpoints.write_adapter(self._zoo, name, folder / name, dtype)
+                checkpoints.write_adapter(self._zoo, name, folder / "base", folder / name, dtype)
         return models, adapters
 
 

@@ -154,7 +154,8 @@ def test_checkpoints_come_back_as_the_same_components(tmp_path: Path):
     for name in ("base", "tune-0"):
         folder = checkpoints.write_model(zoo, name, tmp_path / name, "float32", 128)
         hf.convert(folder, tmp_path / "zoo", name, silent)
-    folder = checkpoints.write_adapter(zoo, "lora-0", tmp_path / "lora-0", "float32")
+    base = tmp_path / "base"
+    folder = checkpoints.write_adapter(zoo, "lora-0", base, tmp_path / "lora-0", "float32")
     peft.convert(folder, tmp_path / "zoo", "base", "lora-0", silent)
     store = Zoo.open(tmp_path / "zoo")
     for name in ("base", "tune-0"):
