@@ -17,6 +17,7 @@ from jblock.engine.assembly import KvGroup
 from jblock.engine.config import EngineConfig
 from jblock.engine.executables import PoolShape
 from jblock.engine.kv_cache import KvCache
+from jblock.engine.residency import Lease
 from jblock.engine.sequence import Sequence
 from jblock.engine.swap import Copy, HostPool, Rates, measure
 from jblock.zoo.records import Step
@@ -96,7 +97,7 @@ class KvMachine(RuleBasedStateMachine):
         request = Request(
             request_id="r", model="m", token_ids=(first, *range(length - 1)), cache_salt=salt
         )
-        sequence = Sequence(request=request, route=ROUTE, max_tokens=99, seed=0)
+        sequence = Sequence(request=request, route=ROUTE, max_tokens=99, seed=0, lease=Lease(ROUTE))
         if not self.admit(sequence):
             self.waiting.append(sequence)
 

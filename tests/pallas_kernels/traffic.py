@@ -284,7 +284,14 @@ class _Walk:
 def _space(aval: Any) -> str:
     """Where a buffer lies; one without a space of its own is a block that a pipeline brings to VMEM."""
     name = str(getattr(aval, "memory_space", None)).lower().rsplit(".", 1)[-1]
-    known = {"none": "vmem", "any": "hbm", "hbm": "hbm", "vmem": "vmem", "smem": "smem"}
+    known = {
+        "none": "vmem",
+        "default": "vmem",
+        "any": "hbm",
+        "hbm": "hbm",
+        "vmem": "vmem",
+        "smem": "smem",
+    }
     return "semaphore" if "sem" in name and name != "smem" else known[name]
 
 

@@ -52,7 +52,7 @@ def settings(mesh: str) -> EngineConfig:
         page_size=16,
         decode_sizes=(8,),
         prefill_grids=((8, 16),),
-        kv_memory_mb=8,
+        kv_memory_mb=16,
         mesh=mesh,
     )
 

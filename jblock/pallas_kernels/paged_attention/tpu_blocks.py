@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 TUNED = Path(__file__).parent / "tuned"
+_STATE_BYTES = 40 * 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,10 @@ def heuristic(shape: Shape) -> Blocks:
     edge wastes what they overhang, of 512 in decoding, where nothing is wasted."""
     groups = shape.heads // shape.kv_heads
     q_tokens = min(_up(shape.max_q_len), _down(max(1, 128 // groups)))
-    q_tiles = min(8, -(-64 // shape.kv_heads), -(-shape.max_q_len // q_tokens))
+    # float32: two running statistics of 128 lanes, the sum, and queries and output twice each.
+    tile_bytes = shape.heads * max(q_tokens, 16) * 4 * (2 * 128 + 5 * shape.head_dim)
+    fitting = max(1, _STATE_BYTES // tile_bytes)
+    q_tiles = min(8, -(-64 // shape.kv_heads), -(-shape.max_q_len // q_tokens), fitting)
     item = {"float32": 4, "bfloat16": 2}.get(shape.kv_dtype, 1)
     token_bytes = 2 * shape.kv_heads * shape.head_dim * item
     tokens = max(128, min(1024, _down(2**21 // token_bytes)))
