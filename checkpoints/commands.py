@@ -59,6 +59,15 @@ def peft(args: argparse.Namespace) -> Outcome:
     return Outcome(data, _lines(f"{chain.name}@{chain.version} on {chain.base} {what}"))
 
 
+def plan(args: argparse.Namespace) -> Outcome:
+    """Tells what adding a checkpoint or adapter would do."""
+    from checkpoints import printing
+    from checkpoints.plan import plan
+
+    data = plan(Path(args.src), Path(args.zoo), args.name, args.base, progress_of(args))
+    return Outcome(data, lambda: printing.print_plan(data))
+
+
 def list_(args: argparse.Namespace) -> Outcome:
     """Lists the models."""
     from checkpoints import printing

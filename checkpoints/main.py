@@ -53,6 +53,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     command("hf", commands.hf, "add a Hugging Face checkpoint", "src", "--name")
     command("peft", commands.peft, "add a PEFT LoRA adapter", "src", "--base", "--name")
+    plan = command("plan", commands.plan, "tell what adding would store and share", "src", "--name")
+    plan.add_argument("--base", help=_FIELDS["--base"])
     command("list", commands.list_, "list the models")
     inspect = command("inspect", commands.inspect, "show components, who shares them, and bytes")
     inspect.add_argument("name", nargs="?", help=_FIELDS["name"])
@@ -91,6 +93,11 @@ _MORE = {
     "peft": (
         "The adapter rides on the components of its base, which must be in the zoo.",
         "peft ./my-adapter --zoo ./zoo --base llama --name my-llama",
+    ),
+    "plan": (
+        "Writes nothing. Says for each component whether it would be stored or is shared, into which blocks\n"
+        "the model would be cut, why there, and which models would be cut anew. With --base, for an adapter.",
+        "plan ./my-finetune --zoo ./zoo --name mine",
     ),
     "list": (
         "`logical` is what separate checkpoints would take, `own` what only that model uses.",

@@ -70,3 +70,37 @@ def print_diff(data: dict[str, Any]) -> None:
         f"changed, {totals['other']} without a counterpart",
         highlight=False,
     )
+
+
+def print_plan(data: dict[str, Any]) -> None:
+    """What would be stored, and the blocks with the reason for each cut."""
+    console = Console()
+    stored = Table("step", "kind", "size", "stored", "shared with", box=None)
+    for row in data["steps"]:
+        users = ", ".join(row["shared_with"][:3])
+        stored.add_row(
+            str(row["step"]), row["kind"], size(row["bytes"]), "new" if row["stored"] else "", users
+        )
+    console.print(stored)
+    cut = Table("block", "size", "shared with", "cut because", box=None)
+    for row in data["blocks"]:
+        users = ", ".join(row["shared_with"][:3])
+        cut.add_row(f"{row['first']}-{row['last']}", size(row["bytes"]), users, row["why"])
+    console.print(cut)
+    for row in data["cut_elsewhere"]:
+        console.print(
+            f"{row['name']}: {row['blocks_before']} blocks become {row['blocks_after']}",
+            highlight=False,
+        )
+    cost = data["cost"]
+    console.print(
+        f"cut by measured cost: {1e6 * cost['hop_seconds']:.0f} us a hand-over, "
+        f"{cost['bytes_per_second'] / 1e9:.1f} GB/s of weights"
+        if cost
+        else "all sharing is kept: hand-overs were not measured here ('jblock-convert profile')",
+        highlight=False,
+    )
+    console.print(
+        f"{size(data['stored_bytes'])} of {size(data['logical_bytes'])} would be stored",
+        highlight=False,
+    )

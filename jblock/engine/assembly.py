@@ -292,7 +292,8 @@ class _Wirer:
         of = {name: tuple(s.component for s in chain.steps) for name, chain in chains.items()}
         # Adapters have their base's components: what these decide is worked out once.
         first = {ids: name for name, ids in reversed(of.items())}
-        partition = blocks({name: chains[name] for name in first.values()})
+        served = {name: chains[name] for name in first.values()}
+        partition = blocks(served, self.zoo.cut_cost(served))
         users: collections.Counter[tuple] = collections.Counter()
         chains_of = collections.Counter(of.values())
         keys = {}

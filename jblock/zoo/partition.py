@@ -2,6 +2,8 @@
 
 A block is as long as it can be while every chain that uses one of its components uses all of them,
 in that order. Longer blocks mean fewer hand-overs; cutting there and only there loses no sharing.
+With a `Cost` a run is shared only where that saves more time than the hand-overs around it take.
+A later model that shares part of a run cuts it anew: that rewrites the record, no component or chain.
 Joined steps (a router and its experts) are never cut apart: chains share them together or not at all.
 A delta never cuts: its rows ride on the component that all its neighbours share.
 """
@@ -9,7 +11,7 @@ A delta never cuts: its rows ride on the component that all its neighbours share
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from jblock.zoo.records import Chain
@@ -31,7 +33,29 @@ class Block:
     first: int
 
 
-def blocks(chains: Mapping[str, Chain]) -> dict[str, tuple[Block, ...]]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a cut costs and what sharing saves, in a decoding step in which every chain has rows.
+
+    Decoding reads all weights once a batch, so k chains that share a run read it once instead of k
+    times; every cut hands rows over once more a chain.
+
+    Attributes:
+      hop_seconds: one more call of a block.
+      bytes_per_second: at which weights are read.
+      nbytes: bytes of every component, by id.
+    """
+
+    hop_seconds: float
+    bytes_per_second: float
+    nbytes: Mapping[str, int]
+
+    def gain(self, run: Iterable[str], users: int) -> float:
+        """Seconds a step that `users` chains save by sharing the components of `run`."""
+        return (users - 1) * sum(self.nbytes[i] for i in run) / self.bytes_per_second
+
+
+def blocks(chains: Mapping[str, Chain], cost: Cost | None = None) -> dict[str, tuple[Block, ...]]:
     """Cuts each chain into blocks, given all chains that are served together.
 
     The embedding is a block of its own, and the final norm with the unembedding always one (the
@@ -40,6 +64,7 @@ def blocks(chains: Mapping[str, Chain]) -> dict[str, tuple[Block, ...]]:
 
     Args:
       chains: any key (a name, or name@version) -> chain.
+      cost: what decides whether a shared run is worth its cuts; None: all sharing is kept.
 
     Returns:
       The same keys -> blocks, which follow each other and cover the chain's steps exactly.
@@ -54,24 +79,96 @@ def blocks(chains: Mapping[str, Chain]) -> dict[str, tuple[Block, ...]]:
                 before[right].add(left)
             if left is not None:
                 after[left].add(right)
-    cut = {}
-    for key, chain in chains.items():
-        joined: list[list[Joined]] = []
-        for part in _layers(chain):
-            last = joined[-1][-1] if joined else None
-            if last is not None and after[last] == {part} and before[part] == {last}:
-                joined[-1].append(part)
-            else:
-                joined.append([part])
-        ids = [step.component for step in chain.steps]
-        between = [[i for part in run for i in part] for run in joined]
-        runs = [run for run in (ids[:1], *between, ids[1:][-2:]) if run]
-        out, first = [], 0
+    runs_of = {key: _runs(chain, before, after) for key, chain in chains.items()}
+    if cost is not None:
+        runs_of = _merge(runs_of, unshared(runs_of, cost))
+    return {key: _blocks(chain, runs_of[key]) for key, chain in chains.items()}
+
+
+Run = tuple[str, ...]
+"""Component ids served as one block."""
+
+
+def unshared(runs_of: Mapping[str, Sequence[Run]], cost: Cost) -> set[Run]:
+    """Shared runs whose cuts cost more than sharing them saves, the costliest first.
+
+    Giving one up joins it, in every chain that uses it, to neighbours no other chain shares.
+    """
+    users = _users(runs_of)
+    given_up: set[Run] = set()
+    while True:
+        worst, most = None, 0.0
+        for run, keys in users.items():
+            if len(keys) < 2 or run in given_up:
+                continue
+            hops = sum(_private_neighbours(runs_of[k], run, users, given_up) for k in keys)
+            loss = hops * cost.hop_seconds - cost.gain(run, len(keys))
+            if loss > most:
+                worst, most = run, loss
+        if worst is None:
+            return given_up
+        given_up.add(worst)
+
+
+def _users(runs_of: Mapping[str, Sequence[Run]]) -> dict[Run, set[str]]:
+    users: dict[Run, set[str]] = defaultdict(set)
+    for key, runs in runs_of.items():
         for run in runs:
-            out.append(Block(components=tuple(run), first=first))
+            users[run].add(key)
+    return users
+
+
+def _private_neighbours(
+    runs: Sequence[Run], run: Run, users: Mapping[Run, set[str]], given_up: Collection[Run]
+) -> int:
+    def private(i: int) -> bool:
+        return 0 <= i < len(runs) and (len(users[runs[i]]) == 1 or runs[i] in given_up)
+
+    at = [i for i, r in enumerate(runs) if r == run]
+    return sum(private(i - 1) + private(i + 1) for i in at)
+
+
+def _merge(runs_of: Mapping[str, Sequence[Run]], given_up: Collection[Run]) -> dict[str, list[Run]]:
+    users = _users(runs_of)
+    out: dict[str, list[Run]] = {}
+    for key, runs in runs_of.items():
+        merged: list[Run] = []
+        open_ = False  # the last block is this chain's own
+        for run in runs:
+            own = len(users[run]) == 1 or run in given_up
+            if own and open_:
+                merged[-1] += run
+            else:
+                merged.append(run)
+            open_ = own
+        out[key] = merged
+    return out
+
+
+def _runs(
+    chain: Chain,
+    before: Mapping[Joined, set[Joined | None]],
+    after: Mapping[Joined, set[Joined | None]],
+) -> list[Run]:
+    """The runs of a chain's layers that lose no sharing."""
+    joined: list[list[Joined]] = []
+    for part in _layers(chain):
+        last = joined[-1][-1] if joined else None
+        if last is not None and after[last] == {part} and before[part] == {last}:
+            joined[-1].append(part)
+        else:
+            joined.append([part])
+    return [tuple(i for part in run for i in part) for run in joined]
+
+
+def _blocks(chain: Chain, runs: Sequence[Run]) -> tuple[Block, ...]:
+    ids = tuple(step.component for step in chain.steps)
+    out, first = [], 0
+    for run in (ids[:1], *runs, ids[1:][-2:]):
+        if run:
+            out.append(Block(components=run, first=first))
             first += len(run)
-        cut[key] = tuple(out)
-    return cut
+    return tuple(out)
 
 
 def to_json(cut: Mapping[str, tuple[Block, ...]]) -> dict[str, Any]:

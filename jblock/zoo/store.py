@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from jblock.blocks.spec import ComponentSpec, DeltaSpec, canonical_json
-from jblock.zoo import codec, disk, ids, lease, params, partition
+from jblock.zoo import codec, disk, ids, lease, params, partition, profiles
 from jblock.zoo.journal import Journal
 from jblock.zoo.records import (
     Chain,
@@ -388,6 +388,18 @@ class Zoo:
         disk.fsync_path(folder)
         return self.chain(chain.name, version)
 
+    def cut_cost(self, chains: Mapping[str, Chain]) -> partition.Cost | None:
+        """What cuts cost on this machine, if it was measured here (`jblock-convert profile`)."""
+        measured = profiles.read(self.path / "profiles", profiles.target())
+        if measured is None:
+            return None
+        ids_ = {s.component for c in chains.values() for s in c.steps}
+        return partition.Cost(
+            hop_seconds=measured.hop_seconds,
+            bytes_per_second=measured.bytes_per_second,
+            nbytes={i: self.component(i).nbytes for i in ids_},
+        )
+
     def write_partition(self, scratch: Path) -> None:
         """Writes the partition of the live chains anew. Call it with the exclusive lock held."""
         live = {}
@@ -396,5 +408,6 @@ class Zoo:
                 live[name] = self.chain(name)
             except ZooError:
                 continue  # fsck reports it; the partition is derived and can be made again
-        data = canonical_json({"blocks": partition.to_json(partition.blocks(live))}) + "\n"
+        cut = partition.blocks(live, self.cut_cost(live))
+        data = canonical_json({"blocks": partition.to_json(cut)}) + "\n"
         disk.write_atomic(self.path / "partition" / "current.json", data.encode(), scratch)

@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jblock.zoo.partition import Block, blocks, to_json
+from jblock.zoo.partition import Block, Cost, blocks, to_json
 from jblock.zoo.records import Chain, Step
 
 
@@ -116,3 +116,63 @@ def test_json_is_plain():
             {"first": 2, "components": ["n", "u"]},
         ]
     }
+
+
+def costing(chains, cost):
+    return {key: [b.components for b in run] for key, run in blocks(chains, cost).items()}
+
+
+def sized(hop_seconds, **nbytes):
+    return Cost(
+        hop_seconds=hop_seconds,
+        bytes_per_second=1e9,
+        nbytes={c: 10**6 for c in "012345xyzw"} | nbytes,
+    )
+
+
+def test_a_run_is_shared_only_where_that_saves_more_than_its_cuts_cost():
+    chains = {
+        "a": chain("e", "0", "1", "2", "n", "u"),
+        "b": chain("e", "x", "1", "y", "n", "u"),
+    }
+    apart = {key: [b.components for b in run] for key, run in blocks(chains).items()}
+    # Sharing 1 saves one reading of 1 MB, a millisecond; it takes two hand-overs more in each chain.
+    assert costing(chains, sized(0.2e-3)) == apart
+    assert costing(chains, sized(0.3e-3)) == {
+        "a": [("e",), ("0", "1", "2"), ("n", "u")],
+        "b": [("e",), ("x", "1", "y"), ("n", "u")],
+    }
+    # The head and the embedding stay blocks of their own, however small.
+    assert costing(chains, sized(1.0))["a"][0] == ("e",)
+
+
+def test_a_large_run_stays_shared_beside_a_small_one():
+    chains = {
+        "a": chain("e", "0", "1", "2", "3", "4", "n", "u"),
+        "b": chain("e", "0", "1", "x", "3", "y", "n", "u"),
+    }
+    got = costing(chains, sized(0.3e-3, **{"0": 10**8}))
+    assert got["a"] == [("e",), ("0", "1"), ("2", "3", "4"), ("n", "u")]
+    assert got["b"] == [("e",), ("0", "1"), ("x", "3", "y"), ("n", "u")]
+
+
+def test_more_users_make_sharing_worth_its_cuts():
+    many = {k: chain("e", f"{k}0", "1", f"{k}2", "n", "u") for k in "abcdefgh"}
+    nbytes = {f"{k}{i}": 10**6 for k in many for i in (0, 2)}
+    two = {k: many[k] for k in "ab"}
+    cost = sized(0.4e-3, **nbytes)
+    assert ("1",) not in costing(two, cost)["a"]  # 1 ms saved, 4 hand-overs
+    assert ("1",) in costing(many, sized(0.05e-3, **nbytes))["a"]
+
+
+@given(st.lists(bodies, min_size=1, max_size=5), st.floats(1e-6, 1.0))
+def test_with_any_cost_blocks_cover_every_chain(layers, hop):
+    chains = {str(i): chain("e", *body, "n", "u") for i, body in enumerate(layers)}
+    cut = blocks(chains, sized(hop, **{"6": 10, "7": 10**9}))
+    for key, run in cut.items():
+        ids = [s.component for s in chains[key].steps]
+        assert [c for b in run for c in b.components] == ids
+        assert [b.first for b in run] == [
+            sum(len(b.components) for b in run[:i]) for i in range(len(run))
+        ]
+        assert len(run) <= len(blocks(chains)[key])

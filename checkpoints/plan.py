@@ -1,0 +1,146 @@
+"""`jblock-convert plan`: what adding a checkpoint or an adapter would do, before anything is written."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from checkpoints import hf, peft
+from checkpoints.errors import CheckpointError
+from checkpoints.peft_config import read_settings
+from checkpoints.progress import Progress
+from checkpoints.source import open_source, read_json
+from jblock.blocks.spec import spec_to_json
+from jblock.families import family_for
+from jblock.zoo import ids
+from jblock.zoo.plan import cut_plan
+from jblock.zoo.records import Chain, GoneError, Step, ZooError, check_name
+from jblock.zoo.store import Zoo
+
+
+def plan(
+    source_path: Path, zoo_path: Path, name: str, base: str | None, progress: Progress
+) -> dict[str, Any]:
+    """What `hf` (or, with a base, `peft`) would store, and how it would be served.
+
+    Returns:
+      `steps`: a dict a component or delta: `step`, `kind`, `bytes`, `stored` (False: the zoo has it), and
+      `shared_with` (models that use it); `blocks`: see `zoo.plan.cut_plan`; `cut_elsewhere`: models whose
+      blocks would be cut anew, with the number of blocks before and after; totals.
+
+    Raises:
+      CheckpointError, ConfigError, SpecError, ZooError: see `errors.BAD_INPUT`.
+    """
+    check_name(name)
+    if base is None and (source_path / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{source_path} is an adapter: give --base, the model it was made for"
+        )
+    zoo = Zoo.open(zoo_path) if (zoo_path / "zoo.json").exists() else None
+    live = {n: zoo.chain(n) for n in zoo.chains()} if zoo else {}
+    users: dict[str, set[str]] = {}
+    for chain in live.values():
+        for step in chain.steps:
+            for id_ in (step.component, *step.deltas):
+                users.setdefault(id_, set()).add(chain.name)
+    if base is None:
+        chain, rows, nbytes = _checkpoint(source_path, zoo, name, progress)
+    elif zoo is None:
+        raise ZooError(f"{zoo_path} is not a zoo, so it has no base {base!r}")
+    else:
+        chain, rows, nbytes = _adapter(source_path, zoo, name, base, progress)
+    for row in rows:
+        row["shared_with"] = sorted(users.get(row["id"], set()) - {name})
+    after = {**live, name: chain}
+    cost = zoo.cut_cost(live) if zoo else None
+    if cost is not None:
+        cost = dataclasses.replace(cost, nbytes={**cost.nbytes, **nbytes})
+    from jblock.zoo.partition import blocks
+
+    old, new = (blocks(chains, cost) for chains in (live, after))
+    stored = sum(r["bytes"] for r in rows if r["stored"])
+    return {
+        "name": name,
+        "steps": rows,
+        "blocks": cut_plan(after, name, cost, nbytes),
+        "cut_elsewhere": [
+            {"name": n, "blocks_before": len(old[n]), "blocks_after": len(new[n])}
+            for n in sorted(live)
+            if n != name and old[n] != new[n]
+        ],
+        "cost": {"hop_seconds": cost.hop_seconds, "bytes_per_second": cost.bytes_per_second}
+        if cost
+        else None,
+        "stored_bytes": stored,
+        "logical_bytes": sum(r["bytes"] for r in rows),
+    }
+
+
+Planned = tuple[Chain, list[dict[str, Any]], dict[str, int]]
+
+
+def _checkpoint(path: Path, zoo: Zoo | None, name: str, progress: Progress) -> Planned:
+    config = read_json(path / "config.json")
+    family = family_for(config)
+    source = open_source(path)
+    plan = family.plan(config).fitting(source.tensors)
+    hf.check_tensors(plan, source)
+    owners: dict[str, tuple[str, str]] = {}
+    steps, rows, nbytes = [], [], {}
+    with progress.bar(
+        f"{name}: reading", sum(t.nbytes for t in source.tensors.values())
+    ) as advance:
+        for i, step in enumerate(plan.steps):
+            refs = {t: list(owners[n]) for t, n in step.tensors.items() if n in owners}
+            own = {t: source.read(n) for t, n in step.tensors.items() if t not in refs}
+            id_ = ids.content_id({"spec": spec_to_json(step.spec), "refs": refs}, own)
+            owners |= {step.tensors[t]: (id_, t) for t in own}
+            nbytes[id_] = sum(v.nbytes for v in own.values())
+            steps.append(Step(component=id_, joined=step.joined))
+            rows.append(_row(i, step.spec.kind, id_, nbytes[id_], _has(zoo, "components", id_)))
+            advance(nbytes[id_])
+    chain = Chain(
+        name=name,
+        family=family.name,
+        steps=tuple(steps),
+        tokenizer=None,
+        max_position=plan.max_position,
+        vocab_size=plan.vocab_size,
+    )
+    return chain, rows, nbytes
+
+
+def _adapter(path: Path, zoo: Zoo, name: str, base_name: str, progress: Progress) -> Planned:
+    base = zoo.chain(base_name)
+    source = open_source(path, "adapter_model")
+    settings = read_settings(read_json(path / "adapter_config.json"))
+    nbytes, rows, steps = {}, [], list(base.steps)
+    planned = {d.index: d for d in peft.plan_deltas(zoo, base, settings, source)}
+    with progress.bar(
+        f"{name}: reading", sum(t.nbytes for t in source.tensors.values())
+    ) as advance:
+        for i, step in enumerate(base.steps):
+            record = zoo.component(step.component)
+            nbytes[step.component] = record.nbytes
+            rows.append(_row(i, record.spec.kind, step.component, record.nbytes, True))
+            if i in planned:
+                tensors = {t: source.read(n) for t, n in planned[i].tensors.items()}
+                header = {"spec": spec_to_json(planned[i].spec), "component": step.component}
+                id_ = ids.content_id(header, tensors)
+                size = sum(v.nbytes for v in tensors.values())
+                steps[i] = dataclasses.replace(step, deltas=(*step.deltas, id_))
+                rows.append(_row(i, planned[i].spec.kind, id_, size, _has(zoo, "deltas", id_)))
+                advance(size)
+    return dataclasses.replace(base, name=name, version=0, steps=tuple(steps)), rows, nbytes
+
+
+def _row(step: int, kind: str, id_: str, nbytes: int, there: bool) -> dict[str, Any]:
+    return {"step": step, "kind": kind, "id": id_, "bytes": nbytes, "stored": not there}
+
+
+def _has(zoo: Zoo | None, kind: str, id_: str) -> bool:
+    if zoo is None:
+        return False
+    try:
+        return zoo.folder(kind, id_).is_dir()
+    except GoneError:
+        return False
