@@ -68,6 +68,16 @@ def plan(args: argparse.Namespace) -> Outcome:
     return Outcome(data, lambda: printing.print_plan(data))
 
 
+def profile(args: argparse.Namespace) -> Outcome:
+    """Measures what blocks take on this machine."""
+    from checkpoints import printing
+    from checkpoints.profile import profile
+
+    programs = Path(args.programs) if args.programs else None
+    data = profile(Path(args.zoo), args.names, programs, progress_of(args))
+    return Outcome(data, lambda: printing.print_profile(data))
+
+
 def list_(args: argparse.Namespace) -> Outcome:
     """Lists the models."""
     from checkpoints import printing

@@ -61,6 +61,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     command("diff", commands.diff, "compare two models component by component", "a", "b")
     command("verify", commands.verify, "compare a model with its source", "name", "--against")
     command("export", commands.export, "write the files a model was made from", "name", "--out")
+    profile = command("profile", commands.profile, "measure what blocks take on this machine")
+    profile.add_argument("names", nargs="*", help="models; default: all")
+    profile.add_argument("--programs", help="folder of compiled programs (default: the user's own)")
     copy = command("copy", commands.copy, "copy models into another zoo", "--to")
     copy.add_argument("names", nargs="*", help="models, as name or name@version; default: all")
     command("rm", commands.rm, "remove a model", "name")
@@ -120,6 +123,11 @@ _MORE = {
         "Weights, shards, index, config and tokenizer come back identical to the last byte; an adapter\n"
         "as a PEFT adapter, without its base.",
         "export llama@1 --out ./llama-again --zoo ./zoo",
+    ),
+    "profile": (
+        "Runs every kind of block on the grids the engine decodes and prefills with, and keeps the times in\n"
+        "the zoo. From then on blocks are cut by what a hand-over costs here. Give the machine some quiet.",
+        "profile llama --zoo ./zoo",
     ),
     "copy": (
         "Only components the other zoo lacks are sent; an adapter takes its base along. Interrupted, it\n"

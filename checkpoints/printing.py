@@ -104,3 +104,25 @@ def print_plan(data: dict[str, Any]) -> None:
         f"{size(data['stored_bytes'])} of {size(data['logical_bytes'])} would be stored",
         highlight=False,
     )
+
+
+def print_profile(data: dict[str, Any]) -> None:
+    """A line for each signature and grid."""
+    table = Table("signature", "size", "load", "sequences", "tokens", "time", box=None)
+    for row in data["signatures"]:
+        for t in row["times"]:
+            table.add_row(
+                row["signature"],
+                size(row["bytes"]),
+                f"{1e3 * row['load_seconds']:.1f} ms",
+                str(t["num_seqs"]),
+                str(t["q_len"]),
+                f"{1e6 * t['seconds']:.0f} us",
+            )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{data['target']}: {1e6 * data['hop_seconds']:.0f} us a hand-over, "
+        f"{data['bytes_per_second'] / 1e9:.2f} GB/s of weights",
+        highlight=False,
+    )

@@ -86,6 +86,10 @@ class Profile:
         """Call it when other blocks are served."""
         self._scope, self._memo = (), {}
 
+    def unit_seconds(self, unit: Unit, bucket: Bucket) -> float | None:
+        """Seconds of one unit on one grid; None as long as it is not measured."""
+        return self._seconds.get(self._name(unit, bucket))
+
     def block_seconds(self, instance: Instance, bucket: Bucket) -> float | None:
         """Seconds of a block on one grid; as long as it is not measured, estimated from the nearest
         grid that is; None as long as none is."""

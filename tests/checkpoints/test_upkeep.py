@@ -147,6 +147,8 @@ def test_json_from_every_command(filled, tmp_path):
     commands = {
         "hf": [tmp_path / "base", "--name", "base"],
         "peft": [tmp_path / "a", "--base", "base", "--name", "a"],
+        "plan": [tmp_path / "base", "--name", "new"],
+        "profile": ["base", "--programs", tmp_path / "programs"],
         "list": [],
         "inspect": ["a"],
         "diff": ["base", "tuned"],

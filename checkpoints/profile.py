@@ -1,0 +1,132 @@
+"""`jblock-convert profile`: measures what the blocks of a zoo take on this machine, and keeps it there.
+
+The only command that runs a model, and so the only one that imports the engine. The times are those of the
+engine's own profile (`jblock/engine/profile.py`), which finds them measured when it starts.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from checkpoints.progress import Progress
+from jblock.zoo import disk, lease, profiles
+from jblock.zoo.records import ZooError
+from jblock.zoo.store import Zoo
+
+_CALLS = 200
+
+
+def profile(
+    zoo_path: Path, names: Sequence[str], programs: Path | None, progress: Progress
+) -> dict[str, Any]:
+    """Measures every signature of some models, and writes `profiles/<target>/profile.json`.
+
+    Args:
+      zoo_path: the zoo.
+      names: models; empty: all.
+      programs: folder of compiled programs; None: the user's own, which `jblock-serve` uses.
+      progress: told how far it is.
+
+    Returns:
+      The profile as plain JSON, with `target`. See `zoo.profiles.Profile`. Times are of calls without
+      cached tokens (`context` 0).
+
+    Raises:
+      ZooError: no such model.
+      ValueError: a model the engine cannot run.
+    """
+    from jblock.engine import executable_cache, params
+    from jblock.engine.assembly import Unit, assemble
+    from jblock.engine.config import EngineConfig
+    from jblock.engine.device import Device
+    from jblock.engine.profile import Profile
+
+    zoo = Zoo.open(zoo_path)
+    chains = {n: zoo.chain(n) for n in names or zoo.chains()}
+    if not chains:
+        raise ZooError(f"{zoo.path} has no models to measure: convert one first")
+    config = EngineConfig(max_num_seqs=16, decode_sizes=(1, 4, 16), max_model_len=512)
+    assembly = assemble(zoo, chains, config)
+    cache = executable_cache.ExecutableCache(programs or executable_cache.default_folder())
+    device = Device(assembly, config, cache)
+    progress.note("compiling")
+    device.executables.warm(
+        device.program_keys(assembly, device.buckets, plain=True), config.compile_workers
+    )
+    measured = Profile(device)
+    measured.prepare(assembly.instances)
+    progress.note("measuring")
+    while not measured.complete:
+        measured.measure_one()
+    load = _load_seconds(zoo, {s.component for c in chains.values() for s in c.steps})
+    units: dict[str, Unit] = {}
+    for instance in assembly.instances:
+        for unit in instance.units:
+            units.setdefault(unit.signature.key(), unit)
+    rows: list[dict[str, Any]] = []
+    for unit in units.values():
+        times = [
+            {"num_seqs": b.num_seqs, "q_len": b.q_len, "context": 0, "seconds": s}
+            for b in device.buckets
+            if (s := measured.unit_seconds(unit, b)) is not None
+        ]
+        rows.append(
+            {
+                "signature": unit.signature.name,
+                "key": unit.signature.key(),
+                "bytes": params.nbytes(unit.params),
+                "load_seconds": sum(load[repr(spec)] for spec in unit.signature.specs),
+                "times": times,
+            }
+        )
+    hop = _hop_seconds()
+    layers = [r for r in rows if r["signature"].startswith(("layer", "attention", "ffn"))] or rows
+    largest = max(layers, key=lambda r: r["bytes"])
+    alone = next(t["seconds"] for t in largest["times"] if (t["num_seqs"], t["q_len"]) == (1, 1))
+    found = profiles.Profile(
+        hop_seconds=hop,
+        bytes_per_second=largest["bytes"] / alone,
+        signatures=tuple(rows),
+    )
+    target = profiles.target()
+    data = dataclasses.asdict(found)
+    with disk.disk_errors(zoo.path), lease.exclusive(zoo.path) as mine:
+        folder = zoo.path / "profiles" / target
+        folder.mkdir(parents=True, exist_ok=True)
+        disk.write_atomic(folder / "profile.json", json.dumps(data).encode(), mine)
+        zoo.write_partition(mine)
+    return {"target": target, **data}
+
+
+def _load_seconds(zoo: Zoo, components: set[str]) -> dict[str, float]:
+    """Spec -> seconds to read a component of it from the zoo; the least of all there are."""
+    seconds: dict[str, float] = {}
+    for id_ in sorted(components):
+        begin = time.perf_counter()
+        zoo.load_component(id_)
+        took = time.perf_counter() - begin
+        spec = repr(zoo.component(id_).spec)
+        seconds[spec] = min(took, seconds.get(spec, took))
+    return seconds
+
+
+def _hop_seconds() -> float:
+    """One call of a compiled program that does next to nothing, registers donated as a block's are."""
+    import jax
+    import jax.numpy as jnp
+
+    rows = jnp.zeros((64, 64), jnp.float32)
+    call = jax.jit(lambda r, i: r.at[i].add(1.0), donate_argnums=0)
+    index = jnp.zeros((4,), jnp.int32)
+    compiled = call.lower(rows, index).compile()
+    best = float("inf")
+    for _ in range(5):
+        begin = time.perf_counter()
+        for _ in range(_CALLS):
+            rows = compiled(rows, index)
+        jax.block_until_ready(rows)
+        best = min(best, (time.perf_counter() - begin) / _CALLS)
+    return best
