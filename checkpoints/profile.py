@@ -38,10 +38,11 @@ def profile(
       ZooError: no such model.
       ValueError: a model the engine cannot run.
     """
-    from jblock.engine import executable_cache, params
+    from jblock.engine import executable_cache
     from jblock.engine.assembly import Unit, assemble
     from jblock.engine.config import EngineConfig
     from jblock.engine.device import Device
+    from jblock.engine.loading import Loads, weights_of
     from jblock.engine.profile import Profile
 
     zoo = Zoo.open(zoo_path)
@@ -50,6 +51,7 @@ def profile(
         raise ZooError(f"{zoo.path} has no models to measure: convert one first")
     config = EngineConfig(max_num_seqs=16, decode_sizes=(1, 4, 16), max_model_len=512)
     assembly = assemble(zoo, chains, config)
+    Loads(assembly, config).preload(weights_of(assembly))
     cache = executable_cache.ExecutableCache(programs or executable_cache.default_folder())
     device = Device(assembly, config, cache)
     progress.note("compiling")
@@ -77,7 +79,7 @@ def profile(
             {
                 "signature": unit.signature.name,
                 "key": unit.signature.key(),
-                "bytes": params.nbytes(unit.params),
+                "bytes": sum(a.nbytes for part in unit.params for a in part.values()),
                 "load_seconds": sum(load[repr(spec)] for spec in unit.signature.specs),
                 "times": times,
             }
