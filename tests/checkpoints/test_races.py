@@ -9,7 +9,7 @@ import pytest
 import tiny_checkpoints as tiny
 from tiny_checkpoints import CONFIG
 
-from jblock.zoo import gc
+from jblock.zoo import gc, lease
 from jblock.zoo.fsck import fsck
 from jblock.zoo.store import Zoo
 
@@ -78,6 +78,11 @@ def race(tmp_path, seconds, seed):
     assert errors == []
     opened = Zoo.open(zoo)
     assert fsck(opened) == []
+    # A process killed while it made its lease leaves an empty folder, which must age before it is swept.
+    assert all(not (p / "lease").exists() for p in (zoo / "tmp").iterdir())
+    for path in (zoo / "tmp").iterdir():
+        os.utime(path, (1, 1))
+    lease.clean(zoo / "tmp")
     assert os.listdir(zoo / "tmp") == []
     gc.collect(opened, dry_run=False)
     assert fsck(opened) == []
