@@ -1,5 +1,6 @@
 """An engine driven step by step on the caller's own thread, so that one step can be timed."""
 
+import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from jblock.engine.device import Device
 from jblock.engine.executable_cache import ExecutableCache
 from jblock.engine.executables import ProgramKey
 from jblock.engine.loop import Loop
+from jblock.engine.policy import NO_LIMIT
 from jblock.zoo.records import Chain
 
 _GREEDY = {
@@ -76,8 +78,8 @@ class Stepper:
 
     def __init__(self, zoo: Any, chains: Mapping[str, Chain], config: EngineConfig, cache: Path):
         """Loads `chains` of `zoo` (or of anything with a zoo's readers) and compiles, or takes programs
-        from the folder `cache`."""
-        self.config = config
+        from the folder `cache`. Steps have no time limit: a batch begins at once and stays whole."""
+        self.config = config = dataclasses.replace(config, step_ms=NO_LIMIT)
         self.assembly = assemble(zoo, chains, config)
         self.device = WatchedDevice(self.assembly, config, ExecutableCache(cache))
         buckets = (*config.decode_buckets, *config.prefill_buckets)
