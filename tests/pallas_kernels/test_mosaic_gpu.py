@@ -76,7 +76,7 @@ def test_has_no_data_race(pool, case):
 MODEL = dict(heads=8, kv_heads=2, head_dim=64, page_size=64, kv="bfloat16", q="bfloat16")
 
 
-@pytest.mark.parametrize("window", [None, 1024])
+@pytest.mark.parametrize("window", [None, 1024, 256])
 def test_decoding_moves_little_more_than_it_must(pool, window):
     sequences = ((2000, 1), (1517, 1), (1130, 1))
     case = Case(sequences, "grid", **MODEL, window=window)
@@ -206,5 +206,7 @@ def test_plans_fill_the_chip():
     assert mosaic_gpu.make_plan(**SHAPE).splits == 1
     alone = mosaic_gpu.make_plan(**{**SHAPE, "rows": 1, "num_seqs": 1})
     assert alone.splits == 16, "256 keys each of 4096"
+    near = mosaic_gpu.make_plan(**{**SHAPE, "rows": 1, "num_seqs": 1, "sliding_window": 1024})
+    assert near.splits == 4, "256 keys each of the window"
     prefill = mosaic_gpu.make_plan(**{**SHAPE, "rows": 2048, "num_seqs": 2, "max_q_len": 1024})
     assert (prefill.compute_warpgroups, prefill.block_kv, prefill.tile_tokens) == (2, 128, 32)

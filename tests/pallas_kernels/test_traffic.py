@@ -56,40 +56,38 @@ def later(*args):
 
 
 @pytest.mark.parametrize(
-    "model, name, dtype, limit",
+    "model, name, dtype",
     [
-        (LLAMA, "ragged", "bfloat16", 1.15),
-        (QWEN, "ragged", "int8", 1.15),
-        (GEMMA, "ragged", "bfloat16", 1.15),
-        later(LLAMA, "ragged", "int8", 1.15),
-        later(LLAMA, "ragged", "float8_e4m3fn", 1.15),
-        later(LLAMA, "4096", "bfloat16", 1.15),
-        # Writing one token reads and writes a tile of 16: that shows where contexts are short.
-        (LLAMA, "short", "bfloat16", 1.3),
+        (LLAMA, "ragged", "bfloat16"),
+        (QWEN, "ragged", "int8"),
+        (GEMMA, "ragged", "bfloat16"),
+        later(LLAMA, "ragged", "int8"),
+        later(LLAMA, "ragged", "float8_e4m3fn"),
+        later(LLAMA, "4096", "bfloat16"),
+        (LLAMA, "short", "bfloat16"),
     ],
 )
-def test_decoding_moves_little_more_than_it_must(model, name, dtype, limit):
+def test_decoding_moves_little_more_than_it_must(model, name, dtype):
     got = traffic(model, DECODE[name], dtype)
     must, _ = shapes.needed(model, DECODE[name], dtype)
-    assert must <= got.hbm_bytes + got.staged <= limit * must
+    assert must <= got.hbm_bytes + got.staged <= 1.15 * must
     assert got.grid_steps == len(DECODE[name])
 
 
 @pytest.mark.parametrize(
-    "model, name, limit",
+    "model, name",
     [
-        (LLAMA, "2048 new", 1.1),
-        later(LLAMA, "ragged", 1.1),
-        later(LLAMA, "chunk at 6144", 1.1),
-        later(QWEN, "ragged", 1.1),
-        # A window of 1024 has two edges, each half a chunk and half a tile too far.
-        (GEMMA, "chunk at 6144", 1.15),
+        (LLAMA, "2048 new"),
+        later(LLAMA, "ragged"),
+        later(LLAMA, "chunk at 6144"),
+        later(QWEN, "ragged"),
+        (GEMMA, "chunk at 6144"),
     ],
 )
-def test_prefill_computes_little_more_than_it_must(model, name, limit):
+def test_prefill_computes_little_more_than_it_must(model, name):
     got = traffic(model, PREFILL[name], "bfloat16")
     _, must = shapes.needed(model, PREFILL[name], "bfloat16")
-    assert must <= got.flops <= limit * must
+    assert must <= got.flops <= 1.1 * must
     assert got.outside_flops == 0
 
 

@@ -260,9 +260,7 @@ class _Walk:
         kept = [
             v.aval
             for i, v in enumerate(eqn.invars)
-            if i >= shift + mapping.num_index_operands
-            and i - shift not in aliases
-            and i not in aliases
+            if i >= shift + mapping.num_index_operands and i - shift not in aliases
         ]
         kept += [v.aval for i, v in enumerate(eqn.outvars) if i not in aliases.values()]
         self.traffic.staged += sum(a.size * np.dtype(a.dtype).itemsize for a in kept)

@@ -26,6 +26,7 @@ ROWS = 64
 _MASKED = -1e30
 _LOG2E = math.log2(math.e)
 _WRITE_ROWS = 16
+_EDGE_ROWS = 16  # of a page that is seen in part
 
 
 def token_rows(groups: int, head_dim: int) -> int:
@@ -89,8 +90,18 @@ class Plan:
 
     @property
     def pieces(self) -> int:
-        """Copies of a cached block."""
+        """Pieces of a cached block."""
         return self.block_kv // self.piece
+
+    @property
+    def edge(self) -> int:
+        """Keys of one copy where a piece is seen in part: at the window's edge and the end of the cache."""
+        return min(self.piece, _EDGE_ROWS)
+
+    @property
+    def arrivals(self) -> int:
+        """Arrivals that make a block full: one for each copy there may be."""
+        return self.block_kv // self.edge
 
     @property
     def new_piece(self) -> int:
@@ -122,9 +133,9 @@ def scratch(plan: Plan) -> dict[str, Any]:
         "k_write": plgpu.SMEM((plan.write_rows, d), bf16),
         "v_write": plgpu.SMEM((plan.write_rows, d), bf16),
         "q_ready": plgpu.Barrier(num_arrivals=queries, num_barriers=wgs),
-        "k_full": plgpu.Barrier(num_arrivals=plan.pieces, num_barriers=plan.stages),
+        "k_full": plgpu.Barrier(num_arrivals=plan.arrivals, num_barriers=plan.stages),
         # The last one is for values that have to be cleared before anybody sees them.
-        "v_full": plgpu.Barrier(num_arrivals=plan.pieces, num_barriers=plan.stages + 1),
+        "v_full": plgpu.Barrier(num_arrivals=plan.arrivals, num_barriers=plan.stages + 1),
         "k_free": plgpu.Barrier(num_arrivals=wgs, num_barriers=plan.stages),
         "v_free": plgpu.Barrier(num_arrivals=wgs, num_barriers=plan.stages),
         "turn": plgpu.Barrier(num_arrivals=wgs),
@@ -198,27 +209,36 @@ def _fetch(
             plgpu.copy_gmem_to_smem(
                 new.at[rows, head], ring.at[slot, pl.ds(0, plan.new_piece)], ready
             )
-            for _ in range(plan.pieces - 1):
+            for _ in range(plan.arrivals - 1):
                 plgpu.barrier_arrive(ready)
 
         @pl.when(block.is_new == 0)
         def _from_pages() -> None:
             inside = lax.rem(block.position, plan.page_size) if plan.pieces == 1 else 0
             for i, page in enumerate(ids):
-                # Every piece counts as an arrival; those nobody sees arrive without being read.
-                read = gpu_walk.piece_is_read(block, i * plan.piece, plan.piece)
+                first = i * plan.piece
+                whole = (block.head <= first) & (block.tail >= first + plan.piece)
 
-                @pl.when(read)
-                def _copy(i: int = i, page: Any = page) -> None:
+                def copy(offset: int, size: int, page: Any = page, first: int = first) -> None:
                     plgpu.copy_gmem_to_smem(
-                        source.at[page, head, pl.ds(inside, plan.piece)],
-                        ring.at[slot, pl.ds(i * plan.piece, plan.piece)],
+                        source.at[page, head, pl.ds(inside + offset, size)],
+                        ring.at[slot, pl.ds(first + offset, size)],
                         ready,
                     )
 
-                @pl.when(jnp.logical_not(read))
-                def _skip() -> None:
-                    plgpu.barrier_arrive(ready)
+                @pl.when(whole)
+                def _one_copy(copy: Any = copy) -> None:
+                    copy(0, plan.piece)
+                    for _ in range(plan.piece // plan.edge - 1):
+                        plgpu.barrier_arrive(ready)
+
+                @pl.when(jnp.logical_not(whole))
+                def _edges(copy: Any = copy, first: int = first) -> None:
+                    for offset in range(0, plan.piece, plan.edge):
+                        # What nobody sees arrives without being read.
+                        read = gpu_walk.piece_is_read(block, first + offset, plan.edge)
+                        pl.when(read)(lambda offset=offset: copy(offset, plan.edge))
+                        pl.when(jnp.logical_not(read))(lambda: plgpu.barrier_arrive(ready))
 
     def clear_unseen(block: Any, slot: Any) -> None:
         # Beside the values that are seen lie other sequences' rows, or whatever was in shared memory: it
@@ -233,7 +253,7 @@ def _fetch(
                 part = s.v_ring.at[slot, top : top + ROWS, left : left + width]
                 part[...] = jnp.where(seen, hopper.load(part), jnp.bfloat16(0))
         plgpu.commit_smem()
-        for _ in range(plan.pieces):
+        for _ in range(plan.arrivals):
             plgpu.barrier_arrive(s.v_full.at[slot])
 
     def step(i: Any, ids: tuple[Any, ...]) -> tuple[Any, ...]:

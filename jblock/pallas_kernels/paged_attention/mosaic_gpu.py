@@ -69,7 +69,8 @@ def make_plan(
     splits = 1
     if not long:
         fill = -(-2 * _MULTIPROCESSORS // (tiles * kv_heads))
-        splits = max(1, min(fill, max_pages * page_size // 256))
+        visible = min(max_pages * page_size, sliding_window or max_pages * page_size)
+        splits = max(1, min(fill, visible // 256))
         fixed += (splits > 1) * ROWS * (head_dim + 1) * 4
     stages = min(4, (_SHARED_MEMORY - fixed) // (2 * block_kv * head_dim * 2))
     return Plan(

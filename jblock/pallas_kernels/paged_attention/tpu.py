@@ -24,6 +24,9 @@ from jblock.pallas_kernels.paged_attention.quantize import is_scaled, quantize
 from jblock.pallas_kernels.paged_attention.ragged import Ragged
 from jblock.pallas_kernels.paged_attention.tpu_blocks import Blocks, Shape, blocks_for
 
+LEAST_ROWS = 4
+"""Rows of a query tile are a multiple of it: half a register tile of bfloat16, as decoding has few."""
+
 _VMEM_BYTES = 64 * 2**20
 _WRITES_IN_FLIGHT = 8
 
@@ -157,7 +160,7 @@ def _query_tiles(
     row = jnp.clip(ragged.row_starts[seq][:, None] + token, 0, num_rows - 1)
     tiles = q[row].reshape(bound, size, kv_heads, groups, d).transpose(0, 2, 3, 1, 4)
     tiles = tiles.reshape(bound, kv_heads, groups * size, d)
-    padding = -(groups * size) % (32 // q.dtype.itemsize)
+    padding = -(groups * size) % LEAST_ROWS
     return jnp.pad(tiles, ((0, 0), (0, 0), (0, padding), (0, 0))), row, used
 
 
@@ -218,11 +221,15 @@ def _new_tiles(
     k: jax.Array, v: jax.Array, dtype: jnp.dtype, ragged: Ragged, plan: tpu_kernel.Plan
 ) -> tuple[jax.Array, ...]:
     """New KV by destination: [N, 2, kv_heads, R, d] and, scaled, [M, 2 * kv_heads, page_size]; zeros
-    where a destination holds nothing new."""
+    where a destination holds nothing new. In decoding, where it holds one new token, only that, in
+    float32: [N, 2, kv_heads, 1, d] and [M, 2 * kv_heads, 1]."""
     starts = ragged.kv_lens - ragged.q_lens
+    alone = ragged.max_q_len == 1
 
     def gather(rows: jax.Array, writes: tpu_kernel.Writes) -> jax.Array:
         offset = jnp.arange(writes.size, dtype=jnp.int32)
+        if alone:
+            rows, offset = rows.astype(jnp.float32), writes.first[:, None]
         new = (offset >= writes.first[:, None]) & (offset < writes.last[:, None])
         token = writes.begin[:, None] + offset - starts[writes.seq][:, None]
         row = jnp.clip(ragged.row_starts[writes.seq][:, None] + token, 0, rows.shape[0] - 1)
@@ -261,6 +268,7 @@ def _call(
     for writes in (plan.tiles, plan.scales):
         if writes is not None:
             scalars += [writes.count[None], writes.page, writes.part, writes.first]
+    destinations = [(2, kv_heads, tile, d), *(a.shape[1:] for a in kv_pages[1:])]
     q_buffer = (2, blocks.q_tiles, kv_heads, rows, d)
     state = (blocks.q_tiles, kv_heads, rows)
     scratch = {
@@ -273,11 +281,11 @@ def _call(
         "writes": [
             tpu_kernel.WriteBuffers(
                 new=pltpu.VMEM((_WRITES_IN_FLIGHT, *a.shape[1:]), a.dtype),
-                old=pltpu.VMEM((_WRITES_IN_FLIGHT, *a.shape[1:]), a.dtype),
+                old=pltpu.VMEM((_WRITES_IN_FLIGHT, *old), pool.dtype),
                 read=pltpu.SemaphoreType.DMA((_WRITES_IN_FLIGHT,)),
                 write=pltpu.SemaphoreType.DMA((_WRITES_IN_FLIGHT,)),
             )
-            for a in new
+            for a, pool, old in zip(new, kv_pages, destinations, strict=True)
         ],
         "sems": pltpu.SemaphoreType.DMA((3, 2)),
         "turn": pltpu.SMEM((1,), jnp.int32),

@@ -5,7 +5,7 @@ merging and writing back. Then every grid step is one item: up to `q_tiles` quer
 which pass once over the pages that their tokens can see, blocks of pages coming in while the one before is
 computed with (two buffers; the first block of the next item comes in during the last of this one).
 Softmax is online (arXiv 2205.14135). Of the first and last page only the tiles with visible tokens are
-copied, and no product is made of a chunk that a tile cannot see.
+copied, and no product is made of a half of a chunk that a tile cannot see.
 
 The arrangement of work follows jax's and tpu-inference's ragged paged attention kernels (items over
 flat rows, double-buffered pages); the page layout, the write and the cut are our own.
@@ -70,7 +70,8 @@ class Plan:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WriteBuffers:
-    """A ring of destinations in VMEM: what is new, what was there, and the semaphores of each slot."""
+    """A ring of destinations in VMEM: what is new, what was there and then is to be, and the semaphores
+    of each slot."""
 
     new: Any
     old: Any
@@ -195,11 +196,17 @@ def kernel(
         total_ref[u] = jnp.zeros(total_ref.shape[1:], jnp.float32)
         acc_ref[u] = jnp.zeros(acc_ref.shape[1:], jnp.float32)
 
-    def attend(u, c, slot, block_begin):
-        """One query tile over one chunk, all heads."""
+    # A tile that sees half of a chunk, at the diagonal or the window's edge, computes with that half alone.
+    # Scales lie along lanes, which are not cut inside a page.
+    halves = 2 if (chunk_tiles if scale_buf is None else blocks.chunk_pages) % 2 == 0 else 1
+    half_tiles = chunk_tiles // halves
+    half = half_tiles * tile
+
+    def attend(u, slot, first_half, num, block_begin):
+        """One query tile over `num` halves of chunks of a block (static), all heads."""
         q_first = begin + u * blocks.q_tokens
-        k_first = block_begin + c * chunk
-        shape = (rows, chunk)
+        k_first = block_begin + first_half * half
+        shape = (rows, num * half)
         token = lax.broadcasted_iota(jnp.int32, shape, 0) & (blocks.q_tokens - 1)
         distance = (q_first + token) - (k_first + lax.broadcasted_iota(jnp.int32, shape, 1))
         seen = distance >= 0
@@ -207,14 +214,14 @@ def kernel(
             seen &= distance < sliding_window
         for h in range(kv_heads):
             k, v = (
-                kv_buf[slot, i, h, pl.ds(c * chunk_tiles, chunk_tiles)]
-                .reshape(chunk, d)
+                kv_buf[slot, i, h, pl.ds(first_half * half_tiles, num * half_tiles)]
+                .reshape(num * half, d)
                 .astype(q_buf.dtype)
                 for i in (0, 1)
             )
             scores = _dot(q_buf[q_slot, u, h], k, contract=1) * scale
             if scale_buf is not None:
-                scores *= scales(slot, c, h)
+                scores *= scales(slot, first_half, num, h)
             if softcap is not None:
                 scores = softcap * jnp.tanh(scores / softcap)
             scores = jnp.where(seen, scores, _MASKED)
@@ -227,17 +234,17 @@ def kernel(
             total_ref[u, h] = total_ref[u, h] * keep + weights.sum(axis=1, keepdims=True)
             if scale_buf is not None:
                 # The scale of a token not copied is whatever was there before.
-                weights = jnp.where(seen, weights * scales(slot, c, kv_heads + h), 0.0)
+                weights = jnp.where(
+                    seen, weights * scales(slot, first_half, num, kv_heads + h), 0.0
+                )
             added = _dot(weights.astype(v.dtype), v, contract=0)
             acc_ref[u, h] = acc_ref[u, h] * keep[:, :1] + added
 
-    def scales(slot, c, row):
-        """float32 [1, chunk]."""
+    def scales(slot, first_half, num, row):
+        """float32 [1, num * half]."""
+        pages = blocks.chunk_pages // halves
         return jnp.concatenate(
-            [
-                scale_buf[slot, c * blocks.chunk_pages + p, pl.ds(row, 1)]
-                for p in range(blocks.chunk_pages)
-            ],
+            [scale_buf[slot, first_half * pages + p, pl.ds(row, 1)] for p in range(num * pages)],
             axis=1,
         )
 
@@ -277,13 +284,21 @@ def kernel(
                 q_first = begin + u * blocks.q_tokens
                 q_last = jnp.minimum(q_first + blocks.q_tokens, end) - 1
                 k_first = block_begin + c * chunk
-                wanted = k_first <= q_last
+                low_end, high_begin = k_first + half, k_first + chunk - half
+                low, high = k_first <= q_last, high_begin <= q_last
                 if sliding_window is not None:
-                    wanted &= k_first + chunk > q_first - sliding_window + 1
+                    lowest = q_first - sliding_window + 1
+                    low, high = low & (low_end > lowest), high & (k_first + chunk > lowest)
 
-                @pl.when(wanted)
-                def see():
-                    attend(u, c, slot, block_begin)
+                @pl.when(low & high)
+                def see_all():
+                    attend(u, slot, c * halves, halves, block_begin)
+
+                if halves == 2:
+
+                    @pl.when(low != high)
+                    def see_half():
+                        attend(u, slot, c * 2 + high.astype(jnp.int32), 1, block_begin)
 
     @pl.when(item >= 2)
     def free_output():
@@ -326,7 +341,7 @@ def _write(writes: list, new_hbm: Any, pool: Any, ring: WriteBuffers, *, is_scal
 
     def copy_back(i):
         slot = i % depth
-        return pltpu.make_async_copy(ring.new.at[slot], place(i), ring.write.at[slot])
+        return pltpu.make_async_copy(ring.old.at[slot], place(i), ring.write.at[slot])
 
     total = count[0]
 
@@ -350,16 +365,16 @@ def _write(writes: list, new_hbm: Any, pool: Any, ring: WriteBuffers, *, is_scal
             slot = done % depth
             copy_new(done).wait()
 
-            @pl.when(first[done] > 0)
-            def merge():
-                copy_old(done).wait()
-                old, new = ring.old[slot], ring.new[slot]
-                # Along lanes for scales, along the rows of a tile for values.
-                axis = new.ndim - (1 if is_scale else 2)
-                keep = lax.broadcasted_iota(jnp.int32, new.shape, axis) < first[done]
-                # By way of float32, which holds every value of the narrow types exactly.
-                merged = jnp.where(keep, old.astype(jnp.float32), new.astype(jnp.float32))
-                ring.new[slot] = merged.astype(new.dtype)
+            pl.when(first[done] > 0)(lambda: copy_old(done).wait())
+            # Along lanes for scales, along the rows of a tile for values.
+            axis = ring.old.ndim - (2 if is_scale else 3)
+            at = lax.broadcasted_iota(jnp.int32, ring.old.shape[1:], axis)
+            # By way of float32, which holds every value of the narrow types exactly.
+            old, new = (ring.old[slot].astype(jnp.float32), ring.new[slot].astype(jnp.float32))
+            if new.shape != old.shape:  # one token
+                new = jnp.where(at == first[done], new, 0.0)
+            merged = jnp.where(at < first[done], old, new)
+            ring.old[slot] = merged.astype(ring.old.dtype)
 
             copy_back(done).start()
 
