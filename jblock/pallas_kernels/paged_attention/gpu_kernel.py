@@ -9,6 +9,7 @@ meanwhile, to slots that no block reads as cached.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -237,7 +238,7 @@ def _fetch(
                     for offset in range(0, plan.piece, plan.edge):
                         # What nobody sees arrives without being read.
                         read = gpu_walk.piece_is_read(block, first + offset, plan.edge)
-                        pl.when(read)(lambda offset=offset: copy(offset, plan.edge))
+                        pl.when(read)(functools.partial(copy, offset, plan.edge))
                         pl.when(jnp.logical_not(read))(lambda: plgpu.barrier_arrive(ready))
 
     def clear_unseen(block: Any, slot: Any) -> None:
