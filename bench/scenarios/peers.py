@@ -39,7 +39,7 @@ class Engine:
     arrangements: tuple[str, ...] = ("",)
 
 
-_TORCH = "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+_TORCH = "pip install torch==2.13.0"
 ENGINES = {
     "vllm": Engine(
         "bench.peers.vllm_peer",
