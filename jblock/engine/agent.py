@@ -19,7 +19,7 @@ from jblock.engine.executable_cache import ExecutableCache, default_folder
 from jblock.engine.keeper import Keeper
 from jblock.engine.loading import Done, Loads, Targets, attempt, weights_of
 from jblock.engine.loop import Loop
-from jblock.engine.residency import Adapter, Lease
+from jblock.engine.resident import Adapter, Lease
 from jblock.zoo.records import Chain, ZooError
 from jblock.zoo.store import Zoo
 

@@ -11,7 +11,7 @@ from jblock.engine import params as parameters
 from jblock.engine.batching import Underway
 from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.policy import NO_LIMIT
-from jblock.engine.residency import Adapter, Resident, Weights, WeightSet
+from jblock.engine.resident import Adapter, Resident, Weights, WeightSet
 from jblock.engine.sequence import Item
 from jblock.engine.signature import LoraForm, Signature
 from jblock.engine.tables import Tables

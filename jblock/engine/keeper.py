@@ -19,7 +19,7 @@ from jblock.engine.assembly import Assembly, Route, assemble
 from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.device import Device
 from jblock.engine.loading import Targets
-from jblock.engine.residency import Lease
+from jblock.engine.resident import Lease
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
 

@@ -16,7 +16,8 @@ from jblock.blocks.linear import PIECE_RANK
 from jblock.blocks.spec import ComponentSpec
 from jblock.engine import params as parameters
 from jblock.engine.config import EngineConfig
-from jblock.engine.residency import Adapter, Lease, Residency, Resident, Weights
+from jblock.engine.residency import Residency
+from jblock.engine.resident import Adapter, Lease, Resident, Weights
 from jblock.engine.signature import MAX_TURNS
 from jblock.engine.tables import cut
 from jblock.parallel.placement import Placement

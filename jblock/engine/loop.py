@@ -20,7 +20,7 @@ from jblock.engine.loading import Loads, Targets
 from jblock.engine.logprobs import best_tokens
 from jblock.engine.planning import plan
 from jblock.engine.profile import Profile
-from jblock.engine.residency import Adapter
+from jblock.engine.resident import Adapter
 from jblock.engine.sequence import Sequence
 from jblock.engine.sweep import Step, Sweeper
 

@@ -5,7 +5,7 @@ import math
 from typing import TYPE_CHECKING
 
 from jblock.engine.api import Request
-from jblock.engine.residency import Lease
+from jblock.engine.resident import Lease
 
 if TYPE_CHECKING:
     from jblock.engine.assembly import KvGroup, Route

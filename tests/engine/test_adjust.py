@@ -9,7 +9,7 @@ from jblock.engine import adjust, logprobs
 from jblock.engine.api import Request, SamplingParams
 from jblock.engine.batching import Batch, control_array
 from jblock.engine.config import Bucket
-from jblock.engine.residency import Lease
+from jblock.engine.resident import Lease
 from jblock.engine.sequence import Item, Sequence
 
 VOCAB, SLOTS = 30, 5

@@ -17,7 +17,7 @@ from jblock.engine.assembly import KvGroup
 from jblock.engine.config import EngineConfig
 from jblock.engine.executables import PoolShape
 from jblock.engine.kv_cache import KvCache
-from jblock.engine.residency import Lease
+from jblock.engine.resident import Lease
 from jblock.engine.sequence import Sequence
 from jblock.engine.swap import Copy, HostPool, Rates, measure
 from jblock.zoo.records import Step
