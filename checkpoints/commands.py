@@ -79,11 +79,14 @@ def profile(args: argparse.Namespace) -> Outcome:
 
 
 def list_(args: argparse.Namespace) -> Outcome:
-    """Lists the models."""
+    """Lists the models, or the edges."""
     from checkpoints import printing
-    from jblock.zoo.inventory import inventory
+    from jblock.zoo.inventory import edge_inventory, inventory
     from jblock.zoo.store import Zoo
 
+    if args.edges:
+        found = edge_inventory(Zoo.open(args.zoo), accepted(args))
+        return Outcome(found, lambda: printing.print_edges(found))
     data = inventory(Zoo.open(args.zoo))
     shown = {key: data[key] for key in ("zoo", "chains", "totals")}
     return Outcome(shown, lambda: printing.print_chains(data))
@@ -156,13 +159,21 @@ def copy(args: argparse.Namespace) -> Outcome:
 
 
 def rm(args: argparse.Namespace) -> Outcome:
-    """Removes a model."""
+    """Removes a model or an edge."""
+    from checkpoints.errors import CheckpointError
     from checkpoints.printing import size
-    from jblock.zoo import gc
+    from jblock.zoo import edges, gc
     from jblock.zoo.store import Zoo
 
+    if (args.name is None) is (args.edge is None):
+        raise CheckpointError("rm takes the name of a model, or --edge with the id of an edge")
     zoo = Zoo.open(args.zoo)
-    removed = gc.remove(zoo, *name_and_version(args.name))
+    if args.edge is not None:
+        id_ = edges.find_edge(zoo, args.edge)
+        edges.remove_edge(zoo, id_)
+        removed = [f"edge {id_}"]
+    else:
+        removed = gc.remove(zoo, *name_and_version(args.name))
     nbytes = sum(g.nbytes for g in gc.collect(zoo, dry_run=True))
     last = f"{size(nbytes)} are used by nothing now: 'jblock-convert gc --delete' frees them"
     data = {"removed": removed, "garbage_bytes": nbytes}
@@ -198,6 +209,27 @@ def fsck(args: argparse.Namespace) -> Outcome:
     last = f"{zoo.path}: {f'{len(problems)} problems' if problems else 'clean'}"
     data = {"zoo": str(zoo.path), "repaired": repaired, "problems": problems}
     return Outcome(data, _lines(*repaired, *problems, last), 1 if problems else 0)
+
+
+def accepted(args: argparse.Namespace) -> Any:
+    """What the operator accepts of edges, by --policy and --threshold.
+
+    Raises:
+      CheckpointError: a threshold that is not MEASURE=WORST.
+    """
+    from checkpoints.errors import CheckpointError
+    from jblock.zoo.edges import Accepted
+
+    thresholds = {}
+    for text in args.threshold:
+        name, _, value = text.partition("=")
+        try:
+            thresholds[name] = float(value)
+        except ValueError:
+            raise CheckpointError(
+                f"--threshold {text!r}: give MEASURE=WORST, as in top1_agreement=0.99"
+            ) from None
+    return Accepted(policy=args.policy, thresholds=thresholds)
 
 
 def name_and_version(text: str) -> tuple[str, int | None]:

@@ -51,11 +51,29 @@ def parse(argv: list[str]) -> argparse.Namespace:
         sub.add_argument("--quiet", action="store_true", help="say only results and errors")
         return sub
 
+    def thresholds(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--policy",
+            default="adaptive",
+            choices=["exact", "near", "adaptive"],
+            help="the widest policy whose edges may be used (default: adaptive)",
+        )
+        sub.add_argument(
+            "--threshold",
+            action="append",
+            default=[],
+            metavar="MEASURE=WORST",
+            help="the worst value accepted, e.g. kl=0.01 or top1_agreement=0.99; one of them has to be "
+            "of outputs; may be given several times",
+        )
+
     command("hf", commands.hf, "add a Hugging Face checkpoint", "src", "--name")
     command("peft", commands.peft, "add a PEFT LoRA adapter", "src", "--base", "--name")
     plan = command("plan", commands.plan, "tell what adding would store and share", "src", "--name")
     plan.add_argument("--base", help=_FIELDS["--base"])
-    command("list", commands.list_, "list the models")
+    list_ = command("list", commands.list_, "list the models, or the edges")
+    list_.add_argument("--edges", action="store_true", help="list edges in place of models")
+    thresholds(list_)
     inspect = command("inspect", commands.inspect, "show components, who shares them, and bytes")
     inspect.add_argument("name", nargs="?", help=_FIELDS["name"])
     command("diff", commands.diff, "compare two models component by component", "a", "b")
@@ -66,7 +84,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     profile.add_argument("--programs", help="folder of compiled programs (default: the user's own)")
     copy = command("copy", commands.copy, "copy models into another zoo", "--to")
     copy.add_argument("names", nargs="*", help="models, as name or name@version; default: all")
-    command("rm", commands.rm, "remove a model", "name")
+    rm = command("rm", commands.rm, "remove a model or an edge")
+    rm.add_argument("name", nargs="?", help=_FIELDS["name"])
+    rm.add_argument("--edge", metavar="ID", help="an edge: the beginning of its id")
     gc = command("gc", commands.gc, "show, or remove, what nothing uses")
     gc.add_argument("--delete", action="store_true", help="remove it; without, only show it")
     fsck = command("fsck", commands.fsck, "check every hash and every reference")
@@ -103,8 +123,9 @@ _MORE = {
         "plan ./my-finetune --zoo ./zoo --name mine",
     ),
     "list": (
-        "`logical` is what separate checkpoints would take, `own` what only that model uses.",
-        "list --zoo ./zoo",
+        "`logical` is what separate checkpoints would take, `own` what only that model uses. With --edges:\n"
+        "what was measured of stand-ins, and which of them --policy and --threshold allow.",
+        "list --edges --threshold top1_agreement=0.99 --zoo ./zoo",
     ),
     "inspect": (
         "Without a name: the whole zoo. Two models share a component when both are in `used by`.",
@@ -135,7 +156,8 @@ _MORE = {
         "copy my-llama --zoo ./zoo --to /mnt/other/zoo",
     ),
     "rm": (
-        "Refused while an adapter or an edge relies on it. The components stay until `gc --delete`.",
+        "Refused while an adapter or an edge relies on it. The components stay until `gc --delete`. With\n"
+        "--edge in place of a name it removes an edge.",
         "rm my-llama --zoo ./zoo",
     ),
     "gc": (

@@ -48,6 +48,34 @@ def print_components(data: dict[str, Any]) -> None:
     Console().print(table)
 
 
+def print_edges(data: dict[str, Any]) -> None:
+    """A line for each edge: what stands in for what, what was measured, and whether it may be used."""
+    table = Table("id", "kind", "original", "stand-in", "in", "scores", "usable", box=None)
+    for row in data["edges"]:
+        table.add_row(
+            row["id"][:12],
+            row["kind"],
+            *(" ".join(_step(s) for s in row[side]) for side in ("original", "stand_in")),
+            row["chain"] or "",
+            ", ".join(f"{name} {_score(s)}" for name, s in row["scores"].items()),
+            "yes" if row["usable"] else f"no: {row['reasons'][0]}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"{data['usable']} of {len(data['edges'])} edges usable", highlight=False)
+
+
+def _step(step: dict[str, Any]) -> str:
+    return "+".join(i[:8] for i in (step["component"], *step["deltas"]))
+
+
+def _score(score: dict[str, Any]) -> str:
+    low, high = score["low"], score["high"]
+    if low is None or high is None:
+        return f"{score['value']:.4g}"
+    return f"{score['value']:.4g} ({low:.4g} to {high:.4g})"
+
+
 def print_diff(data: dict[str, Any]) -> None:
     """A line for each step of two models that is not the same in both, and the totals."""
     table = Table("step", "kind", "state", data["a"], data["b"], "largest difference", box=None)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jblock.zoo import codec, lease
+from jblock.zoo import codec, edges, lease
 from jblock.zoo.records import ZooError, check_name
 from jblock.zoo.store import Zoo
 
@@ -31,6 +31,8 @@ def fsck(zoo: Zoo, on_component: Callable[[int], None] = lambda nbytes: None) ->
     problems += (text for _, _, text in _damage(zoo, on_component))
     for name in _entries(zoo.path / "chains"):
         attempt(_chains, name, attempt)
+    for id_ in edges.edge_ids(zoo):
+        attempt(_edge, id_)
     return problems
 
 
@@ -111,6 +113,14 @@ def _chain(zoo: Zoo, name: str, version: int) -> None:
         base, _, number = chain.base.rpartition("@")
         if not number.isdecimal() or int(number) not in zoo.versions(base):
             raise ZooError(f"model {name}@{version} names the base {chain.base!r}: not there")
+
+
+def _edge(zoo: Zoo, id_: str) -> None:
+    try:
+        edges.check_edge(zoo, edges.edge(zoo, id_))
+    except ZooError:
+        if id_ in edges.edge_ids(zoo):  # else it was removed in the meantime
+            raise
 
 
 def _entries(folder: Path) -> list[str]:

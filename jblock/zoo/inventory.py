@@ -4,6 +4,7 @@ import os
 from collections import defaultdict
 from typing import Any
 
+from jblock.zoo import edges
 from jblock.zoo.codec import component_header, delta_header
 from jblock.zoo.records import Chain, TensorRecord
 from jblock.zoo.store import Zoo
@@ -52,6 +53,24 @@ def inventory(zoo: Zoo, name: str | None = None) -> dict[str, Any]:
     }
 
 
+def edge_inventory(zoo: Zoo, accepted: edges.Accepted) -> dict[str, Any]:
+    """Plain data about all edges, and which of them may be used.
+
+    Returns:
+      `{"zoo", "edges": [...], "usable": count}`; each edge is its record with its `id`, its `policy`,
+      whether it is `usable`, and the `reasons` against.
+
+    Raises:
+      ZooError: an edge is damaged.
+    """
+    rows = []
+    for edge in edges.edges(zoo):
+        reasons = edges.reasons_against(edge, accepted)
+        row = {"id": edge.id, "policy": edge.policy, **edge.to_json()}
+        rows.append(row | {"usable": not reasons, "reasons": reasons})
+    return {"zoo": str(zoo.path), "edges": rows, "usable": sum(r["usable"] for r in rows)}
+
+
 def _ids(chain: Chain) -> list[str]:
     """Distinct component and delta ids of a chain."""
     return list(dict.fromkeys(i for s in chain.steps for i in (s.component, *s.deltas)))
@@ -67,6 +86,7 @@ def _chain(
         "live": zoo.current(chain.name) == chain.version,
         "family": chain.family,
         "base": chain.base,
+        "policy": chain.policy,
         "tokenizer": chain.tokenizer,
         "max_position": chain.max_position,
         "vocab_size": chain.vocab_size,

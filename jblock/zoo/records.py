@@ -6,6 +6,10 @@ from typing import Any
 
 from jblock.blocks.spec import ComponentSpec, DeltaSpec
 
+POLICIES = ("exact", "near", "adaptive")
+"""What a chain promises: identical components only; stand-ins measured to be nearly equal, or lossy codecs;
+stand-ins with a measured cost. Each takes in those before it."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 
 
@@ -88,6 +92,7 @@ class Chain:
       adapter: the adapter's adapter_config.json as it was; empty for a chain without one.
       source_files: id of the folder with the source's small files byte by byte, and the headers of
         its weight files: what an export needs to write the same files again.
+      policy: one of POLICIES: how far what it computes may be from the model it stands for.
     """
 
     name: str
@@ -104,6 +109,7 @@ class Chain:
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
     adapter: dict[str, Any] = dataclasses.field(default_factory=dict)
     source_files: str | None = None
+    policy: str = "exact"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON of the chain."""
@@ -130,6 +136,10 @@ class Chain:
             chain = cls(**fields)
         except (TypeError, KeyError) as e:
             raise ZooError(f"chain record has missing or unknown fields: {e}") from e
+        if chain.policy not in POLICIES:
+            raise ZooError(
+                f"chain record: policy is {chain.policy!r}: the zoo is damaged; run fsck"
+            )
         for field in ("max_position", "vocab_size"):
             value = fields[field]
             if type(value) is not int or not 1 <= value < 2**31:

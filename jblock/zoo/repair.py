@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from jblock.zoo import disk, lease
+from jblock.zoo import disk, edges, lease
 from jblock.zoo.fsck import damaged
 from jblock.zoo.records import ZooError
 from jblock.zoo.store import Zoo
@@ -17,6 +17,7 @@ def repair(zoo: Zoo) -> list[str]:
     - A damaged component, delta, tokenizer or source that no model uses is moved to `damaged/`; so is one
       in use: converting one of the models that use it again then makes it anew.
     - A model whose live version is not named gets its newest sound version.
+    - An edge that is damaged, or names what is not there, is moved to `damaged/`: it can be measured again.
     - The partition, which is derived, is written anew.
 
     Raises:
@@ -37,9 +38,27 @@ def repair(zoo: Zoo) -> list[str]:
                 names = ", ".join(users.get(id_, [])) or "no model"
                 again = f"convert one of {names} again" if id_ in users else "nothing lacks it"
                 done.append(f"{kind[:-1]} {id_} was damaged, is moved to {ASIDE}/: {again}")
+            done += _edges(zoo, mine)
             for name in sorted(os.listdir(zoo.path / "chains")):
                 done += _live(zoo, name, mine)
             zoo.write_partition(mine)
+    return done
+
+
+def _edges(zoo: Zoo, mine: Path) -> list[str]:
+    """Sets edges aside that cannot be used as they are."""
+    done = []
+    for id_ in edges.edge_ids(zoo):
+        try:
+            edges.check_edge(zoo, edges.edge(zoo, id_))
+        except ZooError as e:
+            path = zoo.path / edges.FOLDER / f"{id_}.json"
+            if not path.exists():
+                continue  # no edge at all: fsck names it
+            (zoo.path / ASIDE).mkdir(exist_ok=True)
+            os.rename(path, mine / f"{id_}.json")
+            os.rename(mine / f"{id_}.json", zoo.path / ASIDE / f"edges-{id_}.{mine.name}.json")
+            done.append(f"edge {id_} is moved to {ASIDE}/ ({e}): measure it again if it is wanted")
     return done
 
 

@@ -7,6 +7,7 @@
     sources/<id>/                   small files of a checkpoint as they were, for export
     chains/<name>/<version>.json    immutable; chains/<name>/current holds the live version
     partition/current.json          blocks of the live chains; derived, replaceable
+    edges/<id>.json                 what was measured of stand-ins (edges.py); immutable
     tmp/                            leases, each the scratch folder of a process at work
     locks/                          whose turn it is to publish or remove
     unfinished/                     what interrupted conversions had finished
@@ -372,7 +373,9 @@ class Zoo:
         versions = self.versions(chain.name)
         for version in versions:
             there = codec.read_json(folder / f"{version}.json")
-            if canonical_json({**there, "version": 0}) == canonical_json(wanted):
+            # By way of the record: an older one lacks fields that were added later.
+            same = Chain.from_json({**there, "version": 0}).to_json()
+            if canonical_json(same) == canonical_json(wanted):
                 return self.chain(chain.name, version)
         version = max(versions, default=0) + 1
         while True:

@@ -1,8 +1,10 @@
 """Copying models between zoos: only what the other one lacks is read and written."""
 
+import dataclasses
 from collections.abc import Callable
 
-from jblock.zoo.records import Chain, ZooError
+from jblock.zoo import edges
+from jblock.zoo.records import Chain, GoneError, ZooError
 from jblock.zoo.store import Zoo
 from jblock.zoo.writer import Writer
 
@@ -16,6 +18,7 @@ def copy(
 ) -> tuple[Chain, int]:
     """Copies one version of a model, and the base it is an adapter on, into another zoo.
 
+    Edges between what the other zoo has then go along; nothing is sent for an edge's sake alone.
     A copy that was interrupted leaves what it had moved in, which the next one finds there.
 
     Args:
@@ -49,7 +52,41 @@ def copy(
                 files = source.files(kind, folder)
                 writer.put_files(kind, files)
         published = writer.publish(Chain.from_json(fields))
-        return published, sent + writer.new_bytes
+        sent += writer.new_bytes
+    copy_edges(source, target)
+    return published, sent
+
+
+def copy_edges(source: Zoo, target: Zoo) -> int:
+    """Copies the edges of which the target has all that they name; returns how many were new to it.
+
+    Raises:
+      ZooError: an edge of the source is damaged, or the target cannot be written.
+    """
+    there = set(edges.edge_ids(target))
+    found = []
+    for edge in edges.edges(source):
+        try:
+            if edge.chain is not None:
+                edge = dataclasses.replace(edge, chain=_version_there(source, target, edge.chain))
+            edges.check_edge(target, edge)
+        except GoneError:
+            continue  # it may come with another model
+        if edge.id not in there:
+            found.append(edge)
+    if found:
+        edges.put_edges(target, *found)
+    return len(found)
+
+
+def _version_there(source: Zoo, target: Zoo, name_at: str) -> str:
+    """The version of a model in the target that has the same steps."""
+    name, _, version = name_at.rpartition("@")
+    steps = source.chain(name, int(version)).steps
+    for number in reversed(target.versions(name)):
+        if target.chain(name, number).steps == steps:
+            return f"{name}@{number}"
+    raise GoneError(f"{target.path} has no model {name_at}")
 
 
 def check_same(wanted: str, found: str) -> None:

@@ -9,7 +9,7 @@ from converter_cli import Cli
 from tiny_checkpoints import CONFIG
 
 from checkpoints import main
-from jblock.zoo import writer
+from jblock.zoo import edges, writer
 from jblock.zoo.fsck import fsck
 from jblock.zoo.store import Zoo
 
@@ -164,3 +164,27 @@ def test_json_from_every_command(filled, tmp_path):
         assert isinstance(json.loads(filled.ok(command, *argv, "--json")), dict), command
     result = filled("rm", "base", "--json")
     assert "adapter" in json.loads(result.out)["error"]
+
+
+def test_edges_are_listed_with_what_speaks_against_them_and_removed(filled):
+    zoo = Zoo.open(filled.zoo)
+    base, tuned = (zoo.chain(n).steps[4:5] for n in ("base", "tuned"))
+    edge = edges.Edge(
+        kind="equivalent",
+        original=tuned,
+        stand_in=base,
+        scores={"top1_agreement": edges.Score(value=0.98, low=0.97, high=0.99, count=100)},
+        chain="tuned@1",
+        probe=edges.Probe(name="text", digest="0" * 64, tokens=100),
+    )
+    edges.put_edges(zoo, edge)
+    assert "0 of 1 edges usable" in filled.ok("list", "--edges")
+    data = json.loads(filled.ok("list", "--edges", "--threshold", "top1_agreement=0.96", "--json"))
+    assert (data["usable"], data["edges"][0]["id"]) == (1, edge.id)
+    data = json.loads(filled.ok("list", "--edges", "--threshold", "top1_agreement=0.98", "--json"))
+    assert data["edges"][0]["reasons"] == ["top1_agreement may be 0.97, under 0.98"]
+    assert filled("list", "--edges", "--threshold", "top1_agreement").code == 2
+    assert filled("rm", "tuned", "--edge", edge.id[:8]).code == 2
+    assert "names tuned@1" in filled("rm", "tuned").err
+    filled.ok("rm", "--edge", edge.id[:8])
+    filled.ok("rm", "tuned")
