@@ -5,40 +5,25 @@ Each backend owns the physical layout of its pages; nothing outside it may assum
 every array has the page id first and that a page of zeros is an empty one.
 """
 
-import importlib
 from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 
+from jblock.pallas_kernels import backends
+from jblock.pallas_kernels.backends import BACKENDS, backend_of
 from jblock.pallas_kernels.paged_attention.quantize import is_scaled
 from jblock.pallas_kernels.paged_attention.ragged import Ragged
 
-BACKENDS = ("xla", "tpu", "mosaic_gpu")
-"""Modules of this folder. One is imported when it is used: Pallas takes a while, and CPU needs none of it."""
+__all__ = ["BACKENDS", "KvPages", "abstract_pages", "backend_of", "module", "paged_attention"]
 
 KvPages = tuple[jax.Array, ...]
 """The page arrays of one layer, as abstract_pages shapes them."""
 
-# Not yet "gpu": mosaic_gpu is for Hopper and bfloat16 pages only, and never met a device.
-_OF_PLATFORM = {"tpu": "tpu"}
-
-
-def backend_of(platform: str | None = None) -> str:
-    """The backend that serves a platform ("cpu", "tpu", "gpu"); None: the one jax computes on."""
-    return _OF_PLATFORM.get(platform or jax.default_backend(), "xla")
-
 
 def module(backend: str | None = None) -> ModuleType:
-    """The module of a backend; None: of the one for the platform jax computes on.
-
-    Raises:
-      ValueError: there is no such backend.
-    """
-    backend = backend or backend_of()
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is not known; give one of {', '.join(BACKENDS)}")
-    return importlib.import_module(f"jblock.pallas_kernels.paged_attention.{backend}")
+    """See `backends.module`."""
+    return backends.module("paged_attention", backend)
 
 
 def abstract_pages(

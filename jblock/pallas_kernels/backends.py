@@ -1,0 +1,29 @@
+"""Which module of an op serves which platform: the choice all ops share."""
+
+import importlib
+from types import ModuleType
+
+import jax
+
+BACKENDS = ("xla", "tpu", "mosaic_gpu")
+"""Modules of an op's folder. One is imported when used: Pallas takes a while, and CPU needs none of it."""
+
+# Not yet "gpu": the Mosaic GPU kernels are for Hopper and bfloat16 only, and never met a device.
+_OF_PLATFORM = {"tpu": "tpu"}
+
+
+def backend_of(platform: str | None = None) -> str:
+    """The backend that serves a platform ("cpu", "tpu", "gpu"); None: the one jax computes on."""
+    return _OF_PLATFORM.get(platform or jax.default_backend(), "xla")
+
+
+def module(op: str, backend: str | None = None) -> ModuleType:
+    """The module of an op's backend; None: of the one for the platform jax computes on.
+
+    Raises:
+      ValueError: there is no such backend.
+    """
+    backend = backend or backend_of()
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is not known; give one of {', '.join(BACKENDS)}")
+    return importlib.import_module(f"jblock.pallas_kernels.{op}.{backend}")
