@@ -23,7 +23,7 @@ def print_chains(data: dict[str, Any]) -> None:
         table.add_row(
             f"{row['name']}@{row['version']}" + ("" if row["live"] else " (old)"),
             row["family"],
-            row["base"] or "",
+            row["base"] or row["derived"].get("chain", ""),
             str(len(row["steps"])),
             size(row["logical_bytes"]),
             size(row["own_bytes"]),

@@ -51,7 +51,7 @@ class Answer:
             logprobs=output.logprobs[:count],
             top_logprobs=[_top(tokens) for tokens in output.top_logprobs[:count]],
             prompt_logprobs=output.prompt_logprobs,
-            policy=pb.POLICY_EXACT,
+            policy=pb.Policy.Value(f"POLICY_{self._info.policy.upper()}"),
             model=self._info.name,
             model_version=self._info.version,
             index=self._index,

@@ -16,7 +16,9 @@ from serving.tenants import EVERYBODY, Tenants
 _FACTORY = "jblock.engine.agent:build_engine"
 
 _ZOO = flags.DEFINE_string("zoo", None, "Folder of the zoo.", required=True)
-_MODELS = flags.DEFINE_list("models", None, "Chains to serve; default: all of the zoo.")
+_MODELS = flags.DEFINE_list(
+    "models", None, "Chains to serve; default: all of the zoo that are exact."
+)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
 _PORT = flags.DEFINE_integer("port", 8470, "Port to listen on; 0 picks a free one.")
 _PORT_FILE = flags.DEFINE_string("port_file", None, "Where to write the port, once ready.")

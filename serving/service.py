@@ -108,7 +108,7 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
         """Runs one request; leaving early cancels it in the engine."""
         model = self._dispatcher.find("model", request.model)
         info = model.info
-        check_policy(request)
+        check_policy(request, info)
         stops = stop_strings(request, model)
         samples = num_samples(request)
         with contextlib.ExitStack() as admitted:

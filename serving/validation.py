@@ -152,20 +152,21 @@ def stop_strings(request: pb.GenerateRequest, model: ServedModel) -> tuple[str, 
     return stops
 
 
-def check_policy(request: pb.GenerateRequest) -> None:
-    """Only exact serving exists so far.
+def check_policy(request: pb.GenerateRequest, info: api.ModelInfo) -> None:
+    """Whether the request accepts what the model is. Each policy allows those before it too.
 
     Raises:
-      RequestError: another policy, or a number that is none, was asked for.
+      RequestError: the model is less exact than what was asked for, or the policy is none.
     """
-    if request.policy in (pb.POLICY_UNSPECIFIED, pb.POLICY_EXACT):
-        return
     if request.policy not in pb.Policy.values():
         raise invalid(f"policy: {request.policy} is no policy; leave it unset for POLICY_EXACT")
-    raise invalid(
-        f"policy: {pb.Policy.Name(request.policy)} is not enabled on this server; "
-        "leave it unset for POLICY_EXACT"
-    )
+    accepted = max(request.policy, pb.POLICY_EXACT)
+    needed = pb.Policy.Value(f"POLICY_{info.policy.upper()}")
+    if needed > accepted:
+        raise invalid(
+            f"policy: model {info.name!r} is {pb.Policy.Name(needed)}, which the request does not "
+            "accept; set policy to it, or ask the model it was made from"
+        )
 
 
 def _check_drawing(params: api.SamplingParams) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import grpc
 
@@ -50,6 +50,7 @@ class Sampling(TypedDict, total=False):
     top_logprobs: int
     prompt_logprobs: bool
     n: int
+    policy: Literal["exact", "near", "adaptive"]
 
 
 TopLogprobs = tuple[tuple[int, float], ...]
@@ -133,7 +134,10 @@ def to_request(model: str, prompt: str | Sequence[int], sampling: Sampling) -> p
       ValueError: a value does not fit its field.
     """
     try:
-        request = pb.GenerateRequest(model=model, **sampling)
+        fields: dict[str, Any] = dict(sampling)
+        if "policy" in fields:
+            fields["policy"] = pb.Policy.Value(f"POLICY_{str(fields['policy']).upper()}")
+        request = pb.GenerateRequest(model=model, **fields)
         if isinstance(prompt, str):
             request.text = prompt
         else:

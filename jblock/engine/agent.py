@@ -263,7 +263,7 @@ def build_engine(
 
     Args:
       zoo: folder of the zoo.
-      models: chain names to serve; all of the zoo's when empty.
+      models: chain names to serve; when empty all of the zoo's that are exact.
       profiler_port: port an XLA profiler session may attach to; 0 opens none.
       executable_cache: folder of compiled programs; `executable_cache.default_folder()` when empty.
       **settings: fields of EngineConfig.
@@ -274,10 +274,12 @@ def build_engine(
     """
     config = EngineConfig(**settings)
     store = Zoo.open(zoo)
-    names = list(models) or store.chains()
+    # What is approximate is served only where it is named.
+    names = list(models) or [n for n in store.chains() if store.chain(n).policy == "exact"]
     if not names:
         raise ZooError(
-            f"zoo {zoo!r} has no chains; convert a model first: jblock-convert hf --help"
+            f"zoo {zoo!r} has no exact chains; convert a model first (jblock-convert hf --help), or "
+            "name the models to serve"
         )
     unknown = sorted(set(config.pinned) - set(names))
     if unknown:
@@ -317,6 +319,7 @@ def _model_infos(zoo: Zoo, assembly: Assembly, device: Device) -> tuple[ModelInf
             base=route.chain.base or "",
             blocks=len(route.instances),
             shared_blocks=route.shared_blocks,
+            policy=route.chain.policy,
         )
         for name, route in sorted(assembly.routes.items())
     )

@@ -132,6 +132,7 @@ class ModelInfo:
       base: "name@version" of the chain an adapter rides on, or "".
       blocks: how many blocks its chain has.
       shared_blocks: how many of them at least one other served chain uses too.
+      policy: "exact", "near" or "adaptive": what its answers are, and what who asks has to accept.
     """
 
     name: str
@@ -143,6 +144,7 @@ class ModelInfo:
     base: str = ""
     blocks: int = 0
     shared_blocks: int = 0
+    policy: str = "exact"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

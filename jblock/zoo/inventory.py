@@ -87,6 +87,7 @@ def _chain(
         "family": chain.family,
         "base": chain.base,
         "policy": chain.policy,
+        "derived": chain.derived,
         "tokenizer": chain.tokenizer,
         "max_position": chain.max_position,
         "vocab_size": chain.vocab_size,

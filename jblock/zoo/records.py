@@ -92,7 +92,10 @@ class Chain:
       adapter: the adapter's adapter_config.json as it was; empty for a chain without one.
       source_files: id of the folder with the source's small files byte by byte, and the headers of
         its weight files: what an export needs to write the same files again.
-      policy: one of POLICIES: how far what it computes may be from the model it stands for.
+      policy: one of POLICIES: how far what it computes may be from the model it stands for. Anything
+        but "exact" is served only to who asks for it.
+      derived: how the chain was made from another one: "chain" ("name@version"), "command", its
+        settings, and what it cost; empty for a chain that was converted.
     """
 
     name: str
@@ -110,6 +113,7 @@ class Chain:
     adapter: dict[str, Any] = dataclasses.field(default_factory=dict)
     source_files: str | None = None
     policy: str = "exact"
+    derived: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON of the chain."""
@@ -136,7 +140,7 @@ class Chain:
             chain = cls(**fields)
         except (TypeError, KeyError) as e:
             raise ZooError(f"chain record has missing or unknown fields: {e}") from e
-        if chain.policy not in POLICIES:
+        if chain.policy not in POLICIES or not isinstance(chain.derived, dict):
             raise ZooError(
                 f"chain record: policy is {chain.policy!r}: the zoo is damaged; run fsck"
             )
@@ -144,6 +148,11 @@ class Chain:
             value = fields[field]
             if type(value) is not int or not 1 <= value < 2**31:
                 raise ZooError(f"chain record: {field} is {value!r}: the zoo is damaged; run fsck")
+        if chain.policy not in POLICIES or not isinstance(chain.derived, dict):
+            raise ZooError(
+                f"chain record: policy is {chain.policy!r}, known: {', '.join(POLICIES)}: the zoo is "
+                "damaged or of a later version; run fsck"
+            )
         for id_ in chain.eos_token_ids:
             if type(id_) is not int or not 0 <= id_ < chain.vocab_size:
                 raise ZooError(

@@ -90,6 +90,7 @@ def mock(folder: Path, **options: Any) -> MockEngine:
         {"name": "adapter", **text, "base": "echo@3"},
         {"name": "ids", "offset": 1, "max_model_len": 64, "eos_token_ids": [9]},
         {"name": "small", **text, "vocab_size": 300},
+        {"name": "rounded", **text, "policy": "near"},
         {"name": "broken", **text, "error_code": "INTERNAL", "error_after": 2},
     ]
     return build_engine(models=models, **options)

@@ -22,7 +22,7 @@ CASES = {
     "unknown model": (
         ask(model="nobody"),
         "NOT_FOUND",
-        "model: 'nobody' is not served; choose one of adapter, broken, echo, ids, small",
+        "model: 'nobody' is not served; choose one of adapter, broken, echo, ids, rounded, small",
     ),
     "no prompt": (
         pb.GenerateRequest(model="echo"),
@@ -153,7 +153,12 @@ CASES = {
     "n 0": (ask(n=0), "INVALID_ARGUMENT", "n: 0 is outside 1 to 16"),
     "n 17": (ask(n=17), "INVALID_ARGUMENT", "n: 17 is outside 1 to 16; send several requests"),
     "one of several fails": (ask(model="broken", n=3), "INTERNAL", "model: told to fail"),
-    "policy": (ask(policy=pb.POLICY_NEAR), "INVALID_ARGUMENT", "policy: POLICY_NEAR is not enab"),
+    "policy": (
+        ask(model="rounded", policy=pb.POLICY_EXACT),
+        "INVALID_ARGUMENT",
+        "policy: model 'rounded' is POLICY_NEAR, which the request does not accept; set policy",
+    ),
+    "policy unset": (ask(model="rounded"), "INVALID_ARGUMENT", "policy: model 'rounded' is"),
     "no policy": (ask(policy=77), "INVALID_ARGUMENT", "policy: 77 is no policy"),
     "engine error": (ask(model="broken"), "INTERNAL", "model: told to fail; ask for another one"),
 }
@@ -258,4 +263,4 @@ def test_bad_configuration(fields, message):
 
 def test_a_stub_of_the_proto_needs_no_more(fast):
     answer = jblock_pb2_grpc.ModelsStub(fast.channel).List(pb.ListModelsRequest())
-    assert len(answer.models) == 5
+    assert len(answer.models) == 6

@@ -39,6 +39,13 @@ def test_text_in_and_text_out(fast):
     assert 0 < answer.usage.time_to_first_token <= answer.usage.total_time
 
 
+@pytest.mark.parametrize("model, said", [("echo", "exact"), ("rounded", "near")])
+def test_a_request_that_accepts_less_than_exact_learns_what_it_got(fast, model, said):
+    for accepted in ("near", "adaptive"):
+        answer = fast.client.generate(model, TEXT, max_tokens=1, policy=accepted)
+        assert answer.policy == said
+
+
 def test_ids_in_and_ids_out(fast):
     answer = fast.client.generate("ids", [1, 2, 3], max_tokens=4, logprobs=True)
     assert (answer.text, answer.token_ids) == ("", (2, 3, 4, 2))
@@ -193,7 +200,7 @@ def test_an_async_stream_left_early_is_cancelled(slow):
             assert await client.health() == "SERVING"
             assert (await client.generate("echo", [300], max_tokens=1)).token_ids == (300,)
             assert [m.name for m in await client.models()] == sorted(
-                ["adapter", "broken", "echo", "ids", "small"]
+                ["adapter", "broken", "echo", "ids", "rounded", "small"]
             )
             assert (await client.model("echo")).version == 3
 
@@ -253,7 +260,14 @@ def test_a_deadline_ends_the_work(slow, method):
 
 
 def test_models(fast):
-    assert [m.name for m in fast.client.models()] == ["adapter", "broken", "echo", "ids", "small"]
+    assert [m.name for m in fast.client.models()] == [
+        "adapter",
+        "broken",
+        "echo",
+        "ids",
+        "rounded",
+        "small",
+    ]
     echo = fast.client.model("echo")
     assert (echo.version, echo.family, echo.vocab_size) == (3, "mock", harness.VOCAB_SIZE)
     assert (echo.max_model_len, echo.has_tokenizer) == (1024, True)
