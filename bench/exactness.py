@@ -10,6 +10,7 @@ from bench.run import Trace
 from jblock.blocks.attention import Attention
 from jblock.blocks.embedding import Embedding, Head
 from jblock.blocks.ffn import Ffn
+from jblock.blocks.platform import here
 from jblock.blocks.rows import Rows
 from jblock.blocks.spec import AttentionSpec, EmbeddingSpec, FfnSpec, NormSpec, UnembeddingSpec
 from jblock.engine import params as parameters
@@ -88,7 +89,7 @@ def logit_gap(zoo: Any, chain: Chain, token_ids: Sequence[int]) -> float:
         elif isinstance(spec, NormSpec):
             norm = spec, tensors
         elif isinstance(spec, UnembeddingSpec):
-            logits = Head((norm[0], spec), (norm[1], tensors), tied=False)(x[-1:])
+            logits = Head((norm[0], spec), (norm[1], tensors), here(), tied=False)(x[-1:])
         else:
             raise ValueError(f"a component of kind {spec.kind} is not of a dense model")
     best = jnp.sort(logits[0])[-2:]

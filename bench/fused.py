@@ -14,6 +14,7 @@ import numpy as np
 from jblock.blocks.attention import Attention
 from jblock.blocks.embedding import Embedding, Head
 from jblock.blocks.ffn import Ffn
+from jblock.blocks.platform import here
 from jblock.blocks.rows import Rows
 from jblock.blocks.spec import AttentionSpec, EmbeddingSpec, FfnSpec, NormSpec, UnembeddingSpec
 from jblock.engine.assembly import Route
@@ -123,7 +124,7 @@ class FusedDecode:
             elif isinstance(spec, NormSpec):
                 norm = spec, tensors
             elif isinstance(spec, UnembeddingSpec) and norm is not None:
-                logits = Head((norm[0], spec), (norm[1], tensors), tied=self._tied)(x)
+                logits = Head((norm[0], spec), (norm[1], tensors), here(), tied=self._tied)(x)
         if logits is None:
             raise ValueError("a chain to fuse ends with a norm and an unembedding")
         return tuple(updated), *_greedy(logits)

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jblock.blocks.linear import OUT_IN, matmul
+from jblock.blocks.linear import matmul
+from jblock.blocks.platform import here
 from jblock.blocks.spec import FfnSpec
 from jblock.engine.assembly import Unit
 
@@ -85,8 +86,8 @@ class BestMatmul:
         for m, k, n in self.SHAPES:
             m, k, n = m // scale, k // scale, n // scale
             x = jnp.asarray(np.ones((m, k), np.float32))
-            w = jnp.full((n, k) if OUT_IN else (k, n), 0.01, dtype)
-            self._cases.append((jax.jit(matmul).lower(x, w).compile(), x, w, 2 * m * k * n))
+            w = jnp.full((n, k) if here().out_in else (k, n), 0.01, dtype)
+            self._cases.append((jax.jit(_matmul).lower(x, w).compile(), x, w, 2 * m * k * n))
 
     def measure(self) -> float:
         """FLOP/s of the best shape."""
@@ -98,14 +99,18 @@ class BestMatmul:
         return best
 
 
+def _matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return matmul(x, weight, here())
+
+
 def _inputs(weight: jax.Array) -> int:
     """Width of what a projection reads."""
-    return weight.shape[1 if OUT_IN else 0]
+    return weight.shape[1 if here().out_in else 0]
 
 
 def _chain(x: jax.Array, weights: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
     for gate, down in weights:
-        x = matmul(matmul(x, gate), down)
+        x = _matmul(_matmul(x, gate), down)
     return x
 
 
@@ -151,7 +156,7 @@ class LayerTimes:
         return LayerSeconds((middle - begin) / self._count, time.perf_counter() - middle)
 
     def _logits(self, x: jax.Array, weight: jax.Array) -> jax.Array:
-        return matmul(x, weight, transposed=self._tied or OUT_IN)
+        return matmul(x, weight, here(), transposed=True if self._tied else None)
 
 
 def _sums(xs: Mapping[int, jax.Array], layers: Sequence[Sequence[jax.Array]]) -> list[jax.Array]:
@@ -160,6 +165,6 @@ def _sums(xs: Mapping[int, jax.Array], layers: Sequence[Sequence[jax.Array]]) ->
     out, link = [], jnp.float32(0)
     for weights in layers:
         for w in weights:
-            link = matmul(xs[_inputs(w)] + link * 1e-30, w).sum()
+            link = _matmul(xs[_inputs(w)] + link * 1e-30, w).sum()
             out.append(link)
     return out

@@ -20,6 +20,7 @@ from jblock.engine.config import Bucket
 from jblock.engine.executables import Executables, Geometry, PoolShape, ProgramKey
 from jblock.engine.params import abstract_params
 from jblock.engine.real_models import MODELS, Model
+from jblock.pallas_kernels.paged_attention.api import backend_of
 from jblock.parallel.placement import Placement
 from jblock.parallel.rules import MeshShape, ShardingRules
 from jblock.parallel.spread import kv_heads
@@ -83,10 +84,10 @@ class Result:
     compile_seconds: float
 
 
-def keys(model: Model, rules: ShardingRules) -> Iterator[ProgramKey]:
+def keys(model: Model, placement: Placement) -> Iterator[ProgramKey]:
     """The programs that serve a model: plain greedy requests on two grids."""
-    embedding, layer, head = model.signatures(DTYPE, rules)
-    pool = pool_shape(model, rules)
+    embedding, layer, head = model.signatures(DTYPE, placement.rules)
+    pool = pool_shape(model, placement)
     for bucket in BUCKETS:
         for signature in (embedding, head):
             yield ProgramKey(kind=signature.kind, bucket=bucket, signatures=(signature,))
@@ -99,15 +100,16 @@ def keys(model: Model, rules: ShardingRules) -> Iterator[ProgramKey]:
     yield ProgramKey(kind="scrub", pool=pool)
 
 
-def pool_shape(model: Model, rules: ShardingRules) -> PoolShape:
+def pool_shape(model: Model, placement: Placement) -> PoolShape:
     """Pages for SEQUENCES x TOKENS tokens."""
     attention = model.attention
     return PoolShape(
         num_pages=SEQUENCES * TOKENS // PAGE_SIZE + 1,
         page_size=PAGE_SIZE,
-        num_kv_heads=len(kv_heads(attention.num_kv_heads, rules.ways("heads"))),
+        num_kv_heads=len(kv_heads(attention.num_kv_heads, placement.rules.ways("heads"))),
         head_dim=attention.head_dim,
         layers=model.layers,
+        backend=backend_of(placement.platform.name),
     )
 
 
@@ -136,14 +138,14 @@ class Checker:
           Exception: the compiler's, when a program does not compile.
         """
         rules, began = self.placement.rules, time.monotonic()
-        needed = list(dict.fromkeys(keys(model, rules)))
+        needed = list(dict.fromkeys(keys(model, self.placement)))
         for key in needed:
             if key not in self.compiled:
                 self.compiled[key] = self.executables.lower(key).compile().memory_analysis()
         analyses = [self.compiled[key] for key in needed]
         embedding, layer, head = model.signatures(DTYPE, rules)
         weights = self._share(embedding) + self._share(layer) * model.layers + self._share(head)
-        pool = pool_shape(model, rules)
+        pool = pool_shape(model, self.placement)
         kv = pool.page_bytes * pool.num_pages // rules.ways("heads")
         temp = max(a.temp_size_in_bytes + _fresh_outputs(a) for a in analyses)
         chip = CHIPS[self.target.chip]

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jblock.blocks.linear import OUT_IN, matmul
+from jblock.blocks.linear import matmul
 from jblock.blocks.norm import Norm
+from jblock.blocks.platform import Platform
 from jblock.blocks.spec import EmbeddingSpec, NormSpec, UnembeddingSpec
 
 
@@ -56,15 +57,16 @@ class Embedding(nnx.Module):
 class Head(nnx.Module):
     """Final norm and unembedding: hidden rows to float32 logits.
 
-    The weight is `[hidden_size, vocab_size]`, or the embedding's own `[vocab_size, hidden_size]`
-    when tied, so that a tied table is held once. Split over mesh axes, each device has a run of the
-    vocabulary, filled up at its end to equal runs.
+    The weight lies as projections do, or is the embedding's own `[vocab_size, hidden_size]` when tied, so
+    that a tied table is held once. Split over mesh axes, each device has a run of the vocabulary, filled up
+    at its end to equal runs.
     """
 
     def __init__(
         self,
         specs: tuple[NormSpec, UnembeddingSpec],
         params: tuple[Mapping[str, jax.Array], Mapping[str, jax.Array]],
+        platform: Platform,
         *,
         tied: bool,
         mesh_axes: tuple[str, ...] = (),
@@ -72,12 +74,13 @@ class Head(nnx.Module):
         norm, unembedding = specs
         self.norm = Norm(norm.norm, params[0], "", norm.eps)
         self.weight = nnx.Param(params[1]["weight"])
-        self.softcap, self.tied = unembedding.softcap, tied
+        self.softcap, self.platform = unembedding.softcap, platform
+        self.transposed = tied or platform.out_in
         self.vocab_size, self.mesh_axes = unembedding.vocab_size, mesh_axes
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, hidden_size] -> [T, vocab_size]."""
-        logits = matmul(self.norm(x), self.weight[...], transposed=self.tied or OUT_IN)
+        logits = matmul(self.norm(x), self.weight[...], self.platform, transposed=self.transposed)
         if self.mesh_axes:
             logits = jax.lax.all_gather(logits, self.mesh_axes, axis=1, tiled=True)
             logits = logits[:, : self.vocab_size]

@@ -1,54 +1,43 @@
 """Projections, with an optional low-rank delta per sequence."""
 
-import contextlib
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jblock.blocks.platform import Platform
 from jblock.blocks.rows import Rows
 
 PIECE_RANK = 8
 _BF16_ROWS = 8
 
 
-def _cpu_has(feature: str) -> bool:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("flags"):
-                return feature in line.split()
-    return False
-
-
-OUT_IN = _cpu_has("amx_bf16")
-"""How projections lie: [out, in], as checkpoints have them, or [in, out]. XLA's CPU matmuls read the one or
-the other faster, by CPU. Where there is AMX, [out, in]: against [in, out] it takes 0.5 of the time in
-bfloat16 at 1 to 32 rows and 0.8 at 512; float32 has a form that is fast only on it (`_weight_first`). Other
-CPUs with AVX-512 read [in, out] up to 1.7 times faster at 2 to 32 rows."""
-
-
-def matmul(x: jax.Array, weight: jax.Array, *, transposed: bool = OUT_IN) -> jax.Array:
+def matmul(
+    x: jax.Array, weight: jax.Array, platform: Platform, *, transposed: bool | None = None
+) -> jax.Array:
     """`x [T, in] @ weight` in the weight's dtype, accumulated and returned in float32.
 
-    The accumulation type is stated because XLA's CPU backend takes its bf16 path only then, and fewer
-    than 8 bf16 rows are padded to 8, because below it falls back to a far slower loop.
+    The accumulation type is stated because XLA's CPU backend takes its bf16 path only then, and there
+    fewer than 8 bf16 rows are padded to 8, because below it falls back to a far slower loop.
 
     Args:
       x: [T, in].
       weight: [in, out], or [out, in] when transposed.
-      transposed: how the weight lies.
+      platform: what it is compiled for.
+      transposed: how the weight lies; None: as projections do there (`Platform.out_in`).
     """
-    if OUT_IN and transposed and weight.dtype == jnp.float32:
-        return jax.lax.platform_dependent(x, weight, cpu=_weight_first, default=_rows_first)
-    return _rows_first(x, weight, transposed)
+    transposed = platform.out_in if transposed is None else transposed
+    if platform.amx and transposed and weight.dtype == jnp.float32:
+        return _weight_first(x, weight)
+    padded = platform.name == "cpu" and weight.dtype == jnp.bfloat16
+    return _rows_first(x, weight, transposed, _BF16_ROWS if padded else 1)
 
 
-def _rows_first(x: jax.Array, weight: jax.Array, transposed: bool = True) -> jax.Array:
+def _rows_first(x: jax.Array, weight: jax.Array, transposed: bool, least: int) -> jax.Array:
     count = x.shape[0]
-    if weight.dtype == jnp.bfloat16 and count < _BF16_ROWS:
-        x = jnp.pad(x, ((0, _BF16_ROWS - count), (0, 0)))
+    if count < least:
+        x = jnp.pad(x, ((0, least - count), (0, 0)))
     y = jax.lax.dot_general(
         x.astype(weight.dtype),
         weight,
@@ -77,7 +66,7 @@ class Linear(nnx.Module):
     many turns as the longest adapter present has pieces.
 
     Attributes:
-      weight: [out, in] if OUT_IN, else [in, out].
+      weight: [out, in] or [in, out], as `Platform.out_in` of what it is compiled for says.
       bias: [out] or None.
       lora_a: [pieces, PIECE_RANK, in] or None; piece 0 is all zeros.
       lora_b: [pieces, PIECE_RANK, out] or None; the scale is folded in.
@@ -111,7 +100,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, rows: Rows) -> jax.Array:
         """[T, in] -> [T, out], float32."""
-        y = self._add_lora(matmul(x, self.weight[...]), x, rows)
+        y = self._add_lora(matmul(x, self.weight[...], rows.platform), x, rows)
         if self.partial and rows.mesh_axes:
             y = jax.lax.psum(y, rows.mesh_axes)
         return y if self.bias is None else y + self.bias[...]

@@ -105,6 +105,7 @@ class Mixture(nnx.Module):
                     starts=jnp.zeros(size, jnp.int32),
                     q_lens=real.astype(jnp.int32),
                     slots=jnp.where(real, slots.at[row].get(mode="clip"), 0),
+                    platform=rows.platform,
                 )
                 y = expert(normed.at[row].get(mode="clip"), group_rows)
                 return out.at[row].add(y * weights[picks][:, None], mode="drop")

@@ -6,11 +6,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jblock.blocks.platform import Platform, here
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("starts", "q_lens", "slots"),
-    meta_fields=("num_seqs", "q_len", "mesh_axes"),
+    meta_fields=("num_seqs", "q_len", "mesh_axes", "platform"),
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
@@ -27,6 +29,7 @@ class Rows:
       slots: int32 [num_seqs], slot of the sequence's delta in the slot tables; 0 is none.
       mesh_axes: mesh axes the inside of the blocks is split over (static); each device then has its
         share of the heads and columns, and all of every row.
+      platform: what the program is compiled for (static).
     """
 
     num_seqs: int
@@ -35,6 +38,7 @@ class Rows:
     q_lens: jax.Array
     slots: jax.Array
     mesh_axes: tuple[str, ...] = ()
+    platform: Platform = dataclasses.field(default_factory=here)
 
     @property
     def positions(self) -> jax.Array:

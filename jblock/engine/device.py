@@ -28,6 +28,7 @@ from jblock.engine.executables import (
 from jblock.engine.signature import LoraForm, Signature
 from jblock.engine.swap import Rates
 from jblock.engine.tables import WRITE_SIZES
+from jblock.pallas_kernels.paged_attention.api import backend_of
 from jblock.parallel.placement import Placement
 from jblock.parallel.spread import kv_heads
 
@@ -108,7 +109,10 @@ class Device:
         self._arrays: dict[tuple, jax.Array] = {}
 
     def _pool_shapes(self, groups: Sequence[KvGroup], budget: int) -> dict[KvGroup, PoolShape]:
-        return {g: _pool_shape(g, budget // len(groups), self.config, len(groups)) for g in groups}
+        return {
+            g: _pool_shape(g, budget // len(groups), self.config, len(groups), self.placement)
+            for g in groups
+        }
 
     def _workspace(self, assembly: Assembly) -> int:
         """Bytes to keep free beside the pools: what the largest programs need, for two steps are
@@ -423,7 +427,9 @@ def _writing_key(spec: ComponentSpec, form: LoraForm, count: int) -> ProgramKey:
     return ProgramKey(kind="write_adapter", bucket=Bucket(count, 1), signatures=(signature,))
 
 
-def _pool_shape(group: KvGroup, budget: int, config: EngineConfig, num_groups: int) -> PoolShape:
+def _pool_shape(
+    group: KvGroup, budget: int, config: EngineConfig, num_groups: int, placement: Placement
+) -> PoolShape:
     """Pages for `budget` bytes, page 0 (the null page) beside them, and never more than max_num_seqs
     sequences can fill."""
     shape = PoolShape(
@@ -433,6 +439,7 @@ def _pool_shape(group: KvGroup, budget: int, config: EngineConfig, num_groups: i
         head_dim=group.head_dim,
         layers=group.layers,
         dtype=config.kv_dtype,
+        backend=backend_of(placement.platform.name),
     )
     pages = min(budget // shape.page_bytes, config.max_num_seqs * config.max_pages, config.kv_pages)
     if config.kv_memory_mb and pages < config.max_pages:

@@ -16,7 +16,7 @@ from jblock.engine.executable_cache import ExecutableCache
 from jblock.engine.params import abstract_params, abstract_tables, table_structs
 from jblock.engine.signature import Signature
 from jblock.engine.tables import update_program
-from jblock.pallas_kernels.paged_attention.api import abstract_pages
+from jblock.pallas_kernels.paged_attention.api import abstract_pages, backend_of
 from jblock.parallel.placement import SINGLE, Placement
 
 SCRUB_PAGES = 16
@@ -28,7 +28,8 @@ _ANY = Bucket(1, 1)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PoolShape:
     """One KV group's pools: the page arrays of `layers` layers. `num_pages` is of one dp group,
-    and `num_kv_heads` counts a head once for each device that has it."""
+    `num_kv_heads` counts a head once for each device that has it, and `backend` of paged attention lays
+    the pages."""
 
     num_pages: int
     page_size: int
@@ -36,6 +37,7 @@ class PoolShape:
     head_dim: int
     layers: int
     dtype: str = "float32"
+    backend: str = dataclasses.field(default_factory=backend_of)
 
     def abstract_layer(self, placement: Placement = SINGLE) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes, dtypes and shardings of one layer's pages.
@@ -58,7 +60,12 @@ class PoolShape:
 
     def _pages(self, heads: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         return abstract_pages(
-            self.num_pages, self.page_size, heads, self.head_dim, dtype=self.dtype
+            self.num_pages,
+            self.page_size,
+            heads,
+            self.head_dim,
+            dtype=self.dtype,
+            backend=self.backend,
         )
 
     @property
@@ -255,7 +262,7 @@ class Executables:
             return _copy(logprobs.top_logprobs), (), (logits,), by_rows
         if not key.signatures:
             raise ValueError(f"program kind {key.kind!r} needs a signature")
-        signature = key.signatures[0]
+        signature, platform = key.signatures[0], self.placement.platform
         if key.kind == "write_adapter":
             held = table_structs(signature.specs[0], signature.lora[0], self.placement)
             del held["pieces"]
@@ -268,14 +275,14 @@ class Executables:
         registers = struct((geometry.num_rows * groups, signature.hidden_size), f32, "rows")
         if key.kind == "embedding":
             return (
-                programs.embedding_program(signature, bucket),
+                programs.embedding_program(signature, bucket, platform),
                 (1,),
                 (self._params(signature), registers, last_tokens, index),
                 by_rows,
             )
         if key.kind == "head":
             return (
-                programs.head_program(signature, bucket),
+                programs.head_program(signature, bucket, platform),
                 (),
                 (self._params(signature), registers, index),
                 by_rows,
@@ -283,7 +290,7 @@ class Executables:
         if key.kind == "prompt_logprobs":
             targets = struct((s, bucket.q_len), i32, "rows")
             return (
-                logprobs.prompt_logprobs_program(signature, bucket),
+                logprobs.prompt_logprobs_program(signature, bucket, platform),
                 (),
                 (self._params(signature), registers, index, targets),
                 by_rows,
@@ -291,11 +298,12 @@ class Executables:
         count = sum(len(s.attentions) for s in key.signatures)
         if key.pool is None and count:
             raise ValueError("a layer with attention needs the shape of its KV pool")
+        backend = key.pool.backend if key.pool else backend_of(platform.name)
         pools = (key.pool.abstract_layer(self.placement),) * count if key.pool else ()
         params = tuple(self._params(s) for s in key.signatures)
         tables = tuple(abstract_tables(s, self.placement) for s in key.signatures)
         return (
-            programs.segment_program(key.signatures, bucket),
+            programs.segment_program(key.signatures, bucket, platform, backend),
             (2, 3),
             (params, tables, registers, pools, index, page_table),
             (by_rows, self._specs(pools)),

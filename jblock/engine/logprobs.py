@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jblock.blocks.embedding import Head
+from jblock.blocks.platform import Platform
 from jblock.engine.api import MAX_TOP_LOGPROBS
 from jblock.engine.config import Bucket
 from jblock.engine.programs import head_specs, unpack
@@ -38,7 +39,9 @@ def best_tokens(row: np.ndarray, count: int) -> tuple[tuple[int, float], ...]:
     return tuple(pairs)
 
 
-def prompt_logprobs_program(signature: Signature, bucket: Bucket) -> Callable[..., jax.Array]:
+def prompt_logprobs_program(
+    signature: Signature, bucket: Bucket, platform: Platform
+) -> Callable[..., jax.Array]:
     """(params, registers, index, targets int32 [S, Q]) -> float32 [S, Q]: the log-probability that
     the head of this signature gives each row's target, the token that follows it in the prompt.
 
@@ -47,8 +50,14 @@ def prompt_logprobs_program(signature: Signature, bucket: Bucket) -> Callable[..
     specs = head_specs(signature)
 
     def score(params: Any, registers: jax.Array, index: jax.Array, targets: jax.Array):
-        _, _, register_rows, _ = unpack(index, bucket)
-        head = Head(specs, params, tied=signature.tied, mesh_axes=signature.sharding.axes("vocab"))
+        _, _, register_rows, _ = unpack(index, bucket, platform)
+        head = Head(
+            specs,
+            params,
+            platform,
+            tied=signature.tied,
+            mesh_axes=signature.sharding.axes("vocab"),
+        )
 
         def sequence(rows_and_targets):
             rows, wanted = rows_and_targets

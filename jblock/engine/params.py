@@ -1,7 +1,7 @@
 """Component weights on the device, in the layout the blocks compute with.
 
 The zoo keeps a tensor as its checkpoint had it; here projections become what `blocks/layout.py` says:
-apart, laid as this machine's matmuls read them fastest (`blocks.linear.OUT_IN`), in the serving dtype.
+apart, laid as the matmuls there read them fastest (`Platform.out_in`), in the serving dtype.
 """
 
 import collections
@@ -14,7 +14,8 @@ import ml_dtypes
 import numpy as np
 
 from jblock.blocks import layout
-from jblock.blocks.linear import OUT_IN, PIECE_RANK
+from jblock.blocks.linear import PIECE_RANK
+from jblock.blocks.platform import Platform
 from jblock.blocks.spec import LAYER_KINDS, EmbeddingSpec, LoraSpec, RouterSpec, UnembeddingSpec
 from jblock.engine.signature import LoraForm, Signature
 from jblock.parallel.axes import Axis, projection_axes, tensor_axes
@@ -26,15 +27,15 @@ _NUMPY_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes
 
 
 def _placement(
-    spec, name: str, shape: tuple[int, ...], dtype: str, tied: bool
+    spec, name: str, shape: tuple[int, ...], dtype: str, tied: bool, platform: Platform
 ) -> tuple[bool, np.dtype]:
     """(transposed, dtype) on the device of one tensor of `layout.compute_shapes`."""
-    # XLA's CPU gather converts a whole bf16 table first, so tables that are gathered are float32;
-    # so are routers, whose rounding would send rows to other experts.
+    # XLA's CPU gather converts a whole bf16 table first, so there tables that are gathered are float32;
+    # routers are everywhere, for their rounding would send rows to other experts.
     matrix = len(shape) == 2
     gathered = tied or isinstance(spec, EmbeddingSpec)
-    exact = gathered or isinstance(spec, RouterSpec) or not matrix
-    transposed = matrix and not gathered and not OUT_IN
+    exact = not matrix or isinstance(spec, RouterSpec) or (gathered and platform.name == "cpu")
+    transposed = matrix and not gathered and not platform.out_in
     return transposed, _NUMPY_DTYPES["float32" if exact else dtype]
 
 
@@ -56,7 +57,7 @@ def prepared(
     """
     out = {}
     for name, value in layout.to_compute(spec, tensors).items():
-        transposed, wanted = _placement(spec, name, value.shape, dtype, tied)
+        transposed, wanted = _placement(spec, name, value.shape, dtype, tied, placement.platform)
         axes = tensor_axes(spec, name, placement.rules, value.ndim)
         array = spread(value, [a.sources for a in axes])
         out[name] = np.ascontiguousarray(array.T if transposed else array, dtype=wanted)
@@ -73,7 +74,7 @@ def on_device(
     """The same on the devices."""
     out = {}
     for name, shape in layout.compute_shapes(spec).items():
-        transposed, _ = _placement(spec, name, shape, dtype, tied)
+        transposed, _ = _placement(spec, name, shape, dtype, tied, placement.platform)
         logical = [a.logical for a in tensor_axes(spec, name, placement.rules, len(shape))]
         out[name] = placement.put(arrays[name], *logical[:: -1 if transposed else 1])
     return out
@@ -97,7 +98,10 @@ def param_bytes(spec, dtype: str, placement: Placement = SINGLE) -> int:
     for name, shape in layout.compute_shapes(spec).items():
         axes = tensor_axes(spec, name, placement.rules, len(shape))
         sizes = [a.size(n) for a, n in zip(axes, shape, strict=True)]
-        total += math.prod(sizes) * _placement(spec, name, shape, dtype, False)[1].itemsize
+        total += (
+            math.prod(sizes)
+            * _placement(spec, name, shape, dtype, False, placement.platform)[1].itemsize
+        )
     return total
 
 
@@ -110,7 +114,9 @@ def abstract_params(
         tied = signature.tied and isinstance(spec, UnembeddingSpec)
         tensors = {}
         for name, shape in layout.compute_shapes(spec).items():
-            transposed, wanted = _placement(spec, name, shape, signature.dtype, tied)
+            transposed, wanted = _placement(
+                spec, name, shape, signature.dtype, tied, placement.platform
+            )
             axes = tensor_axes(spec, name, placement.rules, len(shape))
             order = slice(None, None, -1 if transposed else 1)
             sizes = [a.size(n) for a, n in zip(axes, shape, strict=True)][order]

@@ -20,6 +20,7 @@ from jblock.blocks.attention import Attention
 from jblock.blocks.embedding import Embedding, Head
 from jblock.blocks.ffn import Ffn
 from jblock.blocks.moe import Mixture
+from jblock.blocks.platform import Platform
 from jblock.blocks.rows import Rows
 from jblock.blocks.spec import (
     AttentionSpec,
@@ -38,7 +39,7 @@ INDEX_COLUMNS = 4
 
 
 def unpack(
-    index: jax.Array, bucket: Bucket, mesh_axes: tuple[str, ...] = ()
+    index: jax.Array, bucket: Bucket, platform: Platform, mesh_axes: tuple[str, ...] = ()
 ) -> tuple[Rows, jax.Array, jax.Array, jax.Array]:
     """Splits `index` into the rows, sequence slots [S], register rows [S, Q] and token ids [S, Q]."""
     q = bucket.q_len
@@ -49,13 +50,16 @@ def unpack(
         q_lens=index[:, 1],
         slots=index[:, 2],
         mesh_axes=mesh_axes,
+        platform=platform,
     )
     registers = index[:, INDEX_COLUMNS : INDEX_COLUMNS + q]
     tokens = index[:, INDEX_COLUMNS + q : INDEX_COLUMNS + 2 * q]
     return rows, index[:, 3], registers, tokens
 
 
-def embedding_program(signature: Signature, bucket: Bucket) -> Callable[..., jax.Array]:
+def embedding_program(
+    signature: Signature, bucket: Bucket, platform: Platform
+) -> Callable[..., jax.Array]:
     """(params, registers, last_tokens [max_num_seqs], index) -> registers."""
     spec = signature.specs[0]
     if not isinstance(spec, EmbeddingSpec):
@@ -63,7 +67,7 @@ def embedding_program(signature: Signature, bucket: Bucket) -> Callable[..., jax
     mesh_axes = signature.sharding.axes("vocab")
 
     def embed(params: Any, registers: jax.Array, last_tokens: jax.Array, index: jax.Array):
-        rows, seq_slots, register_rows, tokens = unpack(index, bucket)
+        rows, seq_slots, register_rows, tokens = unpack(index, bucket, platform)
         tokens = jnp.where(tokens < 0, last_tokens[seq_slots][:, None], tokens).reshape(-1)
         with jax.named_scope("embedding"):
             embedding = Embedding(spec, params[0], signature.dtype, mesh_axes)
@@ -73,11 +77,14 @@ def embedding_program(signature: Signature, bucket: Bucket) -> Callable[..., jax
     return embed
 
 
-def segment_program(signatures: Sequence[Signature], bucket: Bucket) -> Callable[..., Any]:
+def segment_program(
+    signatures: Sequence[Signature], bucket: Bucket, platform: Platform, backend: str
+) -> Callable[..., Any]:
     """(params, tables, registers, kv pools, index, page_table) -> (registers, kv pools).
 
     Runs one or more layers over the same rows, which stay in registers of the machine between them.
-    Params and tables are one tuple a layer, pools one tuple of page arrays an attention.
+    Params and tables are one tuple a layer, pools one tuple of page arrays an attention, which `backend`
+    of `paged_attention` lays and reads.
     """
     mesh_axes = signatures[0].sharding.axes("heads")
 
@@ -89,7 +96,7 @@ def segment_program(signatures: Sequence[Signature], bucket: Bucket) -> Callable
         index: jax.Array,
         page_table: jax.Array,
     ):
-        rows, _, register_rows, _ = unpack(index, bucket, mesh_axes)
+        rows, _, register_rows, _ = unpack(index, bucket, platform, mesh_axes)
         register_rows = register_rows.reshape(-1)
         ragged = Ragged.grid(rows.starts, rows.q_lens, page_table, rows.q_len)
         x = registers.at[register_rows].get(mode="clip")
@@ -115,6 +122,8 @@ def segment_program(signatures: Sequence[Signature], bucket: Bucket) -> Callable
                         sliding_window=spec.sliding_window,
                         softcap=spec.softcap,
                         scale=spec.scale,
+                        backend=backend,
+                        device_kind=platform.kind,
                     )
                     updated.append(new)
                     return rows.by_sequence(out)
@@ -148,20 +157,24 @@ def head_specs(signature: Signature) -> tuple[NormSpec, UnembeddingSpec]:
 
 
 def head_program(
-    signature: Signature, bucket: Bucket
+    signature: Signature, bucket: Bucket, platform: Platform
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """(params, registers, index) -> logits float32 [S, vocab] of each sequence's last real row, and
     the leading columns of the index, so that one sampler serves every chunk length."""
     specs = head_specs(signature)
 
     def head(params: Any, registers: jax.Array, index: jax.Array):
-        rows, _, register_rows, _ = unpack(index, bucket)
+        rows, _, register_rows, _ = unpack(index, bucket, platform)
         last = jnp.maximum(rows.q_lens - 1, 0)[:, None]
         row = jnp.take_along_axis(register_rows, last, axis=1)[:, 0]
         x = registers.at[row].get(mode="clip")
         with jax.named_scope("head"):
             logits = Head(
-                specs, params, tied=signature.tied, mesh_axes=signature.sharding.axes("vocab")
+                specs,
+                params,
+                platform,
+                tied=signature.tied,
+                mesh_axes=signature.sharding.axes("vocab"),
             )(x)
         return logits, index[:, :INDEX_COLUMNS]
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from jblock.blocks.platform import Platform, here
 from jblock.parallel.rules import MESH_AXES, ONE_DEVICE, ShardingRules
 
 
@@ -40,6 +41,11 @@ class Placement:
                 "smaller mesh (on CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N makes N)"
             )
         return cls(rules, tuple(devices[:size]))
+
+    @property
+    def platform(self) -> Platform:
+        """What its programs are compiled for."""
+        return Platform.of(self.devices[0]) if self.devices else here()
 
     @property
     def mesh(self) -> Mesh:

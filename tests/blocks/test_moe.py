@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jblock.blocks.linear import OUT_IN, PIECE_RANK
+from jblock.blocks.linear import PIECE_RANK
 from jblock.blocks.moe import Mixture, group_size
+from jblock.blocks.platform import here
 from jblock.blocks.rows import Rows
 from jblock.blocks.spec import ExpertSpec, RouterSpec
 
@@ -19,7 +20,7 @@ EXPERT = ExpertSpec(hidden_size=HIDDEN, intermediate_size=WIDTH)
 
 def laid(tensors):
     """Matrices as this machine's matmuls want them."""
-    return {n: jnp.asarray(t if OUT_IN or t.ndim == 1 else t.T) for n, t in tensors.items()}
+    return {n: jnp.asarray(t if here().out_in or t.ndim == 1 else t.T) for n, t in tensors.items()}
 
 
 def draw(spec, rng):

@@ -9,6 +9,7 @@ from checkpoints.progress import Progress
 from jblock.blocks.attention import Attention
 from jblock.blocks.embedding import Embedding, Head
 from jblock.blocks.ffn import Ffn
+from jblock.blocks.platform import here
 from jblock.blocks.rows import Rows
 from jblock.engine import params as parameters
 from jblock.pallas_kernels.paged_attention.reference import attention
@@ -86,4 +87,4 @@ def forward(zoo, chain, ids):
             x = Attention(spec, tensors, {})(x, rows, attend)
         else:
             x = Ffn(spec, tensors, {})(x, rows, source)
-    return np.asarray(Head((norm, head), (scale, weight), tied=False)(x))
+    return np.asarray(Head((norm, head), (scale, weight), here(), tied=False)(x))

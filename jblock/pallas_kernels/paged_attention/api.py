@@ -67,6 +67,7 @@ def paged_attention(
     softcap: float | None = None,
     scale: float | None = None,
     backend: str | None = None,
+    device_kind: str | None = None,
 ) -> tuple[jax.Array, KvPages]:
     """Causal grouped-query attention of a batch over its pages.
 
@@ -86,6 +87,7 @@ def paged_attention(
       softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2, arXiv 2408.00118); None: none.
       scale: factor of the scores, before the soft cap; None: 1 / sqrt(d).
       backend: one of BACKENDS; None: the one for the platform jax computes on.
+      device_kind: whose tuned block sizes a backend takes that has some; None: those of the first device.
 
     Returns:
       [T, heads, d] in q's dtype, whose padding rows are unspecified, and the updated arrays.
@@ -95,7 +97,9 @@ def paged_attention(
         sequences that is no use.
     """
     _check(q, k, v, ragged, sliding_window, softcap)
-    return module(backend).paged_attention(
+    attend = module(backend)
+    tuned = {"device_kind": device_kind} if hasattr(attend, "blocks_for") else {}
+    return attend.paged_attention(
         q,
         k,
         v,
@@ -104,6 +108,7 @@ def paged_attention(
         sliding_window=sliding_window,
         softcap=softcap,
         scale=float(q.shape[-1] ** -0.5 if scale is None else scale),
+        **tuned,
     )
 
 
