@@ -100,7 +100,12 @@ class Placement:
             )
             mapped.__name__ = mapped.__qualname__ = function.__name__
             function = mapped
-        return jax.jit(function, donate_argnums=donate).lower(*arguments)
+        program = jax.jit(function, donate_argnums=donate)
+        if not self.devices:
+            return program.lower(*arguments)
+        # Pallas asks the mesh which chip it lowers for, and the default device where there is none.
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return program.lower(*arguments)
 
 
 SINGLE = Placement()
