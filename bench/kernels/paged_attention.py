@@ -13,7 +13,7 @@ import numpy as np
 from bench.kernels import Case
 from jblock.pallas_kernels.paged_attention import api, shapes
 from jblock.pallas_kernels.paged_attention.ragged import Ragged
-from jblock.pallas_kernels.paged_attention.tpu_blocks import Blocks, Shape, save_tuned
+from jblock.pallas_kernels.paged_attention.tpu_blocks import TUNING, Blocks, Shape
 
 _DECODE = (1, 4096)  # new tokens, tokens in all
 _PREFILL = (2048, 2048)
@@ -71,7 +71,7 @@ def tunes(case: Case) -> list[Blocks]:
 
 def save(best: Mapping[Shape, tuple[Blocks, float]]) -> Path:
     """Writes the device's file of tuned blocks."""
-    return save_tuned(jax.devices()[0].device_kind, best)
+    return TUNING.save(jax.devices()[0].device_kind, best)
 
 
 def _case(

@@ -64,6 +64,7 @@ CASES = [
     # Numbers of rows around tiles.
     *(Case(rows, 128, 128, x="bfloat16") for rows in (2, 7, 8, 9, 15, 16, 17, 31, 33)),
     *(Case(rows, 128, 256, 64, bits=4, zeros=True) for rows in (3, 63, 64, 65, 130)),
+    *(Case(rows, 256, 128, 32, bits=4, x="bfloat16", padding=rows % 5) for rows in (1, 4, 12, 40)),
     # Widths that are no multiple of a tile.
     Case(4, 1, 128),
     Case(4, 8, 128),

@@ -9,7 +9,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -137,31 +136,6 @@ def test_races_would_be_detected(capfd):
     assert RACE in "".join(capfd.readouterr())
 
 
-PIECES = jax.jit(tpu.pieces, static_argnums=(2, 3))
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    ranges=st.lists(st.tuples(st.integers(0, 50), st.integers(-3, 40)), min_size=5, max_size=5),
-    size=st.sampled_from([1, 4, 16]),
-)
-def test_pieces_cover_every_range_once(ranges, size):
-    begin = np.array([b for b, _ in ranges], np.int32)
-    end = np.array([b + n for b, n in ranges], np.int32)
-    wanted = [
-        (s, i)
-        for s, (b, n) in enumerate(ranges)
-        if n > 0
-        for i in range(b // size, (b + n - 1) // size + 1)
-    ]
-    lengths = np.maximum(end - begin, 0)
-    assert len(wanted) <= tpu.piece_bound(5, int(lengths.max()), int(lengths.sum()), size)
-    seq, number, count = (np.asarray(a) for a in PIECES(begin, end, size, 200))
-    got = list(zip(seq.tolist(), number.tolist(), strict=True))
-    assert got[: int(count)] == wanted
-    assert all(0 <= s < 5 for s, _ in got)
-
-
 @pytest.mark.parametrize("model", shapes.MODELS, ids=lambda m: m.name)
 @pytest.mark.parametrize("batch", shapes.BATCHES, ids=lambda b: b.name)
 @pytest.mark.parametrize("dtype", ["float32", *shapes.DTYPES])
@@ -180,25 +154,6 @@ def test_the_heuristic_fits_vector_memory(model, batch, dtype):
     rows = b.q_tiles * model.heads * max(b.q_tokens, 16)
     state = rows * (2 * 128 + model.head_dim) * 4 + 4 * rows * model.head_dim * 4
     assert kv + state < 48 * 2**20
-
-
-def test_tuned_blocks_are_used_and_untuned_shapes_are_said_once(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(tpu_blocks, "TUNED", tmp_path)
-    tpu_blocks.tuned_blocks.cache_clear()
-    shape = Shape(
-        heads=32, kv_heads=8, head_dim=128, page_size=64, kv_dtype="bfloat16", max_q_len=1
-    )
-    best = Blocks(q_tokens=1, q_tiles=1, kv_pages=2, chunk_pages=2)
-    other = Shape(**{**shape.__dict__, "page_size": 128})
-    tpu_blocks.save_tuned("TPU v9", {shape: (best, 1e-3)})
-    assert tpu_blocks.tuned_file("TPU v9").name == "tpu_v9.json"
-    assert tpu_blocks.blocks_for(shape, "TPU v9") == best
-    with caplog.at_level("INFO"):
-        for _ in range(2):
-            assert tpu_blocks.blocks_for(other, "TPU v9") == tpu_blocks.heuristic(other)
-    said = [r for r in caplog.records if "not tuned for TPU v9" in r.message]
-    assert len(said) == 1
-    tpu_blocks.tuned_blocks.cache_clear()
 
 
 @pytest.mark.parametrize("change", [{"q_tokens": 3}, {"kv_pages": 0}, {"chunk_pages": 3}])

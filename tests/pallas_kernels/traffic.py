@@ -183,7 +183,7 @@ class _Walk:
 
     def _dma_start(self, eqn: Any, values: list[Any]) -> list[Any]:
         src, dst = eqn.params["tree"].unflatten(values)[:2]
-        moved = math.prod(_region(src)) * np.dtype(_buffer(src).dtype).itemsize
+        moved = _bytes(math.prod(_region(src)), _buffer(src).dtype)
         if math.prod(_region(dst)) != math.prod(_region(src)):
             raise ValueError(f"a copy of {_region(src)} to {_region(dst)}")
         self._copy(_buffer(src).space, _buffer(dst).space, moved)
@@ -263,7 +263,7 @@ class _Walk:
             if i >= shift + mapping.num_index_operands and i - shift not in aliases
         ]
         kept += [v.aval for i, v in enumerate(eqn.outvars) if i not in aliases.values()]
-        self.traffic.staged += sum(a.size * np.dtype(a.dtype).itemsize for a in kept)
+        self.traffic.staged += sum(_bytes(a.size, a.dtype) for a in kept)
 
     def _pipeline(self, eqn, i, block, at, step, scalars, *, output: bool) -> None:
         """The copy of one operand that the pipeline of BlockSpecs makes before a step."""
@@ -275,8 +275,14 @@ class _Walk:
         if index != at[i]:
             at[i] = index
             aval = block.block_aval
-            moved = math.prod(aval.shape) * np.dtype(aval.dtype).itemsize
+            moved = _bytes(math.prod(aval.shape), aval.dtype)
             self._copy(*(("vmem", "hbm") if output else ("hbm", "vmem")), moved)
+
+
+def _bytes(values: int, dtype: Any) -> int:
+    """Of that many values in memory: numpy gives those of 4 bits a byte each, a TPU half of one."""
+    bits = 4 if np.dtype(dtype).name in ("int4", "uint4") else 8 * np.dtype(dtype).itemsize
+    return values * bits // 8
 
 
 def _space(aval: Any) -> str:

@@ -22,7 +22,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jblock.pallas_kernels.paged_attention import tpu_kernel
 from jblock.pallas_kernels.paged_attention.quantize import is_scaled, quantize
 from jblock.pallas_kernels.paged_attention.ragged import Ragged
-from jblock.pallas_kernels.paged_attention.tpu_blocks import Blocks, Shape, blocks_for
+from jblock.pallas_kernels.paged_attention.tpu_blocks import TUNING, Blocks, Shape
+from jblock.pallas_kernels.pieces import piece_bound, pieces
 
 LEAST_ROWS = 4
 """Rows of a query tile are a multiple of it: half a register tile of bfloat16, as decoding has few."""
@@ -85,7 +86,7 @@ def paged_attention(
             kv_dtype=pages.dtype.name,
             max_q_len=1 << (ragged.max_q_len - 1).bit_length(),
         )
-        blocks = blocks_for(shape, device_kind or jax.devices()[0].device_kind)
+        blocks = TUNING.blocks_for(shape, device_kind)
     like = q
     q, k, v = (jnp.pad(a, ((0, 0), (0, 0), (0, lanes - head_dim))) for a in (q, k, v))
     compute = jnp.float32 if pages.dtype == jnp.float32 else jnp.bfloat16
@@ -112,37 +113,6 @@ def paged_attention(
     out = out.transpose(0, 3, 1, 2, 4).reshape(-1, q.shape[1], head_dim)
     row = jnp.where(row_used, tile_row, q.shape[0]).reshape(-1)
     return jnp.zeros_like(like).at[row].set(out, mode="drop"), tuple(updated)
-
-
-def pieces(
-    begin: jax.Array, end: jax.Array, size: int, bound: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Cuts the range begin .. end - 1 of every sequence at the multiples of `size`.
-
-    Args:
-      begin: int32 [S].
-      end: int32 [S]; not over begin: no piece.
-      size: length of a piece.
-      bound: most pieces there can be.
-
-    Returns:
-      int32 [bound] sequence of each piece, int32 [bound] its number (it covers number * size and on), and
-      int32 [] how many there are, in order of their sequences; the rest is meaningless but in range.
-    """
-    first = begin // size
-    count = jnp.where(end > begin, (end + size - 1) // size - first, 0)
-    ends = jnp.cumsum(count)
-    i = jnp.arange(bound, dtype=jnp.int32)
-    # A comparison with all ends: a search would be a loop, which costs a TPU more.
-    seq = jnp.minimum((ends[None, :] <= i[:, None]).sum(axis=1), begin.shape[0] - 1)
-    seq = seq.astype(jnp.int32)
-    return seq, first[seq] + i - (ends - count)[seq], ends[-1].astype(jnp.int32)
-
-
-def piece_bound(num_seqs: int, max_len: int, total: int, size: int) -> int:
-    """Most pieces of `size` that ranges of at most max_len and together at most total can touch."""
-    each = (max_len + size - 2) // size + 1
-    return min(num_seqs * each, total // size + 2 * num_seqs)
 
 
 def _query_tiles(

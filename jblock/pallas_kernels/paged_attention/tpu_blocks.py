@@ -1,14 +1,9 @@
-"""Block sizes of the TPU kernel: tuned for a device where somebody has measured, else by a heuristic."""
+"""Block sizes of the TPU kernel."""
 
 import dataclasses
-import functools
-import json
-import logging
-import re
-from collections.abc import Mapping
-from pathlib import Path
 
-TUNED = Path(__file__).parent / "tuned"
+from jblock.pallas_kernels.tuning import Tuning
+
 _STATE_BYTES = 40 * 2**20
 
 
@@ -65,15 +60,6 @@ class Blocks:
             raise ValueError(f"q_tokens is {self.q_tokens}; give a power of two")
 
 
-def blocks_for(shape: Shape, device_kind: str) -> Blocks:
-    """The tuned block sizes of a shape on a device, or the heuristic's, which is then said once."""
-    tuned = tuned_blocks(device_kind).get(shape.key)
-    if tuned is None:
-        _say_untuned(shape.key, device_kind)
-        return heuristic(shape)
-    return tuned
-
-
 def heuristic(shape: Shape) -> Blocks:
     """Tiles of 128 rows, which fill the matrix unit's height, up to eight of them to a pass over the keys
     (1000 FLOPs for a byte read, twice what a v6e needs), fewer where many heads would fill the memory;
@@ -99,45 +85,6 @@ def heuristic(shape: Shape) -> Blocks:
     )
 
 
-def tuned_file(device_kind: str) -> Path:
-    """Where the tuned block sizes of a device lie, whether or not there are any."""
-    return TUNED / (re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_") + ".json")
-
-
-@functools.cache
-def tuned_blocks(device_kind: str) -> dict[str, Blocks]:
-    """By key of the shape, all that somebody has measured on a device."""
-    path = tuned_file(device_kind)
-    if not path.exists():
-        return {}
-    return {key: Blocks(**entry["blocks"]) for key, entry in json.loads(path.read_text()).items()}
-
-
-def save_tuned(device_kind: str, measured: Mapping[Shape, tuple[Blocks, float]]) -> Path:
-    """Adds measured shapes (the best blocks, and the seconds of a call with them) to a device's file."""
-    path = tuned_file(device_kind)
-    entries = json.loads(path.read_text()) if path.exists() else {}
-    for shape, (blocks, seconds) in measured.items():
-        entries[shape.key] = {
-            "blocks": dataclasses.asdict(blocks),
-            "microseconds": round(seconds * 1e6, 1),
-        }
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
-    tuned_blocks.cache_clear()
-    return path
-
-
-@functools.cache
-def _say_untuned(key: str, device_kind: str) -> None:
-    logging.getLogger(__name__).info(
-        "paged attention %s is not tuned for %s: block sizes by heuristic; "
-        "python -m bench kernels --tune measures them",
-        key,
-        device_kind,
-    )
-
-
 def _down(n: int) -> int:
     """Greatest power of two that is not over n."""
     return 1 << (n.bit_length() - 1)
@@ -146,3 +93,6 @@ def _down(n: int) -> int:
 def _up(n: int) -> int:
     """Least power of two that is not under n."""
     return 1 << (n - 1).bit_length()
+
+
+TUNING = Tuning("paged_attention", Blocks, heuristic)

@@ -26,11 +26,10 @@ def quantised_matmul(
     size = min(out, max(16, _BLOCK_VALUES // width // 16 * 16))
 
     def block(first: jax.Array | int, count: int) -> jax.Array:
-        cut = [
-            None if a is None else jax.lax.dynamic_slice_in_dim(a, first, count)
-            for a in (w_q, scales, zeros)
-        ]
-        return at_once(x, *cut)
+        def cut(a: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(a, first, count)
+
+        return at_once(x, cut(w_q), cut(scales), None if zeros is None else cut(zeros))
 
     def add(i: jax.Array, y: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(y, block(i * size, size), i * size, axis=1)
