@@ -294,8 +294,70 @@ class UnembeddingSpec:
         return {"weight": (self.vocab_size, self.hidden_size)}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StitchSpec:
+    """Joins lower layers of one model to upper layers of another, at any of several depths p:
+    `proj(g) + bias[p] + down(silu(up(norm(g))))` with `g = gain[p] * x` (after the stitching blocks of
+    arXiv 2404.18322, section 4.2).
+
+    Tensors: `position.gain [depths, hidden_size]`, `position.bias [depths, output_size]`,
+    `proj.weight [output_size, hidden_size]`, `norm.weight [hidden_size]`, `up.weight [inner_size,
+    hidden_size]`, `down.weight [output_size, inner_size]`.
+
+    Attributes:
+      hidden_size: width of the register it reads.
+      output_size: width of the register it writes.
+      inner_size: columns of up.
+      depths: how many attention layers may lie below it in a chain; their order is that of the position
+        tables.
+      norm_eps: epsilon of the norm.
+    """
+
+    kind: ClassVar[str] = "stitch"
+    hidden_size: int
+    output_size: int
+    inner_size: int
+    depths: tuple[int, ...]
+    norm_eps: float
+
+    def __post_init__(self):
+        object.__setattr__(self, "depths", tuple(self.depths))
+        if not self.depths or list(self.depths) != sorted(set(self.depths)) or self.depths[0] < 0:
+            raise SpecError(f"depths {list(self.depths)}: give some numbers of layers, ascending")
+
+    def position(self, depth: int) -> int:
+        """The row of the position tables for `depth` attention layers below.
+
+        Raises:
+          SpecError: it was not trained for that.
+        """
+        if depth not in self.depths:
+            known = ", ".join(map(str, self.depths))
+            raise SpecError(f"a stitch for depths {known} cannot stand behind {depth} layers")
+        return self.depths.index(depth)
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor the component owns."""
+        d, out, inner, count = self.hidden_size, self.output_size, self.inner_size, len(self.depths)
+        return {
+            "position.gain": (count, d),
+            "position.bias": (count, out),
+            "proj.weight": (out, d),
+            "norm.weight": (d,),
+            "up.weight": (inner, d),
+            "down.weight": (out, inner),
+        }
+
+
 ComponentSpec = (
-    EmbeddingSpec | AttentionSpec | FfnSpec | RouterSpec | ExpertSpec | NormSpec | UnembeddingSpec
+    EmbeddingSpec
+    | AttentionSpec
+    | FfnSpec
+    | RouterSpec
+    | ExpertSpec
+    | NormSpec
+    | UnembeddingSpec
+    | StitchSpec
 )
 LAYER_KINDS = ("attention", "ffn", "router", "expert")
 _KINDS: dict[str, Any] = {
@@ -308,6 +370,7 @@ _KINDS: dict[str, Any] = {
         ExpertSpec,
         NormSpec,
         UnembeddingSpec,
+        StitchSpec,
     )
 }
 

@@ -3,10 +3,10 @@ here; what goes on the device, and when, is for `residency.py` to decide."""
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jblock.blocks.spec import AttentionSpec, ComponentSpec, EmbeddingSpec
+from jblock.blocks.spec import AttentionSpec, ComponentSpec, EmbeddingSpec, StitchSpec
 from jblock.engine import params as parameters
 from jblock.engine.batching import Underway
 from jblock.engine.config import Bucket, EngineConfig
@@ -57,6 +57,7 @@ class Unit:
       tables: one dict of LoRA slot tables a component, kept up to date; empty where it has none.
       group: KV group its attention belongs to; None without attention.
       kv_layer: index of its attention in the group's pools.
+      position: of a stitch, the row of its position tables.
     """
 
     signature: Signature
@@ -64,6 +65,7 @@ class Unit:
     tables: tuple[parameters.Tensors, ...]
     group: KvGroup | None = None
     kv_layer: int = 0
+    position: int = 0
 
     @property
     def params(self) -> tuple[parameters.Tensors, ...]:
@@ -298,9 +300,12 @@ class _Wirer:
         chains_of = collections.Counter(of.values())
         keys = {}
         for ids, name in first.items():
+            self._check_widths(name, ids)
             groups = self._groups(ids)
             keys[ids] = [
-                self._block_key(world, b, self._kv_placement(ids, groups, b))
+                self._block_key(
+                    world, b, self._kv_placement(ids, groups, b), self._positions(ids, b)
+                )
                 for b in partition[name]
             ]
             for key in keys[ids]:
@@ -334,9 +339,11 @@ class _Wirer:
             shared_blocks=sum(users[key] > 1 for key in keys),
         )
 
-    def _block_key(self, world: str, block: Block, placement: tuple) -> tuple:
+    def _block_key(
+        self, world: str, block: Block, placement: tuple, positions: tuple[int, ...]
+    ) -> tuple:
         forms = tuple(self._form(world, component) for component in block.components)
-        return ("block", world, block, placement, forms)
+        return ("block", world, block, placement, forms, positions)
 
     def _form(self, world: str, component: str) -> LoraForm | None:
         users = self._adapted.get(component, ())
@@ -402,19 +409,51 @@ class _Wirer:
                 seen[group] += 1
         return tuple(placement)
 
+    def _positions(self, ids: Sequence[str], block: Block) -> tuple[int, ...]:
+        """For each stitch of the block, the position of the attention layers below it."""
+        specs = [self._record(component).spec for component in ids]
+        return tuple(
+            spec.position(sum(isinstance(s, AttentionSpec) for s in specs[:at]))
+            for at, spec in enumerate(specs)
+            if isinstance(spec, StitchSpec) and 0 <= at - block.first < len(block.components)
+        )
+
+    def _check_widths(self, name: str, ids: Sequence[str]) -> None:
+        """Every component must read what the one before it wrote.
+
+        Raises:
+          ValueError: one does not.
+        """
+        width = None
+        for at, component in enumerate(ids):
+            spec = self._record(component).spec
+            if width not in (None, spec.hidden_size):
+                raise ValueError(
+                    f"model {name!r}: step {at} reads hidden size {spec.hidden_size}, the step before "
+                    f"it writes {width}: a stitch has to stand between them"
+                )
+            width = spec.output_size if isinstance(spec, StitchSpec) else spec.hidden_size
+
     def _instance(self, world: str, key: tuple) -> Instance:
         """A block with its units."""
-        _, _, block, placement, forms = key
-        kv = iter(placement)
+        _, _, block, placement, forms, positions = key
+        kv, stitches = iter(placement), iter(positions)
         units: list[Unit] = []
         specs = [self._record(component).spec for component in block.components]
         for run in _unit_runs(specs):
             ids, lora = [block.components[i] for i in run], [forms[i] for i in run]
-            units.append(self._unit(world, ids, lora, kv))
+            units.append(self._unit(world, ids, lora, kv, stitches))
         name = f"{units[0].signature.kind}_{block.first}_{block.components[0][:8]}"
         return Instance(name=name, depth=block.first, units=tuple(units), segments=_segments(units))
 
-    def _unit(self, world: str, ids: list[str], forms: list[LoraForm | None], kv) -> Unit:
+    def _unit(
+        self,
+        world: str,
+        ids: list[str],
+        forms: list[LoraForm | None],
+        kv: Iterator[tuple[KvGroup, int]],
+        positions: Iterator[int],
+    ) -> Unit:
         weights = tuple(self._weights(world, component) for component in ids)
         signature = Signature(
             specs=tuple(self._record(component).spec for component in ids),
@@ -433,6 +472,7 @@ class _Wirer:
             ),
             group=group,
             kv_layer=layer,
+            position=next(positions) if signature.kind == "stitch" else 0,
         )
 
 
@@ -442,7 +482,7 @@ def _segments(units: Sequence[Unit]) -> tuple[tuple[Unit, ...], ...]:
     for unit in units:
         joins = (
             bool(runs)
-            and unit.signature.kind == "layer"
+            and unit.signature.kind == runs[-1][-1].signature.kind == "layer"
             and unit.group == runs[-1][-1].group
             and sum(len(u.signature.specs) for u in [*runs[-1], unit]) <= SEGMENT_COMPONENTS
         )
@@ -454,8 +494,8 @@ def _segments(units: Sequence[Unit]) -> tuple[tuple[Unit, ...], ...]:
 
 
 def _unit_runs(specs: Sequence[ComponentSpec]) -> list[list[int]]:
-    """Cuts a block into units: an attention with the ffn, or the router and experts, behind it; or norm
-    with unembedding."""
+    """Cuts a block into units: an attention with the ffn, or the router and experts, behind it; a stitch;
+    or norm with unembedding."""
     runs: list[list[int]] = []
     for i, spec in enumerate(specs):
         previous = specs[runs[-1][-1]].kind if runs else None

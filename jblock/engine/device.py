@@ -102,8 +102,9 @@ class Device:
             ]
             for group, shape in self.pool_shapes.items()
         }
-        widths = {u.signature.hidden_size for i in assembly.instances for u in i.units}
+        widths = _widths(assembly)
         self._registers = {d: self._zeros((self.num_rows, d), jnp.float32) for d in widths}
+        self._positions: dict[int, jax.Array] = {}  # Of stitches, as scalars.
         self._last_tokens = self._zeros((config.max_num_seqs,), jnp.int32)
         self._counts: dict[int, jax.Array] = {}  # By vocabulary, once a request has penalties.
         self._arrays: dict[tuple, jax.Array] = {}
@@ -165,7 +166,7 @@ class Device:
         Raises:
           ValueError: it needs a register width or KV shape this agent has no arrays for.
         """
-        widths = {u.signature.hidden_size for i in assembly.instances for u in i.units}
+        widths = _widths(assembly)
         groups = {g for route in assembly.routes.values() for g in route.groups}
         if not widths <= set(self._registers) or not groups <= set(self.pool_shapes):
             raise ValueError(
@@ -279,7 +280,7 @@ class Device:
             self._page_table(batch, group)
         jax.block_until_ready((index, registers, self._last_tokens, list(self._pools.values())))
         begin = time.perf_counter()
-        if unit.signature.kind == "layer":
+        if unit.signature.kind in ("layer", "stitch"):
             self._run_segment((unit,), program, index, batch)
         elif unit.signature.kind == "embedding":
             self._registers[width] = program(unit.params, registers, self._last_tokens, index)
@@ -299,7 +300,7 @@ class Device:
         with jax.profiler.TraceAnnotation(instance.name, rows=batch.num_rows):
             calls = self._calls(instance, batch.bucket)
             kind = instance.units[0].signature.kind
-            if kind == "layer":
+            if kind in ("layer", "stitch"):
                 for segment, program in calls[first:last]:
                     self._run_segment(segment, program, index, batch)
                 return None
@@ -337,6 +338,9 @@ class Device:
         return calls
 
     def _run_segment(self, segment: Sequence[Unit], program, index, batch: Batch) -> None:
+        if segment[0].signature.kind == "stitch":
+            self._run_stitch(segment[0], program, index)
+            return
         width, group = segment[0].signature.hidden_size, segment[0].group
         layers = [u.kv_layer for u in segment if u.group is not None]
         pools = self._pools[group] if group is not None else []
@@ -351,6 +355,14 @@ class Device:
         )
         for i, new in zip(layers, updated, strict=True):
             pools[i] = new
+
+    def _run_stitch(self, unit: Unit, program, index) -> None:
+        if unit.position not in self._positions:
+            self._positions[unit.position] = self.placement.put(np.array(unit.position, np.int32))
+        widths = unit.signature.widths
+        registers = tuple(self._registers[w] for w in widths)
+        updated = program(unit.params, self._positions[unit.position], registers, index)
+        self._registers |= dict(zip(widths, updated, strict=True))
 
     def _sample(self, logits: jax.Array, meta: jax.Array, batch: Batch) -> Sampled:
         """Picks tokens; what no row of the batch asks for is not run."""
@@ -415,6 +427,11 @@ class Device:
             table = batching.page_table(batch, group, self.config.max_pages)
             self._arrays[key] = self._put(table)
         return self._arrays[key]
+
+
+def _widths(assembly: Assembly) -> set[int]:
+    """Widths of all registers that blocks of an assembly read or write."""
+    return {w for i in assembly.instances for u in i.units for w in u.signature.widths}
 
 
 def _scoring_key(unit: Unit, bucket: Bucket) -> ProgramKey:

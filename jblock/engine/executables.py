@@ -95,7 +95,7 @@ class ProgramKey:
     """Names one program: its kind, and what decides its shapes.
 
     Attributes:
-      kind: "embedding", "layer" (one, or a segment of them), "head", "prompt_logprobs", "adjust",
+      kind: "embedding", "layer" (one, or a segment of them), "stitch", "head", "prompt_logprobs", "adjust",
         "greedy", "sampled", "top_logprobs", "set_counts", "scrub", "gather_pages",
         "scatter_pages" or "write_adapter".
       bucket: grid of the batch; what works on logits ignores its q_len, and carries 1; of write_adapter
@@ -278,6 +278,17 @@ class Executables:
                 programs.embedding_program(signature, bucket, platform),
                 (1,),
                 (self._params(signature), registers, last_tokens, index),
+                by_rows,
+            )
+        if key.kind == "stitch":
+            both = tuple(
+                struct((geometry.num_rows * groups, width), f32, "rows")
+                for width in signature.widths
+            )
+            return (
+                programs.stitch_program(signature, bucket, platform),
+                (2,),
+                (self._params(signature), struct((), i32), both, index),
                 by_rows,
             )
         if key.kind == "head":

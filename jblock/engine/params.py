@@ -16,7 +16,14 @@ import numpy as np
 from jblock.blocks import layout
 from jblock.blocks.linear import PIECE_RANK
 from jblock.blocks.platform import Platform
-from jblock.blocks.spec import LAYER_KINDS, EmbeddingSpec, LoraSpec, RouterSpec, UnembeddingSpec
+from jblock.blocks.spec import (
+    LAYER_KINDS,
+    EmbeddingSpec,
+    LoraSpec,
+    RouterSpec,
+    StitchSpec,
+    UnembeddingSpec,
+)
 from jblock.engine.signature import LoraForm, Signature
 from jblock.parallel.axes import Axis, projection_axes, tensor_axes
 from jblock.parallel.placement import SINGLE, Placement
@@ -33,7 +40,8 @@ def _placement(
     # XLA's CPU gather converts a whole bf16 table first, so there tables that are gathered are float32;
     # routers are everywhere, for their rounding would send rows to other experts.
     matrix = len(shape) == 2
-    gathered = tied or isinstance(spec, EmbeddingSpec)
+    positions = isinstance(spec, StitchSpec) and name.startswith("position.")
+    gathered = tied or positions or isinstance(spec, EmbeddingSpec)
     exact = not matrix or isinstance(spec, RouterSpec) or (gathered and platform.name == "cpu")
     transposed = matrix and not gathered and not platform.out_in
     return transposed, _NUMPY_DTYPES["float32" if exact else dtype]

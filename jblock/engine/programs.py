@@ -28,8 +28,10 @@ from jblock.blocks.spec import (
     FfnSpec,
     NormSpec,
     RouterSpec,
+    StitchSpec,
     UnembeddingSpec,
 )
+from jblock.blocks.stitch import Stitch
 from jblock.engine.config import Bucket
 from jblock.engine.signature import Signature
 from jblock.pallas_kernels.paged_attention.api import KvPages, paged_attention
@@ -141,6 +143,28 @@ def segment_program(
         return registers.at[register_rows].set(x, mode="drop"), tuple(updated)
 
     return segment
+
+
+def stitch_program(signature: Signature, bucket: Bucket, platform: Platform) -> Callable[..., Any]:
+    """(params, position int32 [], registers, index) -> registers.
+
+    Registers are those of `signature.widths`, donated and returned: rows of the first go into the last.
+    """
+    spec = signature.specs[0]
+    if not isinstance(spec, StitchSpec):
+        raise ValueError(f"a stitch program needs a stitch, not a component of {spec.kind}")
+
+    def stitch(
+        params: Any, position: jax.Array, registers: tuple[jax.Array, ...], index: jax.Array
+    ):
+        rows, _, register_rows, _ = unpack(index, bucket, platform)
+        register_rows = register_rows.reshape(-1)
+        x = registers[0].at[register_rows].get(mode="clip")
+        with jax.named_scope("stitch"):
+            y = Stitch(spec, params[0])(x, position, rows)
+        return (*registers[:-1], registers[-1].at[register_rows].set(y, mode="drop"))
+
+    return stitch
 
 
 def head_specs(signature: Signature) -> tuple[NormSpec, UnembeddingSpec]:

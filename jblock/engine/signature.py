@@ -7,6 +7,7 @@ from jblock.blocks.spec import (
     ComponentSpec,
     EmbeddingSpec,
     NormSpec,
+    StitchSpec,
     UnembeddingSpec,
     canonical_json,
     spec_to_json,
@@ -43,7 +44,7 @@ class Signature:
 
     Attributes:
       specs: the components it runs, in order: an embedding; an attention and/or what follows it (an
-        ffn, or a router and its experts); or a norm with its unembedding.
+        ffn, or a router and its experts); a stitch; or a norm with its unembedding.
       lora: for each component the form of its LoRA tables, or None.
       dtype: dtype of the matmul weights.
       tied: the unembedding reads the embedding's own table.
@@ -58,8 +59,10 @@ class Signature:
 
     @property
     def kind(self) -> str:
-        """ "embedding", "layer" or "head"."""
+        """ "embedding", "layer", "stitch" or "head"."""
         first = self.specs[0]
+        if isinstance(first, StitchSpec):
+            return "stitch"
         if isinstance(first, EmbeddingSpec):
             return "embedding"
         if isinstance(first, (NormSpec, UnembeddingSpec)):
@@ -68,8 +71,16 @@ class Signature:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the register it reads and writes."""
+        """Width of the register it reads, and but for a stitch also writes."""
         return self.specs[0].hidden_size
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths of the registers it takes: the one it reads first, the one it writes last."""
+        first = self.specs[0]
+        if isinstance(first, StitchSpec) and first.output_size != first.hidden_size:
+            return first.hidden_size, first.output_size
+        return (first.hidden_size,)
 
     @property
     def attentions(self) -> tuple[AttentionSpec, ...]:

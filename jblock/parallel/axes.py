@@ -63,7 +63,8 @@ def tensor_axes(
     joint = isinstance(spec, AttentionSpec) and spec.qk_norm_joint
     if joint and not rules.single and name.startswith(("q_norm", "k_norm")):
         raise ValueError("qk_norm_joint: a norm over all heads together has no rule for --mesh")
-    if rules.single or "norm" in name or spec.kind == "norm" or name == "positions.weight":
+    whole = "norm" in name or spec.kind in ("norm", "stitch") or name == "positions.weight"
+    if rules.single or whole:
         return (_WHOLE,) * rank
     if spec.kind in ("embedding", "unembedding") and name == "weight":
         return _axis(spec, "vocab", rules), _WHOLE

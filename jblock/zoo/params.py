@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,38 @@ def load(folder: Path, records: Mapping[str, TensorRecord]) -> dict[str, np.ndar
       ZooError: a file is missing, is no regular file, or does not hold what its record says.
     """
     return {name: _read(folder / name, record) for name, record in records.items()}
+
+
+def read_runs(
+    folder: Path, record: TensorRecord, starts: Sequence[int] | np.ndarray, length: int
+) -> np.ndarray:
+    """Runs of `length` elements of one tensor, one behind each of `starts`, without reading the rest.
+
+    Args:
+      folder: of the tensor, in the folder that `save` wrote.
+      record: its shape and dtype.
+      starts: index of the first element of each run, in C order.
+      length: elements of a run.
+
+    Returns:
+      float32 [len(starts) * length].
+
+    Raises:
+      ZooError: the file is missing, is no regular file, or too short.
+    """
+    raw, dtype = folder / ".".join("0" for _ in record.shape), DTYPES[record.dtype]
+    size = length * dtype.itemsize
+    try:
+        fd = os.open(raw, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            parts = [os.pread(fd, size, int(start) * dtype.itemsize) for start in starts]
+        finally:
+            os.close(fd)
+    except OSError as e:
+        raise _damaged(folder, str(e)) from e
+    if any(len(part) != size for part in parts):
+        raise _damaged(raw, "too short")
+    return np.frombuffer(b"".join(parts), dtype).astype(np.float32)
 
 
 def _read(folder: Path, record: TensorRecord) -> np.ndarray:

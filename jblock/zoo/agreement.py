@@ -1,0 +1,162 @@
+"""How far what two chains put out is apart, on the same rows: the scores of an edge.
+
+Intervals are 95% ones. Tokens of a row depend on each other, so rows are what is sampled; task items are
+paired, each answered by both chains.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jblock.zoo import forward
+from jblock.zoo.edges import Score
+from jblock.zoo.forward import Weights
+from jblock.zoo.probe import ProbeData, Rows
+
+_TOKENS = 4096  # put through a chain at once
+_Z = 1.959964
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Outputs:
+    """What one chain makes of a probe.
+
+    Attributes:
+      hidden: float32 [B, T, d] of the text, before the final norm.
+      log_probs: float32 [B, T, vocab_size] of the text's next tokens.
+      nats: float64 [B], mean cross entropy of a row of text.
+      right: bool [items]; None without a task.
+    """
+
+    hidden: list[np.ndarray]
+    log_probs: list[np.ndarray]
+    nats: np.ndarray
+    right: np.ndarray | None
+
+    @property
+    def perplexity(self) -> float:
+        """Of the text, per token."""
+        return math.exp(float(self.nats.mean()))
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of the items answered exactly."""
+        return None if self.right is None else float(self.right.mean())
+
+
+def outputs(weights: Weights, data: ProbeData) -> Outputs:
+    """Runs a chain over a probe. Holds the text's log-probabilities: 4 bytes x tokens x vocabulary."""
+    hidden, log_probs, nats = [], [], []
+    for tokens, target in _batches(data.text):
+        h, p, n = _text(weights.specs, weights.tensors, jnp.asarray(tokens), jnp.asarray(target))
+        hidden.append(np.asarray(h))
+        log_probs.append(np.asarray(p))
+        nats.append(np.asarray(n, np.float64))
+    right = None if data.items is None else exact(weights, data.items)
+    return Outputs(hidden, log_probs, np.concatenate(nats)[: len(data.text)], right)
+
+
+def exact(weights: Weights, rows: Rows) -> np.ndarray:
+    """bool [B]: whether each token that counts is the best one after those before it."""
+    parts = []
+    for tokens, target in _batches(rows):
+        part = _exact(weights.specs, weights.tensors, jnp.asarray(tokens), jnp.asarray(target))
+        parts.append(np.asarray(part))
+    return np.concatenate(parts)[: len(rows)]
+
+
+def scores(original: Outputs, stand_in: Outputs) -> dict[str, Score]:
+    """The scores of outputs of an edge, see edges.MEASURES."""
+    errors, kls, same = [], [], []
+    for h0, h1, p0, p1 in zip(
+        original.hidden, stand_in.hidden, original.log_probs, stand_in.log_probs, strict=True
+    ):
+        error, kl, agree = _compare(h0, h1, p0, p1)
+        errors.append(error)
+        kls.append(kl)
+        same.append(agree)
+    rows = len(original.nats)
+    positions = rows * (original.log_probs[0].shape[1])
+    found = {
+        "hidden_error": mean_score(np.concatenate(errors)[:rows], positions, low=0.0),
+        "kl": mean_score(np.concatenate(kls)[:rows], positions, low=0.0),
+        "top1_agreement": mean_score(np.concatenate(same)[:rows], positions, low=0.0, high=1.0),
+    }
+    change = mean_score(stand_in.nats - original.nats, positions)
+    found["perplexity_change"] = Score(
+        value=math.expm1(change.value),
+        low=math.expm1(change.low or 0.0),
+        high=math.expm1(change.high or 0.0),
+        count=positions,
+    )
+    if original.right is not None and stand_in.right is not None:
+        found["accuracy_change"] = paired(original.right, stand_in.right)
+    return found
+
+
+def mean_score(
+    by_row: np.ndarray, count: int, low: float = -math.inf, high: float = math.inf
+) -> Score:
+    """The mean over rows with its interval (normal approximation), kept within `low` and `high`."""
+    value = float(np.mean(by_row))
+    width = _Z * float(np.std(by_row, ddof=1)) / math.sqrt(len(by_row)) if len(by_row) > 1 else 0.0
+    return Score(
+        value=value, low=max(value - width, low), high=min(value + width, high), count=count
+    )
+
+
+def paired(original: np.ndarray, stand_in: np.ndarray) -> Score:
+    """The change of a share of right items, both bool [items], with the interval of Agresti and Min (2005):
+    half an item is added to each of the four cells, so that no disagreement seen is not taken for none."""
+    n = len(original)
+    gained = int(np.sum(stand_in & ~original))
+    lost = int(np.sum(original & ~stand_in))
+    b, c, m = gained + 0.5, lost + 0.5, n + 2
+    centre = (b - c) / m
+    width = _Z * math.sqrt(b + c - (b - c) ** 2 / m) / m
+    value = (gained - lost) / n
+    return Score(
+        value=value, low=min(centre - width, value), high=max(centre + width, value), count=n
+    )
+
+
+def _batches(rows: Rows):
+    """Equal batches, so that one program serves; the last is filled up with rows of its own."""
+    size = max(1, min(len(rows), _TOKENS // rows.tokens.shape[1]))
+    for begin in range(0, len(rows), size):
+        at = np.arange(begin, begin + size) % len(rows)
+        yield rows.tokens[at], rows.target[at]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _text(specs, tensors, tokens, target):
+    hidden, logits = forward.hidden_and_logits(Weights(specs, tensors), tokens)
+    log_probs = jax.nn.log_softmax(logits)
+    picked = jnp.take_along_axis(log_probs[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+    counts = target[:, 1:]
+    nats = -jnp.sum(jnp.where(counts, picked, 0.0), axis=1) / jnp.sum(counts, axis=1)
+    return hidden, log_probs, nats
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _exact(specs, tensors, tokens, target):
+    _, logits = forward.hidden_and_logits(Weights(specs, tensors), tokens)
+    best = jnp.argmax(logits[:, :-1], axis=-1)
+    return jnp.all((best == tokens[:, 1:]) | ~target[:, 1:], axis=1)
+
+
+@jax.jit
+def _compare(h0, h1, p0, p1):
+    """Means over each row's tokens, all [B]."""
+    if h0.shape == h1.shape:
+        size = jnp.maximum(jnp.linalg.norm(h0, axis=-1), 1e-30)
+        error = jnp.mean(jnp.linalg.norm(h1 - h0, axis=-1) / size, axis=1)
+    else:
+        error = jnp.full(h0.shape[0], jnp.nan)
+    kl = jnp.mean(jnp.maximum(jnp.sum(jnp.exp(p0) * (p0 - p1), axis=-1), 0.0), axis=1)
+    same = jnp.mean(jnp.argmax(p0, -1) == jnp.argmax(p1, -1), axis=1)
+    return error, kl, same
