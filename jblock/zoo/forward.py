@@ -120,9 +120,8 @@ def run(weights: Weights, x: jax.Array, first_layer: int = 0) -> jax.Array:
     batch, length, _ = x.shape
     rows = _rows(batch, length)
     x = rows.flat(x)
-    parts = [
-        (s, layout.to_compute(s, t)) for s, t in zip(weights.specs, weights.tensors, strict=True)
-    ]
+    stored: Any = zip(weights.specs, weights.tensors, strict=True)
+    parts: list[Any] = [(spec, layout.to_compute(spec, tensors)) for spec, tensors in stored]
     source, depth = None, first_layer
     for at, (spec, tensors) in enumerate(parts):
         match spec:
