@@ -1,7 +1,7 @@
 """From items to the static grids and index arrays programs take."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -45,10 +45,18 @@ class Underway:
     done: int
 
 
-def batches(items: Iterable[Item], buckets: Sequence[Bucket]) -> Iterator[Batch]:
+def batches(
+    items: Iterable[Item],
+    buckets: Sequence[Bucket],
+    cover: Callable[[int, int], Sequence[int]] | None = None,
+) -> Iterator[Batch]:
     """Groups items by chunk length, decoding first, and cuts each group to the buckets.
 
-    A group takes the smallest bucket that holds what is left of it, or the largest there is.
+    Args:
+      items: of one block.
+      buckets: the grids there are.
+      cover: (chunk, count) -> the sizes of the calls that carry so many items; without it a group takes
+        the smallest bucket that holds what is left of it, or the largest there is.
     """
     by_chunk: dict[int, list[Item]] = {}
     for item in items:
@@ -56,10 +64,17 @@ def batches(items: Iterable[Item], buckets: Sequence[Bucket]) -> Iterator[Batch]
     for chunk in sorted(by_chunk):
         group = by_chunk[chunk]
         sizes = sorted(b.num_seqs for b in buckets if b.q_len == chunk)
-        while group:
-            size = next((s for s in sizes if s >= len(group)), sizes[-1])
+        for size in (cover or _smallest(sizes))(chunk, len(group)):
             yield Batch(Bucket(size, chunk), tuple(group[:size]))
             group = group[size:]
+
+
+def _smallest(sizes: Sequence[int]) -> Callable[[int, int], Sequence[int]]:
+    def cover(chunk: int, count: int) -> Sequence[int]:
+        full, rest = divmod(count, sizes[-1])
+        return [sizes[-1]] * full + [s for s in sizes if s >= rest > 0][:1]
+
+    return cover
 
 
 def index_array(batch: Batch, num_rows: int) -> np.ndarray:

@@ -22,7 +22,7 @@ NO_LIMIT = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """How long one block takes to decode.
+    """How long one block takes for decoding rows, or for chunks of one length.
 
     Attributes:
       sizes: batch sizes it can run at, ascending.
@@ -54,6 +54,17 @@ class Times:
         rest = seconds - full * self.seconds[-1]
         fitting = (s for s, t in zip(self.sizes, self.seconds, strict=True) if t <= rest)
         return full * self.sizes[-1] + max(fitting, default=0)
+
+    def cover(self, rows: int) -> tuple[int, ...]:
+        """Sizes of the calls that carry `rows` rows in the least time, and of those the fewest."""
+        best: list[tuple[float, int, tuple[int, ...]]] = [(0.0, 0, ())]
+        for count in range(1, rows + 1):
+            tries = []
+            for size, seconds in zip(self.sizes, self.seconds, strict=True):
+                rest = best[max(count - size, 0)]
+                tries.append((rest[0] + seconds, rest[1] + 1, (size, *rest[2])))
+            best.append(min(tries))
+        return tuple(sorted(best[rows][2], reverse=True))
 
     @property
     def efficient(self) -> int:

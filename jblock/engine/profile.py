@@ -38,6 +38,8 @@ class Profile:
         self._todo: list[tuple[str, list[Unit], Bucket]] | None = None
         self._scope: tuple = ()
         self._memo: dict[tuple[int, Bucket], float | None] = {}
+        self._covers: dict[tuple[int, int, int], tuple[int, ...]] = {}
+        self._covered: tuple[Bucket, ...] = ()
         self._names: dict[ProgramKey, str] = {}
 
     def prepare(self, instances: Sequence[Instance]) -> None:
@@ -45,7 +47,7 @@ class Profile:
         scope = (tuple(map(id, instances)), self._device.buckets)
         if scope == self._scope:
             return
-        self._scope, self._memo = scope, {}
+        self._scope, self._memo, self._covers = scope, {}, {}
         missing: dict[str, tuple[str, list[Unit], Bucket]] = {}
         for instance in instances:
             for unit in instance.units:
@@ -78,13 +80,13 @@ class Profile:
         if len(tries) == _REPEATS:
             self._seconds[name] = min(self._tries.pop(name))
             self._todo.pop()
-            self._memo = {}
+            self._memo, self._covers = {}, {}
             if not self._todo and self._path:
                 _write(self._path, self._seconds)
 
     def forget(self) -> None:
         """Call it when other blocks are served."""
-        self._scope, self._memo = (), {}
+        self._scope, self._memo, self._covers = (), {}, {}
 
     def unit_seconds(self, unit: Unit, bucket: Bucket) -> float | None:
         """Seconds of one unit on one grid; None as long as it is not measured."""
@@ -120,10 +122,27 @@ class Profile:
 
     def decode_times(self, instance: Instance) -> Times | None:
         """A block's decoding times; None as long as no grid is measured."""
+        return self._times(instance, 1)
+
+    def cover(self, instance: Instance, chunk: int, count: int) -> tuple[int, ...]:
+        """Batch sizes of the calls that take `count` chunks of a length through a block in the least time;
+        as long as nothing is measured, in the fewest calls."""
+        if self._device.buckets is not self._covered:
+            self._covered, self._covers = self._device.buckets, {}
+        key = (id(instance), chunk, count)
+        if key not in self._covers:
+            times = self._times(instance, chunk)
+            if times is None:
+                sizes = [b.num_seqs for b in self._device.buckets if b.q_len == chunk]
+                times = Times(tuple(sorted(sizes)), (1.0,) * len(sizes))
+            self._covers[key] = times.cover(count)
+        return self._covers[key]
+
+    def _times(self, instance: Instance, chunk: int) -> Times | None:
         sizes: list[int] = []
         seconds: list[float] = []
-        for bucket in self._device.buckets:
-            known = self.block_seconds(instance, bucket) if bucket.q_len == 1 else None
+        for bucket in sorted(b for b in self._device.buckets if b.q_len == chunk):
+            known = self.block_seconds(instance, bucket)
             if known is not None:
                 sizes.append(bucket.num_seqs)
                 seconds.append(max([known, 1e-9, *seconds]))

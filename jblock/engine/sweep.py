@@ -1,6 +1,7 @@
 """Takes items through the instances of an agent in chain order, batching per instance."""
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -126,12 +127,13 @@ class Sweeper:
         ready = list(instance.queue)
         instance.queue.clear()
         buckets = self._device.buckets
+        cover = functools.partial(self._profile.cover, instance)
         decode = [item for item in ready if item.chunk == 1]
         instance.wanted = max(len(decode), _MEMORY * instance.wanted)
         if len(decode) > instance.limit:
             self._hold(instance, decode[instance.limit :])
             decode = decode[: instance.limit]
-        for batch in batches(decode, buckets):
+        for batch in batches(decode, buckets, cover):
             self._decode_seconds += self._run(instance, batch)
             self._pass_on(batch)
         if instance.underway is not None:
@@ -143,7 +145,7 @@ class Sweeper:
         free = instance.underway is None
         going = [item for item in chunks if free and item.allowance > 0]
         self._hold(instance, [item for item in chunks if not (free and item.allowance > 0)])
-        for batch in batches(going, buckets):
+        for batch in batches(going, buckets, cover):
             if instance.underway is None:
                 self._walk(instance, Underway(batch, 0))
             else:

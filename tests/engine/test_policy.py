@@ -56,6 +56,21 @@ def test_shared_blocks_get_no_smaller_batches_than_private_ones(wanted, table, b
     assert by_wanted == sorted(by_wanted)
 
 
+@settings(deadline=None)
+@given(times(), st.integers(1, 100))
+def test_calls_carry_all_rows_in_the_least_time(table, rows):
+    sizes = table.cover(rows)
+    seconds = dict(zip(table.sizes, table.seconds, strict=True))
+    assert sum(sizes) >= rows and sum(sizes[:-1]) < rows
+    assert sum(seconds[size] for size in sizes) <= table.of(rows) * (1 + 1e-9)
+
+
+def test_rows_are_cut_only_where_two_calls_cost_less_than_one():
+    assert Times((1, 4), (1.0, 2.5)).cover(2) == (1, 1)
+    assert Times((1, 4), (1.0, 1.9)).cover(2) == (4,)
+    assert Times((1, 4), (1.0, 1.0)).cover(9) == (4, 4, 1)
+
+
 def test_a_shared_block_gets_a_large_batch_and_a_private_one_a_small_one():
     """Sixteen rows of four chains, with time for two thirds of it."""
     layer = Times((1, 2, 4, 8, 16), (1.0, 1.5, 2.5, 4.5, 8.5))

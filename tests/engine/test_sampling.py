@@ -83,6 +83,52 @@ def test_draws_follow_the_distribution():
     np.testing.assert_allclose(share, probs, atol=0.03)
 
 
+@pytest.mark.parametrize("along", ["seeds", "positions", "ids"])
+def test_noise_is_gumbel_whatever_is_counted(along):
+    count = 40_000
+    seeds, positions, ids = (
+        np.zeros(1, np.uint32),
+        np.zeros(1, np.int32),
+        np.zeros((1, 1), np.int32),
+    )
+    counted = np.arange(count)
+    if along == "seeds":
+        seeds, positions = counted.astype(np.uint32), np.zeros(count, np.int32)
+    if along == "positions":
+        seeds, positions = np.zeros(count, np.uint32), counted.astype(np.int32)
+    if along == "ids":
+        ids = counted[None].astype(np.int32)
+    drawn = np.asarray(sampling.noise(seeds, positions, ids)).ravel()
+    ranked = np.exp(-np.exp(-np.sort(drawn)))  # Uniform if it is Gumbel noise.
+    distance = np.abs(ranked - (np.arange(count) + 0.5) / count).max()
+    assert distance < 1.95 / np.sqrt(count)  # Kolmogorov-Smirnov at 0.1%
+    assert abs(np.corrcoef(drawn[:-1], drawn[1:])[0, 1]) < 4 / np.sqrt(count)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    top_k=st.sampled_from([0, 1, 5, 63, 64, 65, 150]),
+    top_p=st.sampled_from([0.05, 0.5, 0.9, 0.999, 1.0]),
+    min_p=st.sampled_from([0.0, 0.01, 0.3]),
+    scale=st.sampled_from([0.0, 0.5, 4.0]),
+)
+def test_a_draw_is_one_that_is_kept_and_the_same_beside_others(seed, top_k, top_p, min_p, scale):
+    rng = np.random.default_rng(seed)
+    logits = (rng.normal(size=(3, 200)) * scale).astype(np.float32).round(2)
+    asked = options(1.0, top_k, top_p, seed, min_p)
+    # One neighbour is settled among the best tokens, one needs the whole vocabulary.
+    packed = sample(logits, [asked, options(1.0, 1, 1.0, 1), options(1.0, 0, 1.0, 2)], [3, 4, 5])
+    kept = kept_by_sorting(logits[0], min(top_k, 200), top_p)
+    kept &= np.exp(logits[0] - logits[0].max()) >= min_p * (1 - 1e-6)
+    token = packed[0, 0]
+    # What lies within rounding of a threshold may go either way.
+    near = np.abs(logits[0] - logits[0][kept].min()) < 1e-4
+    assert kept[token] or near[token]
+    settled = sample(logits[:2], [asked, options(1.0, 1, 1.0, 1)], [3, 4])
+    assert settled[0, 0] == token
+
+
 def test_a_draw_depends_on_seed_and_position_alone():
     logits = jax.random.normal(jax.random.key(0), (3, 50))
     alone = sample(logits[1:2], [options(0.9, 0, 0.95, 11)], [5])[0, 0]
