@@ -10,15 +10,12 @@ from absl import app, flags
 from jblock.engine import api
 from jblock.engine.process import ProcessEngine
 from jblock.engine.process_main import load_factory
+from serving.engine_flags import engine_kwargs
 from serving.server import Server, ServerConfig, serve
 from serving.tenants import EVERYBODY, Tenants
 
 _FACTORY = "jblock.engine.agent:build_engine"
 
-_ZOO = flags.DEFINE_string("zoo", None, "Folder of the zoo.", required=True)
-_MODELS = flags.DEFINE_list(
-    "models", None, "Chains to serve; default: all of the zoo that are exact."
-)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
 _PORT = flags.DEFINE_integer("port", 8470, "Port to listen on; 0 picks a free one.")
 _PORT_FILE = flags.DEFINE_string("port_file", None, "Where to write the port, once ready.")
@@ -46,65 +43,6 @@ _PROFILER_PORT = flags.DEFINE_integer(
     lower_bound=1,
     upper_bound=65535,
 )
-_DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "Type of the weights in matmuls."
-)
-_MAX_NUM_SEQS = flags.DEFINE_integer("max_num_seqs", None, "Most sequences in flight.")
-_MAX_MODEL_LEN = flags.DEFINE_integer(
-    "max_model_len", None, "Most tokens of prompt and output together."
-)
-_PAGE_SIZE = flags.DEFINE_integer("page_size", None, "Tokens a KV page holds.")
-_KV_DTYPE = flags.DEFINE_enum(
-    "kv_dtype", None, ["float32", "int8"], "Type of the KV cache; int8 is approximate."
-)
-_KV_MEMORY_MB = flags.DEFINE_integer(
-    "kv_memory_mb", None, "Memory of the KV cache; default: a share of what is free."
-)
-_HOST_KV_MEMORY_MB = flags.DEFINE_integer(
-    "host_kv_memory_mb", None, "Host memory for the KV of requests that gave way to others."
-)
-_STEP_MS = flags.DEFINE_integer(
-    "step_ms", None, "Milliseconds a step should take at most while answers stream."
-)
-_MESH = flags.DEFINE_string(
-    "mesh", None, "Devices to split every block over, such as tp=4; default: one."
-)
-_ADAPTER_SLOTS = flags.DEFINE_integer(
-    "adapter_slots", None, "Adapters on the device at a time, of 16 ranks each on average."
-)
-_WEIGHTS_MEMORY_MB = flags.DEFINE_integer(
-    "weights_memory_mb", None, "Parameters on the device at most; 0: all that are served."
-)
-_HOST_CACHE_MB = flags.DEFINE_integer(
-    "host_cache_mb", None, "Host memory for adapters and parameters that are not on the device."
-)
-_PINNED = flags.DEFINE_list("pinned", None, "Chains that are always on the device.")
-_SHARE = flags.DEFINE_bool("share", None, "Share blocks between models; --noshare: a set each.")
-
-_ENGINE_FLAGS = (
-    _ZOO,
-    _MODELS,
-    _DTYPE,
-    _MAX_NUM_SEQS,
-    _MAX_MODEL_LEN,
-    _PAGE_SIZE,
-    _KV_DTYPE,
-    _KV_MEMORY_MB,
-    _HOST_KV_MEMORY_MB,
-    _STEP_MS,
-    _MESH,
-    _ADAPTER_SLOTS,
-    _WEIGHTS_MEMORY_MB,
-    _HOST_CACHE_MB,
-    _PINNED,
-    _SHARE,
-    _PROFILER_PORT,
-)
-
-
-def engine_kwargs() -> dict:
-    """The factory's arguments; what was not given keeps the engine's own default."""
-    return {f.name: f.value for f in _ENGINE_FLAGS if f.value is not None}
 
 
 def _announce(server: Server) -> None:
@@ -147,11 +85,14 @@ def main(argv: list[str]) -> int:
             tenants=Tenants.load(_AUTH_FILE.value) if _AUTH_FILE.value else EVERYBODY,
             open_health=_OPEN_HEALTH.value,
         )
+        kwargs = engine_kwargs()
+        if _PROFILER_PORT.value is not None:
+            kwargs["profiler_port"] = _PROFILER_PORT.value
         engine: api.Engine
         if _ENGINE.value == "process":
-            engine = ProcessEngine(_FACTORY, engine_kwargs())
+            engine = ProcessEngine(_FACTORY, kwargs)
         else:
-            engine = load_factory(_FACTORY)(**engine_kwargs())
+            engine = load_factory(_FACTORY)(**kwargs)
         asyncio.run(_serve(config, engine))
     except (ValueError, OSError) as error:
         print(f"jblock-serve: {error}", file=sys.stderr)

@@ -133,7 +133,9 @@ def helptext(tool: str, subcommand: str) -> str:
     """What a tool says of its flags."""
     module, function = SCRIPTS[tool].split(":")
     code = f"import sys; sys.argv[0] = {tool!r}; from {module} import {function}; {function}()"
-    arguments = ["--helpfull"] if tool == "jblock-serve" else [subcommand, "--help"]
+    arguments = (
+        ["--helpfull"] if tool in ("jblock-serve", "jblock-compile") else [subcommand, "--help"]
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True
     )

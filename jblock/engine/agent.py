@@ -274,24 +274,49 @@ def build_engine(
     """
     config = EngineConfig(**settings)
     store = Zoo.open(zoo)
+    chains = served_chains(store, models, config)
+    if profiler_port:
+        jax.profiler.start_server(profiler_port)
+    cache = ExecutableCache(cache_folder(store, executable_cache))
+    cache.prune()
+    return ThreadEngine(store, chains, config, cache)
+
+
+def cache_folder(zoo: Zoo, named: str) -> Path:
+    """The folder of compiled programs: the one named, or the user's own.
+
+    Raises:
+      ValueError: it lies in the zoo, whose files others may have made.
+    """
+    folder = Path(named) if named else default_folder()
+    if folder.resolve().is_relative_to(zoo.path.resolve()):
+        raise ValueError(
+            f"executable_cache {str(folder)!r} lies in the zoo: what is in it is run, and zoos are copied "
+            "around; name a folder outside"
+        )
+    return folder
+
+
+def served_chains(store: Zoo, models: Sequence[str], config: EngineConfig) -> dict[str, Chain]:
+    """The chains of these names; of none, all that are exact.
+
+    Raises:
+      ZooError: there are none, or one cannot be read.
+      ValueError: a pinned one is not among them.
+    """
     # What is approximate is served only where it is named.
     names = list(models) or [n for n in store.chains() if store.chain(n).policy == "exact"]
     if not names:
         raise ZooError(
-            f"zoo {zoo!r} has no exact chains; convert a model first (jblock-convert hf --help), or "
-            "name the models to serve"
+            f"zoo {str(store.path)!r} has no exact chains; convert a model first (jblock-convert hf "
+            "--help), or name the models to serve"
         )
     unknown = sorted(set(config.pinned) - set(names))
     if unknown:
         raise ValueError(
             f"pinned names {', '.join(unknown)}, which are not among the models served"
         )
-    chains = {name: store.chain(name) for name in names}
-    if profiler_port:
-        jax.profiler.start_server(profiler_port)
-    cache = ExecutableCache(Path(executable_cache) if executable_cache else default_folder())
-    cache.prune()
-    return ThreadEngine(store, chains, config, cache)
+    return {name: store.chain(name) for name in names}
 
 
 def _find_chain(zoo: Zoo, model: str, known: Collection[str]) -> Chain:

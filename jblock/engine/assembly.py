@@ -199,6 +199,7 @@ def assemble(
     config: EngineConfig,
     previous: Assembly | None = None,
     targets: Mapping[ComponentSpec, frozenset[str]] | None = None,
+    placement: Placement | None = None,
 ) -> Assembly:
     """Wires chains into instances. A thousand adapters on one base cost little more than ten.
 
@@ -209,12 +210,13 @@ def assemble(
       previous: what is served now. Blocks that stay as they were stay the same instances, and it goes on
         working until nobody holds it.
       targets: projections to make tables for, beside those that are known to be adapted.
+      placement: the devices it is for; None: those of this process.
 
     Raises:
       ZooError: a record the zoo cannot read.
       ValueError: a chain this engine cannot run.
     """
-    wirer = _Wirer(zoo, chains, config, previous)
+    wirer = _Wirer(zoo, chains, config, previous, placement or Placement.on(config.sharding))
     wirer.find_targets(targets or {})
     # Without sharing, every chain is a world of its own.
     worlds = {"": dict(chains)} if config.share else {n: {n: c} for n, c in chains.items()}
@@ -241,9 +243,10 @@ class _Wirer:
         chains: Mapping[str, Chain],
         config: EngineConfig,
         previous: Assembly | None,
+        placement: Placement,
     ):
         self.zoo, self.chains, self.config = zoo, chains, config
-        self.placement = Placement.on(config.sharding)
+        self.placement = placement
         self.known: dict[Any, Any] = {}
         self.targets: dict[ComponentSpec, frozenset[str]] = {}
         self._previous = previous

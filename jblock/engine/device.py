@@ -65,16 +65,22 @@ class Device:
     """
 
     def __init__(
-        self, assembly: Assembly, config: EngineConfig, cache: ExecutableCache | None = None
+        self,
+        assembly: Assembly,
+        config: EngineConfig,
+        cache: ExecutableCache | None = None,
+        placement: Placement | None = None,
     ):
-        """Allocates registers and pools for an assembly.
+        """Allocates registers and pools for an assembly, on the devices of this process unless another
+        placement is given. On an abstract one nothing is allocated and nothing runs, but its programs can
+        be named and made.
 
         Raises:
           ValueError: the KV memory given does not hold one sequence of the longest length, or there
             is none left.
         """
         self.config = config
-        self.placement = Placement.on(config.sharding)
+        self.placement = placement or Placement.on(config.sharding)
         self._on_host = not self.placement.devices and jax.default_backend() == "cpu"
         prefill_rows = max(b.num_seqs * b.q_len for b in config.prefill_buckets)
         self.num_rows = config.max_num_seqs + prefill_rows

@@ -8,10 +8,12 @@ everything that decides the machine code; an entry that is damaged, stale or fai
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import os
 import pickle
 import stat
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,12 @@ from absl import logging
 from jax.experimental import serialize_executable
 
 MAX_ENTRIES = 4096
-_CODE = ("blocks", "pallas_kernels", "engine")
+_CODE = ("blocks", "pallas_kernels", "parallel", "engine")
+# What compiles for a platform beside jaxlib; one that is not installed counts as "-".
+_COMPILERS = {
+    "tpu": ("libtpu",),
+    "gpu": tuple(f"jax-cuda{v}-{part}" for v in (12, 13) for part in ("plugin", "pjrt")),
+}
 
 
 class ExecutableCache:
@@ -30,10 +37,11 @@ class ExecutableCache:
     Attributes:
       folder: where; made with permissions 0700.
       loaded: programs read from it since start.
+      stored: programs written to it since start.
     """
 
-    def __init__(self, folder: Path):
-        """Opens or makes the folder.
+    def __init__(self, folder: Path, devices: Sequence[jax.Device] = ()):
+        """Opens or makes the folder, for programs of these devices; none: of those jax computes on.
 
         Raises:
           ValueError: it cannot be made, belongs to another user, or others may write to it.
@@ -56,22 +64,36 @@ class ExecutableCache:
                 "as this service: chown it to the service's user and chmod it to 700"
             )
         self.folder = folder
-        self.loaded = 0
+        self.loaded = self.stored = 0
+        self._environment = environment(tuple(devices))
 
-    def load(self, key: str) -> Any | None:
-        """The program stored under a key, ready to call; None when there is none that works."""
+    def load(self, key: str, devices: Sequence[jax.Device] = ()) -> Any | None:
+        """The program stored under a key, ready to call; None when there is none that works.
+
+        Args:
+          key: all that decides the program beside the environment.
+          devices: it runs on; none: jax's default device.
+        """
         path = self._path(key)
         try:
             data = path.read_bytes()
         except FileNotFoundError:
             return None
         digest, body = data[:32], data[32:]
-        if hashlib.sha256(body).digest() != digest:
+        if _seal(path, body) != digest:
             logging.warning("executable cache entry %s is damaged; it is rebuilt", path.name)
             path.unlink(missing_ok=True)
             return None
         try:
-            program = serialize_executable.deserialize_and_load(*pickle.loads(body))
+            devices = tuple(devices) or (jax.local_devices()[0],)
+            serialized, in_tree, out_tree = pickle.loads(body)
+            program = serialize_executable.deserialize_and_load(
+                serialized,
+                in_tree,
+                out_tree,
+                backend=devices[0].client,
+                execution_devices=devices,
+            )
         except Exception as e:
             logging.warning("executable cache entry %s does not load (%s); rebuilt", path.name, e)
             path.unlink(missing_ok=True)
@@ -87,9 +109,10 @@ class ExecutableCache:
             handle, name = tempfile.mkstemp(dir=self.folder, prefix="tmp-")
             try:
                 with os.fdopen(handle, "wb") as file:
-                    file.write(hashlib.sha256(body).digest())
+                    file.write(_seal(self._path(key), body))
                     file.write(body)
                 os.replace(name, self._path(key))
+                self.stored += 1
             except BaseException:
                 Path(name).unlink(missing_ok=True)
                 raise
@@ -104,7 +127,7 @@ class ExecutableCache:
                 path.unlink()
 
     def _path(self, key: str) -> Path:
-        digest = hashlib.sha256(f"{environment()}\n{key}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{self._environment}\n{key}".encode()).hexdigest()
         return self.folder / f"{digest}.xla"
 
 
@@ -114,17 +137,31 @@ def default_folder() -> Path:
     return Path(base) / "jblock" / "executables"
 
 
+def _seal(path: Path, body: bytes) -> bytes:
+    """Digest of an entry and of the name it has: one under another's name is not that one."""
+    return hashlib.sha256(path.stem.encode() + body).digest()
+
+
 @functools.cache
-def environment() -> str:
-    """All that decides machine code beside the program: versions, flags, device, CPU, our own code."""
-    device = jax.local_devices()[0]
+def environment(devices: tuple[jax.Device, ...] = ()) -> str:
+    """All that decides machine code beside the program: versions, flags, device, CPU, our own code.
+
+    It is the same whether the devices are here or only compiled for, so that what was built ahead for them
+    counts exactly where jax, jaxlib and the compiler of the platform have the same versions.
+
+    Args:
+      devices: all that the host of the programs has; none: those jax computes on.
+    """
+    devices = devices or tuple(jax.local_devices())
+    platform = devices[0].platform
     return "\n".join(
         (
             jax.__version__,
             jaxlib.__version__,
-            device.client.platform_version,
-            device.device_kind,
-            str(jax.local_device_count()),
+            *(f"{name} {_version(name)}" for name in _COMPILERS.get(platform, ())),
+            platform,
+            devices[0].device_kind,
+            str(len(devices)),
             os.environ.get("XLA_FLAGS", ""),
             os.environ.get("LIBTPU_INIT_ARGS", ""),
             str(
@@ -133,10 +170,17 @@ def environment() -> str:
                     for n in ("jax_enable_x64", "jax_default_matmul_precision")
                 }
             ),
-            _cpu_features(),
+            _cpu_features() if platform == "cpu" else "",
             _CODE_DIGEST,
         )
     )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "-"
 
 
 def _cpu_features() -> str:

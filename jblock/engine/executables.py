@@ -195,6 +195,11 @@ class Executables:
                 sizes.append(analysis.temp_size_in_bytes + fresh)
         return max(sizes)
 
+    def code_bytes(self, keys: Iterable[ProgramKey]) -> int:
+        """Bytes of machine code of these programs, all of them made, as far as the compiler says."""
+        analyses = (self._table[key].memory_analysis() for key in keys)
+        return sum(a.generated_code_size_in_bytes for a in analyses if a is not None)
+
     def renew(self, keys: Iterable[ProgramKey], stop: threading.Event | None = None) -> None:
         """Compiles programs anew, one after another, and puts each in its old one's place: calls from
         then on use it, those enqueued end on the old one."""
@@ -209,7 +214,7 @@ class Executables:
         if stop is not None and stop.is_set():
             return None, False
         text = f"{key!r} {self.geometry!r} {self.placement.rules}"
-        program = self.cache.load(text) if self.cache and not anew else None
+        program = self.cache.load(text, self.placement.devices) if self.cache and not anew else None
         compiled = program is None
         if program is None:
             program = self.lower(key).compile()

@@ -19,13 +19,21 @@ class Placement:
     Attributes:
       rules: logical axes to mesh axes.
       devices: as many as the mesh has; none means jax's default device.
+      abstract: arrays are only described, because the devices are not here or nothing is to run on them.
     """
 
     rules: ShardingRules = ONE_DEVICE
     devices: tuple[jax.Device, ...] = ()
+    abstract: bool = False
 
     @classmethod
-    def on(cls, rules: ShardingRules, devices: Sequence[jax.Device] | None = None) -> "Placement":
+    def on(
+        cls,
+        rules: ShardingRules,
+        devices: Sequence[jax.Device] | None = None,
+        *,
+        abstract: bool = False,
+    ) -> "Placement":
         """The rules on the first of `devices`, by default those of this process.
 
         Raises:
@@ -40,7 +48,7 @@ class Placement:
                 f"mesh {rules.mesh} needs {size} devices and there are {len(devices)}: give a "
                 "smaller mesh (on CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N makes N)"
             )
-        return cls(rules, tuple(devices[:size]))
+        return cls(rules, tuple(devices[:size]), abstract)
 
     @property
     def platform(self) -> Platform:
@@ -70,12 +78,16 @@ class Placement:
         """An abstract array: its global shape, and the logical axis of each leading dimension."""
         return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=self.sharding(*axes))
 
-    def put(self, array: np.ndarray, *axes: str | None) -> jax.Array:
-        """An array on the devices."""
+    def put(self, array: np.ndarray, *axes: str | None) -> Any:
+        """An array on the devices: a jax.Array, or what describes it if abstract."""
+        if self.abstract:
+            return self.struct(array.shape, array.dtype, *axes)
         return jax.device_put(array, self.sharding(*axes))
 
-    def zeros(self, struct: jax.ShapeDtypeStruct) -> jax.Array:
-        """Zeros of the form that `struct` gave."""
+    def zeros(self, struct: jax.ShapeDtypeStruct) -> Any:
+        """Zeros of the form that `struct` gave; the struct itself if abstract."""
+        if self.abstract:
+            return struct
         return jax.numpy.zeros(struct.shape, struct.dtype, device=struct.sharding)
 
     def lower(

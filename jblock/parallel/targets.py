@@ -111,7 +111,7 @@ class Target:
           ValueError: the target's compiler is not installed, or knows no such grid.
         """
         if self.platform == "cpu":
-            return (jax.local_devices(backend="cpu")[0],)
+            return tuple(jax.local_devices(backend="cpu"))
         package = {"tpu": "libtpu", "cuda": "jax_plugins.xla_cuda13"}[self.platform]
         if not _installed(package):
             raise ValueError(

@@ -41,7 +41,14 @@ def scrape(port):
 
 
 @pytest.mark.parametrize(
-    "module", ["serving.main", "serving.server", "serving.client", "serving.client_main"]
+    "module",
+    [
+        "serving.main",
+        "serving.server",
+        "serving.client",
+        "serving.client_main",
+        "serving.compile_main",
+    ],
 )
 def test_no_jax_in_the_server_or_the_client(module):
     program = f"import sys, {module}; sys.exit('jax' in sys.modules)"

@@ -1,0 +1,63 @@
+"""The flags that set an engine up: what `jblock-serve` serves, and `jblock-compile` builds for."""
+
+from typing import Any
+
+from absl import flags
+
+_FLAGS = (
+    flags.DEFINE_string("zoo", None, "Folder of the zoo.", required=True),
+    flags.DEFINE_list("models", None, "Chains to serve; default: all of the zoo that are exact."),
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Type of the weights in matmuls."),
+    flags.DEFINE_integer("max_num_seqs", None, "Most sequences in flight."),
+    flags.DEFINE_integer("max_model_len", None, "Most tokens of prompt and output together."),
+    flags.DEFINE_integer("page_size", None, "Tokens a KV page holds."),
+    flags.DEFINE_enum(
+        "kv_dtype", None, ["float32", "int8"], "Type of the KV cache; int8 is approximate."
+    ),
+    flags.DEFINE_integer(
+        "kv_memory_mb", None, "Memory of the KV cache; default: a share of what is free."
+    ),
+    flags.DEFINE_integer(
+        "host_kv_memory_mb", None, "Host memory for the KV of requests that gave way to others."
+    ),
+    flags.DEFINE_integer(
+        "step_ms", None, "Milliseconds a step should take at most while answers stream."
+    ),
+    flags.DEFINE_string(
+        "mesh", None, "Devices to split every block over, such as tp=4; default: one."
+    ),
+    flags.DEFINE_integer(
+        "adapter_slots", None, "Adapters on the device at a time, of 16 ranks each on average."
+    ),
+    flags.DEFINE_integer(
+        "weights_memory_mb", None, "Parameters on the device at most; 0: all that are served."
+    ),
+    flags.DEFINE_integer(
+        "host_cache_mb", None, "Host memory for adapters and parameters that are not on the device."
+    ),
+    flags.DEFINE_list("pinned", None, "Chains that are always on the device."),
+    flags.DEFINE_bool("share", None, "Share blocks between models; --noshare: a set each."),
+    flags.DEFINE_string(
+        "executable_cache",
+        None,
+        "Folder of compiled programs, outside the zoo; default: the user's own. What lies in it is run.",
+    ),
+)
+
+
+def engine_kwargs() -> dict[str, Any]:
+    """The arguments of `jblock.engine.agent.build_engine` that were given; what was not keeps the engine's
+    own default."""
+    return {f.name: f.value for f in _FLAGS if f.value is not None}
+
+
+def command_line(arguments: dict[str, Any]) -> str:
+    """These arguments as flags."""
+    words = []
+    for name, value in arguments.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no{name}")
+        else:
+            text = ",".join(value) if isinstance(value, (list, tuple)) else value
+            words.append(f"--{name}={text}")
+    return " ".join(words)
