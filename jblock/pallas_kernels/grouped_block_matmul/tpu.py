@@ -1,0 +1,240 @@
+"""Grouped block matmul on TPU, in Pallas Mosaic.
+
+Work is cut into items, a block of rows by a variant that has rows in it, in the order of the rows. The
+outer loop is over columns of the result, the inner one over items, each over all inputs: so a block of
+columns of a variant's weight is read once, whatever items its rows make, and a variant without rows is
+never read. The next one comes in while the present one is multiplied. Where an item has not all rows of
+its block, only those sixteens with rows of it are multiplied.
+
+The idea of items over sorted rows is megablox's (jax.experimental.pallas.ops.tpu.megablox, after arXiv
+2211.15841); that kernel wants all weights stacked in one array and reads a weight again for each block
+of rows, unless all inputs are one block of it too. Weights of their own arrays and this order are ours.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jblock.pallas_kernels.groups import items
+from jblock.pallas_kernels.tuning import Tuning
+
+LANES = 128
+PART = 16
+"""Rows that are multiplied at least: a register tile of bfloat16."""
+
+_VMEM_BYTES = 64 * 2**20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What block sizes depend on.
+
+    Attributes:
+      rows: of x, rounded up to a power of two.
+      variants: how many.
+      width: inputs.
+      out: columns of the result.
+      dtype: name of the weights'.
+    """
+
+    rows: int
+    variants: int
+    width: int
+    out: int
+    dtype: str
+
+    @property
+    def key(self) -> str:
+        """How a tuned file names the shape."""
+        return f"{self.rows}x{self.width}x{self.out} of {self.variants} {self.dtype}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """How the kernel cuts its work: rows of an item at most, and columns of the result at a time. Columns
+    are made to divide the result's."""
+
+    rows: int
+    columns: int
+
+    def __post_init__(self):
+        if self.rows < PART or self.rows % PART or self.columns < 1 or self.columns % LANES:
+            raise ValueError(f"{self}: give rows a multiple of {PART}, columns one of {LANES}")
+
+
+def heuristic(shape: Shape) -> Blocks:
+    """Blocks of 256 rows or 8 MB of them, so that those of decoding are brought once for all columns, and
+    of 4 MB of a weight: far over what hides a copy's latency, and twice both fits vector memory."""
+    item = 4 if shape.dtype == "float32" else 2
+    rows = min(256, 2**23 // (shape.width * item), -(-shape.rows // PART) * PART)
+    columns = min(1024, 2**22 // (shape.width * item))
+    return Blocks(rows=max(PART, rows // PART * PART), columns=max(LANES, columns // LANES * LANES))
+
+
+TUNING = Tuning("grouped_block_matmul", Blocks, heuristic)
+
+
+def grouped_block_matmul(
+    x: jax.Array,
+    weights: tuple[jax.Array, ...],
+    group_sizes: jax.Array,
+    *,
+    device_kind: str | None = None,
+    blocks: Blocks | None = None,
+    interpret: pltpu.InterpretParams | bool = False,
+) -> jax.Array:
+    """See `api.grouped_block_matmul`.
+
+    Args beyond it:
+      blocks: how to cut the work; None: as tuned for the device.
+      interpret: as of pallas_call.
+    """
+    rows, (out, width), dtype = x.shape[0], weights[0].shape, weights[0].dtype
+    if blocks is None:
+        shape = Shape(
+            rows=1 << (rows - 1).bit_length(),
+            variants=len(weights),
+            width=width,
+            out=out,
+            dtype=dtype.name,
+        )
+        blocks = TUNING.blocks_for(shape, device_kind)
+    size = blocks.rows
+    padded = -(-rows // PART) * PART
+    size = min(size, padded)
+    columns = _dividing(out, blocks.columns)
+
+    # What is behind the last variant's rows is a variant without a weight, whose result is zeros.
+    rest = rows - jnp.sum(group_sizes, dtype=jnp.int32)
+    todo = items(jnp.concatenate([group_sizes.astype(jnp.int32), rest[None]]), rows, size)
+    opens = todo.changes(todo.block)
+    weighs = (todo.group < len(weights)) & (jnp.arange(todo.group.size) < todo.count)
+    begins = todo.changes(todo.group) * weighs
+    following = _following(begins, todo.group)
+    return pl.pallas_call(
+        functools.partial(_kernel, variants=len(weights)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=7,
+            grid=(out // columns, todo.count),
+            in_specs=[
+                pl.BlockSpec((size, width), lambda n, i, block, *_: (block[i], 0)),
+                *[pl.BlockSpec(memory_space=pl.ANY)] * len(weights),
+            ],
+            out_specs=pl.BlockSpec((size, columns), lambda n, i, block, *_: (block[i], n)),
+            scratch_shapes=[
+                pltpu.VMEM((2, columns, width), dtype),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SMEM((1,), jnp.int32),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct((padded, out), jnp.float32),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
+        ),
+        interpret=interpret,
+        name="grouped_block_matmul",
+    )(
+        *(todo.block, todo.group, todo.first, todo.last, opens, begins, following),
+        jnp.pad(x.astype(dtype), ((0, padded - rows), (0, 0))),
+        *weights,
+    )[:rows]
+
+
+def _following(begins: jax.Array, group: jax.Array) -> jax.Array:
+    """int32 [N], for an item that begins a variant: the next variant with rows; -1: there is none."""
+    item = jnp.arange(begins.size)
+    # The first beginning behind each item.
+    later = jnp.where((begins > 0)[None] & (item[None] > item[:, None]), item[None], begins.size)
+    nearest = later.min(axis=1)
+    found = group[jnp.minimum(nearest, begins.size - 1)]
+    return jnp.where(nearest < begins.size, found, -1).astype(jnp.int32)
+
+
+def _dividing(out: int, most: int) -> int:
+    """The most columns up to `most` that divide `out`, in whole registers; all where there are none."""
+    if out % LANES:
+        return out
+    registers = out // LANES
+    return LANES * max(n for n in range(1, most // LANES + 1) if registers % n == 0)
+
+
+def _kernel(block, group, first, last, opens, begins, following, x, *refs: Any, variants: int):
+    """One item by some columns. refs: weights in HBM; out [rows, columns]; scratch."""
+    weights, (out, buffer, sems, begun) = refs[:variants], refs[variants:]
+    n, i = pl.program_id(0), pl.program_id(1)
+    size, columns = out.shape
+
+    def copy(weight: Any, n: Any, slot: Any) -> Any:
+        part = weight.at[pl.ds(n * columns, columns)]
+        return pltpu.make_async_copy(part, buffer.at[slot], sems.at[slot])
+
+    def bring(variant: Any, n: Any, slot: Any) -> None:
+        _choose(variant, variants, lambda v: copy(weights[v], n, slot).start())
+
+    @pl.when((n == 0) & (i == 0))
+    def _first() -> None:
+        begun[0] = 0
+
+    @pl.when(begins[i] == 1)
+    def _begin() -> None:
+        nth = begun[0]
+        slot = lax.rem(nth, 2)
+        begun[0] = nth + 1
+        pl.when(nth == 0)(lambda: bring(group[i], n, slot))
+        pl.when(following[i] >= 0)(lambda: bring(following[i], n, 1 - slot))
+        # Behind the last variant comes the first one, which item 0 has, with the next columns.
+        around = (following[i] < 0) & (n + 1 < pl.num_programs(0))
+        pl.when(around)(lambda: bring(group[0], n + 1, 1 - slot))
+        copy(weights[0], n, slot).wait()
+
+    @pl.when(opens[i] == 1)
+    def _open() -> None:
+        out[...] = jnp.zeros(out.shape, jnp.float32)
+
+    slot = lax.rem(begun[0] + 1, 2)
+
+    def multiply(begin: Any, rows: int) -> None:
+        part = pl.ds(begin, rows)
+        row = begin + lax.broadcasted_iota(jnp.int32, (rows, columns), 0)
+        product = lax.dot_general(
+            x[part],
+            buffer[slot],
+            (((1,), (1,)), ((), ())),
+            precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+            preferred_element_type=jnp.float32,
+        )
+        mine = (row >= first[i]) & (row < last[i])
+        out[part] = jnp.where(mine, product, out[part])
+
+    whole = (first[i] == 0) & (last[i] == size)
+    real = group[i] < variants
+    pl.when(real & whole)(lambda: multiply(0, size))
+
+    @pl.when(real & jnp.logical_not(whole))
+    def _parts() -> None:
+        @pl.loop(lax.div(first[i], PART), pl.cdiv(last[i], PART))
+        def _part(p: Any) -> None:
+            multiply(pl.multiple_of(p * PART, PART), PART)
+
+
+def _choose(index: Any, count: int, act: Callable[[int], None], first: int = 0) -> None:
+    """act(index), which knows its argument only at run time, by halving."""
+    if count == 1:
+        act(first)
+        return
+    half = count // 2
+
+    @pl.when(index < first + half)
+    def _low() -> None:
+        _choose(index, half, act, first)
+
+    @pl.when(index >= first + half)
+    def _high() -> None:
+        _choose(index, count - half, act, first + half)

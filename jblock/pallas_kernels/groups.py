@@ -1,0 +1,63 @@
+"""Rows sorted into groups, and the items that a kernel takes them in: a block of rows by a group in it."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jblock.pallas_kernels.pieces import piece_bound, pieces
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("count", "block", "group", "first", "last"),
+    meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Items:
+    """Items in the order of their rows.
+
+    Attributes:
+      count: int32 [], how many there are; entries behind mean nothing, but are in range.
+      block: int32 [N], which block of rows.
+      group: int32 [N], which group.
+      first, last: int32 [N], its rows in the block are first .. last - 1.
+    """
+
+    count: jax.Array
+    block: jax.Array
+    group: jax.Array
+    first: jax.Array
+    last: jax.Array
+
+    def changes(self, of: jax.Array) -> jax.Array:
+        """int32 [N], 1 where an array [N] over the items has another value than for the item before."""
+        return jnp.concatenate([jnp.ones(1, jnp.int32), (of[1:] != of[:-1]).astype(jnp.int32)])
+
+
+def items(
+    group_sizes: jax.Array, num_rows: int, block_rows: int, wanted: jax.Array | None = None
+) -> Items:
+    """Cuts groups at the edges of blocks of rows.
+
+    Args:
+      group_sizes: int32 [G], rows of each group, one behind the other from row 0.
+      num_rows: T, at least their sum.
+      block_rows: rows of a block.
+      wanted: bool [G], groups that get items; None: all.
+    """
+    ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
+    begins = ends - group_sizes
+    stops = ends if wanted is None else jnp.where(wanted, ends, begins)
+    groups = group_sizes.shape[0]
+    bound = piece_bound(groups, num_rows, num_rows, block_rows)
+    group, block, count = pieces(begins, stops, block_rows, bound)
+    start = block * block_rows
+    return Items(
+        count=count,
+        block=jnp.clip(block, 0, (num_rows - 1) // block_rows),
+        group=group,
+        first=jnp.clip(begins[group] - start, 0, block_rows),
+        last=jnp.clip(ends[group] - start, 0, block_rows),
+    )
