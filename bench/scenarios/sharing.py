@@ -6,7 +6,6 @@ PM is this engine with sharing off: the same kernels, the same KV memory, one ba
 import argparse
 import dataclasses
 import gc
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,10 @@ class Sizes:
       backlog: requests of one repetition of the closed backlog.
       rounds: repetitions of it.
       open_requests: requests of the open loop.
+      open_output: tokens of their answers.
       decode_sizes: rows decode programs are compiled for, on both sides.
       prefill_sizes: prompts prefill programs are compiled for, on both sides.
-      overload: its rate over PM's measured capacity.
+      overload: its rate over what PM finishes of such requests in a closed backlog.
     """
 
     shape: ModelShape = MODEL_250M
@@ -50,6 +50,7 @@ class Sizes:
     backlog: int = 32
     rounds: int = 2
     open_requests: int = 400
+    open_output: int = 32
     decode_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
     prefill_sizes: tuple[int, ...] = (1, 2, 4)
     overload: float = 1.5
@@ -65,6 +66,7 @@ _QUICK = Sizes(
     backlog=16,
     rounds=2,
     open_requests=16,
+    open_output=8,
     decode_sizes=(2, 8),
     prefill_sizes=(2,),
 )
@@ -73,7 +75,11 @@ _QUICK = Sizes(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The scenario's own flags."""
     parser.add_argument("--rounds", type=int, help="repetitions of the closed backlog")
-    parser.add_argument("--no_open_loop", action="store_true", help="throughput only")
+    parser.add_argument(
+        "--only",
+        choices=("throughput", "latency"),
+        help="the closed backlog or the open loop alone",
+    )
     parser.add_argument(
         "--curve", action="store_true", help="also the ratio over rows a model; --plot implies it"
     )
@@ -84,7 +90,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     sizes = _QUICK if args.quick else Sizes()
     if args.rounds:
         sizes = dataclasses.replace(sizes, rounds=args.rounds)
-    result = _engines(sizes, args.cache, not args.no_open_loop)
+    result = _engines(sizes, args.cache, args.only)
     if args.curve or args.plot:
         gc.collect()  # The engines above are gone; the curve loads its own.
         result["curve"] = sharing_curve.run(
@@ -94,27 +100,35 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _engines(sizes: Sizes, cache: Path, open_loop: bool) -> dict[str, Any]:
+def _engines(sizes: Sizes, cache: Path, only: str | None) -> dict[str, Any]:
     progress(f"loading {sizes.models} models of {sizes.shape.layers} layers, one each (PM)")
     zoo = fine_tunes(sizes.shape, sizes.models, sizes.private[0])
     config = _config(sizes)
     sides = {"pm": Stepper(zoo, zoo.served, dataclasses.replace(config, share=False), cache)}
-    for private in sizes.private:
+    for private in sizes.private if only != "latency" else sizes.private[:1]:
         name = f"{sizes.shape.layers - private}of{sizes.shape.layers}"
         progress(f"loading the same with {name} layers shared")
         variant = fine_tunes(sizes.shape, sizes.models, private)
         sides[name] = Stepper(variant, variant.served, config, cache)
-    return _measure(zoo, sides, sizes, open_loop)
+    figures = _measure(zoo, sides, sizes) if only != "latency" else {"sharing": {}, "detail": {}}
+    if only != "throughput":
+        ratio, figures["detail"]["open_loop"] = _open(zoo, sides, sizes)
+        figures["sharing"]["p95_ratio"] = ratio
+    return figures | {
+        "compiles_on_serving_path": sum(
+            side.stats().compiles_on_serving_path for side in sides.values()
+        )
+    }
 
 
-def _measure(zoo: Any, sides: dict[str, Stepper], sizes: Sizes, open_loop: bool) -> dict[str, Any]:
+def _measure(zoo: Any, sides: dict[str, Stepper], sizes: Sizes) -> dict[str, Any]:
     _, main, second = sides
     runs: dict[str, list[Measured]] = {name: [] for name in sides}
     for i in range(-1, sizes.rounds):
         arrivals = generate(
             models=sorted(zoo.served),
             count=sizes.backlog if i >= 0 else sizes.in_flight,
-            lengths=_lengths(sizes, short=i < 0),
+            lengths=_lengths(sizes, sizes.output if i >= 0 else min(sizes.output, 4)),
             vocab_size=sizes.shape.vocab_size,
             seed=i + 1,
         )
@@ -150,37 +164,30 @@ def _measure(zoo: Any, sides: dict[str, Stepper], sizes: Sizes, open_loop: bool)
         zoo, [t for a, _ in pairs for t in a.traces], [t for _, b in pairs for t in b.traces]
     )
     progress(f"outputs against PM: {outputs.to_json()}")
-    if open_loop:
-        capacity = statistics.median(r.requests_per_second for r in runs["pm"])
-        sharing["p95_ratio"], detail["open_loop"] = _open(zoo, sides, sizes, capacity)
     return {
         "sharing": sharing,
         "outputs": outputs.to_json(),
         "detail": detail,
         "failed": sum(m.failed for measured in runs.values() for m in measured),
-        "compiles_on_serving_path": sum(
-            side.stats().compiles_on_serving_path for side in sides.values()
-        ),
     }
 
 
-def _open(
-    zoo: Any, sides: dict[str, Stepper], sizes: Sizes, capacity: float
-) -> tuple[float, dict[str, Any]]:
+def _open(zoo: Any, sides: dict[str, Stepper], sizes: Sizes) -> tuple[float, dict[str, Any]]:
     """p95 of request latency over PM's, one arrival process for both, and the figures behind it."""
-    arrivals = generate(
-        models=sorted(zoo.served),
-        count=sizes.open_requests,
-        lengths=_lengths(sizes),
-        vocab_size=sizes.shape.vocab_size,
-        seed=1000,
-        rate=sizes.overload * capacity,
-        popularity=None,
-    )
-    detail: dict[str, Any] = {"rate": round(sizes.overload * capacity, 4), **describe(arrivals)}
+    work = {
+        "models": sorted(zoo.served),
+        "vocab_size": sizes.shape.vocab_size,
+        "lengths": _lengths(sizes, sizes.open_output),
+    }
+    engines = {name: InlineEngine(side) for name, side in list(sides.items())[:2]}
+    backlog = generate(**work, count=sizes.backlog, seed=999)
+    capacity = measure(engines["pm"], backlog, sizes.in_flight).requests_per_second
+    rate = sizes.overload * capacity
+    arrivals = generate(**work, count=sizes.open_requests, seed=1000, rate=rate, popularity=None)
+    detail: dict[str, Any] = {"rate": round(rate, 4), **describe(arrivals)}
     p95 = {}
-    for name in list(sides)[:2]:
-        measured = measure(InlineEngine(sides[name]), arrivals)
+    for name, engine in engines.items():
+        measured = measure(engine, arrivals)
         p95[name] = percentile(measured.latencies_s, 95)
         detail[name] = measured.summary()
         progress(f"open loop, {name}: p95 {p95[name]:.2f} s, {measured.failed} failed")
@@ -188,8 +195,7 @@ def _open(
     return round(p95[main] / p95[pm], 4), detail
 
 
-def _lengths(sizes: Sizes, short: bool = False) -> Lengths:
-    output = min(sizes.output, 4) if short else sizes.output
+def _lengths(sizes: Sizes, output: int) -> Lengths:
     return Lengths(prompt=(sizes.prompt, sizes.prompt), output=(output, output))
 
 
