@@ -47,6 +47,32 @@ def hf(args: argparse.Namespace) -> Outcome:
     return Outcome(data, _lines(f"{chain.name}@{chain.version} {what}"))
 
 
+def quantise(args: argparse.Namespace) -> Outcome:
+    """Makes a quantised copy of a model."""
+    from checkpoints.printing import size
+    from jblock.blocks.quant_spec import QuantSpec
+    from jblock.zoo.quantised import quantise_chain
+    from jblock.zoo.store import Zoo
+
+    zoo = Zoo.open(args.zoo)
+    chain = zoo.chain(*name_and_version(args.name))
+    spec = QuantSpec(bits=args.bits, group=args.group)
+    name = args.copy_name or f"{chain.name}-int{args.bits}"
+    total = sum(zoo.component(s.component).nbytes for s in chain.steps)
+    with progress_of(args).bar(name, total) as advance:
+        made = quantise_chain(zoo, chain, name, spec, advance)
+    derived = made.derived
+    data = {"name": made.name, "version": made.version, "policy": made.policy, **derived}
+    return Outcome(
+        data,
+        _lines(
+            f"{made.name}@{made.version} from {derived['chain']}: {size(derived['bytes_before'])} of "
+            f"weights are {size(derived['bytes_after'])}, relative error {derived['parameter_error']:.2%}",
+            "it is served where it is named, to requests that accept policy near",
+        ),
+    )
+
+
 def peft(args: argparse.Namespace) -> Outcome:
     """Adds an adapter."""
     from checkpoints import peft

@@ -54,6 +54,12 @@ def export(
     chain = zoo.chain(name, version)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is there and not empty: give a new folder")
+    if chain.derived:
+        raise CheckpointError(
+            f"{chain.name}@{chain.version} was made from {chain.derived.get('chain')} by "
+            f"'{chain.derived.get('command')}', which loses something: it is no checkpoint; export "
+            f"{chain.derived.get('chain')}"
+        )
     if chain.source_files is None:
         raise CheckpointError(
             f"{chain.name}@{chain.version} was not made from files (or by an early version), so "

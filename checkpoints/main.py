@@ -68,6 +68,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         )
 
     command("hf", commands.hf, "add a Hugging Face checkpoint", "src", "--name")
+    quantise = command("quantise", commands.quantise, "make a copy of a model in few bits", "name")
+    quantise.add_argument("--bits", type=int, choices=(4, 8), default=4, help="of a weight")
+    quantise.add_argument("--group", type=int, default=64, help="inputs that share a scale")
+    quantise.add_argument(
+        "--name", dest="copy_name", help="name of the copy (default: NAME-int4, NAME-int8)"
+    )
     command("peft", commands.peft, "add a PEFT LoRA adapter", "src", "--base", "--name")
     plan = command("plan", commands.plan, "tell what adding would store and share", "src", "--name")
     plan.add_argument("--base", help=_FIELDS["--base"])
@@ -107,6 +113,12 @@ _FIELDS = {
 }
 # Command -> what a newcomer should know, and an example.
 _MORE = {
+    "quantise": (
+        "Attentions, ffns and experts get weights of 4 or 8 bits with a scale a group; norms, routers and\n"
+        "both embeddings stay. The copy is a model of its own with policy `near`: it is served only where\n"
+        "it is named, to requests that accept that. Edges tell how far each component is from its original.",
+        "quantise llama --zoo ./zoo --bits 4 --group 64",
+    ),
     "hf": (
         "The checkpoint is cut into components; those that the zoo has already are not stored again.\n"
         "Killed, it goes on where it was when it is called again. An equal checkpoint under the same\n"

@@ -9,7 +9,16 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jblock.blocks.spec import LAYER_KINDS, AttentionSpec, ComponentSpec, FfnSpec
+from jblock.blocks import quantise
+from jblock.blocks.quant_spec import CODES, ORDER, SCALES, ZEROS
+from jblock.blocks.spec import (
+    LAYER_KINDS,
+    AttentionSpec,
+    ComponentSpec,
+    FfnSpec,
+    stored_dtype,
+    unquantised,
+)
 
 Rows = slice | np.ndarray
 
@@ -41,7 +50,14 @@ def compute_shapes(spec: ComponentSpec) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in spec.tensors().items():
         projection, _, tensor = name.rpartition(".")
-        if is_projection(spec, name):
+        if tensor in (CODES, SCALES, ZEROS, ORDER):
+            columns = shape[-1]
+            if tensor == CODES and stored_dtype(spec, name) == "uint8":
+                columns *= 2
+            for part, rows in parts(spec, projection).items():
+                count = () if tensor == ORDER else (_count(rows, shape[0]),)
+                shapes[f"{part}.{tensor}"] = (*count, columns)
+        elif is_projection(spec, name):
             out, inner = shape[::-1] if getattr(spec, "in_out", False) else shape
             for part, rows in parts(spec, projection).items():
                 shapes[f"{part}.weight"] = (_count(rows, out), inner)
@@ -54,11 +70,17 @@ def compute_shapes(spec: ComponentSpec) -> dict[str, tuple[int, ...]]:
 
 
 def to_compute(spec: ComponentSpec, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Stored tensors as `compute_shapes` has them; views of the given arrays where that is possible."""
+    """Stored tensors as `compute_shapes` has them; views of the given arrays where that is possible.
+    Codes of 4 bits are unpacked to int4."""
     out = {}
     for name, value in tensors.items():
         projection, _, tensor = name.rpartition(".")
-        if is_projection(spec, name):
+        if tensor in (CODES, SCALES, ZEROS, ORDER):
+            if tensor == CODES and value.dtype == np.uint8:
+                value = quantise.unpack(value)
+            for part, rows in parts(spec, projection).items():
+                out[f"{part}.{tensor}"] = value if tensor == ORDER else value[rows]
+        elif is_projection(spec, name):
             matrix = value.T if getattr(spec, "in_out", False) else value
             for part, rows in parts(spec, projection).items():
                 out[f"{part}.weight"] = matrix[rows]
@@ -68,6 +90,12 @@ def to_compute(spec: ComponentSpec, tensors: Mapping[str, np.ndarray]) -> dict[s
         else:
             out[name] = value
     return out
+
+
+def projection(spec: ComponentSpec, name: str) -> tuple[int, int]:
+    """(out, in) of a projection as it is computed."""
+    out, inner = compute_shapes(unquantised(spec))[f"{name}.weight"]
+    return out, inner
 
 
 def _consecutive(widths: Mapping[str, int]) -> dict[str, Rows]:

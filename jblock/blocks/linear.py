@@ -7,7 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jblock.blocks.platform import Platform
+from jblock.blocks.quant_spec import CODES, ORDER, SCALES, ZEROS
 from jblock.blocks.rows import Rows
+from jblock.pallas_kernels.backends import backend_of
+from jblock.pallas_kernels.quantised_matmul.api import quantised_matmul
 
 PIECE_RANK = 8
 _BF16_ROWS = 8
@@ -58,6 +61,40 @@ def _weight_first(x: jax.Array, weight: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(y).T
 
 
+class Quantised(nnx.Module):
+    """A weight of few bits; see QuantSpec.
+
+    Attributes:
+      codes: int8 or int4 [out, in].
+      scales: float32 [out, groups].
+      zeros: float32 [out, groups] or None.
+      order: int32 [in] or None.
+    """
+
+    def __init__(self, params: Mapping[str, jax.Array], name: str):
+        def optional(part: str) -> nnx.Param | None:
+            value = params.get(f"{name}.{part}")
+            return None if value is None else nnx.Param(value)
+
+        self.codes = nnx.Param(params[f"{name}.{CODES}"])
+        self.scales = nnx.Param(params[f"{name}.{SCALES}"])
+        self.zeros, self.order = optional(ZEROS), optional(ORDER)
+
+    def __call__(self, x: jax.Array, platform: Platform) -> jax.Array:
+        """[T, in] -> [T, out], float32."""
+        if self.order is not None:
+            x = jnp.take(x, self.order[...], axis=1)
+        zeros = None if self.zeros is None else self.zeros[...]
+        return quantised_matmul(
+            x,
+            self.codes[...],
+            self.scales[...],
+            zeros,
+            backend=backend_of(platform.name),
+            device_kind=platform.kind,
+        )
+
+
 class Linear(nnx.Module):
     """`y = x @ weight + bias`, and `+ b @ (a @ x)` of the row's own adapter where there are LoRA tables.
 
@@ -66,7 +103,8 @@ class Linear(nnx.Module):
     many turns as the longest adapter present has pieces.
 
     Attributes:
-      weight: [out, in] or [in, out], as `Platform.out_in` of what it is compiled for says.
+      weight: [out, in] or [in, out], as `Platform.out_in` of what it is compiled for says;
+        or a Quantised one.
       bias: [out] or None.
       lora_a: [pieces, PIECE_RANK, in] or None; piece 0 is all zeros.
       lora_b: [pieces, PIECE_RANK, out] or None; the scale is folded in.
@@ -81,7 +119,8 @@ class Linear(nnx.Module):
         *,
         partial: bool = False,
     ):
-        """Takes `name`.weight and .bias from params, `name`.a, .b and "pieces" from deltas.
+        """Takes `name`.weight, or what stands for it, and .bias from params, `name`.a, .b and "pieces"
+        from deltas.
 
         Args:
           params: tensors of the component.
@@ -91,7 +130,8 @@ class Linear(nnx.Module):
             part of the sum.
         """
         self.partial = partial
-        self.weight = nnx.Param(params[f"{name}.weight"])
+        quantised = f"{name}.{CODES}" in params
+        self.weight = Quantised(params, name) if quantised else nnx.Param(params[f"{name}.weight"])
         self.bias = nnx.Param(params[f"{name}.bias"]) if f"{name}.bias" in params else None
         adapted = f"{name}.a" in deltas
         self.lora_a = nnx.Param(deltas[f"{name}.a"]) if adapted else None
@@ -100,7 +140,11 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, rows: Rows) -> jax.Array:
         """[T, in] -> [T, out], float32."""
-        y = self._add_lora(matmul(x, self.weight[...], rows.platform), x, rows)
+        if isinstance(self.weight, Quantised):
+            y = self.weight(x, rows.platform)
+        else:
+            y = matmul(x, self.weight[...], rows.platform)
+        y = self._add_lora(y, x, rows)
         if self.partial and rows.mesh_axes:
             y = jax.lax.psum(y, rows.mesh_axes)
         return y if self.bias is None else y + self.bias[...]

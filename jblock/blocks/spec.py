@@ -13,6 +13,7 @@ import dataclasses
 import json
 from typing import Any, ClassVar
 
+from jblock.blocks.quant_spec import QuantSpec
 from jblock.blocks.rope_spec import RopeSpec, SpecError
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -87,6 +88,7 @@ class AttentionSpec:
         first, then k's, then v's (Phi-3); "by_head" as one, for each head its q, k and v (GPT-NeoX).
       in_out: projections are stored [in, out] (GPT-2's Conv1D) instead of [out, in].
       parallel: the ffn behind it reads what this one read, not what it wrote (GPT-NeoX).
+      quant: how the projections are quantised; None: they are as the checkpoint had them.
     """
 
     kind: ClassVar[str] = "attention"
@@ -109,8 +111,10 @@ class AttentionSpec:
     qkv: str = "apart"
     in_out: bool = False
     parallel: bool = False
+    quant: QuantSpec | None = None
 
     def __post_init__(self):
+        _check_quant(self)
         if self.num_heads % self.num_kv_heads:
             raise SpecError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
@@ -147,7 +151,8 @@ class AttentionSpec:
         for p in ("q", "k") if self.qk_norm else ():
             width = widths[p] if self.qk_norm_joint else self.head_dim
             shapes |= norm_tensors(self.norm, f"{p}_norm.", width)
-        return shapes | (norm_tensors(self.norm, "post_norm.", d) if self.post_norm else {})
+        shapes |= norm_tensors(self.norm, "post_norm.", d) if self.post_norm else {}
+        return _quantised(shapes, self.quant)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,6 +171,7 @@ class FfnSpec:
       bias: biases on every projection.
       joined: the checkpoint has gate and up as one projection "gate_up", gate's rows first (Phi-3).
       in_out: projections are stored [in, out] (GPT-2's Conv1D) instead of [out, in].
+      quant: how the projections are quantised; None: they are as the checkpoint had them.
     """
 
     kind: ClassVar[str] = "ffn"
@@ -180,9 +186,11 @@ class FfnSpec:
     bias: bool = False
     joined: bool = False
     in_out: bool = False
+    quant: QuantSpec | None = None
 
     def __post_init__(self):
         _check_activation(self.activation)
+        _check_quant(self)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor the component owns."""
@@ -195,7 +203,8 @@ class FfnSpec:
         shapes["down.weight"] = _matrix(d, f, self.in_out)
         if self.bias:
             shapes |= {f"{p}.bias": (out,) for p, out in outs.items()} | {"down.bias": (d,)}
-        return shapes | (norm_tensors(self.norm, "post_norm.", d) if self.post_norm else {})
+        shapes |= norm_tensors(self.norm, "post_norm.", d) if self.post_norm else {}
+        return _quantised(shapes, self.quant)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,12 +251,14 @@ class RouterSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertSpec:
-    """One expert of a mixture: `down(act(gate(x)) * up(x))`, without norm and residual."""
+    """One expert of a mixture: `down(act(gate(x)) * up(x))`, without norm and residual; `quant` as in
+    FfnSpec."""
 
     kind: ClassVar[str] = "expert"
     hidden_size: int
     intermediate_size: int
     activation: str = "silu"
+    quant: QuantSpec | None = None
 
     def __post_init__(self):
         _check_activation(self.activation)
@@ -255,7 +266,8 @@ class ExpertSpec:
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor the component owns."""
         d, f = self.hidden_size, self.intermediate_size
-        return {"gate.weight": (f, d), "up.weight": (f, d), "down.weight": (d, f)}
+        shapes: dict[str, tuple[int, ...]] = {"gate.weight": (f, d), "up.weight": (f, d)}
+        return _quantised(shapes | {"down.weight": (d, f)}, self.quant)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -359,6 +371,7 @@ ComponentSpec = (
     | UnembeddingSpec
     | StitchSpec
 )
+QUANTISABLE = (AttentionSpec, FfnSpec, ExpertSpec)
 LAYER_KINDS = ("attention", "ffn", "router", "expert")
 _KINDS: dict[str, Any] = {
     cls.kind: cls
@@ -381,11 +394,43 @@ def projection_shape(spec: ComponentSpec, name: str) -> tuple[int, int]:
     Raises:
       SpecError: the component has no projection of that name.
     """
-    shape = spec.tensors().get(f"{name}.weight", ())
+    shape = unquantised(spec).tensors().get(f"{name}.weight", ())
     if spec.kind not in LAYER_KINDS or len(shape) != 2:
         raise SpecError(f"{name!r} is not a projection of a {spec.kind} component")
     out, inner = shape[::-1] if getattr(spec, "in_out", False) else shape
     return out, inner
+
+
+def unquantised(spec: ComponentSpec) -> ComponentSpec:
+    """The spec of the component that a quantised one stands for; any other as it is."""
+    if isinstance(spec, QUANTISABLE) and spec.quant is not None:
+        return dataclasses.replace(spec, quant=None)
+    return spec
+
+
+def stored_dtype(spec: ComponentSpec, name: str) -> str | None:
+    """The dtype a tensor has to be stored in; None: any float."""
+    quant = getattr(spec, "quant", None)
+    return quant.dtype(name) if quant is not None else None
+
+
+def _quantised(
+    shapes: dict[str, tuple[int, ...]], quant: QuantSpec | None
+) -> dict[str, tuple[int, ...]]:
+    if quant is None:
+        return shapes
+    out: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        if len(shape) == 2:
+            out |= quant.tensors(name.removesuffix(".weight"), *shape)
+        else:
+            out[name] = shape
+    return out
+
+
+def _check_quant(spec: "AttentionSpec | FfnSpec") -> None:
+    if spec.quant is not None and spec.in_out:
+        raise SpecError("quantised projections are [out, in]: in_out has to be false")
 
 
 def _matrix(out: int, inner: int, in_out: bool) -> tuple[int, int]:
@@ -479,6 +524,8 @@ def spec_from_json(data: dict[str, Any]) -> ComponentSpec | DeltaSpec:
             if "factors" in rope:
                 rope["factors"] = tuple(rope["factors"])
             fields["rope"] = RopeSpec(**rope)
+        if fields.get("quant") is not None:
+            fields["quant"] = QuantSpec(**fields["quant"])
         return _KINDS[kind](**fields)
     except (TypeError, KeyError, AttributeError) as e:
         raise SpecError(f"spec of kind {kind!r} has missing or unknown fields: {e}") from e

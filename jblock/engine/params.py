@@ -15,7 +15,8 @@ import numpy as np
 
 from jblock.blocks import layout
 from jblock.blocks.linear import PIECE_RANK
-from jblock.blocks.platform import Platform
+from jblock.blocks.quant_spec import CODES, ORDER, SCALES, ZEROS
+from jblock.blocks.quantise import INT4
 from jblock.blocks.spec import (
     LAYER_KINDS,
     EmbeddingSpec,
@@ -23,6 +24,7 @@ from jblock.blocks.spec import (
     RouterSpec,
     StitchSpec,
     UnembeddingSpec,
+    stored_dtype,
 )
 from jblock.engine.signature import LoraForm, Signature
 from jblock.parallel.axes import Axis, projection_axes, tensor_axes
@@ -34,9 +36,20 @@ _NUMPY_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes
 
 
 def _placement(
-    spec, name: str, shape: tuple[int, ...], dtype: str, tied: bool, platform: Platform
+    spec, name: str, shape: tuple[int, ...], dtype: str, tied: bool, placement: Placement
 ) -> tuple[bool, np.dtype]:
     """(transposed, dtype) on the device of one tensor of `layout.compute_shapes`."""
+    platform = placement.platform
+    part = name.rpartition(".")[2]
+    if part == CODES:
+        # jax 0.10 takes no sharded int4 arrays on CPU: programs want a layout that no array gets.
+        four = stored_dtype(spec, name) == "uint8"
+        packed = four and (placement.rules.single or platform.name != "cpu")
+        return False, INT4 if packed else np.dtype(np.int8)
+    if part in (SCALES, ZEROS):
+        return False, np.dtype(np.float32)
+    if part == ORDER:
+        return False, np.dtype(np.int32)
     # XLA's CPU gather converts a whole bf16 table first, so there tables that are gathered are float32;
     # routers are everywhere, for their rounding would send rows to other experts.
     matrix = len(shape) == 2
@@ -65,7 +78,7 @@ def prepared(
     """
     out = {}
     for name, value in layout.to_compute(spec, tensors).items():
-        transposed, wanted = _placement(spec, name, value.shape, dtype, tied, placement.platform)
+        transposed, wanted = _placement(spec, name, value.shape, dtype, tied, placement)
         axes = tensor_axes(spec, name, placement.rules, value.ndim)
         array = spread(value, [a.sources for a in axes])
         out[name] = np.ascontiguousarray(array.T if transposed else array, dtype=wanted)
@@ -82,7 +95,7 @@ def on_device(
     """The same on the devices."""
     out = {}
     for name, shape in layout.compute_shapes(spec).items():
-        transposed, _ = _placement(spec, name, shape, dtype, tied, placement.platform)
+        transposed, _ = _placement(spec, name, shape, dtype, tied, placement)
         logical = [a.logical for a in tensor_axes(spec, name, placement.rules, len(shape))]
         out[name] = placement.put(arrays[name], *logical[:: -1 if transposed else 1])
     return out
@@ -106,10 +119,9 @@ def param_bytes(spec, dtype: str, placement: Placement = SINGLE) -> int:
     for name, shape in layout.compute_shapes(spec).items():
         axes = tensor_axes(spec, name, placement.rules, len(shape))
         sizes = [a.size(n) for a, n in zip(axes, shape, strict=True)]
-        total += (
-            math.prod(sizes)
-            * _placement(spec, name, shape, dtype, False, placement.platform)[1].itemsize
-        )
+        wanted = _placement(spec, name, shape, dtype, False, placement)[1]
+        # Devices pack two int4 to a byte, numpy does not.
+        total += math.prod(sizes) * wanted.itemsize // (2 if wanted == INT4 else 1)
     return total
 
 
@@ -122,9 +134,7 @@ def abstract_params(
         tied = signature.tied and isinstance(spec, UnembeddingSpec)
         tensors = {}
         for name, shape in layout.compute_shapes(spec).items():
-            transposed, wanted = _placement(
-                spec, name, shape, signature.dtype, tied, placement.platform
-            )
+            transposed, wanted = _placement(spec, name, shape, signature.dtype, tied, placement)
             axes = tensor_axes(spec, name, placement.rules, len(shape))
             order = slice(None, None, -1 if transposed else 1)
             sizes = [a.size(n) for a, n in zip(axes, shape, strict=True)][order]
@@ -183,7 +193,7 @@ def _table_shapes(spec, form: LoraForm | None) -> dict[str, tuple[int, ...]]:
     if form is not None and spec.kind in LAYER_KINDS:
         shapes["pieces"] = (form.slots, form.turns)
         for target in form.targets:
-            out, inner = layout.compute_shapes(spec)[f"{target}.weight"]
+            out, inner = layout.projection(spec, target)
             shapes[f"{target}.a"] = (form.pieces, PIECE_RANK, inner)
             shapes[f"{target}.b"] = (form.pieces, PIECE_RANK, out)
     return shapes

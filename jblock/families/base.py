@@ -306,8 +306,11 @@ class Family:
             normalise=mixture.normalise,
             shared=bool(mixture.shared_size),
         )
-        sizes = {"hidden_size": hidden, "intermediate_size": mixture.intermediate_size}
-        expert = ExpertSpec(**sizes, activation=activation)
+        expert = ExpertSpec(
+            hidden_size=hidden,
+            intermediate_size=mixture.intermediate_size,
+            activation=activation,
+        )
         steps = [self._step(router, i, joined=joined)]
         steps += [self._step(expert, i, joined=True, expert=e) for e in range(mixture.num_experts)]
         if mixture.shared_size:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jblock.blocks.quant_spec import CODES, ORDER, SCALES, ZEROS
 from jblock.blocks.spec import (
     AttentionSpec,
     ComponentSpec,
@@ -13,9 +14,10 @@ from jblock.blocks.spec import (
     FfnSpec,
     RouterSpec,
     UnembeddingSpec,
+    projection_shape,
 )
 from jblock.parallel.rules import ShardingRules
-from jblock.parallel.spread import columns, elements, kv_heads, query_heads
+from jblock.parallel.spread import FILL, columns, elements, kv_heads, query_heads
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,7 +75,41 @@ def tensor_axes(
         return projection_axes(spec, projection, rules)
     if tensor == "bias":
         return projection_axes(spec, projection, rules)[:1]
+    if tensor in (CODES, SCALES, ZEROS, ORDER):
+        return _quantised_axes(spec, projection, tensor, rules)
     raise ValueError(f"tensor {name!r} of a {spec.kind} component has no rule for --mesh")
+
+
+def _quantised_axes(
+    spec: ComponentSpec, projection: str, tensor: str, rules: ShardingRules
+) -> tuple[Axis, ...]:
+    """Scales are split with the inputs they are for, so a group has to stay together."""
+    out, inner = projection_axes(spec, projection, rules)
+    if inner.sources is None:
+        return (_WHOLE,) if tensor == ORDER else (out, inner)
+    quant = getattr(spec, "quant", None)
+    inputs = projection_shape(spec, projection)[1]
+    if tensor == ORDER or quant is None or quant.ordered:
+        raise ValueError(
+            f"projection {projection!r} of a {spec.kind} component is quantised with permuted inputs "
+            "(act-order), which --mesh would have to split: quantise the model anew, or use one device"
+        )
+    group = quant.group_of(inputs)
+    sources = inner.sources
+    fits = len(sources) % (group * rules.ways(inner.logical)) == 0
+    groups = sources.reshape(-1, group) if fits else sources[:0].reshape(0, 1)
+    whole = (groups[:, :1] == FILL) | (groups[:, :1] % group == 0)
+    steps = np.where(groups[:, :1] == FILL, FILL, groups[:, :1] + np.arange(group))
+    if not fits or not whole.all() or (groups != steps).any():
+        raise ValueError(
+            f"projection {projection!r} of a {spec.kind} component is quantised in groups of {group} "
+            f"inputs, which mesh {rules.mesh} would cut: quantise it with a smaller --group, or give a "
+            "smaller mesh"
+        )
+    if tensor == CODES:
+        return out, inner
+    first = groups[:, 0]
+    return out, Axis(inner.logical, np.where(first == FILL, FILL, first // group))
 
 
 def projection_axes(

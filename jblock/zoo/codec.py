@@ -8,7 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from jblock.blocks.spec import LoraSpec, SpecError, spec_from_json, spec_to_json
+from jblock.blocks.spec import (
+    ComponentSpec,
+    LoraSpec,
+    SpecError,
+    spec_from_json,
+    spec_to_json,
+    stored_dtype,
+)
 from jblock.zoo import ids
 from jblock.zoo.records import ComponentRecord, DeltaRecord, TensorRecord, ZooError
 
@@ -51,6 +58,7 @@ def component_record(id: str, data: dict[str, Any]) -> ComponentRecord:
         tensors = _tensors(data)
         refs = {str(n): (check_id(c), str(t)) for n, (c, t) in data["refs"].items()}
         _check_fit(tensors, refs, spec.tensors())
+        check_dtypes(spec, tensors)
         return ComponentRecord(
             id=id, spec=spec, tensors=tensors, refs=refs, nbytes=_nbytes(data, tensors)
         )
@@ -104,6 +112,21 @@ def check_shapes(
         if tuple(given[name]) != tuple(shape):
             raise ZooError(
                 f"{kind}: tensor {name!r} has shape {list(given[name])}, expected {list(shape)}"
+            )
+
+
+def check_dtypes(spec: ComponentSpec, tensors: Mapping[str, TensorRecord]) -> None:
+    """Checks that whole numbers are where a spec wants them, and floats everywhere else.
+
+    Raises:
+      ZooError: a tensor of a dtype that its spec does not take.
+    """
+    for name, tensor in tensors.items():
+        wanted = stored_dtype(spec, name)
+        if tensor.dtype not in (ids.FLOATS if wanted is None else (wanted,)):
+            raise ZooError(
+                f"{spec.kind}: tensor {name!r} is {tensor.dtype}, expected "
+                f"{wanted or ' or '.join(ids.FLOATS)}"
             )
 
 

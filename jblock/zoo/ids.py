@@ -14,7 +14,11 @@ DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "int8": np.dtype(np.int8),
+    "uint8": np.dtype(np.uint8),
+    "int32": np.dtype(np.int32),
 }
+FLOATS = ("float32", "float16", "bfloat16")
 
 
 def tensor_records(tensors: Mapping[str, np.ndarray]) -> dict[str, TensorRecord]:

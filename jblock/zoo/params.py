@@ -19,7 +19,14 @@ import numpy as np
 from jblock.zoo.ids import DTYPES
 from jblock.zoo.records import TensorRecord, ZooError
 
-_ZARR_DTYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "bfloat16"}
+_ZARR_DTYPES = {
+    "float32": "<f4",
+    "float16": "<f2",
+    "bfloat16": "bfloat16",
+    "int8": "|i1",
+    "uint8": "|u1",
+    "int32": "<i4",
+}
 
 
 @functools.cache

@@ -114,6 +114,7 @@ class Writer:
         if refs.keys() & tensors.keys():
             raise ZooError(f"{sorted(refs.keys() & tensors.keys())} are given and tied: choose one")
         codec.check_shapes(spec.kind, shapes, spec.tensors())
+        codec.check_dtypes(spec, records)
         header = {"spec": spec_to_json(spec), "refs": {n: list(r) for n, r in refs.items()}}
         id_ = ids.content_id(header, tensors)
         record = ComponentRecord(

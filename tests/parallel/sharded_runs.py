@@ -19,8 +19,10 @@ from harness import FIXTURES, Agent, base_of, collect_tokens, oracle, request  #
 
 from checkpoints import hf, peft  # noqa: E402
 from checkpoints.progress import Progress  # noqa: E402
+from jblock.blocks.quant_spec import QuantSpec  # noqa: E402
 from jblock.engine.agent import ThreadEngine  # noqa: E402
 from jblock.engine.config import EngineConfig  # noqa: E402
+from jblock.zoo.quantised import quantise_chain  # noqa: E402
 from jblock.zoo.store import Zoo  # noqa: E402
 
 ADAPTER = "demo-1m-largest-lora12"
@@ -29,13 +31,14 @@ SOME = (
     "demo-1m",
     "demo-3m-sort",
     ADAPTER,
+    "demo-1m-int4",
     "qwen2_bias",
     "qwen3_qknorm",
     "qwen3_lora_all_r8",
     "mixtral",
 )
 ALL = (
-    *("demo-1m", "demo-1m-add", "demo-1m-spell", "demo-1m-upper"),
+    *("demo-1m", "demo-1m-int4", "demo-1m-add", "demo-1m-spell", "demo-1m-upper"),
     *("demo-3m", "demo-3m-date", "demo-3m-find", "demo-3m-sort"),
     *(ADAPTER, "demo-3m-reverse-lora8", "demo-3m-next-lora16"),
     *("llama_gqa_untied", "llama_mha_tied", "qwen2_bias", "qwen3_qknorm", "mistral_window"),
@@ -60,6 +63,10 @@ def settings(mesh: str) -> EngineConfig:
 def convert(path: Path, name: str) -> None:
     """Puts a chain of the demo family or of the fixtures into a zoo, and what it needs."""
     quiet, demo = Progress(False), name.startswith("demo")
+    if name == "demo-1m-int4":
+        store = Zoo.open(path)
+        quantise_chain(store, store.chain("demo-1m"), name, QuantSpec(bits=4, group=16))
+        return
     root = ROOT / "examples" if demo else FIXTURES
     if (adapter := root / ("adapters" if demo else "peft") / name).exists():
         base = name[:7] if demo else base_of(name)

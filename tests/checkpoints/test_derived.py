@@ -1,0 +1,105 @@
+"""Models made from others: quantised copies, from the command line."""
+
+import json
+
+import pytest
+import tiny_checkpoints as tiny
+
+from jblock.zoo import edges
+from jblock.zoo.fsck import fsck
+from jblock.zoo.store import Zoo
+
+
+@pytest.fixture
+def filled(cli, tmp_path):
+    """A base and an adapter on it."""
+    cli.ok("hf", tiny.write_checkpoint(tmp_path / "base"), "--name", "base")
+    cli.ok("peft", tiny.write_adapter(tmp_path / "a"), "--base", "base", "--name", "a")
+    return cli
+
+
+def test_a_quantised_copy_is_a_model_with_edges_to_its_original(filled):
+    made = json.loads(filled.ok("quantise", "base", "--bits", 4, "--group", 8, "--json"))
+    assert (made["name"], made["policy"], made["chain"]) == ("base-int4", "near", "base@1")
+    assert 0.02 < made["parameter_error"] < 0.15
+    assert made["bytes_after"] < 0.4 * made["bytes_before"]
+    zoo = Zoo.open(filled.zoo)
+    base, small = zoo.chain("base"), zoo.chain("base-int4")
+    changed = {
+        (b.component, s.component)
+        for b, s in zip(base.steps, small.steps, strict=True)
+        if b.component != s.component
+    }
+    found = edges.edges(zoo)
+    assert {(e.original[0].component, e.stand_in[0].component) for e in found} == changed
+    assert len(changed) == 2 * tiny.LAYERS
+    for edge in found:
+        assert edge.policy == "near" and 0.02 < edge.scores["parameter_error"].value < 0.15
+    # The same again is the same: no new version, no second edge.
+    again = json.loads(filled.ok("quantise", "base", "--bits", 4, "--group", 8, "--json"))
+    assert again["version"] == 1 and edges.edge_ids(zoo) == sorted(e.id for e in found)
+    assert fsck(zoo) == []
+    assert json.loads(filled.ok("gc", "--json"))["garbage"] == []
+
+
+def test_a_copy_of_an_adapter_keeps_its_deltas(filled):
+    filled.ok("quantise", "a", "--bits", 8, "--name", "a8")
+    zoo = Zoo.open(filled.zoo)
+    for old, new in zip(zoo.chain("a").steps, zoo.chain("a8").steps, strict=True):
+        assert len(old.deltas) == len(new.deltas)
+        for a, b in zip(old.deltas, new.deltas, strict=True):
+            ours, theirs = zoo.load_delta(a), zoo.load_delta(b)
+            assert {n: v.tobytes() for n, v in ours.items()} == {
+                n: v.tobytes() for n, v in theirs.items()
+            }
+    assert fsck(zoo) == []
+
+
+def test_it_goes_to_another_zoo_and_no_export_pretends_to_be_its_source(filled, tmp_path):
+    filled.ok("quantise", "base", "--bits", 8)
+    result = filled("export", "base-int8", "--out", tmp_path / "out")
+    assert result.code == 2 and not (tmp_path / "out").exists()
+    assert "was made from base@1 by 'quantise', which loses something" in result.err
+    assert "export base@1" in result.err
+    filled.ok("copy", "base-int8", "--to", tmp_path / "other")
+    other = Zoo.open(tmp_path / "other")
+    assert other.chain("base-int8").policy == "near" and fsck(other) == []
+    differences = filled("verify", "base-int8", "--against", tmp_path / "base")
+    assert differences.code == 1 and "has another spec" in differences.out
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (("base", "--name", "base"), "is the model itself"),
+        (("base", "--bits", 4, "--group", 0), "group is 0"),
+        (("base-int4",), "is quantised already"),
+        (("nobody",), "no model 'nobody'"),
+    ],
+)
+def test_what_cannot_be_quantised(filled, argv, said):
+    filled.ok("quantise", "base")
+    before = tiny.files_of(filled.zoo)
+    result = filled("quantise", *argv)
+    assert result.code == 2 and said in result.err
+    assert tiny.files_of(filled.zoo) == before
+
+
+def test_whole_numbers_have_their_place(filled, tmp_path):
+    """Codes where a spec wants floats, or the other way round, are refused."""
+    import dataclasses
+
+    import numpy as np
+
+    from jblock.blocks.quant_spec import QuantSpec
+    from jblock.zoo.records import ZooError
+
+    zoo = Zoo.open(filled.zoo)
+    record = zoo.component(zoo.chain("base").steps[2].component)
+    tensors = zoo.load_component(record.id)
+    with pytest.raises(ZooError, match=r"'up.weight' is int8, expected float32 or"):
+        zoo.put_component(record.spec, tensors | {"up.weight": np.zeros((24, 16), np.int8)})
+    spec = dataclasses.replace(record.spec, quant=QuantSpec(bits=8, group=8))
+    wrong = {n: np.zeros(shape, np.float32) for n, shape in spec.tensors().items()}
+    with pytest.raises(ZooError, match=r"'down.codes' is float32, expected int8"):
+        zoo.put_component(spec, wrong)
