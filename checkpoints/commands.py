@@ -184,6 +184,89 @@ def copy(args: argparse.Namespace) -> Outcome:
     return Outcome({"to": str(target.path), "models": rows}, _lines(*lines))
 
 
+def equivalence(args: argparse.Namespace) -> Outcome:
+    """Finds and measures what may stand in for what."""
+    from checkpoints import printing
+    from checkpoints.equivalence import Options, run
+    from jblock.zoo.store import Zoo
+
+    options = Options(
+        names=args.names,
+        cosine=args.cosine,
+        text=Path(args.text) if args.text else None,
+        items=args.items,
+        tokens=args.tokens,
+        max_items=args.max_items,
+        accepted=accepted(args),
+        suffix=args.suffix,
+    )
+    data = run(Zoo.open(args.zoo), options, progress_of(args))
+    return Outcome(data, lambda: printing.print_equivalence(data))
+
+
+def stitch(args: argparse.Namespace) -> Outcome:
+    """Joins two models."""
+    from checkpoints import approximate, printing
+    from jblock.zoo.store import Zoo
+
+    data = approximate.stitch(
+        Zoo.open(args.zoo),
+        args.lower,
+        args.upper,
+        args.at,
+        args.name,
+        _training_data(args, args.upper),
+        _schedule(args),
+        args.inner,
+        progress_of(args),
+    )
+    return Outcome(data, lambda: printing.print_approximate(data))
+
+
+def surrogate(args: argparse.Namespace) -> Outcome:
+    """Makes a smaller stand-in for layers of a model."""
+    from checkpoints import approximate, printing
+    from jblock.zoo.store import Zoo
+
+    data = approximate.surrogate(
+        Zoo.open(args.zoo),
+        args.name,
+        args.layers,
+        args.keep,
+        args.to,
+        _training_data(args, args.name),
+        _schedule(args),
+        progress_of(args),
+    )
+    return Outcome(data, lambda: printing.print_approximate(data))
+
+
+def _training_data(args: argparse.Namespace, name: str) -> Any:
+    from checkpoints.approximate import Data
+    from checkpoints.probes import by_model
+
+    train_items = getattr(args, "train_items", None)
+    return Data(
+        train=Path(args.train),
+        train_items=Path(train_items) if train_items else None,
+        text=Path(args.text),
+        items=by_model(args.items, [name]).get(name),
+        tokens=args.tokens,
+        max_items=args.max_items,
+    )
+
+
+def _schedule(args: argparse.Namespace) -> Any:
+    from jblock.zoo.training import Schedule
+
+    return Schedule(
+        steps=args.steps,
+        learning_rate=args.learning_rate,
+        batch_tokens=args.batch_tokens,
+        seed=args.seed,
+    )
+
+
 def rm(args: argparse.Namespace) -> Outcome:
     """Removes a model or an edge."""
     from checkpoints.errors import CheckpointError

@@ -85,6 +85,71 @@ def parse(argv: list[str]) -> argparse.Namespace:
     command("diff", commands.diff, "compare two models component by component", "a", "b")
     command("verify", commands.verify, "compare a model with its source", "name", "--against")
     command("export", commands.export, "write the files a model was made from", "name", "--out")
+
+    def probe(sub: argparse.ArgumentParser, text_required: bool = False) -> None:
+        sub.add_argument(
+            "--text", required=text_required, help="held-out text to measure on, UTF-8"
+        )
+        sub.add_argument(
+            "--items",
+            action="append",
+            default=[],
+            metavar="[MODEL=]FILE",
+            help="task items to measure on, one JSON object a line with prompt and answer (and stop: false "
+            "where a model need not end there); for one model or for all; may be given several times",
+        )
+        sub.add_argument("--tokens", type=int, default=8192, help="of the text (default: 8192)")
+        sub.add_argument("--max_items", type=int, default=4000, help="of a task (default: 4000)")
+
+    equal = command(
+        "equivalence", commands.equivalence, "find and measure what may stand in for what"
+    )
+    equal.add_argument("names", nargs="*", help="models; default: all that are exact")
+    equal.add_argument(
+        "--cosine",
+        type=float,
+        default=0.9,
+        help="smallest of a candidate's parameters (default: 0.9)",
+    )
+    probe(equal)
+    thresholds(equal)
+    equal.add_argument("--suffix", help="publish what is recommended as models of NAME + suffix")
+
+    def training(sub: argparse.ArgumentParser, steps: int, rate: float) -> None:
+        sub.add_argument("--train", required=True, help="text to train on, UTF-8")
+        sub.add_argument("--steps", type=int, default=steps, help=f"of training (default: {steps})")
+        sub.add_argument("--learning_rate", type=float, default=rate, help=f"default: {rate}")
+        sub.add_argument("--batch_tokens", type=int, default=1024, help="of a step (default: 1024)")
+        sub.add_argument("--seed", type=int, default=0, help="default: 0")
+        probe(sub, text_required=True)
+
+    stitch = command(
+        "stitch", commands.stitch, "join lower and upper layers of two models", "lower", "upper"
+    )
+    stitch.add_argument(
+        "--at",
+        action="append",
+        required=True,
+        metavar="K:J",
+        help="K layers of LOWER under those of UPPER from J on; may be given several times",
+    )
+    stitch.add_argument(
+        "--name", required=True, help="of the new model; with several joins NAME-K-J"
+    )
+    stitch.add_argument("--inner", type=int, help="inner width (default: that of UPPER)")
+    training(stitch, 300, 2e-3)
+    small = command("surrogate", commands.surrogate, "make a smaller stand-in for layers", "name")
+    small.add_argument(
+        "--layers", required=True, metavar="FIRST:LAST", help="LAST is the first to stay"
+    )
+    small.add_argument(
+        "--as", dest="to", required=True, metavar="NAME", help="name of the new model"
+    )
+    small.add_argument(
+        "--keep", type=float, default=0.5, help="share of the parameters at most (default: 0.5)"
+    )
+    small.add_argument("--train_items", help="task items to train on too")
+    training(small, 300, 2e-3)
     profile = command("profile", commands.profile, "measure what blocks take on this machine")
     profile.add_argument("names", nargs="*", help="models; default: all")
     profile.add_argument("--programs", help="folder of compiled programs (default: the user's own)")
@@ -105,6 +170,8 @@ _FIELDS = {
     "name": "a model in the zoo; where it makes sense also name@version",
     "a": "a model, as name or name@version",
     "b": "another model, or another version of the same",
+    "lower": "the model that gives the lower layers",
+    "upper": "the model that gives the upper layers, of the same tokenizer",
     "--name": "name the model gets in the zoo",
     "--base": "name of the model in the zoo that the adapter was trained on",
     "--against": "folder of the checkpoint or adapter",
@@ -166,6 +233,26 @@ _MORE = {
         "Only components the other zoo lacks are sent; an adapter takes its base along. Interrupted, it\n"
         "goes on where it was when it is called again.",
         "copy my-llama --zoo ./zoo --to /mnt/other/zoo",
+    ),
+    "equivalence": (
+        "Finds components with parameters that point the same way, without comparing all pairs. With --text\n"
+        "each is put in the place of the other and measured from end to end; the scores become edges. What\n"
+        "--policy and --threshold allow together is recommended; with --suffix as models of policy near.",
+        "equivalence --text held-out.txt --items mine=items.jsonl --policy near \\\n"
+        "    --threshold accuracy_change=-0.005 --zoo ./zoo",
+    ),
+    "stitch": (
+        "Trains a small component between the frozen layers of both, on the text and on what the better of\n"
+        "the two makes of it. Several --at give one stitch that is told how deep it stands, and a model for\n"
+        "each. Policy adaptive: served only where named, to requests that accept it. Killed, it goes on\n"
+        "when called again.",
+        "stitch small large --at 2:2 --name joined --train train.txt --text held-out.txt --zoo ./zoo",
+    ),
+    "surrogate": (
+        "Removes the least important heads and channels of some layers and trains what is left to give the\n"
+        "model's own outputs. Policy adaptive, like stitch. Killed, it goes on when called again.",
+        "surrogate mine --layers 4:6 --as mine-small --train train.txt --train_items train.jsonl \\\n"
+        "    --text held-out.txt --items items.jsonl --zoo ./zoo",
     ),
     "rm": (
         "Refused while an adapter or an edge relies on it. The components stay until `gc --delete`. With\n"

@@ -65,6 +65,60 @@ def print_edges(data: dict[str, Any]) -> None:
     console.print(f"{data['usable']} of {len(data['edges'])} edges usable", highlight=False)
 
 
+def print_equivalence(data: dict[str, Any]) -> None:
+    """Candidates, what was measured of them in place, and what is recommended."""
+    console = Console()
+    table = Table(
+        "original", "stand-in", "size", "cosine", "least of a tensor", "used by", box=None
+    )
+    for row in data["candidates"]:
+        name, least = min(row["cosines"].items(), key=lambda item: item[1])
+        table.add_row(
+            row["original"][:12],
+            row["stand_in"][:12],
+            size(row["nbytes"]),
+            f"{row['cosine']:.5f}",
+            f"{least:.5f} ({name})",
+            ", ".join(row["used_by"][:3]),
+        )
+    console.print(table)
+    print_edges({"edges": data["edges"], "usable": sum(e["usable"] for e in data["edges"])})
+    for row in data["recommended"]:
+        scores = ", ".join(f"{n} {_score(s)}" for n, s in row["scores"].items())
+        places = ", ".join(map(str, row["steps"]))
+        published = f", published as {row['published']}" if "published" in row else ""
+        console.print(f"{row['chain']}: steps {places}: {scores}{published}", highlight=False)
+    console.print(
+        f"{data['components']} components, {data['alike']} pairs of like sketches, "
+        f"{len(data['candidates'])} candidates; the recommended free {size(data['freed_bytes'])}",
+        highlight=False,
+    )
+
+
+def print_approximate(data: dict[str, Any]) -> None:
+    """The models that were made beside those they come from, and what they cost."""
+    table = Table("model", "perplexity", "accuracy", "beside the original", box=None)
+    for row in (*data["parents"], *data["models"]):
+        scores = row.get("scores", {})
+        table.add_row(
+            row["name"],
+            f"{row['perplexity']:.3f}",
+            "" if row["accuracy"] is None else f"{row['accuracy']:.4f}",
+            ", ".join(f"{name} {_score(s)}" for name, s in scores.items()),
+        )
+    console = Console()
+    console.print(table)
+    if "parameters" in data:
+        counts = data["parameters"]
+        share = counts["surrogate"] / counts["original"]
+        console.print(
+            f"{counts['surrogate']} of {counts['original']} parameters: {share:.3f}",
+            highlight=False,
+        )
+    else:
+        console.print(f"stitch {data['stitch'][:12]}: {size(data['bytes'])}", highlight=False)
+
+
 def _step(step: dict[str, Any]) -> str:
     return "+".join(i[:8] for i in (step["component"], *step["deltas"]))
 

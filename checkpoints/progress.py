@@ -42,3 +42,23 @@ class Progress:
         with progress.Progress(*columns, console=console) as bars:
             task = bars.add_task(title, total=total)
             yield lambda nbytes: bars.update(task, advance=nbytes)
+
+    @contextmanager
+    def steps(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar of `total` steps, with the time left; yields the function that moves it on."""
+        if self.quiet or not self.bars:
+            self.note(f"{title}: {total} steps")
+            yield lambda count: None
+            return
+        from rich import progress
+        from rich.console import Console
+
+        columns = (
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeRemainingColumn(),
+        )
+        with progress.Progress(*columns, console=Console(stderr=True, force_terminal=True)) as bars:
+            task = bars.add_task(title, total=total)
+            yield lambda count: bars.update(task, advance=count)

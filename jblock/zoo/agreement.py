@@ -82,10 +82,11 @@ def scores(original: Outputs, stand_in: Outputs) -> dict[str, Score]:
     rows = len(original.nats)
     positions = rows * (original.log_probs[0].shape[1])
     found = {
-        "hidden_error": mean_score(np.concatenate(errors)[:rows], positions, low=0.0),
         "kl": mean_score(np.concatenate(kls)[:rows], positions, low=0.0),
         "top1_agreement": mean_score(np.concatenate(same)[:rows], positions, low=0.0, high=1.0),
     }
+    if original.hidden[0].shape == stand_in.hidden[0].shape:  # else they cannot be compared
+        found["hidden_error"] = mean_score(np.concatenate(errors)[:rows], positions, low=0.0)
     change = mean_score(stand_in.nats - original.nats, positions)
     found["perplexity_change"] = Score(
         value=math.expm1(change.value),

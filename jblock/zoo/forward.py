@@ -24,6 +24,7 @@ from jblock.blocks.spec import (
     AttentionSpec,
     ComponentSpec,
     EmbeddingSpec,
+    ExpertSpec,
     FfnSpec,
     LoraSpec,
     NormSpec,
@@ -139,6 +140,10 @@ def run(weights: Weights, x: jax.Array, first_layer: int = 0) -> jax.Array:
             case StitchSpec():
                 position = jnp.asarray(spec.position(depth), jnp.int32)
                 x = Stitch(spec, tensors)(x, position, rows)
+            case ExpertSpec():
+                pass  # ran with its router
+            case _:
+                raise ZooError(f"a {spec.kind} component is no layer")
     return rows.by_sequence(x)
 
 

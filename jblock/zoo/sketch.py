@@ -43,7 +43,9 @@ def sketch(zoo: Zoo, record: ComponentRecord) -> np.ndarray:
         else:
             starts, length = np.sort(rng.integers(0, size - _RUN, runs)), _RUN
         folder = zoo.folder("components", record.id) / "params"
-        parts.append(params.read_runs(folder / name, tensor, starts, length))
+        part = params.read_runs(folder / name, tensor, starts, length)
+        # A tensor counts as much as it does in the whole.
+        parts.append(part * np.float32((size / part.size) ** 0.5))
     return np.concatenate(parts)
 
 
@@ -74,35 +76,32 @@ def alike(sketches: np.ndarray, least: float) -> list[tuple[int, int, float]]:
 def leaders(
     order: Sequence[int], pairs: Iterable[tuple[int, int, float]]
 ) -> list[tuple[int, int, float]]:
-    """(member, leader, cosine): in `order`, each row that follows nobody leads those alike that follow
-    nobody yet. So what is compared exactly is one pair a component at most."""
+    """(member, leader, cosine): in `order`, each row follows the leader it is most alike to, or leads
+    itself where there is none. So what is compared in full is one pair a component at most."""
     near: dict[int, dict[int, float]] = defaultdict(dict)
     for i, j, cosine in pairs:
         near[i][j] = near[j][i] = cosine
-    taken: set[int] = set()
+    leading: set[int] = set()
     out = []
-    for leader in order:
-        if leader in taken:
-            continue
-        taken.add(leader)
-        for member, cosine in sorted(near[leader].items(), key=lambda item: -item[1]):
-            if member not in taken:
-                taken.add(member)
-                out.append((member, leader, cosine))
+    for row in order:
+        known = [(cosine, other) for other, cosine in near[row].items() if other in leading]
+        if known:
+            cosine, leader = max(known)
+            out.append((row, leader, cosine))
+        else:
+            leading.add(row)
     return out
 
 
 def cosine(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Cosine of two components' tensors, by name, and of all elements as one vector under ""."""
-    sums = dict.fromkeys((*one, ""), (0.0, 0.0, 0.0))
+    sums = {name: np.zeros(3) for name in (*one, "")}
     for name, value in one.items():
         a, b = value.reshape(-1), other[name].reshape(-1)
-        total = np.zeros(3)
         for at in range(0, a.size, 1 << 18):  # float32 copies that stay in the CPU's cache
             x, y = (v[at : at + (1 << 18)].astype(np.float32) for v in (a, b))
-            total += (x @ y, x @ x, y @ y)
-        sums[name] = tuple(total)
-        sums[""] = tuple(np.add(sums[""], total))
+            sums[name] += (x @ y, x @ x, y @ y)
+        sums[""] += sums[name]
     return {n: float(xy / max(np.sqrt(xx * yy), 1e-30)) for n, (xy, xx, yy) in sums.items()}
 
 

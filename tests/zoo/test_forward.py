@@ -14,8 +14,8 @@ from checkpoints.progress import Progress
 from jblock.zoo import forward
 from jblock.zoo.store import Zoo
 
-# One of each: biases, norms of q and k, windows, soft caps, fused matrices, tied tables, experts, LoRA.
-MODELS = ["gemma2", "phi3", "qwen2_bias", "qwen3_moe", "llama_mha_tied", "mistral_window"]
+# Soft caps, windows and norms behind; fused matrices; experts and norms of q and k.
+MODELS = ["gemma2", "phi3", "qwen3_moe"]
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 QUIET = Progress(bars=False, quiet=True)
 

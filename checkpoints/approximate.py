@@ -1,0 +1,257 @@
+"""`jblock-convert stitch` and `surrogate`: train, store, measure on what was stored, record, publish."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from checkpoints import probes
+from checkpoints.errors import CheckpointError
+from checkpoints.progress import Progress
+from jblock.zoo import agreement, forward, stitching, surrogates, training
+from jblock.zoo.agreement import Outputs
+from jblock.zoo.edges import Edge, put_edges, versions
+from jblock.zoo.records import Chain, Step
+from jblock.zoo.stitching import Join
+from jblock.zoo.store import Zoo
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """Files to train and to measure on.
+
+    Attributes:
+      train: text.
+      train_items: task items to train on, if any.
+      text: held-out text.
+      items: held-out task items, if any.
+      tokens: of the held-out text.
+      max_items: of the held-out items.
+    """
+
+    train: Path
+    train_items: Path | None
+    text: Path
+    items: Path | None
+    tokens: int
+    max_items: int
+
+
+def stitch(
+    zoo: Zoo,
+    lower_name: str,
+    upper_name: str,
+    joins: Sequence[str],
+    name: str,
+    data: Data,
+    schedule: training.Schedule,
+    inner_size: int | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Trains one stitch for some joins and publishes a chain for each.
+
+    Args:
+      zoo: where both models are.
+      lower_name: the model that gives the lower layers.
+      upper_name: the one that gives the upper layers.
+      joins: "K:J", K lower layers under the upper model's layers from J on.
+      name: of the new model; with several joins NAME-K-J.
+      data: files.
+      schedule: of the training.
+      inner_size: columns of the stitch's inner layer; None: as many as the upper model is wide.
+      progress: where to tell how far it is.
+
+    Raises:
+      CheckpointError, ZooError: models that cannot be joined so, or bad files.
+    """
+    lower, upper = zoo.chain(lower_name), zoo.chain(upper_name)
+    wanted = [_join(text) for text in joins]
+    stitching.check(zoo, lower, upper, wanted)
+    probe = probes.probe(zoo, upper, data.text, data.items, data.tokens, data.max_items)
+    parents = {c.name: agreement.outputs(forward.load(zoo, c.steps), probe) for c in (lower, upper)}
+    teacher = min((lower, upper), key=lambda c: parents[c.name].perplexity)
+    rows = probes.train_text(zoo, upper, data.train)
+    width = zoo.component(upper.steps[0].component).spec.hidden_size
+    with progress.steps(f"{name}: training", schedule.steps) as advance:
+        spec, tensors, work = stitching.train(
+            zoo,
+            lower,
+            upper,
+            wanted,
+            teacher,
+            rows,
+            schedule,
+            inner_size or width,
+            lambda step, value: advance(1),
+        )
+    component = zoo.put_component(spec, training.stored(tensors, _dtype(zoo, upper)))
+    step = Step(component=component)
+    settings = {
+        "command": "stitch",
+        "joins": [f"{j.lower}:{j.upper}" for j in wanted],
+        "teacher": f"{teacher.name}@{teacher.version}",
+        **_settings(schedule, rows=probes.digest(rows)),
+    }
+    size = zoo.component(component).nbytes
+    result: dict[str, Any] = {
+        "stitch": component,
+        "bytes": size,
+        "parents": [_row(n, out) for n, out in parents.items()],
+        "models": [],
+    }
+    for join in wanted:
+        steps = stitching.steps(zoo, lower, upper, join, step)
+        at = stitching.layers(zoo, upper)[join.upper]
+        below = stitching.layers(zoo, lower)[join.lower]
+        outputs = agreement.outputs(forward.load(zoo, steps), probe)
+        edge = Edge(
+            kind="stitch",
+            original=upper.steps[:at],
+            stand_in=(*lower.steps[:below], step),
+            scores=agreement.scores(parents[upper.name], outputs),
+            chain=f"{upper.name}@{upper.version}",
+            probe=probe.record,
+            provenance=settings,
+            versions=versions(),
+        )
+        put_edges(zoo, edge)
+        full = name if len(wanted) == 1 else f"{name}-{join.lower}-{join.upper}"
+        parts = (
+            f"{lower.name}@{lower.version} {join.lower}, {upper.name}@{upper.version} {join.upper}"
+        )
+        derived = {"command": "stitch", "edge": edge.id, "parts": parts}
+        limit = min(lower.max_position, upper.max_position)
+        published = zoo.publish(_derived(upper, full, steps, derived, limit))
+        result["models"].append(_row(f"{full}@{published.version}", outputs, edge))
+    training.forget(zoo, work)
+    return result
+
+
+def surrogate(
+    zoo: Zoo,
+    of: str,
+    layers: str,
+    keep: float,
+    name: str,
+    data: Data,
+    schedule: training.Schedule,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Makes a smaller stand-in for some layers of a model and publishes the model with it.
+
+    Args:
+      zoo: where the model is.
+      of: its name.
+      layers: "FIRST:LAST", from layer FIRST up to but without LAST.
+      keep: share of their parameters that is left, at most.
+      name: of the new model.
+      data: files.
+      schedule: of the training.
+      progress: where to tell how far it is.
+
+    Raises:
+      CheckpointError, ZooError: layers that have no surrogate, or bad files.
+    """
+    chain = zoo.chain(of)
+    starts = stitching.layers(zoo, chain)
+    first, last = _range(layers, len(starts) - 1)
+    begin, end = starts[first], starts[last]
+    probe = probes.probe(zoo, chain, data.text, data.items, data.tokens, data.max_items)
+    rows = [probes.train_text(zoo, chain, data.train)]
+    if data.train_items is not None:
+        rows.append(probes.train_items(zoo, chain, data.train_items))
+    with progress.steps(f"{name}: training", schedule.steps) as advance:
+        made = surrogates.train(
+            zoo, chain, begin, end, keep, rows, schedule, lambda step, value: advance(1)
+        )
+    dtype = _dtype(zoo, chain)
+    with zoo.writer() as writer:
+        ids = [
+            writer.put_component(spec, training.stored(tensors, dtype))
+            for spec, tensors in zip(made.specs, made.tensors, strict=True)
+        ]
+        writer.commit()
+        old = chain.steps[begin:end]
+        new = tuple(
+            Step(component=id_, joined=step.joined) for id_, step in zip(ids, old, strict=True)
+        )
+        steps = (*chain.steps[:begin], *new, *chain.steps[end:])
+        before = agreement.outputs(forward.load(zoo, chain.steps), probe)
+        after = agreement.outputs(forward.load(zoo, steps), probe)
+        edge = Edge(
+            kind="surrogate",
+            original=old,
+            stand_in=new,
+            scores=agreement.scores(before, after),
+            chain=f"{chain.name}@{chain.version}",
+            probe=probe.record,
+            provenance={
+                "command": "surrogate",
+                "layers": [first, last],
+                "keep": keep,
+                **_settings(schedule, **{f"rows{i}": probes.digest(r) for i, r in enumerate(rows)}),
+            },
+            versions=versions(),
+        )
+        put_edges(zoo, edge)
+        derived = {"command": "surrogate", "edge": edge.id, "chain": edge.chain}
+        published = zoo.publish(_derived(chain, name, steps, derived, chain.max_position))
+    training.forget(zoo, made.work)
+    return {
+        "layers": [first, last],
+        "parameters": {"surrogate": made.params[0], "original": made.params[1]},
+        "parents": [_row(chain.name, before)],
+        "models": [_row(f"{name}@{published.version}", after, edge)],
+    }
+
+
+def _derived(
+    chain: Chain, name: str, steps: tuple[Step, ...], derived: dict[str, Any], limit: int
+) -> Chain:
+    return dataclasses.replace(
+        chain,
+        name=name,
+        version=0,
+        steps=steps,
+        max_position=limit,
+        base=None,
+        adapter={},
+        source_files=None,
+        policy="adaptive",
+        derived=derived,
+    )
+
+
+def _row(name: str, outputs: Outputs, edge: Edge | None = None) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": name,
+        "perplexity": outputs.perplexity,
+        "accuracy": outputs.accuracy,
+    }
+    if edge is not None:
+        row |= {"edge": edge.id, "scores": edge.to_json()["scores"]}
+    return row
+
+
+def _settings(schedule: training.Schedule, **digests: str) -> dict[str, Any]:
+    return {**dataclasses.asdict(schedule), "train": digests}
+
+
+def _dtype(zoo: Zoo, chain: Chain) -> str:
+    """What the matrices of a model's layers are stored in."""
+    record = zoo.component(chain.steps[1].component)
+    return next(t.dtype for t in record.tensors.values() if len(t.shape) == 2)
+
+
+def _join(text: str) -> Join:
+    lower, colon, upper = text.partition(":")
+    if not colon or not lower.isdecimal() or not upper.isdecimal():
+        raise CheckpointError(f"--at {text!r}: give K:J, as in 2:2")
+    return Join(lower=int(lower), upper=int(upper))
+
+
+def _range(text: str, count: int) -> tuple[int, int]:
+    first, colon, last = text.partition(":")
+    if colon and first.isdecimal() and last.isdecimal() and int(first) < int(last) <= count:
+        return int(first), int(last)
+    raise CheckpointError(f"--layers {text!r}: give FIRST:LAST within 0:{count}, as in 0:{count}")

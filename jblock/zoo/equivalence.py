@@ -1,0 +1,249 @@
+"""Components that may stand in for others: candidates by their parameters, then what they cost in place.
+
+Parameters only nominate. What counts is measured end to end: the candidate in its place in the chain, on
+probe data, beside the chain as it is.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jblock.zoo import agreement, forward, sketch
+from jblock.zoo.edges import Accepted, Edge, Score, reasons_against, versions
+from jblock.zoo.probe import ProbeData
+from jblock.zoo.records import Chain, ComponentRecord, Step
+from jblock.zoo.store import Zoo
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """Two components of one spec with parameters that point the same way.
+
+    Attributes:
+      original: id of the one that would be replaced.
+      stand_in: id of the one that would take its place; at least as many chains use it.
+      nbytes: of the original.
+      cosine: of all parameters as one vector.
+      cosines: of each tensor.
+    """
+
+    original: str
+    stand_in: str
+    nbytes: int
+    cosine: float
+    cosines: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search:
+    """What a search looked at.
+
+    Attributes:
+      components: how many components were sketched.
+      alike: pairs whose sketches are alike.
+      candidates: pairs that were compared in full and are alike, most alike first.
+    """
+
+    components: int
+    alike: int
+    candidates: tuple[Candidate, ...]
+
+
+def users(chains: Mapping[str, Chain]) -> dict[str, set[str]]:
+    """Component id -> names of the chains that use it."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for name, chain in chains.items():
+        for step in chain.steps:
+            found[step.component].add(name)
+    return found
+
+
+def search(
+    zoo: Zoo,
+    used: Mapping[str, set[str]],
+    least: float,
+    on_bytes: Callable[[int], None] = lambda nbytes: None,
+) -> Search:
+    """Finds components that are alike, among those in `used`.
+
+    Args:
+      zoo: where they lie.
+      used: component id -> who uses it; those most used stand in for the others.
+      least: smallest cosine of all parameters.
+      on_bytes: called with the bytes of what was read.
+
+    Raises:
+      ZooError: a component is damaged.
+    """
+    groups: dict[str, list[ComponentRecord]] = defaultdict(list)
+    for id_ in used:
+        record = zoo.component(id_)
+        if record.tensors:
+            groups[sketch.group(record)].append(record)
+    count = alike = 0
+    found = []
+    for records in groups.values():
+        count += len(records)
+        if len(records) < 2:
+            continue
+        sketches = np.stack([sketch.sketch(zoo, record) for record in records])
+        pairs = sketch.alike(sketches, least)
+        alike += len(pairs)
+        order = sorted(range(len(records)), key=lambda i: (-len(used[records[i].id]), i))
+        by_leader: dict[int, list[int]] = defaultdict(list)
+        for member, leader, _ in sketch.leaders(order, pairs):
+            by_leader[leader].append(member)
+        for leader, members in by_leader.items():
+            target = zoo.load_component(records[leader].id)
+            for member in members:
+                record = records[member]
+                cosines = sketch.cosine(zoo.load_component(record.id), target)
+                on_bytes(record.nbytes)
+                whole = cosines.pop("")
+                if whole >= least:
+                    found.append(
+                        Candidate(
+                            original=record.id,
+                            stand_in=records[leader].id,
+                            nbytes=record.nbytes,
+                            cosine=whole,
+                            cosines=cosines,
+                        )
+                    )
+    found.sort(key=lambda c: -c.cosine)
+    return Search(components=count, alike=alike, candidates=tuple(found))
+
+
+class Bench:
+    """One chain on its probe: what changes of its steps cost, end to end.
+
+    Attributes:
+      chain: as it is.
+      data: what it is measured on.
+      original: what the chain makes of it.
+    """
+
+    def __init__(self, zoo: Zoo, chain: Chain, data: ProbeData):
+        self._zoo, self.chain, self.data = zoo, chain, data
+        self._weights = forward.load(zoo, chain.steps)
+        self.original = agreement.outputs(self._weights, data)
+
+    def measure(self, change: Mapping[int, Step]) -> dict[str, Score]:
+        """Scores of the chain with other steps at some places, all of them at once.
+
+        `parameter_cosine` is that of the replaced components as one vector.
+        """
+        weights = self._weights
+        sums = np.zeros(3)
+        for at, step in change.items():
+            by = forward.load(self._zoo, [step])
+            for name, value in by.tensors[0].items():
+                a, b = (np.asarray(v).reshape(-1) for v in (self._weights.tensors[at][name], value))
+                sums += (a @ b, a @ a, b @ b)
+            weights = weights.replaced(at, 1, by)
+        cosine = Score(value=float(sums[0] / max(np.sqrt(sums[1] * sums[2]), 1e-30)))
+        found = agreement.scores(self.original, agreement.outputs(weights, self.data))
+        return {"parameter_cosine": cosine, **found}
+
+    def edge(
+        self, change: Mapping[int, Step], scores: Mapping[str, Score], provenance: Mapping[str, Any]
+    ) -> Edge:
+        """The edge that says so: from the first changed step to the last."""
+        first, last = min(change), max(change) + 1
+        steps = self.chain.steps
+        return Edge(
+            kind="equivalent",
+            original=steps[first:last],
+            stand_in=tuple(change.get(i, steps[i]) for i in range(first, last)),
+            scores=scores,
+            chain=f"{self.chain.name}@{self.chain.version}",
+            probe=self.data.record,
+            provenance=provenance,
+            versions=versions(),
+        )
+
+
+def places(chain: Chain, candidates: Sequence[Candidate]) -> dict[int, Step]:
+    """Step index -> what may stand there. Adapted steps stay: an adapter was trained on its own base."""
+    by_original = {c.original: c for c in candidates}
+    return {
+        at: dataclasses.replace(step, component=by_original[step.component].stand_in)
+        for at, step in enumerate(chain.steps)
+        if step.component in by_original and not step.deltas
+    }
+
+
+def runs(changes: Mapping[int, Step]) -> list[dict[int, Step]]:
+    """Changes of neighbouring steps taken together: blocks that could be shared as a whole."""
+    found: list[dict[int, Step]] = []
+    for at, step in sorted(changes.items()):
+        if found and at - 1 in found[-1]:
+            found[-1][at] = step
+        else:
+            found.append({at: step})
+    return [run for run in found if len(run) > 1]
+
+
+def recommend(
+    bench: Bench,
+    edges: Mapping[int, Edge],
+    accepted: Accepted,
+    on_done: Callable[[], object] = lambda: None,
+) -> tuple[dict[int, Step], dict[str, Score]]:
+    """The largest set of changes found whose cost together is still accepted.
+
+    Costs add up, so usable changes are tried one upon the other, the least costly first, and each is kept
+    only if all of them together pass.
+
+    Args:
+      bench: of the chain.
+      edges: step index -> the edge measured for a change there.
+      accepted: by the operator.
+      on_done: called after each measurement.
+
+    Returns:
+      The changes, and their scores together; empty if none is usable.
+    """
+    usable = {at: e for at, e in edges.items() if not reasons_against(e, accepted)}
+    kept: dict[int, Step] = {}
+    scores: dict[str, Score] = {}
+    for at, edge in sorted(usable.items(), key=lambda item: item[1].scores["kl"].value):
+        trial = {**kept, at: edge.stand_in[0]}
+        measured = edge.scores if not kept else bench.measure(trial)
+        if not reasons_against(bench.edge(trial, measured, {}), accepted):
+            kept, scores = trial, dict(measured)
+        on_done()
+    return kept, scores
+
+
+def changed(
+    chain: Chain, change: Mapping[int, Step], name: str, derived: Mapping[str, Any]
+) -> Chain:
+    """A chain of its own with other steps; `near`, so it is served only to who accepts that."""
+    steps = tuple(change.get(i, step) for i, step in enumerate(chain.steps))
+    return dataclasses.replace(
+        chain,
+        name=name,
+        version=0,
+        steps=steps,
+        policy="near" if chain.policy == "exact" else chain.policy,
+        source_files=None,
+        derived={"chain": f"{chain.name}@{chain.version}", **derived},
+    )
+
+
+def freed(zoo: Zoo, chains: Mapping[str, Chain], changes: Mapping[str, Mapping[int, Step]]) -> int:
+    """Bytes of components that no chain uses any more once `changes` (chain name -> changes) are made."""
+    before = set(users(chains))
+    after: set[str] = set()
+    for name, chain in chains.items():
+        change = changes.get(name, {})
+        after |= {change.get(i, s).component for i, s in enumerate(chain.steps)}
+    gone = before - after
+    # What a tied tensor refers to stays with it.
+    for id_ in after:
+        gone -= {owner for owner, _ in zoo.component(id_).refs.values()}
+    return sum(zoo.component(id_).nbytes for id_ in gone)

@@ -1,0 +1,191 @@
+"""Gradient descent on a few tensors between frozen ones: seeded, and gone on with after a kill.
+
+Adam (arXiv 1412.6980) with a warm-up, a cosine decay and clipping. Batches depend on the seed and the
+number of the step alone, so a run that was interrupted ends with the same weights as one that was not.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jblock.blocks.spec import canonical_json
+from jblock.zoo import disk, journal, lease
+from jblock.zoo.probe import Rows
+from jblock.zoo.records import ZooError
+from jblock.zoo.store import Zoo
+
+Tree = Any
+_SAVE_SECONDS = 15.0
+_WARM_UP = 0.05
+_CLIP = 1.0
+_B1, _B2, _EPS = 0.9, 0.98, 1e-8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long and how fast.
+
+    Attributes:
+      steps: of the optimiser.
+      learning_rate: the largest.
+      batch_tokens: about how many a step, padding included.
+      seed: of the start and of the order of the data.
+    """
+
+    steps: int
+    learning_rate: float
+    batch_tokens: int
+    seed: int
+
+    def __post_init__(self):
+        if self.steps < 1 or self.batch_tokens < 1 or not 0 < self.learning_rate < 1:
+            raise ZooError(f"{self}: steps and batch_tokens are at least 1, 0 < learning_rate < 1")
+
+
+def batch(data: Sequence[Rows], schedule: Schedule, step: int) -> Rows:
+    """The rows of one step: the data sets take turns."""
+    rows = data[step % len(data)]
+    count = min(len(rows), max(1, schedule.batch_tokens // rows.tokens.shape[1]))
+    rng = np.random.default_rng([schedule.seed, step])
+    at = np.sort(rng.choice(len(rows), count, replace=False))
+    return Rows(rows.tokens[at], rows.target[at])
+
+
+def key(*parts: Any) -> str:
+    """64 hexadecimal digits that stand for a piece of training: settings as JSON, and data."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Rows):
+            digest.update(np.ascontiguousarray(part.tokens, "<i4").tobytes())
+            digest.update(np.packbits(part.target).tobytes())
+        else:
+            digest.update(canonical_json(part).encode())
+    return digest.hexdigest()
+
+
+def fit(
+    zoo: Zoo,
+    work: str,
+    loss: Callable[[int, Tree, Tree, jax.Array, jax.Array], jax.Array],
+    trained: Tree,
+    fixed: Tree,
+    data: Sequence[Rows],
+    schedule: Schedule,
+    form: Callable[[int], int] = lambda step: 0,
+    on_step: Callable[[int, float], object] = lambda step, value: None,
+) -> Tree:
+    """Minimises a loss; returns the trained tensors.
+
+    Args:
+      zoo: keeps the state of a run that is not done, for a day.
+      work: `key` of all that decides the result.
+      loss: (form, trained, fixed, tokens [B, T], target [B, T]) -> scalar.
+      trained: where they begin; float32 arrays.
+      fixed: other arrays.
+      data: rows to draw from.
+      schedule: how long and how fast.
+      form: step -> a number that is static for `loss`, such as which of some chains is trained.
+      on_step: called with the number of steps done and the loss of the last.
+
+    Raises:
+      ZooError: the loss is no number any more, or the zoo cannot be written.
+    """
+    path = zoo.path / journal.FOLDER / f"{work}.npz"
+    zeros = jax.tree.map(jnp.zeros_like, trained)
+    state = (trained, zeros, zeros)
+    done, state = _read(path, state)
+    saved = time.monotonic()
+    update = jax.jit(functools.partial(_update, loss, schedule.learning_rate), static_argnums=0)
+    for step in range(done, schedule.steps):
+        rows = batch(data, schedule, step)
+        scale = np.float32(_rate(step, schedule.steps))
+        state, value = update(
+            form(step), state, fixed, rows.tokens, rows.target, scale, np.float32(step + 1)
+        )
+        number = float(value)
+        if not np.isfinite(number):
+            raise ZooError(f"step {step}: the loss is {number}: give a smaller learning rate")
+        on_step(step + 1, number)
+        if time.monotonic() - saved > _SAVE_SECONDS:
+            _write(zoo, path, step + 1, state)
+            saved = time.monotonic()
+    return state[0]
+
+
+def forget(zoo: Zoo, work: str) -> None:
+    """Removes the state of a piece of training: call it when what was trained is in the zoo."""
+    (zoo.path / journal.FOLDER / f"{work}.npz").unlink(missing_ok=True)
+
+
+def _update(loss, rate, form, state, fixed, tokens, target, scale, step):
+    trained, first, second = state
+    value, gradient = jax.value_and_grad(lambda t: loss(form, t, fixed, tokens, target))(trained)
+    norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(gradient)))
+    gradient = jax.tree.map(lambda g: g * jnp.minimum(1.0, _CLIP / (norm + 1e-12)), gradient)
+    first = jax.tree.map(lambda m, g: _B1 * m + (1 - _B1) * g, first, gradient)
+    second = jax.tree.map(lambda v, g: _B2 * v + (1 - _B2) * g * g, second, gradient)
+    m_scale, v_scale = 1 / (1 - _B1**step), 1 / (1 - _B2**step)
+
+    def moved(p, m, v):
+        return p - rate * scale * m * m_scale / (jnp.sqrt(v * v_scale) + _EPS)
+
+    return (jax.tree.map(moved, trained, first, second), first, second), value
+
+
+def _rate(step: int, steps: int) -> float:
+    warm = max(1.0, _WARM_UP * steps)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + float(np.cos(np.pi * (step - warm) / max(1.0, steps - warm))))
+
+
+def _write(zoo: Zoo, path: Path, done: int, state: Tree) -> None:
+    arrays: Any = {str(i): np.asarray(a) for i, a in enumerate(jax.tree.leaves(state))}
+    buffer = io.BytesIO()
+    np.savez(buffer, done=np.int64(done), **arrays)
+    with disk.disk_errors(zoo.path), lease.lease(zoo.path / "tmp") as scratch:
+        path.parent.mkdir(exist_ok=True)
+        disk.write_atomic(path, buffer.getvalue(), scratch)
+
+
+def _read(path: Path, state: Tree) -> tuple[int, Tree]:
+    """What an earlier run left; a start from step 0 where there is none or it is damaged."""
+    leaves, tree = jax.tree.flatten(state)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = [arrays[str(i)] for i in range(len(leaves))]
+            done = int(arrays["done"])
+    except (OSError, ValueError, KeyError, EOFError):
+        return 0, state
+    if any(a.shape != b.shape for a, b in zip(found, leaves, strict=True)):
+        return 0, state
+    return done, jax.tree.unflatten(tree, [jnp.asarray(a) for a in found])
+
+
+def next_token_nats(logits: jax.Array, tokens: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean cross entropy of the tokens that count. [B, T, V], [B, T], [B, T] -> []."""
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)
+    counts = target[:, 1:]
+    return -jnp.sum(jnp.where(counts, picked[..., 0], 0.0)) / jnp.sum(counts)
+
+
+def distance(teacher: jax.Array, logits: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean KL(teacher || logits) of the next token where it counts. [B, T, V] twice, [B, T] -> []."""
+    p, q = (jax.nn.log_softmax(x[:, :-1]) for x in (teacher, logits))
+    each = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+    counts = target[:, 1:]
+    return jnp.sum(jnp.where(counts, each, 0.0)) / jnp.sum(counts)
+
+
+def stored(tensors: Mapping[str, jax.Array], dtype: str) -> dict[str, np.ndarray]:
+    """Trained tensors as they are put into the zoo."""
+    return {n: np.asarray(jnp.asarray(v).astype(dtype)) for n, v in tensors.items()}

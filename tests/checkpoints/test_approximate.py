@@ -1,0 +1,212 @@
+"""equivalence, stitch and surrogate from the command line: measured in place, published apart, resumable."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny_checkpoints as tiny
+
+from jblock.zoo import edges, forward, surrogates, training
+from jblock.zoo.fsck import fsck
+from jblock.zoo.store import Zoo
+
+WIDE = tiny.CONFIG | {"hidden_size": 24}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs(tmp_path_factory):
+    """Training the same again does not compile again."""
+    wanted = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
+    for name, value in wanted.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def scaled(config, seed=0):
+    """Weights that give sensible logits."""
+    tensors = tiny.weights(config, seed)
+    return {n: v * (0.3 if v.ndim == 2 else 0.1) + (v.ndim == 1) for n, v in tensors.items()}
+
+
+def convert(cli, path, name, config, tensors):
+    source = tiny.write_checkpoint(path / name, config, tensors)
+    (source / "tokenizer.json").write_text(tiny.tokenizer_json())
+    cli.ok("hf", source, "--name", name)
+
+
+@pytest.fixture
+def words(tmp_path):
+    """Text, and items: the next of four words that go round."""
+    rng = np.random.default_rng(0)
+    starts = rng.integers(0, 4, 4000)
+    text = " ".join(f"w{3 + (s + i) % 4}" for i, s in enumerate(starts))
+    (tmp_path / "text.txt").write_text(text)
+    items = [{"prompt": f"w{3 + i % 4} w9", "answer": f"w{3 + (i + 1) % 4}"} for i in range(40)]
+    lines = [json.dumps(i | {"stop": i["answer"] == "w3"}) for i in items]
+    (tmp_path / "items.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+@pytest.fixture
+def pair(cli, words):
+    convert(cli, words, "small", tiny.CONFIG, scaled(tiny.CONFIG))
+    convert(cli, words, "wide", WIDE, scaled(WIDE, 1))
+    return cli
+
+
+def files(words, steps=6):
+    text, items = words / "text.txt", words / "items.jsonl"
+    options = ["--train", text, "--text", text, "--items", items, "--steps", steps]
+    return [*options, "--tokens", 512, "--batch_tokens", 256, "--json"]
+
+
+def test_one_stitch_joins_at_two_depths_and_a_kill_changes_nothing(pair, words, monkeypatch):
+    command = [
+        "stitch",
+        "small",
+        "wide",
+        "--at",
+        "1:1",
+        "--at",
+        "2:1",
+        "--name",
+        "j",
+        *files(words),
+    ]
+    straight = json.loads(pair.ok(*command))
+    assert [m["name"] for m in straight["models"]] == ["j-1-1@1", "j-2-1@1"]
+    zoo = Zoo.open(pair.zoo)
+    one, other = zoo.chain("j-1-1"), zoo.chain("j-2-1")
+    assert one.policy == other.policy == "adaptive"
+    assert straight["stitch"] == one.steps[3].component == other.steps[5].component
+    found = {e.id: e for e in edges.edges(zoo)}
+    assert {one.derived["edge"], other.derived["edge"]} == found.keys()
+    for edge in found.values():
+        assert (edge.kind, edge.chain) == ("stitch", "wide@1")
+        assert {"kl", "top1_agreement", "perplexity_change", "accuracy_change"} <= set(edge.scores)
+    assert fsck(zoo) == []
+
+    # The same again, killed half way: the state is kept and the end is the same.
+    for path in (pair.zoo / "edges").iterdir():
+        path.unlink()
+    for name in ("j-1-1", "j-2-1"):
+        pair.ok("rm", name)
+    pair.ok("gc", "--delete")
+    write, kept = training._write, []
+
+    def write_then_die(zoo, path, done, state):
+        write(zoo, path, done, state)
+        kept.append(done)
+        if done == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(training, "_write", write_then_die)
+    assert pair(*command).code == 130
+    assert len(list((pair.zoo / "unfinished").glob("*.npz"))) == 1
+    again = json.loads(pair.ok(*command))
+    assert kept == [1, 2, 3, 4, 5, 6]
+    assert again["stitch"] == straight["stitch"]
+    assert not list((pair.zoo / "unfinished").glob("*.npz"))
+
+
+def test_a_surrogate_is_smaller_and_nearer_than_what_was_only_pruned(pair, words):
+    def kl(steps, to):
+        result = json.loads(
+            pair.ok("surrogate", "small", "--layers", "1:2", "--keep", 0.5, "--as", to,
+                    "--learning_rate", 0.01, *files(words, steps))
+        )  # fmt: skip
+        counts = result["parameters"]
+        assert 0.3 < counts["surrogate"] / counts["original"] <= 0.5
+        return result["models"][0]["scores"]["kl"]["value"]
+
+    assert kl(60, "trained") < 0.8 * kl(1, "pruned")
+    zoo = Zoo.open(pair.zoo)
+    small, trained = zoo.chain("small"), zoo.chain("trained")
+    assert trained.policy == "adaptive" and trained.steps[:3] == small.steps[:3]
+    weights = forward.load(zoo, trained.steps)
+    assert weights.specs[3].num_heads < forward.load(zoo, small.steps).specs[3].num_heads
+    assert fsck(zoo) == []
+
+
+def test_equal_directions_of_other_length_are_no_stand_ins(cli, words):
+    """Cosine 1 twice over: the one changes nothing that comes out, the other nearly all."""
+    base = scaled(tiny.CONFIG)
+    same, longer = dict(base), dict(base)
+    name = "model.layers.1.mlp.down_proj.weight"
+    noise = 1e-4 * np.random.default_rng(5).standard_normal(base[name].shape)
+    same[name] = (base[name] + noise).astype(np.float32)
+    part = "model.layers.0."
+    longer |= {n: v * 4 for n, v in base.items() if n.startswith(part + "self_attn")}
+    longer[part + "input_layernorm.weight"] = base[part + "input_layernorm.weight"] * 4
+    for model, tensors in (("base", base), ("same", same), ("longer", longer)):
+        convert(cli, words, model, tiny.CONFIG, tensors)
+    convert(cli, words, "mate", tiny.CONFIG | {"rope_theta": 5000.0}, base)
+    ask = ["equivalence", "--text", words / "text.txt", "--items", words / "items.jsonl"]
+    ask += ["--tokens", 512, "--policy", "near", "--json"]
+    alone = json.loads(cli.ok(*ask, "--threshold", "parameter_cosine=0.99"))
+    assert not any(e["usable"] for e in alone["edges"]) and not alone["recommended"]
+
+    found = json.loads(cli.ok(*ask, "--threshold", "kl=0.01", "--suffix", ".near"))
+    cosine = {e["chain"]: e["scores"]["parameter_cosine"]["value"] for e in found["edges"]}
+    assert cosine["same@1"] > 0.9999 and cosine["longer@1"] > 0.99
+    assert {e["chain"]: e["usable"] for e in found["edges"]} == {"same@1": True, "longer@1": False}
+    (row,) = found["recommended"]
+    assert row["published"] == "same.near@1"
+    zoo = Zoo.open(cli.zoo)
+    assert zoo.chain("same.near").steps == zoo.chain("base").steps
+    assert zoo.chain("same.near").policy == "near"
+    assert found["freed_bytes"] == zoo.component(zoo.chain("same").steps[4].component).nbytes
+    assert fsck(zoo) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["stitch", "small", "wide", "--at", "3:1", "--name", "j"], "give 1 to 2 layers of small"),
+        (["stitch", "small", "wide", "--at", "1", "--name", "j"], "give K:J"),
+        (["stitch", "small", "wide", "--at", "1:0", "--at", "1:1", "--name", "j"], "once"),
+        (["surrogate", "small", "--layers", "1:3", "--as", "s"], "within 0:2"),
+        (["surrogate", "small", "--layers", "0:1", "--keep", "0.01", "--as", "s"], "not even one head"),
+        (["surrogate", "small", "--layers", "0:1", "--keep", "2", "--as", "s"], "between 0 and 1"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_made_is_refused(pair, words, argv, message):
+    result = pair(*argv, *files(words))
+    assert (result.code, message in result.err) == (2, True), result.err
+
+
+def test_other_tokens_and_bad_files_are_refused(pair, words):
+    source = tiny.write_checkpoint(words / "other", WIDE, scaled(WIDE, 3))
+    pair.ok("hf", source, "--name", "mute")
+    assert (
+        "tokenizers"
+        in pair("stitch", "small", "mute", "--at", "1:1", "--name", "j", *files(words)).err
+    )
+    (words / "items.jsonl").write_text('{"prompt": "w3"}\n')
+    assert "items.jsonl:1" in pair("equivalence", "--cosine", -0.9, *files(words)[2:6]).err
+    assert "--cosine 3" in pair("equivalence", "--cosine", 3).err
+
+
+def test_pruning_keeps_the_heads_and_channels_that_matter():
+    from jblock.blocks.spec import AttentionSpec
+
+    spec = AttentionSpec(
+        hidden_size=8, num_heads=4, num_kv_heads=2, head_dim=4, norm_eps=1e-5, rope=None
+    )
+    (small,) = surrogates.smaller([spec], 0.7)
+    assert (small.num_heads, small.num_kv_heads) == (2, 2)
+    tensors = {n: np.random.default_rng(0).standard_normal(s) for n, s in spec.tensors().items()}
+    kept = surrogates.prune(spec, small, tensors, np.array([0.1, 0.2, 0.9, 0.3]))
+    rows = [4, 5, 6, 7, 8, 9, 10, 11]  # heads 1 and 2, one of each group
+    np.testing.assert_allclose(kept["q.weight"], tensors["q.weight"][rows], rtol=1e-6)
+    np.testing.assert_allclose(kept["o.weight"], tensors["o.weight"][:, rows], rtol=1e-6)
+    np.testing.assert_allclose(kept["k.weight"], tensors["k.weight"], rtol=1e-6)
+    assert {n: v.shape for n, v in kept.items()} == small.tensors()
