@@ -238,9 +238,8 @@ def _settings(schedule: training.Schedule, **digests: str) -> dict[str, Any]:
 
 
 def _dtype(zoo: Zoo, chain: Chain) -> str:
-    """What the matrices of a model's layers are stored in."""
-    record = zoo.component(chain.steps[1].component)
-    return next(t.dtype for t in record.tensors.values() if len(t.shape) == 2)
+    """What a model's embedding is stored in."""
+    return zoo.component(chain.steps[0].component).tensors["weight"].dtype
 
 
 def _join(text: str) -> Join:

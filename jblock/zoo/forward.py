@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jblock.blocks import layout
+from jblock.blocks import layout, quantise
 from jblock.blocks.attention import Attention
 from jblock.blocks.embedding import Embedding, Head
 from jblock.blocks.ffn import Ffn
@@ -31,6 +31,7 @@ from jblock.blocks.spec import (
     RouterSpec,
     StitchSpec,
     UnembeddingSpec,
+    unquantised,
 )
 from jblock.blocks.stitch import Stitch
 from jblock.zoo.records import Step, ZooError
@@ -46,7 +47,7 @@ class Weights:
     """Steps of a chain with their weights in memory.
 
     Attributes:
-      specs: one a step.
+      specs: one a step; of what few bits stand for.
       tensors: float32, one dict a step, named as its spec has them and in the orientation they are stored
         in; deltas are merged into them.
     """
@@ -86,15 +87,27 @@ def load(zoo: Zoo, steps: Sequence[Step]) -> Weights:
     specs = []
     for step in steps:
         record = zoo.component(step.component)
-        specs.append(record.spec)
+        spec = unquantised(record.spec)
+        specs.append(spec)
         key = dataclasses.replace(step, joined=False)
         if key not in known:
-            stored = zoo.load_component(step.component)
-            values = {n: v.astype(np.float32) for n, v in stored.items()}
+            values = _floats(record.spec, zoo.load_component(step.component))
             for id_ in step.deltas:
-                _merge(zoo, id_, record.spec, values)
+                _merge(zoo, id_, spec, values)
             known[key] = {n: jnp.asarray(v) for n, v in values.items()}
     return Weights(tuple(specs), tuple(known[dataclasses.replace(s, joined=False)] for s in steps))
+
+
+def _floats(spec: ComponentSpec, stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors in float32, those of few bits as the weights they stand for."""
+    quant = getattr(spec, "quant", None)
+    wanted = unquantised(spec).tensors()
+    return {
+        name: stored[name].astype(np.float32)
+        if quant is None or name in stored
+        else quantise.dequantise(stored, name.removesuffix(".weight"), quant)
+        for name in wanted
+    }
 
 
 def _merge(zoo: Zoo, id_: str, spec: ComponentSpec, values: dict[str, np.ndarray]) -> None:

@@ -156,6 +156,7 @@ def test_json_from_every_command(filled, tmp_path):
         "export": ["a", "--out", tmp_path / "out"],
         "copy": ["a", "--to", tmp_path / "other"],
         "equivalence": [],
+        "quantise": ["base", "--name", "base-int8"],
         "rm": ["tuned"],
         "gc": [],
         "fsck": [],
