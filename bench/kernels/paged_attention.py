@@ -30,7 +30,7 @@ def cases(quick: bool) -> list[Case]:
     demo = shapes.MODELS[-1]
     if quick:
         return [_case(demo, 4, 1, 64, 16, "float32"), _case(demo, 2, 16, 32, 16, "float32")]
-    if backend() == "xla":
+    if backend() in ("xla", "native"):
         return [
             _case(small, 32, new, 1024, 64, dtype)
             for dtype in ("float32", "int8")
@@ -45,7 +45,7 @@ def cases(quick: bool) -> list[Case]:
 
 
 def tunes(case: Case) -> list[Blocks]:
-    """Block sizes around the heuristic's; the XLA backend has none."""
+    """Block sizes around the heuristic's; the backends of the CPU have none."""
     if backend() != "tpu":
         return []
     shape: Shape = case.shape
@@ -79,7 +79,7 @@ def _case(
 ) -> Case:
     """`num_seqs` sequences of `total` tokens, the last `new` of them computed."""
     sequences = ((total - new, new),) * num_seqs
-    rows_dtype = "float32" if backend() == "xla" else "bfloat16"
+    rows_dtype = "float32" if backend() in ("xla", "native") else "bfloat16"
     moved, flops = shapes.needed(model, sequences, dtype, jnp.dtype(rows_dtype).itemsize)
     shape = Shape(
         heads=model.heads,

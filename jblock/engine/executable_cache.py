@@ -22,6 +22,8 @@ import jaxlib
 from absl import logging
 from jax.experimental import serialize_executable
 
+from jblock.pallas_kernels.native import targets
+
 MAX_ENTRIES = 4096
 _CODE = ("blocks", "pallas_kernels", "parallel", "engine")
 # What compiles for a platform beside jaxlib; one that is not installed counts as "-".
@@ -85,6 +87,7 @@ class ExecutableCache:
             path.unlink(missing_ok=True)
             return None
         try:
+            targets.prepare_named(body)
             devices = tuple(devices) or (jax.local_devices()[0],)
             serialized, in_tree, out_tree = pickle.loads(body)
             program = serialize_executable.deserialize_and_load(

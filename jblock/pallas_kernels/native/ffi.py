@@ -1,0 +1,193 @@
+"""XLA's FFI from generated code: how its structs lie, and functions that it can call.
+
+The layout is read from the C header that the jaxlib at hand brings along, so a jaxlib that moved a field
+moves it here too, and one that lacks a field is refused (`Unsupported`).
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+from llvmlite import ir
+
+from jblock.pallas_kernels.native.emit import I32, I64, PTR, Function, Value
+
+_SIZES = {"size_t": 8, "int64_t": 8, "int": 4, "int32_t": 4, "uint32_t": 4}
+_METADATA, _EXECUTE = 1, 3
+
+
+class Unsupported(RuntimeError):
+    """This jaxlib's FFI is not as it must be."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Offsets in bytes, by "struct.field" with the nested ones resolved, and the version of the header."""
+
+    offsets: dict[str, int]
+    sizes: dict[str, int]
+    major: int
+    minor: int
+
+    def __call__(self, path: str) -> int:
+        """Offset of a field. Raises Unsupported if there is none."""
+        try:
+            return self.offsets[path]
+        except KeyError:
+            raise Unsupported(f"jaxlib's FFI header has no {path}") from None
+
+
+@functools.cache
+def layout() -> Layout:
+    """That of the jaxlib at hand. Raises Unsupported: its header is missing or not understood."""
+    path = Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h"
+    try:
+        return parse(path.read_text())
+    except OSError as e:
+        raise Unsupported(f"jaxlib's FFI header {str(path)!r} cannot be read: {e}") from e
+
+
+def parse(header: str) -> Layout:
+    """Lays out the structs of a header whose fields are pointers, integers, enums and such structs.
+
+    Raises:
+      Unsupported: it holds something else.
+    """
+    text = re.sub(r"//.*", "", header)
+    enums = set(
+        re.findall(r"\}\s*(\w+)\s*;", "".join(re.findall(r"enum\s*\{[^}]*\}\s*\w+;", text)))
+    )
+    aliases = {b: a for a, b in re.findall(r"typedef (\w+) (\w+);", text)}
+    bodies = dict(re.findall(r"struct (\w+) \{([^}]*)\}", text))
+    offsets: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+
+    def size(kind: str) -> int:
+        kind = aliases.get(kind, kind)
+        if kind in _SIZES:
+            return _SIZES[kind]
+        if kind in enums:
+            return 4
+        if kind not in sizes:
+            if kind not in bodies:
+                raise Unsupported(f"jaxlib's FFI header has a field of unknown type {kind}")
+            lay(kind)
+        return sizes[kind]
+
+    def lay(name: str) -> None:
+        end, align = 0, 1
+        for declaration in bodies[name].split(";"):
+            if not declaration.strip():
+                continue
+            member = re.search(r"_XLA_FFI_API_STRUCT_FIELD\((\w+)\)", declaration)
+            if member or "*" in declaration:
+                kind, width = "*", 8
+                field = member[1] if member else re.findall(r"\w+", declaration)[-1]
+                if "(*" in declaration:  # a function
+                    field = re.findall(r"\(\*(\w+)\)", declaration)[0]
+            else:
+                kind, field = declaration.split()[-2:]
+                width = size(kind)
+            step = min(8, width)  # nested structs hold pointers or int64
+            end = -(-end // step) * step
+            offsets[f"{name}.{field}"] = end
+            end, align = end + width, max(align, step)
+        sizes[name] = -(-end // align) * align
+
+    for name in bodies:
+        if name not in sizes:
+            lay(name)
+    versions = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", text))
+    if len(versions) != 2:
+        raise Unsupported("jaxlib's FFI header has no version")
+    prefix = "XLA_FFI_"
+    return Layout(
+        offsets={k.removeprefix(prefix): v for k, v in offsets.items()},
+        sizes={k.removeprefix(prefix): v for k, v in sizes.items()},
+        major=int(versions["MAJOR"]),
+        minor=int(versions["MINOR"]),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """What a call needs to reach XLA's threads."""
+
+    api: Value
+    context: Value
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """An argument or result: its data, and its dimensions (int64)."""
+
+    data: Value
+    dims: Value
+
+
+def handler(
+    module: ir.Module,
+    name: str,
+    num_args: int,
+    num_results: int,
+    body: Callable[[Function, Sequence[Buffer], Sequence[Buffer], Pool], None],
+) -> None:
+    """Adds the function `name` that XLA calls: `body` emits what it does with its buffers."""
+    at = layout()
+    f = Function(module, name, "p", PTR)
+    frame = f.args[0]
+    null = ir.Constant(PTR, None)
+
+    def answer() -> None:
+        """XLA asks for the version at registration."""
+        extension = f.pointer(frame, at("CallFrame.extension_start"))
+        # An extension begins with its size; then comes its type.
+        with f.b.if_then(f.b.icmp_unsigned("!=", extension, null)):
+            kind = f.b.load(f.at(extension, 8), typ=I32)
+            with f.b.if_then(f.b.icmp_unsigned("==", kind, I32(_METADATA))):
+                metadata = f.pointer(extension, at("Metadata_Extension.metadata"))
+                version = at("Metadata.api_version")
+                f.store(I32(at.major), metadata, version + at("Api_Version.major_version"))
+                f.store(I32(at.minor), metadata, version + at("Api_Version.minor_version"))
+                f.store(I32(0), metadata, at("Metadata.traits"))
+                f.b.ret(null)
+
+    answer()
+    stage = f.b.load(f.at(frame, at("CallFrame.stage")), typ=I32)
+    with f.b.if_then(f.b.icmp_unsigned("!=", stage, I32(_EXECUTE))):
+        f.b.ret(null)
+
+    def buffers(which: str, field: str, count: int) -> list[Buffer]:
+        array = f.pointer(frame, at(f"CallFrame.{which.lower()}") + at(f"{which}.{field}"))
+        out = []
+        for i in range(count):
+            buffer = f.pointer(array, 8 * i)
+            data = f.pointer(buffer, at("Buffer.data"))
+            out.append(Buffer(data, f.pointer(buffer, at("Buffer.dims"))))
+        return out
+
+    args, results = buffers("Args", "args", num_args), buffers("Rets", "rets", num_results)
+    pool = Pool(
+        api=f.pointer(frame, at("CallFrame.api")), context=f.pointer(frame, at("CallFrame.ctx"))
+    )
+    body(f, args, results, pool)
+    f.end(null)
+
+
+def call_api(f: Function, pool: Pool, name: str, **fields: Value) -> Value:
+    """Calls a function of XLA's API with a struct of arguments; returns the error, null if none."""
+    at = layout()
+    args = f"{name}_Args"
+    size = at.sizes[args]
+    struct = f.scratch(size)
+    f.store(I64(size), struct, at(f"{args}.struct_size"))
+    f.store(ir.Constant(PTR, None), struct, at(f"{args}.extension_start"))
+    if f"{args}.ctx" in at.offsets:
+        f.store(pool.context, struct, at(f"{args}.ctx"))
+    for field, value in fields.items():
+        f.store(value, struct, at(f"{args}.{field}"))
+    function = f.function_at(pool.api, at(f"Api.XLA_FFI_{name}"), PTR, PTR)
+    return f.b.call(function, [struct])

@@ -1,0 +1,139 @@
+"""The op's machine code for the CPU against the reference, and what it promises beyond."""
+
+import concurrent.futures
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("llvmlite", reason="the extra jblock[cpu] is not installed")
+
+from jblock.pallas_kernels import backends
+from jblock.pallas_kernels.native import targets
+from jblock.pallas_kernels.paged_attention import api, native_kernel, xla
+from jblock.pallas_kernels.paged_attention.ragged import Ragged
+from tests.pallas_kernels.attention_cases import CASES, FORMS, Case, check, run
+
+PAGES = functools.partial(api.abstract_pages, backend="native")
+ATTEND = jax.jit(
+    functools.partial(api.paged_attention, backend="native"),
+    static_argnames=("sliding_window", "softcap", "scale"),
+)
+
+
+# `make test` takes the odd ones, where it takes the even ones of the XLA backend, which serves fp8 here too.
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(c, marks=[pytest.mark.long] * (i % 2 == 0), id=str(c))
+        for i, c in enumerate(CASES)
+        if c.kv != "float8_e4m3fn"
+    ],
+)
+def test_matches_reference(case):
+    got, wanted = run(case, PAGES, ATTEND)
+    check(case, got, wanted, 2e-5 if case.q == "float32" and case.kv != "bfloat16" else None)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sequences=st.lists(st.tuples(st.integers(0, 13), st.integers(0, 4)), min_size=3, max_size=3),
+    form=st.sampled_from(FORMS),
+    window=st.sampled_from([None, 4]),
+    kv=st.sampled_from(["float32", "int8"]),
+    seed=st.integers(0, 99),
+)
+def test_matches_reference_on_random_batches(sequences, form, window, kv, seed):
+    case = Case((*sequences, (14, 4)), form, window=window, kv=kv, page_size=4, head_dim=8)
+    got, wanted = run(case, PAGES, ATTEND, seed)
+    check(case, got, wanted, 2e-5)
+
+
+class Batch:
+    """Eight sequences, decoding or not, of a context long enough for XLA's other threads to help."""
+
+    heads, kv_heads, d, page, num_seqs, max_pages = 8, 4, 64, 64, 8, 9
+
+    def __init__(self, q_len: int, kv: str = "float32"):
+        rng = np.random.default_rng(3)
+        self.q_len = q_len
+        rows = self.num_seqs * q_len
+        draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        self.q = draw(rows, self.heads, self.d)
+        self.k, self.v = draw(rows, self.kv_heads, self.d), draw(rows, self.kv_heads, self.d)
+        count = self.num_seqs * self.max_pages + 1
+        shapes = PAGES(count, self.page, self.kv_heads, self.d, dtype=kv)
+        self.pages = tuple(
+            jnp.asarray(
+                rng.integers(-5, 5, a.shape) if a.dtype == jnp.int8 else draw(*a.shape)
+            ).astype(a.dtype)
+            for a in shapes
+        )
+        table = 1 + np.arange(count - 1, dtype=np.int32).reshape(self.num_seqs, self.max_pages)
+        self.table = jnp.asarray(table)
+        self.starts = jnp.asarray([500, 17, 0, 300, 449, 64, 63, 511 - q_len], jnp.int32)
+
+    def attend(self, used: np.ndarray, attend=ATTEND) -> np.ndarray:
+        """[num_seqs, q_len, heads, d], with those sequences alone."""
+        q_lens = jnp.asarray(np.where(used, self.q_len, 0), jnp.int32)
+        ragged = Ragged.grid(self.starts, q_lens, self.table, self.q_len)
+        out, _ = attend(self.q, self.k, self.v, self.pages, ragged)
+        return np.asarray(out).reshape(self.num_seqs, self.q_len, self.heads, self.d)
+
+
+@pytest.mark.parametrize("q_len, kv", [(1, "float32"), (1, "int8"), (33, "float32")])
+def test_a_row_has_the_same_bits_whatever_its_neighbours_and_threads(q_len, kv):
+    batch = Batch(q_len, kv)
+    everybody = np.ones(batch.num_seqs, bool)
+    together = batch.attend(everybody)
+    for s in range(batch.num_seqs):
+        alone = batch.attend(np.arange(batch.num_seqs) == s)
+        np.testing.assert_array_equal(alone[s].view(np.int32), together[s].view(np.int32))
+        # What is not used is zero, never whatever memory held.
+        assert not np.delete(alone, s, axis=0).any()
+
+
+def test_many_calls_at_once_neither_wait_for_each_other_nor_mix():
+    batch = Batch(1)
+    everybody = np.ones(batch.num_seqs, bool)
+    wanted = batch.attend(everybody)
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        calls = [pool.submit(batch.attend, everybody) for _ in range(200)]
+        for call in calls:
+            np.testing.assert_array_equal(call.result(timeout=60), wanted)
+
+
+def test_what_has_no_machine_code_is_xlas():
+    pages = tuple(jnp.zeros(a.shape, a.dtype) for a in PAGES(4, 8, 2, 16, dtype="float8_e4m3fn"))
+    ragged = Ragged.grid(
+        jnp.zeros(2, jnp.int32), jnp.ones(2, jnp.int32), jnp.ones((2, 2), jnp.int32), 1
+    )
+    q, k = jnp.ones((2, 4, 16)), jnp.ones((2, 2, 16))
+    assert "custom_call" not in ATTEND.lower(q, k, k, pages, ragged).as_text()
+    wanted, _ = xla.paged_attention(
+        q, k, k, pages, ragged, sliding_window=None, softcap=None, scale=0.25
+    )
+    np.testing.assert_array_equal(ATTEND(q, k, k, pages, ragged)[0], wanted)
+
+
+def test_a_form_survives_its_name():
+    form = native_kernel.Form(
+        kv="int8", d=80, groups=7, page=32, grid=True, rows=4, window=9, softcap=50.0, scale=0.1
+    )
+    again = native_kernel.Form.parse(form.fields)
+    assert again.fields == form.fields and abs(again.scale - form.scale) < 1e-8
+
+
+@pytest.mark.parametrize("groups, q_len, rows", [(1, 1, 1), (2, 1, 2), (8, 1, 4), (2, 512, 6)])
+def test_rows_share_what_was_loaded(monkeypatch, groups, q_len, rows):
+    monkeypatch.setattr(targets, "accumulators", lambda: 24)
+    assert native_kernel.rows_at_once(groups, q_len) == rows
+
+
+def test_an_op_without_machine_code_takes_xlas():
+    assert backends.module("paged_attention", "native").__name__.endswith(".native")
+    assert backends.module("quantised_matmul", "native").__name__.endswith(".xla")
