@@ -54,6 +54,11 @@ def export(
     chain = zoo.chain(name, version)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is there and not empty: give a new folder")
+    if "packed" in chain.derived:
+        raise CheckpointError(
+            f"{chain.name}@{chain.version} was packed by {chain.derived['packed'].get('quant_method')}; "
+            "the zoo keeps its weights, not that packing: copy the checkpoint it was made from"
+        )
     if chain.derived:
         raise CheckpointError(
             f"{chain.name}@{chain.version} was made from {chain.derived.get('chain')} by "

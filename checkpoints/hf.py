@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
+from checkpoints import prequantised
 from checkpoints.errors import CheckpointError
 from checkpoints.progress import Progress
 from checkpoints.source import Source, open_source, read_json
@@ -49,7 +50,11 @@ def convert(source_path: Path, zoo_path: Path, name: str, progress: Progress) ->
     generation = read_json(source_path / "generation_config.json", required=False)
     family = family_for(config)
     source = open_source(source_path)
-    plan = family.plan(config).fitting(source.tensors)
+    packing = prequantised.packing_of(config) if config.get(prequantised.FIELD) else None
+    described = {n: v for n, v in config.items() if n != prequantised.FIELD}
+    plan = family.plan(described).fitting(source.tensors)
+    if packing is not None:
+        plan, source = prequantised.unpacked(plan, source, packing)
     check_tensors(plan, source)
     eos = token_ids(generation, "eos_token_id", plan.vocab_size)
     bos = token_ids(generation, "bos_token_id", plan.vocab_size)
@@ -96,8 +101,10 @@ def convert(source_path: Path, zoo_path: Path, name: str, progress: Progress) ->
                 eos_token_ids=eos,
                 bos_token_id=bos[0] if bos else None,
                 generation={k: v for k, v in generation.items() if k in _SAMPLING and _plain(v)},
-                source=config,
-                source_files=writer.put_files("sources", small),
+                source=described,
+                # Packed weights are kept otherwise, so the same files cannot be written again.
+                source_files=writer.put_files("sources", small) if packing is None else None,
+                derived={} if packing is None else {"packed": config[prequantised.FIELD]},
             )
             progress.note(f"{name}: {writer.new_bytes} of {total} bytes are new to the zoo")
             return writer.publish(chain)
