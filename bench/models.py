@@ -11,13 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from jblock.blocks.delta_spec import LoraSpec, LoraTarget, delta_to_json
 from jblock.blocks.spec import (
     AttentionSpec,
     ComponentSpec,
     EmbeddingSpec,
     FfnSpec,
-    LoraSpec,
-    LoraTarget,
     NormSpec,
     RopeSpec,
     UnembeddingSpec,
@@ -243,7 +242,8 @@ class MemoryZoo:
         return id_
 
     def _id(self, spec, label: str) -> str:
-        text = canonical_json([spec_to_json(spec), label, self.seed])
+        plain = delta_to_json(spec) if isinstance(spec, LoraSpec) else spec_to_json(spec)
+        text = canonical_json([plain, label, self.seed])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _publish(self, name: str, steps: tuple[Step, ...], base: str | None = None) -> Chain:

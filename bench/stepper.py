@@ -27,7 +27,8 @@ _GREEDY = {
     "scrub",
     "gather_pages",
     "scatter_pages",
-    "write_adapter",
+    "write_pieces",
+    "write_vectors",
 }
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from checkpoints import peft
 from checkpoints.errors import CheckpointError
 from checkpoints.hf import LEFT_OUT
 from checkpoints.peft_config import read_settings
+from checkpoints.peft_plan import plan_adapter
 from checkpoints.progress import Progress
 from checkpoints.safetensors_file import TensorInfo, parse_header
 from checkpoints.source import TOKENIZER_LIST, Source
@@ -164,10 +164,18 @@ def _values(zoo: Zoo, chain: Chain, source: Source) -> Iterator[dict[str, np.nda
 def _adapter(zoo: Zoo, chain: Chain, source: Source) -> Iterator[dict[str, np.ndarray]]:
     base_name, _, version = (chain.base or "").rpartition("@")
     base = zoo.chain(base_name, int(version))
-    planned = {
-        d.index: d for d in peft.plan_deltas(zoo, base, read_settings(chain.adapter), source)
-    }
+    planned = plan_adapter(zoo, base, read_settings(chain.adapter), source)
+    columns: dict[str, dict[int, np.ndarray]] = {}  # of tensors that several deltas share
     for i, (step, under) in enumerate(zip(chain.steps, base.steps, strict=True)):
-        for id_ in step.deltas[len(under.deltas) :]:
+        if i in planned.replaced:
+            whole = zoo.load_component(step.component, verify=True)
+            yield {taken: whole[name] for name, taken in planned.replaced[i].items()}
+        for delta, id_ in zip(planned.on(i), step.deltas[len(under.deltas) :], strict=True):
             stored = zoo.load_delta(id_, verify=True)
-            yield {file_name: stored[name] for name, file_name in planned[i].tensors.items()}
+            for name, part in delta.tensors.items():
+                if part.columns is None:
+                    yield {part.name: stored[name]}
+                else:
+                    columns.setdefault(part.name, {})[part.columns[0]] = stored[name]
+    for name, parts in columns.items():
+        yield {name: np.concatenate([parts[begin] for begin in sorted(parts)], axis=1)}

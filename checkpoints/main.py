@@ -74,7 +74,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     quantise.add_argument(
         "--name", dest="copy_name", help="name of the copy (default: NAME-int4, NAME-int8)"
     )
-    command("peft", commands.peft, "add a PEFT LoRA adapter", "src", "--base", "--name")
+    command("peft", commands.peft, "add a PEFT adapter", "src", "--base", "--name")
     plan = command("plan", commands.plan, "tell what adding would store and share", "src", "--name")
     plan.add_argument("--base", help=_FIELDS["--base"])
     list_ = command("list", commands.list_, "list the models, or the edges")
@@ -193,7 +193,8 @@ _MORE = {
         "hf ./llama-3.2-1b --zoo ./zoo --name llama",
     ),
     "peft": (
-        "The adapter rides on the components of its base, which must be in the zoo.",
+        "The adapter rides on the components of its base, which must be in the zoo and may be an adapter\n"
+        "itself. LoRA, DoRA, (IA)3, biases, norms, whole modules, prompts and prefixes.",
         "peft ./my-adapter --zoo ./zoo --base llama --name my-llama",
     ),
     "plan": (

@@ -1,4 +1,4 @@
-"""Strict reading of adapter_config.json: LoRA in the forms that can be served, the rest refused."""
+"""Strict reading of adapter_config.json: the methods and options that can be served, the rest refused."""
 
 import dataclasses
 import math
@@ -12,31 +12,61 @@ from checkpoints.errors import CheckpointError
 _HARMLESS = {
     "auto_mapping",
     "base_model_name_or_path",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
     "exclude_modules",
-    "fan_in_fan_out",  # how the base stores its matrices; the pair itself is the same
+    "fan_in_fan_out",  # how the base stores its matrices; the tensors themselves are the same
     "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "target_modules",
+    "task_type",
+}
+_LORA = _HARMLESS | {
+    "alpha_pattern",
+    "bias",
+    "corda_config",
+    "eva_config",
     "init_lora_weights",
     "layers_pattern",
     "layers_to_transform",
     "loftq_config",
     "lora_alpha",
+    "lora_bias",
     "lora_dropout",
     "lora_ga_config",
     "megatron_core",
-    "peft_type",
-    "peft_version",
+    "modules_to_save",
     "qalora_group_size",
     "r",
     "rank_pattern",
-    "alpha_pattern",
-    "revision",
     "runtime_config",
-    "target_modules",
-    "task_type",
+    "use_dora",
     "use_rslora",
+}
+_PROMPT = _HARMLESS | {
+    "encoder_dropout",
+    "encoder_hidden_size",
+    "encoder_num_layers",
+    "encoder_reparameterization_type",
+    "num_attention_heads",
+    "num_layers",
+    "num_transformer_submodules",
+    "num_virtual_tokens",
+    "prefix_projection",  # what is saved is what came out of it
+    "prompt_tuning_init",
+    "prompt_tuning_init_text",
+    "token_dim",
+    "tokenizer_kwargs",
+    "tokenizer_name_or_path",
+}
+# peft_type -> fields that may be set.
+_METHODS = {
+    "LORA": _LORA,
+    "IA3": _HARMLESS | {"feedforward_modules", "init_ia3_weights", "modules_to_save"},
+    "LN_TUNING": _HARMLESS | {"modules_to_save"},
+    "PROMPT_TUNING": _PROMPT,
+    "P_TUNING": _PROMPT,
+    "PREFIX_TUNING": _PROMPT,
 }
 # Start values that also rewrite the base's weights: the adapter is no sum on the plain base.
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -44,45 +74,67 @@ _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _FLOAT32_MAX = 3.4e38
 _LAYER = re.compile(r".*\.[^.]*\.(\d+)\.")  # as PEFT finds it
 _REMEDY = {
-    "use_dora": "merge it into the base and convert the result with 'hf'",
-    "bias": "train with bias='none', or merge it into the base",
-    "lora_bias": "train with lora_bias=False, or merge it into the base",
-    "modules_to_save": "it holds whole modules: merge it into the base and convert with 'hf'",
     "trainable_token_indices": "merge it into the base and convert the result with 'hf'",
+    "ensure_weight_tying": "train without it, or merge it into the base",
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """What an adapter_config.json says, as far as it matters here.
+    """What an adapter_config.json says of LoRA.
 
     Attributes:
-      base: base_model_name_or_path, "" when not given.
       rank: r.
       alpha: lora_alpha.
       rslora: divide alpha by sqrt(rank) (arXiv 2312.03732) instead of by rank.
       ranks: pattern over module paths -> rank.
       alphas: pattern over module paths -> alpha.
-      modules: endings of the modules that must be there; None: whatever the weights hold.
-      may_adapt: endings of the modules that may be there; None: any.
-      layers: layers that may be adapted; None: any.
+      dora: use_dora.
+      b_bias: lora_bias.
+      bias: "none", "all" or "lora_only": which biases of the base come with it.
     """
 
-    base: str
     rank: int
     alpha: float
     rslora: bool
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
-    modules: tuple[str, ...] | None
-    may_adapt: tuple[str, ...] | None
-    layers: tuple[int, ...] | None
+    dora: bool
+    b_bias: bool
+    bias: str
 
     def rank_and_scale(self, module: str) -> tuple[int, float]:
         """Rank of the adapter on `module`, and what its product is multiplied by."""
         rank = _match(self.ranks, module, self.rank)
         alpha = _match(self.alphas, module, self.alpha)
         return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What an adapter_config.json says, as far as it matters here.
+
+    Attributes:
+      method: peft_type.
+      base: base_model_name_or_path, "" when not given.
+      modules: endings of the modules that must be there; None: whatever the weights hold.
+      may_adapt: endings of the modules that may be there; None: any.
+      layers: layers that may be adapted; None: any.
+      saved: modules_to_save: endings of modules that come whole.
+      feedforward: endings of the modules whose inputs (IA)3 scales.
+      virtual_tokens: num_virtual_tokens; 0 without.
+      lora: what concerns LoRA.
+    """
+
+    method: str
+    base: str
+    modules: tuple[str, ...] | None
+    may_adapt: tuple[str, ...] | None
+    layers: tuple[int, ...] | None
+    saved: tuple[str, ...]
+    feedforward: tuple[str, ...] = ()
+    virtual_tokens: int = 0
+    lora: LoraSettings | None = None
 
     def targets(self, module: str) -> bool:
         """Whether the config promises an adapter on `module`."""
@@ -96,23 +148,63 @@ class LoraSettings:
         right_layer = self.layers is None or (layer and int(layer[1]) in self.layers)
         return bool(right_layer and _named(module, self.may_adapt))
 
+    def saves(self, module: str) -> bool:
+        """Whether `module`, or one that it is in, comes whole."""
+        parts = module.split(".")
+        paths = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        return any(path.endswith(ending) for path in paths for ending in self.saved)
 
-def read_settings(config: Mapping[str, Any]) -> LoraSettings:
+
+def read_settings(config: Mapping[str, Any]) -> Settings:
     """Reads an adapter_config.json.
 
     Raises:
-      CheckpointError: another method than LoRA, an option that cannot be served, or a malformed
-        field; the message names it.
+      CheckpointError: a method or an option that cannot be served, or a malformed field; the message
+        names it.
     """
-    if config.get("peft_type") != "LORA":
-        raise _refuse("peft_type", config.get("peft_type"), "only 'LORA' can be served")
+    method = config.get("peft_type")
+    if method not in _METHODS:
+        known = ", ".join(map(repr, _METHODS))
+        raise _refuse(
+            "peft_type",
+            method,
+            f"only {known} can be served: merge it into the base and convert the result with 'hf'",
+        )
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         raise _refuse("task_type", config["task_type"], "only 'CAUSAL_LM' can be served")
     for field, value in config.items():
         # Off, in every spelling PEFT has for it.
         off = value is None or value is False or value == "none" or value in ([], {}, "")
-        if not off and field not in _HARMLESS:
+        if not off and field not in _METHODS[method]:
             raise _refuse(field, value, _REMEDY.get(field, "this option cannot be served"))
+    if config.get("base_model_name_or_path") is not None:
+        _typed(config, "base_model_name_or_path", str)
+    endings = _endings(config, "target_modules")
+    partial = any(config.get(f) for f in ("layers_pattern", "exclude_modules"))
+    partial = partial or config.get("layers_to_transform") is not None
+    virtual = 0
+    if _METHODS[method] is _PROMPT:
+        virtual = _rank("num_virtual_tokens", config.get("num_virtual_tokens"))
+        if config.get("num_transformer_submodules") not in (None, 1):
+            raise _refuse(
+                "num_transformer_submodules",
+                config["num_transformer_submodules"],
+                "only decoders can be served, which have 1",
+            )
+    return Settings(
+        method=method,
+        base=str(config.get("base_model_name_or_path") or ""),
+        modules=None if partial else endings,
+        may_adapt=endings,
+        layers=_layers(config),
+        saved=_endings(config, "modules_to_save") or (),
+        feedforward=_endings(config, "feedforward_modules") or (),
+        virtual_tokens=virtual,
+        lora=_lora_settings(config) if method == "LORA" else None,
+    )
+
+
+def _lora_settings(config: Mapping[str, Any]) -> LoraSettings:
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(_REWRITES_BASE):
         raise _refuse(
@@ -121,27 +213,40 @@ def read_settings(config: Mapping[str, Any]) -> LoraSettings:
             "it changes the base's weights too: save the adapter again with "
             "path_initial_model_for_weight_conversion",
         )
-    modules = config.get("target_modules")
-    listed = isinstance(modules, list) and all(isinstance(m, str) for m in modules)
-    if not (modules is None or isinstance(modules, str) or listed):
-        raise _refuse("target_modules", modules, "give a list of names of modules")
-    endings = tuple(modules) if listed and modules else None
-    for field, kind in (("use_rslora", bool), ("base_model_name_or_path", str)):
-        if config.get(field) is not None and not isinstance(config[field], kind):
-            raise _refuse(field, config[field], f"give a {kind.__name__}")
-    partial = any(config.get(f) for f in ("layers_pattern", "exclude_modules"))
-    partial = partial or config.get("layers_to_transform") is not None
+    for field in ("use_rslora", "use_dora", "lora_bias"):
+        if config.get(field) is not None:
+            _typed(config, field, bool)
+    bias = config.get("bias") or "none"
+    if bias not in ("none", "all", "lora_only"):
+        raise _refuse("bias", bias, "give 'none', 'all' or 'lora_only'")
+    if config.get("use_dora") and config.get("lora_bias"):
+        raise _refuse("lora_bias", True, "with use_dora no bias can be served: train without one")
     return LoraSettings(
-        base=str(config.get("base_model_name_or_path") or ""),
         rank=_rank("r", config.get("r")),
         alpha=_alpha("lora_alpha", config.get("lora_alpha")),
         rslora=bool(config.get("use_rslora")),
         ranks=_patterns(config, "rank_pattern", _rank),
         alphas=_patterns(config, "alpha_pattern", _alpha),
-        modules=None if partial else endings,
-        may_adapt=endings,
-        layers=_layers(config),
+        dora=bool(config.get("use_dora")),
+        b_bias=bool(config.get("lora_bias")),
+        bias=bias,
     )
+
+
+def _endings(config: Mapping[str, Any], field: str) -> tuple[str, ...] | None:
+    """A list of names of modules; None where it is not given, or a pattern over them."""
+    modules = config.get(field)
+    listed = isinstance(modules, list) and all(isinstance(m, str) for m in modules)
+    if modules is not None and not isinstance(modules, str) and not listed:
+        raise _refuse(field, modules, "give a list of names of modules")
+    if isinstance(modules, str) and field != "target_modules":
+        raise _refuse(field, modules, "patterns cannot be served here: list the modules")
+    return tuple(modules) if listed and modules else None
+
+
+def _typed(config: Mapping[str, Any], field: str, kind: type) -> None:
+    if not isinstance(config[field], kind):
+        raise _refuse(field, config[field], f"give a {kind.__name__}")
 
 
 def _named(module: str, endings: tuple[str, ...]) -> bool:

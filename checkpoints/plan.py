@@ -4,11 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from checkpoints import hf, peft
+from checkpoints import hf
 from checkpoints.errors import CheckpointError
 from checkpoints.peft_config import read_settings
+from checkpoints.peft_plan import component_tensors, plan_adapter
 from checkpoints.progress import Progress
 from checkpoints.source import open_source, read_json
+from jblock.blocks.delta_spec import delta_to_json
 from jblock.blocks.spec import spec_to_json
 from jblock.families import family_for
 from jblock.zoo import ids
@@ -114,21 +116,31 @@ def _adapter(path: Path, zoo: Zoo, name: str, base_name: str, progress: Progress
     source = open_source(path, "adapter_model")
     settings = read_settings(read_json(path / "adapter_config.json"))
     nbytes, rows, steps = {}, [], list(base.steps)
-    planned = {d.index: d for d in peft.plan_deltas(zoo, base, settings, source)}
+    planned = plan_adapter(zoo, base, settings, source)
     with progress.bar(
         f"{name}: reading", sum(t.nbytes for t in source.tensors.values())
     ) as advance:
         for i, step in enumerate(base.steps):
             record = zoo.component(step.component)
-            nbytes[step.component] = record.nbytes
-            rows.append(_row(i, record.spec.kind, step.component, record.nbytes, True))
-            if i in planned:
-                tensors = {t: source.read(n) for t, n in planned[i].tensors.items()}
-                header = {"spec": spec_to_json(planned[i].spec), "component": step.component}
+            component, size, there = step.component, record.nbytes, True
+            if i in planned.replaced:
+                stored = zoo.load_component(component)
+                own = component_tensors(stored, planned.replaced[i], source)
+                if own is not None:
+                    header: dict[str, Any] = {"spec": spec_to_json(record.spec), "refs": {}}
+                    component = ids.content_id(header, own)
+                    size = sum(v.nbytes for v in own.values())
+                    there = _has(zoo, "components", component)
+            nbytes[component] = size
+            steps[i] = dataclasses.replace(step, component=component)
+            rows.append(_row(i, record.spec.kind, component, size, there))
+            for delta in planned.on(i):
+                tensors = {t: taken.read(source) for t, taken in delta.tensors.items()}
+                header = {"spec": delta_to_json(delta.spec), "component": component}
                 id_ = ids.content_id(header, tensors)
                 size = sum(v.nbytes for v in tensors.values())
-                steps[i] = dataclasses.replace(step, deltas=(*step.deltas, id_))
-                rows.append(_row(i, planned[i].spec.kind, id_, size, _has(zoo, "deltas", id_)))
+                steps[i] = dataclasses.replace(steps[i], deltas=(*steps[i].deltas, id_))
+                rows.append(_row(i, delta.spec.kind, id_, size, _has(zoo, "deltas", id_)))
                 advance(size)
     return dataclasses.replace(base, name=name, version=0, steps=tuple(steps)), rows, nbytes
 

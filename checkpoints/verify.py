@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints import hf, peft
+from checkpoints import hf
 from checkpoints.peft_config import read_settings
+from checkpoints.peft_plan import plan_adapter
 from checkpoints.progress import Progress
 from checkpoints.source import Source, open_source, read_json
 from checkpoints.tokenizer import read_tokenizer
@@ -66,20 +67,32 @@ def _adapter(zoo: Zoo, chain: Chain, path: Path, progress: Progress) -> list[str
         return [f"{chain.name} is a whole model, {path} an adapter"]
     base_name, _, version = chain.base.rpartition("@")
     base = zoo.chain(base_name, int(version))
-    planned = {d.index: d for d in peft.plan_deltas(zoo, base, settings, source)}
+    planned = plan_adapter(zoo, base, settings, source)
     differences = [] if config == chain.adapter else ["adapter_config.json differs"]
     total = sum(t.nbytes for t in source.tensors.values())
     with progress.bar(f"{chain.name}: comparing", total) as advance:
         for i, (step, under) in enumerate(zip(chain.steps, base.steps, strict=True)):
-            ids = step.deltas[len(under.deltas) :]
-            if step.component != under.component or len(ids) != (i in planned):
+            ids, wanted = step.deltas[len(under.deltas) :], planned.on(i)
+            replaced = planned.replaced.get(i, {})
+            if len(ids) != len(wanted) or (step.component != under.component and not replaced):
                 differences.append(f"step {i} has other components or deltas")
-            elif ids:
-                if zoo.delta(ids[0]).spec != planned[i].spec:
+                continue
+            if replaced:
+                whole = zoo.load_component(step.component)
+                differences += _compare(source, replaced, whole)
+                advance(sum(whole[name].nbytes for name in replaced))
+            for id_, delta in zip(ids, wanted, strict=True):
+                if zoo.delta(id_).spec != delta.spec:
                     differences.append(f"step {i} has other ranks or scales")
                     continue
-                stored = zoo.load_delta(ids[0])
-                differences += _compare(source, planned[i].tensors, stored)
+                stored = zoo.load_delta(id_)
+                for name, taken in delta.tensors.items():
+                    value = taken.read(source)
+                    if (value.dtype, value.tobytes()) != (
+                        stored[name].dtype,
+                        stored[name].tobytes(),
+                    ):
+                        differences.append(f"tensor {taken.name!r} differs")
                 advance(sum(value.nbytes for value in stored.values()))
     return differences
 

@@ -9,6 +9,7 @@ from jblock.blocks.linear import Linear
 from jblock.blocks.norm import Norm
 from jblock.blocks.rope import inverse_frequencies, rotate
 from jblock.blocks.rows import Rows
+from jblock.blocks.slots import Slots
 from jblock.blocks.spec import AttentionSpec
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -27,8 +28,9 @@ class Attention(nnx.Module):
         """Builds the block over tensors as `layout.compute_shapes` names them, laid as in Linear."""
 
         def norm(name: str, there: bool) -> Norm | None:
-            return Norm(spec.norm, params, f"{name}.", spec.norm_eps) if there else None
+            return Norm(spec.norm, params, f"{name}.", spec.norm_eps, slots) if there else None
 
+        slots = self.slots = Slots(deltas)
         self.spec = spec
         self.norm = norm("norm", spec.pre_norm)
         self.q = Linear(params, deltas, "q")
@@ -42,15 +44,15 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, rows: Rows, attend: Attend) -> jax.Array:
         """[T, hidden_size] float32 -> the same; `attend` owns the KV cache."""
         spec = self.spec
-        normed = x if self.norm is None else self.norm(x)
+        normed = x if self.norm is None else self.norm(x, rows)
 
         def heads(projection: Linear, norm: Norm | None) -> jax.Array:
             y = projection(normed, rows)
             if norm is not None and spec.qk_norm_joint:
-                y = norm(y)
+                y = norm(y, rows)
             # As many heads as the device has.
             y = y.reshape(rows.num_seqs, rows.q_len, -1, spec.head_dim)
-            return y if norm is None or spec.qk_norm_joint else norm(y)
+            return y if norm is None or spec.qk_norm_joint else norm(y, rows)
 
         q, k = heads(self.q, self.q_norm), heads(self.k, self.k_norm)
         v = heads(self.v, None)
@@ -59,6 +61,12 @@ class Attention(nnx.Module):
             scale = spec.rope.attention_factor
             q = rotate(q, rows.positions, inv_freq, scale)
             k = rotate(k, rows.positions, inv_freq, scale)
+        k, v = self._with_prefix("k", k, rows), self._with_prefix("v", v, rows)
         out = attend(q, k, v)
         out = self.o(out.reshape(x.shape[0], -1), rows)
-        return x + (out if self.post_norm is None else self.post_norm(out))
+        return x + (out if self.post_norm is None else self.post_norm(out, rows))
+
+    def _with_prefix(self, part: str, x: jax.Array, rows: Rows) -> jax.Array:
+        """Keys or values [S, Q, heads, d], with the tuned ones in the places of virtual tokens."""
+        flat = x.reshape(*x.shape[:2], -1)
+        return self.slots.virtual(f"prefix.{part}", flat, rows).reshape(x.shape)

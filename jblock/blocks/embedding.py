@@ -1,6 +1,7 @@
 """Tokens to hidden rows, and hidden rows to logits."""
 
-from collections.abc import Mapping
+import types
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ from flax import nnx
 from jblock.blocks.linear import matmul
 from jblock.blocks.norm import Norm
 from jblock.blocks.platform import Platform
+from jblock.blocks.rows import Rows
+from jblock.blocks.slots import Slots
 from jblock.blocks.spec import EmbeddingSpec, NormSpec, UnembeddingSpec
 
 
@@ -25,20 +28,27 @@ class Embedding(nnx.Module):
         params: Mapping[str, jax.Array],
         dtype: str,
         mesh_axes: tuple[str, ...] = (),
+        deltas: Mapping[str, jax.Array] = types.MappingProxyType({}),
     ):
-        """Builds the block over tensors named as in EmbeddingSpec.
+        """Builds the block over tensors named as in EmbeddingSpec, and its slot tables.
 
         `dtype` is that of the matmul weights: the scale is rounded to it, as Hugging Face does.
         """
         self.weight, self.mesh_axes = nnx.Param(params["weight"]), mesh_axes
+        self.slots = Slots(deltas)
         self.positions = nnx.Param(params["positions.weight"]) if spec.num_positions else None
         self.scale = float(np.asarray(spec.scale, jnp.dtype(dtype)))
 
-    def __call__(self, token_ids: jax.Array, positions: jax.Array) -> jax.Array:
-        """int32 [T], int32 [T] -> float32 [T, hidden_size]."""
-        x = self._look_up(token_ids)
+    def __call__(
+        self, token_ids: jax.Array, positions: jax.Array, rows: Rows | None = None
+    ) -> jax.Array:
+        """int32 [T], int32 [T] -> float32 [T, hidden_size]; rows may be left out without slot tables."""
+        x = self.slots.add_lookup("weight", self._look_up(token_ids), token_ids, rows)
+        x = self.slots.scaled("weight.scale", x, rows)
         if self.scale != 1.0:
             x = x * self.scale
+        if rows is not None:
+            x = rows.flat(self.slots.virtual("prompt", rows.by_sequence(x), rows))
         if self.positions is not None:
             # Only padding lies past the table's end, and what it holds is dropped.
             x = x + self.positions[...].at[positions].get(mode="clip")
@@ -70,17 +80,25 @@ class Head(nnx.Module):
         *,
         tied: bool,
         mesh_axes: tuple[str, ...] = (),
+        deltas: Sequence[Mapping[str, jax.Array]] = ({}, {}),
     ):
+        """Builds the head over the tensors of both components, and their slot tables."""
         norm, unembedding = specs
-        self.norm = Norm(norm.norm, params[0], "", norm.eps)
+        self.norm = Norm(norm.norm, params[0], "", norm.eps, Slots(deltas[0]))
+        self.slots = Slots(deltas[1])
         self.weight = nnx.Param(params[1]["weight"])
         self.softcap, self.platform = unembedding.softcap, platform
         self.transposed = tied or platform.out_in
         self.vocab_size, self.mesh_axes = unembedding.vocab_size, mesh_axes
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[T, hidden_size] -> [T, vocab_size]."""
-        logits = matmul(self.norm(x), self.weight[...], self.platform, transposed=self.transposed)
+    def __call__(self, x: jax.Array, rows: Rows | None = None) -> jax.Array:
+        """[T, hidden_size] -> [T, vocab_size]; rows may be left out without slot tables."""
+        x = self.norm(x, rows)
+        logits = matmul(x, self.weight[...], self.platform, transposed=self.transposed)
+        logits = self.slots.add_lora("weight", logits, x, rows)
+        logits = self.slots.scaled("weight.scale", logits, rows)
+        bias = self.slots.own("weight.bias", None, rows)
+        logits = logits if bias is None else logits + bias
         if self.mesh_axes:
             logits = jax.lax.all_gather(logits, self.mesh_axes, axis=1, tiled=True)
             logits = logits[:, : self.vocab_size]

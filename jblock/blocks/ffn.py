@@ -8,6 +8,7 @@ from flax import nnx
 from jblock.blocks.linear import Linear
 from jblock.blocks.norm import Norm
 from jblock.blocks.rows import Rows
+from jblock.blocks.slots import Slots
 from jblock.blocks.spec import FfnSpec
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -29,8 +30,9 @@ class Ffn(nnx.Module):
         """Builds the block over tensors as `layout.compute_shapes` names them, laid as in Linear."""
 
         def norm(name: str, there: bool) -> Norm | None:
-            return Norm(spec.norm, params, f"{name}.", spec.norm_eps) if there else None
+            return Norm(spec.norm, params, f"{name}.", spec.norm_eps, slots) if there else None
 
+        slots = Slots(deltas)
         self.spec = spec
         self.norm = norm("norm", spec.pre_norm)
         self.gate = Linear(params, deltas, "gate") if spec.gated else None
@@ -47,9 +49,9 @@ class Ffn(nnx.Module):
           source: what the layer reads, where that is not x (a parallel residual).
         """
         source = x if source is None else source
-        normed = source if self.norm is None else self.norm(source)
+        normed = source if self.norm is None else self.norm(source, rows)
         activation = ACTIVATIONS[self.spec.activation]
         up = self.up(normed, rows)
         inner = activation(up) if self.gate is None else activation(self.gate(normed, rows)) * up
         out = self.down(inner, rows)
-        return x + (out if self.post_norm is None else self.post_norm(out))
+        return x + (out if self.post_norm is None else self.post_norm(out, rows))

@@ -15,7 +15,10 @@ from jblock.blocks.spec import (
     LAYER_KINDS,
     AttentionSpec,
     ComponentSpec,
+    EmbeddingSpec,
     FfnSpec,
+    UnembeddingSpec,
+    projection_shape,
     stored_dtype,
     unquantised,
 )
@@ -43,6 +46,18 @@ def parts(spec: ComponentSpec, projection: str) -> dict[str, Rows]:
 def is_projection(spec: ComponentSpec, name: str) -> bool:
     """Whether a tensor of the component is the matrix of a projection."""
     return spec.kind in LAYER_KINDS and len(spec.tensors()[name]) == 2
+
+
+def computed_widths(spec: ComponentSpec) -> dict[str, tuple[int, int]]:
+    """Projections a block computes with, fused ones apart -> (out, in); "weight" where the whole
+    component is one."""
+    if isinstance(spec, (EmbeddingSpec, UnembeddingSpec)):
+        return {"weight": projection_shape(spec, "weight")}
+    return {
+        name.removesuffix(".weight"): (shape[0], shape[1])
+        for name, shape in compute_shapes(unquantised(spec)).items()
+        if spec.kind in LAYER_KINDS and len(shape) == 2
+    }
 
 
 def compute_shapes(spec: ComponentSpec) -> dict[str, tuple[int, ...]]:
@@ -90,12 +105,6 @@ def to_compute(spec: ComponentSpec, tensors: Mapping[str, np.ndarray]) -> dict[s
         else:
             out[name] = value
     return out
-
-
-def projection(spec: ComponentSpec, name: str) -> tuple[int, int]:
-    """(out, in) of a projection as it is computed."""
-    out, inner = compute_shapes(unquantised(spec))[f"{name}.weight"]
-    return out, inner
 
 
 def _consecutive(widths: Mapping[str, int]) -> dict[str, Rows]:

@@ -1,4 +1,4 @@
-"""Projections, with an optional low-rank delta per sequence."""
+"""Projections, with what each row's own delta makes of them."""
 
 from collections.abc import Mapping
 
@@ -9,10 +9,10 @@ from flax import nnx
 from jblock.blocks.platform import Platform
 from jblock.blocks.quant_spec import CODES, ORDER, SCALES, ZEROS
 from jblock.blocks.rows import Rows
+from jblock.blocks.slots import Slots
 from jblock.pallas_kernels.backends import backend_of
 from jblock.pallas_kernels.quantised_matmul.api import quantised_matmul
 
-PIECE_RANK = 8
 _BF16_ROWS = 8
 
 
@@ -96,19 +96,13 @@ class Quantised(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """`y = x @ weight + bias`, and `+ b @ (a @ x)` of the row's own adapter where there are LoRA tables.
-
-    Adapters lie in pieces of PIECE_RANK ranks, so that adapters of different ranks share a table and a
-    batch reads what its own adapters hold: the k-th piece of every sequence is added in turn k, for as
-    many turns as the longest adapter present has pieces.
+    """`y = x @ weight + bias`, with what slot tables make of it for each row (blocks/slots.py):
+    `scale * (x' @ weight + b @ (a @ x')) + bias` with `x' = in_scale * x`.
 
     Attributes:
       weight: [out, in] or [in, out], as `Platform.out_in` of what it is compiled for says;
         or a Quantised one.
       bias: [out] or None.
-      lora_a: [pieces, PIECE_RANK, in] or None; piece 0 is all zeros.
-      lora_b: [pieces, PIECE_RANK, out] or None; the scale is folded in.
-      pieces: int32 [slots, turns], the pieces of each adapter slot, 0 where it has no more.
     """
 
     def __init__(
@@ -119,8 +113,7 @@ class Linear(nnx.Module):
         *,
         partial: bool = False,
     ):
-        """Takes `name`.weight, or what stands for it, and .bias from params, `name`.a, .b and "pieces"
-        from deltas.
+        """Takes `name`.weight, or what stands for it, and .bias from params.
 
         Args:
           params: tensors of the component.
@@ -129,39 +122,23 @@ class Linear(nnx.Module):
           partial: its input is what a split block computes, so that each device of the mesh has a
             part of the sum.
         """
-        self.partial = partial
+        self.name, self.partial = name, partial
         quantised = f"{name}.{CODES}" in params
         self.weight = Quantised(params, name) if quantised else nnx.Param(params[f"{name}.weight"])
         self.bias = nnx.Param(params[f"{name}.bias"]) if f"{name}.bias" in params else None
-        adapted = f"{name}.a" in deltas
-        self.lora_a = nnx.Param(deltas[f"{name}.a"]) if adapted else None
-        self.lora_b = nnx.Param(deltas[f"{name}.b"]) if adapted else None
-        self.pieces = nnx.Param(deltas["pieces"]) if adapted else None
+        self.slots = Slots(deltas)
 
     def __call__(self, x: jax.Array, rows: Rows) -> jax.Array:
         """[T, in] -> [T, out], float32."""
+        name, slots = self.name, self.slots
+        x = slots.scaled(f"{name}.in_scale", x, rows)
         if isinstance(self.weight, Quantised):
             y = self.weight(x, rows.platform)
         else:
             y = matmul(x, self.weight[...], rows.platform)
-        y = self._add_lora(y, x, rows)
+        y = slots.add_lora(name, y, x, rows)
         if self.partial and rows.mesh_axes:
             y = jax.lax.psum(y, rows.mesh_axes)
-        return y if self.bias is None else y + self.bias[...]
-
-    def _add_lora(self, y: jax.Array, x: jax.Array, rows: Rows) -> jax.Array:
-        if self.lora_a is None or self.lora_b is None or self.pieces is None:
-            return y
-        a, b, pieces = self.lora_a[...], self.lora_b[...], self.pieces[...][rows.slots]
-        xs = rows.by_sequence(x)
-
-        def add(turn: jax.Array, ys: jax.Array) -> jax.Array:
-            piece = jax.lax.dynamic_index_in_dim(pieces, turn, axis=1, keepdims=False)
-            inner = jnp.einsum("sqi,sri->sqr", xs, a[piece])
-            if rows.q_len == 1:
-                # One row a sequence: a fused sum beats a batch of tiny matmuls.
-                return ys + jnp.sum(inner[:, 0, :, None] * b[piece], axis=1)[:, None, :]
-            return ys + jnp.einsum("sqr,sro->sqo", inner, b[piece])
-
-        turns = jnp.max(jnp.sum(pieces > 0, axis=1))
-        return rows.flat(jax.lax.fori_loop(0, turns, add, rows.by_sequence(y)))
+        y = slots.scaled(f"{name}.scale", y, rows)
+        bias = slots.own(f"{name}.bias", None if self.bias is None else self.bias[...], rows)
+        return y if bias is None else y + bias

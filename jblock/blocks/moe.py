@@ -17,6 +17,7 @@ from jblock.blocks.ffn import ACTIVATIONS
 from jblock.blocks.linear import Linear
 from jblock.blocks.norm import Norm
 from jblock.blocks.rows import Rows
+from jblock.blocks.slots import Slots
 from jblock.blocks.spec import ExpertSpec, RouterSpec
 
 Tensors = Mapping[str, jax.Array]
@@ -64,7 +65,7 @@ class Mixture(nnx.Module):
         if len(experts) != spec.followers:
             raise ValueError(f"a router of {spec.followers} experts is followed by {len(experts)}")
         self.spec = spec
-        self.norm = Norm("rms", params, "norm.", spec.norm_eps)
+        self.norm = Norm("rms", params, "norm.", spec.norm_eps, Slots(deltas))
         self.router = Linear(params, deltas, "router")
         self.shared_gate = Linear(params, deltas, "shared_gate") if spec.shared else None
         self.experts = nnx.List([Expert(*e) for e in experts])
@@ -72,7 +73,7 @@ class Mixture(nnx.Module):
     def __call__(self, x: jax.Array, rows: Rows) -> jax.Array:
         """[T, hidden_size] float32 -> the same."""
         spec, num_rows = self.spec, x.shape[0]
-        normed = self.norm(x)
+        normed = self.norm(x, rows)
         weights, chosen = jax.lax.top_k(jax.nn.softmax(self.router(normed, rows)), spec.top_k)
         if spec.normalise:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)

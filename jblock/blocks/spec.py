@@ -389,11 +389,16 @@ _KINDS: dict[str, Any] = {
 
 
 def projection_shape(spec: ComponentSpec, name: str) -> tuple[int, int]:
-    """(out, in) of a layer's projection, however it is stored.
+    """(out, in) of a projection, however it is stored: of a layer by its name, of an embedding, which
+    takes a token to its row, or an unembedding by "weight".
 
     Raises:
       SpecError: the component has no projection of that name.
     """
+    if name == "weight" and isinstance(spec, EmbeddingSpec):
+        return spec.hidden_size, spec.vocab_size
+    if name == "weight" and isinstance(spec, UnembeddingSpec):
+        return spec.vocab_size, spec.hidden_size
     shape = unquantised(spec).tensors().get(f"{name}.weight", ())
     if spec.kind not in LAYER_KINDS or len(shape) != 2:
         raise SpecError(f"{name!r} is not a projection of a {spec.kind} component")
@@ -442,69 +447,24 @@ def _check_activation(activation: str) -> None:
         raise SpecError(f"activation {activation!r} is not known; known: {', '.join(ACTIVATIONS)}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraTarget:
-    """LoRA on one projection: `y += scale * b @ (a @ x)`.
-
-    Attributes:
-      rank: inner width.
-      scale: alpha / rank (or alpha / sqrt(rank) for rsLoRA), already worked out.
-    """
-
-    rank: int
-    scale: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraSpec:
-    """Low-rank delta (arXiv 2106.09685) on some projections of one component.
-
-    Tensors, for every projection `p` in targets: `p.a [rank, in]` and `p.b [out, rank]`.
-
-    Attributes:
-      targets: projection name as in the component's tensors ("q", "gate_up", ...) -> its rank and scale.
-    """
-
-    kind: ClassVar[str] = "lora"
-    targets: dict[str, LoraTarget]
-
-    def tensors(self, base: ComponentSpec) -> dict[str, tuple[int, ...]]:
-        """Name -> shape, for a delta on a component with spec `base`.
-
-        Raises:
-          SpecError: base has no projection of a target's name.
-        """
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, target in sorted(self.targets.items()):
-            out, inner = projection_shape(base, name)
-            shapes[f"{name}.a"] = (target.rank, inner)
-            shapes[f"{name}.b"] = (out, target.rank)
-        return shapes
-
-
-DeltaSpec = LoraSpec
-
-
-def spec_to_json(spec: ComponentSpec | DeltaSpec) -> dict[str, Any]:
+def spec_to_json(spec: ComponentSpec) -> dict[str, Any]:
     """Plain JSON of a spec. Fields at their default are left out, so that a field added later does
     not change the hash of what was stored before it existed."""
-    if isinstance(spec, LoraSpec):
-        targets = {n: dataclasses.asdict(t) for n, t in sorted(spec.targets.items())}
-        return {"kind": spec.kind, "targets": targets}
-    return {"kind": spec.kind, **_fields_to_json(spec)}
+    return {"kind": spec.kind, **fields_to_json(spec)}
 
 
-def _fields_to_json(value: Any) -> dict[str, Any]:
+def fields_to_json(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are not at their default, nested ones too."""
     out: dict[str, Any] = {}
     for field in dataclasses.fields(value):
         item = getattr(value, field.name)
         if field.default is not dataclasses.MISSING and item == field.default:
             continue
-        out[field.name] = _fields_to_json(item) if dataclasses.is_dataclass(item) else item
+        out[field.name] = fields_to_json(item) if dataclasses.is_dataclass(item) else item
     return out
 
 
-def spec_from_json(data: dict[str, Any]) -> ComponentSpec | DeltaSpec:
+def spec_from_json(data: dict[str, Any]) -> ComponentSpec:
     """Inverse of `spec_to_json`.
 
     Raises:
@@ -513,12 +473,8 @@ def spec_from_json(data: dict[str, Any]) -> ComponentSpec | DeltaSpec:
     fields = dict(data)
     kind = fields.pop("kind", None)
     try:
-        if kind == LoraSpec.kind:
-            return LoraSpec(targets={n: LoraTarget(**t) for n, t in fields["targets"].items()})
         if kind not in _KINDS:
-            raise SpecError(
-                f"component kind {kind!r} is not known; known: {', '.join(_KINDS)}, lora"
-            )
+            raise SpecError(f"component kind {kind!r} is not known; known: {', '.join(_KINDS)}")
         if fields.get("rope") is not None:
             rope = dict(fields["rope"])
             if "factors" in rope:

@@ -8,12 +8,13 @@ from typing import Any
 
 from jblock.blocks.spec import AttentionSpec, ComponentSpec, EmbeddingSpec, StitchSpec
 from jblock.engine import params as parameters
+from jblock.engine import slot_content
 from jblock.engine.batching import Underway
 from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.policy import NO_LIMIT
 from jblock.engine.resident import Adapter, Resident, Weights, WeightSet
 from jblock.engine.sequence import Item
-from jblock.engine.signature import LoraForm, Signature
+from jblock.engine.signature import Signature, TableForm
 from jblock.engine.tables import Tables
 from jblock.parallel.placement import Placement
 from jblock.zoo.partition import Block, blocks
@@ -54,7 +55,7 @@ class Unit:
     Attributes:
       signature: decides the program.
       weights: of each component.
-      tables: one dict of LoRA slot tables a component, kept up to date; empty where it has none.
+      tables: one dict of slot tables a component, kept up to date; empty where it has none.
       group: KV group its attention belongs to; None without attention.
       kv_layer: index of its attention in the group's pools.
       position: of a stitch, the row of its position tables.
@@ -112,7 +113,7 @@ class Part:
 
     component: str
     spec: ComponentSpec
-    form: LoraForm | None
+    form: TableForm | None
     tables: Tables | None
 
 
@@ -141,6 +142,7 @@ class Route:
       weights: of its components, whether they are on the device or not.
       shared_blocks: how many of its blocks another route uses too.
       adapter: its deltas; None without.
+      virtual_tokens: how many its sequences begin with (prompt or prefix tuning).
     """
 
     chain: Chain
@@ -151,10 +153,11 @@ class Route:
     weights: WeightSet
     shared_blocks: int = 0
     adapter: Adapter | None = None
+    virtual_tokens: int = 0
 
     @property
     def lacks_targets(self) -> bool:
-        """Its adapter adapts projections that there are no tables for."""
+        """Its deltas want tables that are not there."""
         targets = (self.adapter.targets if self.adapter else None) or {}
         return any(
             not targets.get(p.component, frozenset()) <= set(p.form.targets if p.form else ())
@@ -170,7 +173,7 @@ class Assembly:
       zoo: where they come from.
       routes: by chain name.
       instances: in sweep order.
-      targets: projections that have tables, by spec.
+      targets: what has tables, by spec.
       pinned: names of the routes that stay on the device.
       known: what the next assembly takes over instead of making it again, by what decides it.
     """
@@ -209,7 +212,7 @@ def assemble(
       config: of the agent.
       previous: what is served now. Blocks that stay as they were stay the same instances, and it goes on
         working until nobody holds it.
-      targets: projections to make tables for, beside those that are known to be adapted.
+      targets: what to make tables for, beside what is known to be adapted.
       placement: the devices it is for; None: those of this process.
 
     Raises:
@@ -252,6 +255,7 @@ class _Wirer:
         self._previous = previous
         self._before = previous.known if previous else {}
         self._adapted: dict[str, set[str]] = {}
+        self._virtual: dict[str, int] = {}  # virtual tokens by chain
 
     def _keep(self, key: Any, make) -> Any:
         if key not in self.known:
@@ -278,19 +282,22 @@ class _Wirer:
                     deltas.setdefault(self._record(step.component).spec, step.deltas)
             for spec, ids in deltas.items():
                 adapted.add(spec)
-                found[spec] |= self._keep(
+                wanted, virtual = self._keep(
                     ("targets", spec, ids), lambda spec=spec, ids=ids: self._targets(spec, ids)
                 )
+                found[spec] |= wanted
+                self._virtual[chain.name] = max(virtual, self._virtual.get(chain.name, 0))
         for spec in adapted:
             every = found[spec] | before.get(spec, frozenset()) | more.get(spec, frozenset())
             self.targets[spec] = frozenset(every)
 
-    def _targets(self, spec: ComponentSpec, ids: Iterable[str]) -> frozenset[str]:
+    def _targets(self, spec: ComponentSpec, ids: Iterable[str]) -> tuple[frozenset[str], int]:
+        """What needs tables for some deltas, and their virtual tokens."""
         try:
             deltas = [self.zoo.delta(id_).spec for id_ in ids]
-            return frozenset(t for d in deltas for t in parameters.computed_targets(spec, d))
+            return slot_content.targets(spec, deltas), slot_content.virtual_tokens(deltas)
         except ValueError:
-            return frozenset()  # who asks for the chain will hear of it
+            return frozenset(), 0  # who asks for the chain will hear of it
 
     def routes(self, world: str, chains: Mapping[str, Chain]) -> dict[str, Route]:
         """Routes of chains that share what they can."""
@@ -318,7 +325,12 @@ class _Wirer:
         for name, chain in chains.items():
             wiring = wirings[of[name]]
             fields = {f.name: getattr(wiring, f.name) for f in dataclasses.fields(wiring)}
-            routes[name] = Route(chain=chain, adapter=self._adapter(world, chain), **fields)
+            routes[name] = Route(
+                chain=chain,
+                adapter=self._adapter(world, chain),
+                virtual_tokens=self._virtual.get(name, 0),
+                **fields,
+            )
         return routes
 
     def _wiring(self, world: str, ids: tuple[str, ...], keys: list, users: Mapping) -> Wiring:
@@ -348,17 +360,17 @@ class _Wirer:
         forms = tuple(self._form(world, component) for component in block.components)
         return ("block", world, block, placement, forms, positions)
 
-    def _form(self, world: str, component: str) -> LoraForm | None:
+    def _form(self, world: str, component: str) -> TableForm | None:
         users = self._adapted.get(component, ())
         if not users or (world and world not in users):
             return None
-        return LoraForm(
+        return TableForm(
             targets=tuple(sorted(self.targets[self._record(component).spec])),
             slots=self.config.adapter_slots + 1,
             pieces=self.config.adapter_pieces + 1,
         )
 
-    def _tables(self, world: str, component: str, form: LoraForm) -> Tables:
+    def _tables(self, world: str, component: str, form: TableForm) -> Tables:
         spec = self._record(component).spec
         return self._keep(("tables", world, component), lambda: Tables(spec, form, self.placement))
 
@@ -444,8 +456,8 @@ class _Wirer:
         units: list[Unit] = []
         specs = [self._record(component).spec for component in block.components]
         for run in _unit_runs(specs):
-            ids, lora = [block.components[i] for i in run], [forms[i] for i in run]
-            units.append(self._unit(world, ids, lora, kv, stitches))
+            ids = [block.components[i] for i in run]
+            units.append(self._unit(world, ids, [forms[i] for i in run], kv, stitches))
         name = f"{units[0].signature.kind}_{block.first}_{block.components[0][:8]}"
         return Instance(name=name, depth=block.first, units=tuple(units), segments=_segments(units))
 
@@ -453,14 +465,14 @@ class _Wirer:
         self,
         world: str,
         ids: list[str],
-        forms: list[LoraForm | None],
+        forms: list[TableForm | None],
         kv: Iterator[tuple[KvGroup, int]],
         positions: Iterator[int],
     ) -> Unit:
         weights = tuple(self._weights(world, component) for component in ids)
         signature = Signature(
             specs=tuple(self._record(component).spec for component in ids),
-            lora=tuple(forms),
+            forms=tuple(forms),
             dtype=self.config.dtype,
             tied=isinstance(weights[-1], Tied),
             sharding=self.placement.rules,

@@ -146,7 +146,7 @@ def target_array(batch: Batch) -> np.ndarray:
     """int32 [S, Q]: the prompt token that follows each row; 0 where none does."""
     targets = np.zeros((batch.bucket.num_seqs, batch.bucket.q_len), np.int32)
     for i, item in enumerate(batch.items):
-        prompt = item.sequence.request.token_ids
+        prompt = item.sequence.known[: item.sequence.prompt_len]
         following = prompt[item.start + 1 : item.start + 1 + item.q_len]
         targets[i, : len(following)] = following
     return targets

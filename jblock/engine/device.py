@@ -25,8 +25,9 @@ from jblock.engine.executables import (
     ProgramKey,
     vocab_size,
 )
-from jblock.engine.signature import LoraForm, Signature
+from jblock.engine.signature import Signature, TableForm
 from jblock.engine.swap import Rates
+from jblock.engine.table_layout import piece_widths, vector_widths
 from jblock.engine.tables import WRITE_SIZES
 from jblock.pallas_kernels.paged_attention.api import backend_of
 from jblock.parallel.placement import Placement
@@ -145,13 +146,14 @@ class Device:
         return sum(self.config.max_pages * s.page_bytes for s in self.pool_shapes.values())
 
     def max_model_len(self, route: Route) -> int:
-        """Most tokens of a sequence on this route: the model's limit, the configured one, or what the
-        KV pools hold."""
+        """Most tokens of a sequence on this route, virtual ones not counted: the model's limit, the
+        configured one, or what the KV pools hold."""
         held = (self.pool_shapes[g].num_pages - 1 for g in route.groups)
         pages = min(held, default=self.config.max_pages)
-        return min(
+        most = min(
             self.config.max_model_len, route.chain.max_position, pages * self.config.page_size
         )
+        return most - route.virtual_tokens
 
     def limit_remedy(self, limit: int) -> str:
         """What helps against a prompt longer than a route's limit."""
@@ -210,10 +212,12 @@ class Device:
                 yield ProgramKey(kind="gather_pages", pool=shape)
                 yield ProgramKey(kind="scatter_pages", pool=shape)
         for signature in {u.signature for u in units}:
-            for spec, form in zip(signature.specs, signature.lora, strict=True):
-                if form is not None:
+            for spec, form in zip(signature.specs, signature.forms, strict=True):
+                if form is not None and piece_widths(spec, form):
                     for count in WRITE_SIZES:
-                        yield _writing_key(spec, form, count)
+                        yield _writing_key("write_pieces", spec, form, count)
+                if form is not None and vector_widths(spec, form):
+                    yield _writing_key("write_vectors", spec, form, 1)
 
     def segment_keys(self, assembly: Assembly) -> Iterator[ProgramKey]:
         """Programs that run several layers in one call: a tier that saves time but that nothing waits
@@ -273,9 +277,13 @@ class Device:
         """Blocks until all that was enqueued is done."""
         jax.block_until_ready((self._registers, self._pools, self._last_tokens))
 
-    def adapter_update(self, spec: ComponentSpec, form: LoraForm, count: int) -> Any:
-        """The program that writes so many pieces of an adapter into a component's tables."""
-        return self.executables.get(_writing_key(spec, form, count))
+    def piece_update(self, spec: ComponentSpec, form: TableForm, count: int) -> Any:
+        """The program that writes so many pieces into a component's tables."""
+        return self.executables.get(_writing_key("write_pieces", spec, form, count))
+
+    def vector_update(self, spec: ComponentSpec, form: TableForm) -> Any:
+        """The program that writes a slot's vectors into a component's tables."""
+        return self.executables.get(_writing_key("write_vectors", spec, form, 1))
 
     def time_unit(self, unit: Unit, bucket: Bucket) -> float:
         """Seconds of one call on rows that do not exist and the null page; nothing else changes. A
@@ -293,9 +301,9 @@ class Device:
         if unit.signature.kind in ("layer", "stitch"):
             self._run_segment((unit,), program, index, batch)
         elif unit.signature.kind == "embedding":
-            self._registers[width] = program(unit.params, registers, self._last_tokens, index)
+            self._embed(unit, program, index)
         else:
-            logits, meta = program(unit.params, registers, index)
+            logits, meta = program(unit.params, unit.tables, registers, index)
             sampler = self._logits_program("greedy", logits)
             self._last_tokens, _ = sampler(logits, logits, self._last_tokens, meta)
         jax.block_until_ready((self._registers[width], self._last_tokens))
@@ -315,17 +323,16 @@ class Device:
                     self._run_segment(segment, program, index, batch)
                 return None
             ((unit,), program) = calls[0]
-            width = unit.signature.hidden_size
-            registers = self._registers[width]
             if kind == "embedding":
-                self._registers[width] = program(unit.params, registers, self._last_tokens, index)
+                self._embed(unit, program, index)
                 return None
-            logits, meta = program(unit.params, registers, index)
+            registers = self._registers[unit.signature.hidden_size]
+            logits, meta = program(unit.params, unit.tables, registers, index)
             sampled = self._sample(logits, meta, batch)
             if any(item.scores for item in batch.items):
                 program = self.executables.get(_scoring_key(unit, batch.bucket))
                 targets = self._put(batching.target_array(batch))
-                scores = program(unit.params, registers, index, targets)
+                scores = program(unit.params, unit.tables, registers, index, targets)
                 sampled = dataclasses.replace(sampled, scores=scores)
             return sampled
 
@@ -346,6 +353,12 @@ class Device:
                 calls.extend((u, self.executables.get(self._key(u, bucket))) for u in singles)
         instance.calls_by_bucket[bucket] = (version, calls)
         return calls
+
+    def _embed(self, unit: Unit, program, index: jax.Array) -> None:
+        width = unit.signature.hidden_size
+        self._registers[width] = program(
+            unit.params, unit.tables, self._registers[width], self._last_tokens, index
+        )
 
     def _run_segment(self, segment: Sequence[Unit], program, index, batch: Batch) -> None:
         if segment[0].signature.kind == "stitch":
@@ -449,9 +462,9 @@ def _scoring_key(unit: Unit, bucket: Bucket) -> ProgramKey:
     return ProgramKey(kind="prompt_logprobs", bucket=bucket, signatures=(unit.signature,))
 
 
-def _writing_key(spec: ComponentSpec, form: LoraForm, count: int) -> ProgramKey:
-    signature = Signature(specs=(spec,), lora=(form,), dtype="float32")
-    return ProgramKey(kind="write_adapter", bucket=Bucket(count, 1), signatures=(signature,))
+def _writing_key(kind: str, spec: ComponentSpec, form: TableForm, count: int) -> ProgramKey:
+    signature = Signature(specs=(spec,), forms=(form,), dtype="float32")
+    return ProgramKey(kind=kind, bucket=Bucket(count, 1), signatures=(signature,))
 
 
 def _pool_shape(

@@ -13,13 +13,15 @@ from jblock.blocks.spec import UnembeddingSpec
 from jblock.engine import adjust, logprobs, programs, sampling
 from jblock.engine.config import Bucket
 from jblock.engine.executable_cache import ExecutableCache
-from jblock.engine.params import abstract_params, abstract_tables, table_structs
+from jblock.engine.params import abstract_params
 from jblock.engine.signature import Signature
+from jblock.engine.table_layout import abstract_tables, piece_widths, table_structs, vector_widths
 from jblock.engine.tables import update_program
 from jblock.pallas_kernels.paged_attention.api import abstract_pages, backend_of
 from jblock.parallel.placement import SINGLE, Placement
 
 SCRUB_PAGES = 16
+WRITING = ("write_pieces", "write_vectors")
 # Copied in one call: few, because a call moves them all even where fewer are wanted.
 SWAP_PAGES = 4
 _ANY = Bucket(1, 1)
@@ -97,8 +99,8 @@ class ProgramKey:
     Attributes:
       kind: "embedding", "layer" (one, or a segment of them), "stitch", "head", "prompt_logprobs", "adjust",
         "greedy", "sampled", "top_logprobs", "set_counts", "scrub", "gather_pages",
-        "scatter_pages" or "write_adapter".
-      bucket: grid of the batch; what works on logits ignores its q_len, and carries 1; of write_adapter
+        "scatter_pages", "write_pieces" or "write_vectors".
+      bucket: grid of the batch; what works on logits ignores its q_len, and carries 1; of write_pieces
         the number of pieces is in num_seqs.
       signatures: of an embedding, a head or prompt_logprobs, of the layers of a segment in order, or of
         one component with slot tables.
@@ -120,7 +122,7 @@ class ProgramKey:
             what = f"{len(self.signatures)}x{what}"
         if self.kind == "prompt_logprobs":
             what = f"{self.kind}_{what}"
-        if self.kind == "write_adapter":
+        if self.kind in WRITING:
             what = self.kind
         return f"{what}_{self.bucket}"
 
@@ -236,7 +238,7 @@ class Executables:
         results are split over devices: all of them by rows, and KV pools by heads too."""
         geometry, bucket, struct = self.geometry, key.bucket, self.placement.struct
         by_rows, groups = self.placement.spec("rows"), self.placement.rules.ways("rows")
-        if key.kind != "write_adapter" and bucket.num_seqs % groups:
+        if key.kind not in WRITING and bucket.num_seqs % groups:
             raise ValueError(f"bucket {bucket} does not divide into {groups} dp groups")
         s, slots = bucket.num_seqs, geometry.max_num_seqs * groups
         bucket = Bucket(s // groups, bucket.q_len)
@@ -268,21 +270,26 @@ class Executables:
         if not key.signatures:
             raise ValueError(f"program kind {key.kind!r} needs a signature")
         signature, platform = key.signatures[0], self.placement.platform
-        if key.kind == "write_adapter":
-            held = table_structs(signature.specs[0], signature.lora[0], self.placement)
-            del held["pieces"]
-            pieces = {
+        if key.kind in WRITING:
+            spec, form = signature.specs[0], signature.forms[0]
+            if form is None:
+                raise ValueError(f"program kind {key.kind!r} needs a form of tables")
+            names = (piece_widths if key.kind == "write_pieces" else vector_widths)(spec, form)
+            all_tables = table_structs(spec, form, self.placement)
+            held = {name: all_tables[name] for name in names}
+            rows = {
                 n: jax.ShapeDtypeStruct((s, *a.shape[1:]), a.dtype, sharding=a.sharding)
                 for n, a in held.items()
             }
-            writing = (held, pieces, struct((s,), i32))
+            writing = (held, rows, struct((s,), i32))
             return _copy(update_program), (0,), writing, self._specs(held)
         registers = struct((geometry.num_rows * groups, signature.hidden_size), f32, "rows")
+        tables = tuple(abstract_tables(s, self.placement) for s in key.signatures)
         if key.kind == "embedding":
             return (
                 programs.embedding_program(signature, bucket, platform),
-                (1,),
-                (self._params(signature), registers, last_tokens, index),
+                (2,),
+                (self._params(signature), tables[0], registers, last_tokens, index),
                 by_rows,
             )
         if key.kind == "stitch":
@@ -300,7 +307,7 @@ class Executables:
             return (
                 programs.head_program(signature, bucket, platform),
                 (),
-                (self._params(signature), registers, index),
+                (self._params(signature), tables[0], registers, index),
                 by_rows,
             )
         if key.kind == "prompt_logprobs":
@@ -308,7 +315,7 @@ class Executables:
             return (
                 logprobs.prompt_logprobs_program(signature, bucket, platform),
                 (),
-                (self._params(signature), registers, index, targets),
+                (self._params(signature), tables[0], registers, index, targets),
                 by_rows,
             )
         count = sum(len(s.attentions) for s in key.signatures)
@@ -317,7 +324,6 @@ class Executables:
         backend = key.pool.backend if key.pool else backend_of(platform.name)
         pools = (key.pool.abstract_layer(self.placement),) * count if key.pool else ()
         params = tuple(self._params(s) for s in key.signatures)
-        tables = tuple(abstract_tables(s, self.placement) for s in key.signatures)
         return (
             programs.segment_program(key.signatures, bucket, platform, backend),
             (2, 3),

@@ -9,29 +9,30 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import logging
 
-from jblock.blocks.linear import PIECE_RANK
+from jblock.blocks.slots import PIECE_RANK
 from jblock.blocks.spec import ComponentSpec
 from jblock.engine import params as parameters
+from jblock.engine import slot_content
 from jblock.engine.config import EngineConfig
 from jblock.engine.residency import Residency
 from jblock.engine.resident import Adapter, Lease, Resident, Weights
 from jblock.engine.signature import MAX_TURNS
-from jblock.engine.tables import cut
+from jblock.engine.slot_content import SlotContent
+from jblock.engine.tables import Updates, Writes, writes_of
 from jblock.parallel.placement import Placement
 from jblock.zoo.records import ZooError
 
 if TYPE_CHECKING:
-    from jblock.engine.assembly import Assembly, Part, Route
+    from jblock.engine.assembly import Assembly, Route
     from jblock.engine.device import Device
 
-Arrays = Mapping[str, np.ndarray]
 Done = Callable[[Any, Exception | None], None]
 Targets = Mapping[ComponentSpec, frozenset[str]]
 WidenTables = Callable[[Targets, Adapter], None]
-AdapterParts = dict[str, list[dict[str, jax.Array]]]
+AdapterWrites = dict[str, Writes]
+"""What goes into the tables of each component of a chain that has tables, by component id."""
 Background = Callable[[str, Callable[[], Any], Done], None]
 """(kind of work, the work, what takes its result or error): runs the work anywhere, and hands over the
 result between two steps of the loop. Work of one kind is done in order."""
@@ -86,7 +87,7 @@ class Probe:
     """What the records of an adapter say.
 
     Attributes:
-      targets: component id -> adapted projections.
+      targets: component id -> what needs tables there.
       size: pieces it takes.
     """
 
@@ -232,29 +233,30 @@ class Loads:
             weights.spec, arrays, self._config.dtype, False, self._placement
         )
 
-    def _read_adapter(self, adapter: Adapter, route: "Route") -> AdapterParts:
-        """What `Tables.write` takes, for each component: its pieces, cut and filled up with zeros for
-        projections the adapter leaves as they are."""
+    def _read_adapter(self, adapter: Adapter, route: "Route") -> AdapterWrites:
+        """What `Tables.write` takes, for each component that has tables."""
         key = ("adapter", adapter.deltas)
-        prepared: dict[str, Arrays] | None = self.cache.get(key)
+        prepared: dict[str, SlotContent] | None = self.cache.get(key)
         if prepared is None:
             specs = {part.component: part.spec for part in route.parts}
             prepared = {
-                component: parameters.adapter_pieces(
+                component: slot_content.slot_content(
                     specs[component],
                     [(self._zoo.delta(d).spec, self._zoo.load_delta(d)) for d in deltas],
+                    functools.partial(self._zoo.load_tensor, component),
                 )
                 for component, deltas in adapter.deltas
             }
-            nbytes = sum(a.nbytes for arrays in prepared.values() for a in arrays.values())
-            self.cache.put(key, prepared, nbytes)
-        parts: AdapterParts = {}
-        for part in route.parts:
-            arrays = prepared.get(part.component)
-            if arrays is not None and part.form is not None:
-                parts[part.component] = _cut(part, arrays, self._placement)
-        jax.block_until_ready(parts)
-        return parts
+            self.cache.put(key, prepared, sum(c.nbytes for c in prepared.values()))
+        writes = {
+            part.component: writes_of(
+                part.spec, part.form, prepared.get(part.component), self._placement
+            )
+            for part in route.parts
+            if part.form is not None
+        }
+        jax.block_until_ready([(w.parts, w.vectors) for w in writes.values()])
+        return writes
 
     # Writing, between two steps
 
@@ -266,18 +268,24 @@ class Loads:
         self.residency.finished(weights, "" if tensors is not None else _words(weights, error))
 
     def _place_adapter(
-        self, adapter: Adapter, route: "Route", parts: AdapterParts | None, error: Exception | None
+        self,
+        adapter: Adapter,
+        route: "Route",
+        writes: AdapterWrites | None,
+        error: Exception | None,
     ) -> None:
-        if parts is None:
+        if writes is None:
             self.residency.finished(adapter, _words(adapter, error))
             return
         for part in {p.component: p for p in route.parts}.values():
             if part.form is None or part.tables is None:
                 continue
-            mine = parts.get(part.component, [])
-            pieces = adapter.pieces[: sum(len(next(iter(p.values()))) for p in mine)]
-            update = functools.partial(self._device.adapter_update, part.spec, part.form)
-            part.tables.write(adapter.slot, pieces, part.form, mine, update)
+            mine = writes[part.component]
+            updates = Updates(
+                functools.partial(self._device.piece_update, part.spec, part.form),
+                functools.partial(self._device.vector_update, part.spec, part.form),
+            )
+            part.tables.write(adapter.slot, adapter.pieces[: mine.count], part.form, mine, updates)
         self.residency.finished(adapter)
 
     # Where nobody else does the work
@@ -304,36 +312,16 @@ def attempt(work: Callable[[], Any], done: Done) -> None:
         done(result, None)
 
 
-def _cut(part: "Part", arrays: Arrays, placement: Placement) -> list[dict[str, jax.Array]]:
-    """An adapter's pieces on one component as `Tables.write` takes them."""
-    count = len(next(iter(arrays.values())))
-    shapes = parameters.piece_shapes(part.spec, part.form)
-    parts, first = [], 0
-    for size in cut(count):
-        out = {}
-        for name, shape in shapes.items():
-            if name in arrays:
-                pieces = arrays[name][first : first + size]
-            else:
-                pieces = np.zeros((size, *shape), np.float32)
-            out[name] = parameters.put_pieces(part.spec, name, pieces, placement)
-        parts.append(out)
-        first += size
-    return parts
-
-
 def _probe(zoo: Any, adapter: Adapter, route: "Route") -> Probe:
     specs = {c: [zoo.delta(d).spec for d in deltas] for c, deltas in adapter.deltas}
-    size = max(parameters.num_pieces(own) for own in specs.values())
+    size = max(slot_content.num_pieces(own) for own in specs.values())
     if size > MAX_TURNS:
         raise ZooError(
-            f"it has {size * PIECE_RANK} ranks; at most {MAX_TURNS * PIECE_RANK} can be served"
+            f"it has {size * PIECE_RANK} ranks or virtual tokens; at most "
+            f"{MAX_TURNS * PIECE_RANK} can be served"
         )
     bases = {part.component: part.spec for part in route.parts}
-    targets = {
-        c: frozenset(t for s in own for t in parameters.computed_targets(bases[c], s))
-        for c, own in specs.items()
-    }
+    targets = {c: slot_content.targets(bases[c], own) for c, own in specs.items()}
     return Probe(targets, size)
 
 

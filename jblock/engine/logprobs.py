@@ -1,5 +1,6 @@
 """Log-probabilities beside those of the tokens picked: the best tokens', and a prompt's own."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -42,30 +43,35 @@ def best_tokens(row: np.ndarray, count: int) -> tuple[tuple[int, float], ...]:
 def prompt_logprobs_program(
     signature: Signature, bucket: Bucket, platform: Platform
 ) -> Callable[..., jax.Array]:
-    """(params, registers, index, targets int32 [S, Q]) -> float32 [S, Q]: the log-probability that
+    """(params, tables, registers, index, targets int32 [S, Q]) -> float32 [S, Q]: the log-probability that
     the head of this signature gives each row's target, the token that follows it in the prompt.
 
     The logits of one sequence's rows exist at a time, not those of the whole batch.
     """
     specs = head_specs(signature)
 
-    def score(params: Any, registers: jax.Array, index: jax.Array, targets: jax.Array):
-        _, _, register_rows, _ = unpack(index, bucket, platform)
+    def score(params: Any, tables: Any, registers: jax.Array, index: jax.Array, targets: jax.Array):
+        grid, _, register_rows, _ = unpack(index, bucket, platform)
         head = Head(
             specs,
             params,
             platform,
             tied=signature.tied,
             mesh_axes=signature.sharding.axes("vocab"),
+            deltas=tables,
         )
 
-        def sequence(rows_and_targets):
-            rows, wanted = rows_and_targets
-            logits = head(registers.at[rows].get(mode="clip"))
+        def sequence(of_one):
+            rows, wanted, starts, q_lens, slots = of_one
+            one = dataclasses.replace(
+                grid, num_seqs=1, starts=starts[None], q_lens=q_lens[None], slots=slots[None]
+            )
+            logits = head(registers.at[rows].get(mode="clip"), one)
             chosen = jnp.take_along_axis(logits, wanted[:, None], axis=1)[:, 0]
             return chosen - jax.nn.logsumexp(logits, axis=1)
 
         with jax.named_scope("prompt_logprobs"):
-            return jax.lax.map(sequence, (register_rows, targets))
+            each = (register_rows, targets, grid.starts, grid.q_lens, grid.slots)
+            return jax.lax.map(sequence, each)
 
     return score

@@ -10,6 +10,7 @@ Registers and KV pools are donated and returned, so a call updates them in place
 register row that does not exist: a gather clips it, a scatter drops it.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -62,18 +63,20 @@ def unpack(
 def embedding_program(
     signature: Signature, bucket: Bucket, platform: Platform
 ) -> Callable[..., jax.Array]:
-    """(params, registers, last_tokens [max_num_seqs], index) -> registers."""
+    """(params, tables, registers, last_tokens [max_num_seqs], index) -> registers."""
     spec = signature.specs[0]
     if not isinstance(spec, EmbeddingSpec):
         raise ValueError(f"an embedding program needs an embedding, not a component of {spec.kind}")
     mesh_axes = signature.sharding.axes("vocab")
 
-    def embed(params: Any, registers: jax.Array, last_tokens: jax.Array, index: jax.Array):
+    def embed(
+        params: Any, tables: Any, registers: jax.Array, last_tokens: jax.Array, index: jax.Array
+    ):
         rows, seq_slots, register_rows, tokens = unpack(index, bucket, platform)
         tokens = jnp.where(tokens < 0, last_tokens[seq_slots][:, None], tokens).reshape(-1)
         with jax.named_scope("embedding"):
-            embedding = Embedding(spec, params[0], signature.dtype, mesh_axes)
-            x = embedding(tokens, rows.positions.reshape(-1))
+            embedding = Embedding(spec, params[0], signature.dtype, mesh_axes, tables[0])
+            x = embedding(tokens, rows.positions.reshape(-1), rows)
         return registers.at[register_rows.reshape(-1)].set(x, mode="drop")
 
     return embed
@@ -183,11 +186,11 @@ def head_specs(signature: Signature) -> tuple[NormSpec, UnembeddingSpec]:
 def head_program(
     signature: Signature, bucket: Bucket, platform: Platform
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """(params, registers, index) -> logits float32 [S, vocab] of each sequence's last real row, and
+    """(params, tables, registers, index) -> logits float32 [S, vocab] of each sequence's last real row, and
     the leading columns of the index, so that one sampler serves every chunk length."""
     specs = head_specs(signature)
 
-    def head(params: Any, registers: jax.Array, index: jax.Array):
+    def head(params: Any, tables: Any, registers: jax.Array, index: jax.Array):
         rows, _, register_rows, _ = unpack(index, bucket, platform)
         last = jnp.maximum(rows.q_lens - 1, 0)[:, None]
         row = jnp.take_along_axis(register_rows, last, axis=1)[:, 0]
@@ -199,7 +202,8 @@ def head_program(
                 platform,
                 tied=signature.tied,
                 mesh_axes=signature.sharding.axes("vocab"),
-            )(x)
+                deltas=tables,
+            )(x, dataclasses.replace(rows, q_len=1))
         return logits, index[:, :INDEX_COLUMNS]
 
     return head

@@ -40,8 +40,8 @@ class Model:
         d = self.attention.hidden_size
 
         def signature(*specs: ComponentSpec, tied: bool = False) -> Signature:
-            lora = (None,) * len(specs)
-            return Signature(specs=specs, lora=lora, dtype=dtype, tied=tied, sharding=sharding)
+            forms = (None,) * len(specs)
+            return Signature(specs=specs, forms=forms, dtype=dtype, tied=tied, sharding=sharding)
 
         return (
             signature(EmbeddingSpec(vocab_size=self.vocab, hidden_size=d)),

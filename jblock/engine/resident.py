@@ -68,11 +68,11 @@ class WeightSet:
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Adapter(Resident):
-    """The LoRA deltas of one chain, which share a slot.
+    """The deltas of one chain, which share a slot.
 
     Attributes:
       deltas: (component id, delta ids) of every step that has some.
-      targets: component id -> adapted projections; None until its records were read.
+      targets: component id -> what needs tables there; None until its records were read.
       probing: its records are being read.
       size: pieces it takes in the tables; 0 until its records were read.
       slot: its slot in all tables; 0 while it has none.

@@ -62,6 +62,11 @@ class Sequence:
             self.prompt_logprobs = [0.0] * (len(self.request.token_ids) - 1)
 
     @property
+    def virtual(self) -> int:
+        """Virtual tokens in front of the request's own; positions count them."""
+        return self.route.virtual_tokens
+
+    @property
     def end_ids(self) -> tuple[int, ...]:
         """Ids that end it when picked."""
         sampling = self.request.sampling
@@ -85,21 +90,23 @@ class Sequence:
         return self.request.sampling.prompt_logprobs and not self.generated
 
     def take_scores(self, start: int, scores: list[float]) -> None:
-        """Keeps the log-probabilities of the prompt tokens that follow those at `start` and on; the
-        prompt's last token is followed by none."""
+        """Keeps the log-probabilities of the prompt tokens that follow those at position `start` and on;
+        the prompt's last token is followed by none, and virtual ones are not told of."""
+        start -= self.virtual
+        scores, start = scores[max(-start, 0) :], max(start, 0)
         count = min(len(scores), len(self.prompt_logprobs) - start)
         if count > 0:
             self.prompt_logprobs[start : start + count] = scores[:count]
 
     @property
     def prompt_len(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.token_ids)
+        """Tokens of the prompt, virtual ones included."""
+        return self.virtual + len(self.request.token_ids)
 
     @property
     def known(self) -> tuple[int, ...]:
-        """The prompt and every token read so far."""
-        return (*self.request.token_ids, *self.generated)
+        """The prompt and every token read so far. What stands for a virtual token does not matter."""
+        return (*(0,) * self.virtual, *self.request.token_ids, *self.generated)
 
 
 @dataclasses.dataclass(eq=False)

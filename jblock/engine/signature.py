@@ -14,18 +14,19 @@ from jblock.blocks.spec import (
 )
 from jblock.parallel.rules import ONE_DEVICE, ShardingRules
 
-# Pieces of the longest adapter that is served: rank 512.
+# Pieces of the longest delta that is served: rank 512, or as many virtual tokens.
 MAX_TURNS = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraForm:
-    """Shape of the LoRA tables of one component.
+class TableForm:
+    """Shape of the slot tables of one component (blocks/slots.py).
 
     Attributes:
-      targets: projections that have tables, sorted.
-      slots: adapter slots, slot 0 (none) included.
-      pieces: pieces of PIECE_RANK ranks a table holds, piece 0 (zeros) included.
+      targets: what has tables, sorted: projections with LoRA ("q"; "weight" of an embedding or
+        unembedding), vectors ("q.bias", "q.scale", "norm.weight"), "prompt", "prefix".
+      slots: slots of deltas, slot 0 (none) included.
+      pieces: pieces of PIECE_RANK rows a table holds, piece 0 (zeros) included.
     """
 
     targets: tuple[str, ...]
@@ -34,7 +35,7 @@ class LoraForm:
 
     @property
     def turns(self) -> int:
-        """Most pieces of one adapter."""
+        """Most pieces of one slot."""
         return min(MAX_TURNS, self.pieces - 1)
 
 
@@ -45,14 +46,14 @@ class Signature:
     Attributes:
       specs: the components it runs, in order: an embedding; an attention and/or what follows it (an
         ffn, or a router and its experts); a stitch; or a norm with its unembedding.
-      lora: for each component the form of its LoRA tables, or None.
+      forms: for each component the form of its slot tables, or None.
       dtype: dtype of the matmul weights.
       tied: the unembedding reads the embedding's own table.
       sharding: how its tensors are split over devices.
     """
 
     specs: tuple[ComponentSpec, ...]
-    lora: tuple[LoraForm | None, ...]
+    forms: tuple[TableForm | None, ...]
     dtype: str
     tied: bool = False
     sharding: ShardingRules = ONE_DEVICE
@@ -89,19 +90,19 @@ class Signature:
 
     @property
     def name(self) -> str:
-        """Short name for traces and logs, such as "layer_d256_lora"."""
+        """Short name for traces and logs, such as "layer_d256_deltas"."""
         parts = [self.kind, f"d{self.hidden_size}"]
         first, last = self.specs[0], self.specs[-1]
         if self.kind == "layer" and (first is last or not self.attentions):
             parts[0] = "mixture" if first.kind == "router" else first.kind
-        return "_".join(parts + (["lora"] if any(self.lora) else []))
+        return "_".join(parts + (["deltas"] if any(self.forms) else []))
 
     def key(self) -> str:
         """Canonical text: equal exactly when the programs are."""
         return canonical_json(
             {
                 "specs": [spec_to_json(s) for s in self.specs],
-                "lora": [dataclasses.asdict(f) if f else None for f in self.lora],
+                "forms": [dataclasses.asdict(f) if f else None for f in self.forms],
                 "dtype": self.dtype,
                 "tied": self.tied,
                 "sharding": str(self.sharding),

@@ -90,6 +90,10 @@ class Placement:
             return struct
         return jax.numpy.zeros(struct.shape, struct.dtype, device=struct.sharding)
 
+    def full(self, struct: jax.ShapeDtypeStruct, value: float) -> jax.Array:
+        """An array of one value of the form that `struct` gave."""
+        return jax.numpy.full(struct.shape, value, struct.dtype, device=struct.sharding)
+
     def lower(
         self,
         function: Callable[..., Any],

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from jblock.blocks.delta_spec import delta_from_json, delta_to_json
 from jblock.blocks.spec import (
     ComponentSpec,
-    LoraSpec,
     SpecError,
     spec_from_json,
     spec_to_json,
@@ -42,7 +42,7 @@ def component_header(record: ComponentRecord) -> dict[str, Any]:
 
 def delta_header(record: DeltaRecord) -> dict[str, Any]:
     """What a delta's id covers beside its tensors."""
-    return {"spec": spec_to_json(record.spec), "component": record.component}
+    return {"spec": delta_to_json(record.spec), "component": record.component}
 
 
 def component_record(id: str, data: dict[str, Any]) -> ComponentRecord:
@@ -53,8 +53,6 @@ def component_record(id: str, data: dict[str, Any]) -> ComponentRecord:
     """
     try:
         spec = spec_from_json(data["spec"])
-        if isinstance(spec, LoraSpec):
-            raise ZooError("lora is no kind of component")
         tensors = _tensors(data)
         refs = {str(n): (check_id(c), str(t)) for n, (c, t) in data["refs"].items()}
         _check_fit(tensors, refs, spec.tensors())
@@ -73,9 +71,7 @@ def delta_record(id: str, data: dict[str, Any]) -> DeltaRecord:
       ZooError: fields missing, malformed, or not fitting each other.
     """
     try:
-        spec = spec_from_json(data["spec"])
-        if not isinstance(spec, LoraSpec):
-            raise ZooError(f"{spec.kind} is no kind of delta")
+        spec = delta_from_json(data["spec"])
         tensors = _tensors(data)
         return DeltaRecord(
             id=id,

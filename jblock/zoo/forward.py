@@ -15,6 +15,7 @@ import numpy as np
 
 from jblock.blocks import layout, quantise
 from jblock.blocks.attention import Attention
+from jblock.blocks.delta_spec import LoraSpec
 from jblock.blocks.embedding import Embedding, Head
 from jblock.blocks.ffn import Ffn
 from jblock.blocks.moe import Mixture
@@ -26,7 +27,6 @@ from jblock.blocks.spec import (
     EmbeddingSpec,
     ExpertSpec,
     FfnSpec,
-    LoraSpec,
     NormSpec,
     RouterSpec,
     StitchSpec,
@@ -112,10 +112,14 @@ def _floats(spec: ComponentSpec, stored: Mapping[str, np.ndarray]) -> dict[str, 
 
 def _merge(zoo: Zoo, id_: str, spec: ComponentSpec, values: dict[str, np.ndarray]) -> None:
     delta = zoo.delta(id_)
-    if not isinstance(delta.spec, LoraSpec):
-        raise ZooError(f"delta {id_}: deltas of kind {delta.spec.kind} cannot be merged to measure")
+    lora = delta.spec
+    plain = isinstance(lora, LoraSpec) and not any(
+        name == "weight" or t.dora or t.bias for name, t in lora.targets.items()
+    )
+    if not isinstance(lora, LoraSpec) or not plain:
+        raise ZooError(f"delta {id_}: only plain LoRA on layers can be merged to measure")
     tensors = {n: v.astype(np.float32) for n, v in zoo.load_delta(id_).items()}
-    for name, target in delta.spec.targets.items():
+    for name, target in lora.targets.items():
         change = np.float32(target.scale) * (tensors[f"{name}.b"] @ tensors[f"{name}.a"])
         values[f"{name}.weight"] += change.T if getattr(spec, "in_out", False) else change
 

@@ -4,7 +4,8 @@ import dataclasses
 import re
 from typing import Any
 
-from jblock.blocks.spec import ComponentSpec, DeltaSpec
+from jblock.blocks.delta_spec import DeltaSpec
+from jblock.blocks.spec import ComponentSpec
 
 POLICIES = ("exact", "near", "adaptive")
 """What a chain promises: identical components only; stand-ins measured to be nearly equal, or lossy codecs;

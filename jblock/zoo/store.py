@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from jblock.blocks.spec import ComponentSpec, DeltaSpec, canonical_json
+from jblock.blocks.delta_spec import DeltaSpec
+from jblock.blocks.spec import ComponentSpec, canonical_json
 from jblock.zoo import codec, disk, ids, lease, params, partition, profiles
 from jblock.zoo.journal import Journal
 from jblock.zoo.records import (
@@ -141,6 +142,19 @@ class Zoo:
             only = {tensor: target.tensors[tensor]}
             tensors[name] = self._load("components", component, only)[tensor]
         return tensors
+
+    def load_tensor(self, id: str, name: str) -> np.ndarray:
+        """One tensor of a component, tied or not.
+
+        Raises:
+          ZooError: no such component or tensor, or it is damaged.
+        """
+        record = self.component(id)
+        if name in record.refs:
+            return self.load_tensor(*record.refs[name])
+        if name not in record.tensors:
+            raise ZooError(f"component {id} has no tensor {name!r}")
+        return self._load("components", id, {name: record.tensors[name]})[name]
 
     def check_component(self, record: ComponentRecord) -> None:
         """Recomputes the content hash of a component's own tensors.

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jblock.blocks.spec import ComponentSpec, DeltaSpec, canonical_json, spec_to_json
+from jblock.blocks.delta_spec import DeltaSpec, delta_to_json
+from jblock.blocks.spec import ComponentSpec, canonical_json, spec_to_json
 from jblock.zoo import codec, disk, ids, lease, params
 from jblock.zoo.journal import Journal
 from jblock.zoo.records import Chain, ComponentRecord, ZooError
@@ -134,7 +135,7 @@ class Writer:
         base = self._records.get(component) or self._zoo.component(component)
         shapes = {name: record.shape for name, record in ids.tensor_records(tensors).items()}
         codec.check_shapes(spec.kind, shapes, spec.tensors(base.spec))
-        header = {"spec": spec_to_json(spec), "component": component}
+        header = {"spec": delta_to_json(spec), "component": component}
         id_ = ids.content_id(header, tensors)
         self._stage(self._zoo.path / "deltas" / id_, header, tensors, True)
         return id_

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jblock.blocks.linear import PIECE_RANK
 from jblock.blocks.moe import Mixture, group_size
 from jblock.blocks.platform import here
 from jblock.blocks.rows import Rows
+from jblock.blocks.slots import PIECE_RANK
 from jblock.blocks.spec import ExpertSpec, RouterSpec
 
 HIDDEN, WIDTH, EXPERTS = 16, 12, 5

@@ -287,12 +287,19 @@ def test_tokenizers(tmp_path, cli):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"peft_type": "IA3"}, ["peft_type", "IA3"]),
+        ({"peft_type": "LOHA"}, ["peft_type", "LOHA", "merge"]),
+        ({"peft_type": "VERA"}, ["peft_type", "VERA", "'IA3'"]),
+        ({"peft_type": "OFT"}, ["peft_type", "OFT"]),
+        ({"peft_type": "IA3"}, ["r is 4", "cannot be served"]),
+        ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 0}, ["cannot be served"]),
         ({"task_type": "SEQ_CLS"}, ["task_type"]),
-        ({"use_dora": True}, ["use_dora", "merge"]),
-        ({"lora_bias": True}, ["lora_bias"]),
-        ({"bias": "all"}, ["bias", "all"]),
-        ({"modules_to_save": ["lm_head"]}, ["modules_to_save"]),
+        ({"use_dora": True}, ["lora_magnitude_vector", "missing"]),
+        ({"use_dora": True, "lora_bias": True}, ["lora_bias", "use_dora"]),
+        ({"lora_bias": True}, ["lora_B.bias", "missing"]),
+        ({"bias": "some"}, ["bias", "some"]),
+        ({"modules_to_save": ["lm_head"]}, ["lm_head.weight", "modules_to_save", "missing"]),
+        ({"modules_to_save": "lm_head"}, ["modules_to_save", "list"]),
+        ({"ensure_weight_tying": True}, ["ensure_weight_tying"]),
         ({"trainable_token_indices": [3]}, ["trainable_token_indices"]),
         ({"layer_replication": [[0, 1]]}, ["layer_replication"]),
         ({"target_parameters": ["experts.w"]}, ["target_parameters"]),
@@ -365,9 +372,8 @@ def test_adapter_tensors(tmp_path, cli, damage, words):
     refused(cli, words, "peft", source, "--base", "base", "--name", "bad")
 
 
-def test_adapters_need_a_plain_base(tmp_path, cli):
+def test_adapters_need_a_base(tmp_path, cli):
     source = tiny.write_adapter(tmp_path / "adapter")
-    refused(cli, ["adapter", "'base'"], "peft", source, "--base", "first", "--name", "second")
     refused(
         cli, ["known: base, first, other"], "peft", source, "--base", "bass", "--name", "second"
     )

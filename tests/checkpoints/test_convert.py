@@ -8,7 +8,7 @@ import pytest
 import tiny_checkpoints as tiny
 from tiny_checkpoints import ADAPTER, CONFIG
 
-from jblock.blocks.spec import LoraTarget
+from jblock.blocks.delta_spec import LoraTarget
 from jblock.zoo.store import Zoo
 
 QWEN3 = CONFIG | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 8}

@@ -12,7 +12,9 @@ from tiny_checkpoints import CONFIG
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 MODELS = sorted(p.parent for p in FIXTURES.glob("hf/*/config.json"))
-ADAPTERS = sorted(p.parent for p in FIXTURES.glob("peft/*/adapter_config.json"))
+ADAPTERS = sorted(
+    p.parent for k in ("peft", "deltas") for p in FIXTURES.glob(f"{k}/*/adapter_config.json")
+)
 # Beside the checkpoints, the fixtures hold what only tests read.
 TESTS_OWN = ("config_v4.json", "oracle.npz", "README.md")
 
@@ -45,6 +47,7 @@ def test_adapters(zoo, capsys, tmp_path, source):
     base = json.loads((source / "adapter_config.json").read_text())["base_model_name_or_path"]
     cli.ok("hf", FIXTURES / "hf" / base, "--name", base)
     cli.ok("peft", source, "--base", base, "--name", source.name)
+    assert cli.ok("verify", source.name, "--against", source).endswith(f"is {source}\n")
     cli.ok("export", source.name, "--out", tmp_path / "out")
     same_files(source, tmp_path / "out")
 

@@ -2,11 +2,10 @@
 
 import numpy as np
 
+from jblock.blocks.delta_spec import LoraSpec, LoraTarget
 from jblock.blocks.spec import (
     EmbeddingSpec,
     FfnSpec,
-    LoraSpec,
-    LoraTarget,
     NormSpec,
     UnembeddingSpec,
 )

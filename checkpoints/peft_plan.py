@@ -1,0 +1,326 @@
+"""Which step of a base gets which tensors of a PEFT adapter. Names and shapes decide, no numbers."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from checkpoints.errors import CheckpointError
+from checkpoints.peft_config import LoraSettings, Settings
+from checkpoints.source import Source
+from jblock.blocks.delta_spec import (
+    DeltaSpec,
+    Ia3Spec,
+    LoraSpec,
+    LoraTarget,
+    PrefixSpec,
+    PromptSpec,
+    VectorsSpec,
+)
+from jblock.blocks.layout import is_projection
+from jblock.blocks.spec import AttentionSpec, ComponentSpec, projection_shape
+from jblock.families import families
+from jblock.zoo.records import Chain
+from jblock.zoo.store import Zoo
+
+_PREFIX = "base_model.model."
+_VIRTUAL = "prompt_embeddings"
+
+
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """A tensor of the adapter's files, or some of its columns."""
+
+    name: str
+    columns: tuple[int, int] | None = None
+
+    def read(self, source: Source) -> np.ndarray:
+        """Its numbers."""
+        value = source.read(self.name)
+        return (
+            value if self.columns is None else np.ascontiguousarray(value[:, slice(*self.columns)])
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlannedDelta:
+    """A delta on the step of number `index`: delta tensor -> what of the adapter it is."""
+
+    index: int
+    spec: DeltaSpec
+    tensors: dict[str, Taken]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterPlan:
+    """What an adapter is made of.
+
+    Attributes:
+      deltas: in the order of their steps, and of their effect.
+      replaced: step -> tensor of its component -> the adapter's tensor that stands for it, where a matrix
+        is among them. An adapter on an embedding brings the base's own along, so they may be equal.
+    """
+
+    deltas: tuple[PlannedDelta, ...]
+    replaced: dict[int, dict[str, str]]
+
+    def on(self, index: int) -> list[PlannedDelta]:
+        """The deltas of a step."""
+        return [d for d in self.deltas if d.index == index]
+
+
+def plan_adapter(zoo: Zoo, base: Chain, settings: Settings, source: Source) -> AdapterPlan:
+    """Finds the place of every tensor of an adapter.
+
+    Raises:
+      CheckpointError: a tensor that has no place in the base, has another shape or rank than
+        expected, or is missing.
+    """
+    planner = _Planner(zoo, base, settings, source)
+    if settings.virtual_tokens:
+        planner.take_virtual()
+    for path, module in _modules(base).items():
+        planner.take_module(path, module)
+    return planner.plan()
+
+
+@dataclasses.dataclass
+class _Module:
+    """A module of the checkpoint: number of its step, and tensor in it ("weight", "bias") -> tensor of the
+    component."""
+
+    index: int
+    tensors: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def _modules(base: Chain) -> dict[str, _Module]:
+    """Every module of the base's checkpoint by its path."""
+    plan = families()[base.family].plan(base.source)
+    modules: dict[str, _Module] = {}
+    for index, step in enumerate(plan.steps):
+        for name, source in step.tensors.items():
+            path, _, tensor = source.rpartition(".")
+            if modules.setdefault(path, _Module(index)).index == index:
+                modules[path].tensors[tensor] = name
+    # A tied head is a module of its own that has no tensor in the file.
+    for copy in plan.copies:
+        modules[copy.rpartition(".")[0]] = _Module(len(plan.steps) - 1, {"weight": "weight"})
+    return modules
+
+
+class _Planner:
+    """Takes tensors of the adapter, module by module."""
+
+    def __init__(self, zoo: Zoo, base: Chain, settings: Settings, source: Source):
+        self._zoo, self._base, self._settings, self._source = zoo, base, settings, source
+        self._left = set(source.tensors)
+        self._lora: dict[int, dict[str, LoraTarget]] = {}
+        self._outputs: dict[int, list[str]] = {}
+        self._inputs: dict[int, list[str]] = {}
+        self._tensors: dict[tuple[int, str], dict[str, Taken]] = {}  # by step and kind of delta
+        self._whole: dict[int, dict[str, str]] = {}
+        self._virtual: list[PlannedDelta] = []
+        self._specs: dict[int, ComponentSpec] = {}
+
+    def plan(self) -> AdapterPlan:
+        """What was taken; refuses what is left."""
+        if self._left:
+            raise CheckpointError(
+                f"{self._source.path}: tensor {min(self._left)!r} fits no projection of "
+                f"{self._base.name} ({self._base.family}, {len(self._base.steps)} components): the "
+                "adapter is for another base, or adapts what cannot be served"
+            )
+        deltas: list[PlannedDelta] = list(self._virtual)
+        replaced: dict[int, dict[str, str]] = {}
+        for index in range(len(self._base.steps)):
+            if index in self._whole:
+                shapes = self._spec(index).tensors()
+                if any(len(shapes[name]) > 1 for name in self._whole[index]):
+                    replaced[index] = self._whole[index]
+                else:
+                    names = tuple(sorted(self._whole[index]))
+                    tensors = {n: Taken(self._whole[index][n]) for n in names}
+                    spec: DeltaSpec = VectorsSpec(names=names)
+                    deltas.append(PlannedDelta(index=index, spec=spec, tensors=tensors))
+            if index in self._lora:
+                spec = LoraSpec(targets=self._lora[index])
+                deltas.append(self._delta(index, spec))
+            if index in self._outputs or index in self._inputs:
+                spec = Ia3Spec(
+                    outputs=tuple(sorted(self._outputs.get(index, ()))),
+                    inputs=tuple(sorted(self._inputs.get(index, ()))),
+                )
+                deltas.append(self._delta(index, spec))
+        if not deltas and not replaced:
+            raise CheckpointError(
+                f"{self._source.path} has no tensors of an adapter: give a trained one"
+            )
+        return AdapterPlan(deltas=tuple(deltas), replaced=replaced)
+
+    def take_module(self, path: str, module: _Module) -> None:
+        """Takes all that the adapter has for one module of the base."""
+        name = module.tensors.get("weight", "")
+        if self._is_projection(module.index, name):
+            projection = name.removesuffix(".weight")
+            if self._settings.lora is not None:
+                self._take_lora(path, module.index, projection, self._settings.lora)
+            elif self._settings.method == "IA3":
+                self._take_ia3(path, module.index, projection)
+        self._take_whole(path, module)
+
+    def take_virtual(self) -> None:
+        """Takes the virtual tokens of a tuned prompt, or the keys and values of a prefix."""
+        tokens = self._settings.virtual_tokens
+        if self._settings.method != "PREFIX_TUNING":
+            embedding = self._spec(0)
+            if getattr(embedding, "scale", 1.0) != 1.0:
+                raise CheckpointError(
+                    f"{self._base.name} ({self._base.family}) scales its embeddings: prompt tuning on "
+                    "it cannot be served, tune a prefix"
+                )
+            self._take(_VIRTUAL, (tokens, embedding.hidden_size), f"{tokens} virtual tokens")
+            self._virtual.append(
+                PlannedDelta(
+                    index=0, spec=PromptSpec(tokens=tokens), tensors={"prompt": Taken(_VIRTUAL)}
+                )
+            )
+            return
+        begin = 0
+        for index in range(len(self._base.steps)):
+            spec = self._spec(index)
+            if isinstance(spec, AttentionSpec):
+                tensors = {}
+                for part in "kv":
+                    end = begin + spec.widths[part]
+                    tensors[part] = Taken(_VIRTUAL, (begin, end))
+                    begin = end
+                delta = PlannedDelta(index=index, spec=PrefixSpec(tokens=tokens), tensors=tensors)
+                self._virtual.append(delta)
+        self._take(_VIRTUAL, (tokens, begin), f"{tokens} virtual tokens of keys and values")
+
+    def _take_lora(self, path: str, index: int, projection: str, settings: LoraSettings) -> None:
+        embedding = self._spec(index).kind == "embedding"
+        stem = f"{_PREFIX}{path}.lora_"
+        names = {
+            h: f"{stem}embedding_{h.upper()}" if embedding else f"{stem}{h.upper()}.weight"
+            for h in "ab"
+        }
+        if not self._adapted(path, names["a"], names["b"]):
+            return
+        rank, scale = settings.rank_and_scale(path)
+        out, inner = projection_shape(self._spec(index), projection)
+        shapes: dict[str, tuple[int, ...]] = {"a": (rank, inner), "b": (out, rank)}
+        b_bias = settings.b_bias and not embedding
+        if settings.dora:
+            names["magnitude"], shapes["magnitude"] = f"{stem}magnitude_vector", (out,)
+        if b_bias:
+            names["b_bias"], shapes["b_bias"] = f"{stem}B.bias", (out,)
+        if settings.dora and embedding and getattr(self._spec(index), "scale", 1.0) != 1.0:
+            raise CheckpointError(
+                f"use_dora on {path!r}, whose rows are scaled, cannot be served: leave it out, or "
+                "merge the adapter into the base"
+            )
+        taken = self._tensors.setdefault((index, LoraSpec.kind), {})
+        for part, shape in shapes.items():
+            self._take(names[part], shape, f"rank {rank} by r and rank_pattern")
+            taken[f"{projection}.{part}"] = Taken(names[part])
+        self._lora.setdefault(index, {})[projection] = LoraTarget(
+            rank=rank, scale=scale, dora=settings.dora, bias=b_bias
+        )
+
+    def _take_ia3(self, path: str, index: int, projection: str) -> None:
+        name = f"{_PREFIX}{path}.ia3_l"
+        if not self._adapted(path, name):
+            return
+        out, inner = projection_shape(self._spec(index), projection)
+        taken = self._tensors.setdefault((index, Ia3Spec.kind), {})
+        if any(path.endswith(ending) for ending in self._settings.feedforward):
+            self._take(name, (1, inner), "a scale of inputs, as feedforward_modules says")
+            self._inputs.setdefault(index, []).append(projection)
+            taken[f"{projection}.in_scale"] = Taken(name)
+        else:
+            self._take(name, (out, 1), "a scale of outputs")
+            self._outputs.setdefault(index, []).append(projection)
+            taken[f"{projection}.scale"] = Taken(name)
+
+    def _take_whole(self, path: str, module: _Module) -> None:
+        """Takes tensors that stand for the base's own."""
+        settings = self._settings
+        saved = settings.saves(path)
+        biases = settings.lora is not None and settings.lora.bias != "none"
+        norms = settings.method == "LN_TUNING"
+        shapes = self._spec(module.index).tensors()
+        for tensor, name in module.tensors.items():
+            stem = f"{_PREFIX}{path}."
+            found = [f"{stem}{tensor}"] if saved or (biases and tensor == "bias") else []
+            # What is adapted may come with the base's own tensors: embeddings, and trained biases.
+            found.append(f"{stem}base_layer.{tensor}")
+            if norms:
+                found.append(f"{stem}ln_tuning_layers.{tensor}")
+            there = [n for n in found if n in self._left]
+            if not there and saved:
+                raise CheckpointError(
+                    f"{self._source.path}: tensor {found[0]!r} is missing, though modules_to_save of "
+                    "adapter_config.json names its module: give the whole adapter"
+                )
+            for one in there:
+                self._take(one, shapes[name], "the base's own shape")
+                self._whole.setdefault(module.index, {})[name] = one
+
+    def _adapted(self, path: str, *names: str) -> bool:
+        """Whether the adapter has these tensors for a module: all or none, and as the config says."""
+        there = [n for n in names if n in self._left]
+        if not there:
+            if self._settings.targets(path):
+                raise CheckpointError(
+                    f"{self._source.path}: tensor {names[0]!r} is missing, though target_modules of "
+                    "adapter_config.json names its module: give the whole adapter"
+                )
+            return False
+        if not self._settings.allows(path):
+            raise CheckpointError(
+                f"{self._source.path}: tensors for {path!r} are surplus: target_modules and "
+                "layers_to_transform of adapter_config.json leave it out: one of the two files is "
+                "of another adapter"
+            )
+        return True
+
+    def _take(self, name: str, shape: tuple[int, ...], why: str) -> None:
+        """Takes one tensor."""
+        info = self._source.tensors.get(name)
+        if info is None:
+            raise CheckpointError(
+                f"{self._source.path}: tensor {name!r} is missing: give the whole adapter"
+            )
+        if info.shape != shape:
+            raise CheckpointError(
+                f"{self._source.path}: tensor {name!r} has shape {list(info.shape)}, expected "
+                f"{list(shape)} ({why}, on {self._base.name}): the adapter is for another base, or "
+                "its config does not belong to it"
+            )
+        self._left.discard(name)
+
+    def _delta(self, index: int, spec: DeltaSpec) -> PlannedDelta:
+        return PlannedDelta(index=index, spec=spec, tensors=self._tensors[index, spec.kind])
+
+    def _is_projection(self, index: int, name: str) -> bool:
+        spec = self._spec(index)
+        whole = spec.kind in ("embedding", "unembedding") and name == "weight"
+        return whole or (name in spec.tensors() and is_projection(spec, name))
+
+    def _spec(self, index: int) -> ComponentSpec:
+        if index not in self._specs:
+            self._specs[index] = self._zoo.component(self._base.steps[index].component).spec
+        return self._specs[index]
+
+
+def component_tensors(
+    stored: Mapping[str, np.ndarray], replaced: Mapping[str, str], source: Source
+) -> dict[str, np.ndarray] | None:
+    """A component with tensors of an adapter in place of its own; None where all are equal."""
+    new = {name: source.read(taken) for name, taken in replaced.items()}
+    same = all(
+        value.dtype == stored[name].dtype and value.tobytes() == stored[name].tobytes()
+        for name, value in new.items()
+    )
+    return None if same else {**stored, **new}

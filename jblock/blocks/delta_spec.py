@@ -1,0 +1,179 @@
+"""Delta specs: everything about what a fine-tune adds to a component it shares, except the numbers.
+
+Tensors keep the shapes of the files they came from, so that an export writes the same bytes; names are
+those of the component's own tensors and projections. What blocks compute with is worked out when a
+delta is loaded (`engine/slot_content.py`).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from jblock.blocks.rope_spec import SpecError
+from jblock.blocks.spec import (
+    AttentionSpec,
+    ComponentSpec,
+    EmbeddingSpec,
+    fields_to_json,
+    projection_shape,
+)
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraTarget:
+    """LoRA on one projection: `y += scale * (b @ (a @ x) + b_bias)`.
+
+    Attributes:
+      rank: inner width.
+      scale: alpha / rank (or alpha / sqrt(rank) for rsLoRA), already worked out.
+      dora: the columns of what the sum projects with are scaled to the norms in `magnitude`
+        (arXiv 2402.09353).
+      bias: b has a bias.
+    """
+
+    rank: int
+    scale: float
+    dora: bool = False
+    bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraSpec:
+    """Low-rank delta (arXiv 2106.09685) on some projections of one component.
+
+    Tensors, for every projection `p` in targets: `p.a [rank, in]`, `p.b [out, rank]`, with dora
+    `p.magnitude [out]`, with bias `p.b_bias [out]`.
+
+    Attributes:
+      targets: projection as `projection_shape` knows it ("q", "gate_up", ...) -> its rank and scale.
+    """
+
+    kind: ClassVar[str] = "lora"
+    targets: dict[str, LoraTarget]
+
+    def tensors(self, base: ComponentSpec) -> Shapes:
+        """Name -> shape, for a delta on a component with spec `base`.
+
+        Raises:
+          SpecError: base has no projection of a target's name.
+        """
+        shapes: Shapes = {}
+        for name, target in sorted(self.targets.items()):
+            out, inner = projection_shape(base, name)
+            shapes[f"{name}.a"] = (target.rank, inner)
+            shapes[f"{name}.b"] = (out, target.rank)
+            if target.dora:
+                shapes[f"{name}.magnitude"] = (out,)
+            if target.bias:
+                shapes[f"{name}.b_bias"] = (out,)
+        return shapes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ia3Spec:
+    """Learned scales (IA)3 (arXiv 2205.05638) on some projections of one component.
+
+    Tensors: `p.scale [out, 1]` multiplies what projection `p` gives, its bias included; `p.in_scale
+    [1, in]` what it reads.
+
+    Attributes:
+      outputs: projections whose outputs are scaled.
+      inputs: projections whose inputs are scaled.
+    """
+
+    kind: ClassVar[str] = "ia3"
+    outputs: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+
+    def tensors(self, base: ComponentSpec) -> Shapes:
+        """See `LoraSpec.tensors`."""
+        shapes: Shapes = {f"{p}.scale": (projection_shape(base, p)[0], 1) for p in self.outputs}
+        return shapes | {f"{p}.in_scale": (1, projection_shape(base, p)[1]) for p in self.inputs}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VectorsSpec:
+    """Biases and norm weights (BitFit, arXiv 2106.10199) that take the place of the component's own.
+
+    Attributes:
+      names: of the vectors among the component's tensors.
+    """
+
+    kind: ClassVar[str] = "vectors"
+    names: tuple[str, ...]
+
+    def tensors(self, base: ComponentSpec) -> Shapes:
+        """See `LoraSpec.tensors`; SpecError where base has no vector of a name."""
+        shapes = base.tensors()
+        for name in self.names:
+            if len(shapes.get(name, ())) != 1:
+                raise SpecError(f"{name!r} is not a bias or norm of a {base.kind} component")
+        return {name: shapes[name] for name in self.names}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptSpec:
+    """Prompt tuning (arXiv 2104.08691): what an embedding gives for virtual tokens in front of every
+    prompt. Tensors: `prompt [tokens, hidden]`."""
+
+    kind: ClassVar[str] = "prompt"
+    tokens: int
+
+    def tensors(self, base: ComponentSpec) -> Shapes:
+        """See `LoraSpec.tensors`."""
+        if not isinstance(base, EmbeddingSpec):
+            raise SpecError(f"a prompt belongs to an embedding, not to a {base.kind} component")
+        return {"prompt": (self.tokens, base.hidden_size)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefixSpec:
+    """Prefix tuning (arXiv 2101.00190): keys, as they lie in the cache, and values of virtual tokens in
+    front of every prompt. Tensors: `k` and `v`, both `[tokens, kv_heads * head_dim]`."""
+
+    kind: ClassVar[str] = "prefix"
+    tokens: int
+
+    def tensors(self, base: ComponentSpec) -> Shapes:
+        """See `LoraSpec.tensors`."""
+        if not isinstance(base, AttentionSpec):
+            raise SpecError(f"a prefix belongs to an attention, not to a {base.kind} component")
+        shape = (self.tokens, base.widths["k"])
+        return {"k": shape, "v": shape}
+
+
+DeltaSpec = LoraSpec | Ia3Spec | VectorsSpec | PromptSpec | PrefixSpec
+_KINDS: dict[str, Any] = {
+    cls.kind: cls for cls in (LoraSpec, Ia3Spec, VectorsSpec, PromptSpec, PrefixSpec)
+}
+
+
+def delta_to_json(spec: DeltaSpec) -> dict[str, Any]:
+    """Plain JSON of a delta's spec; see `spec.spec_to_json`."""
+    if isinstance(spec, LoraSpec):
+        targets = {n: fields_to_json(t) for n, t in sorted(spec.targets.items())}
+        return {"kind": spec.kind, "targets": targets}
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in fields_to_json(spec).items()}
+    return {"kind": spec.kind, **plain}
+
+
+def delta_from_json(data: Mapping[str, Any]) -> DeltaSpec:
+    """Inverse of `delta_to_json`.
+
+    Raises:
+      SpecError: an unknown kind, or fields that do not fit it.
+    """
+    fields = dict(data)
+    kind = fields.pop("kind", None)
+    if kind not in _KINDS:
+        raise SpecError(f"delta kind {kind!r} is not known; known: {', '.join(_KINDS)}")
+    try:
+        if kind == LoraSpec.kind:
+            return LoraSpec(targets={n: LoraTarget(**t) for n, t in fields["targets"].items()})
+        return _KINDS[kind](
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        )
+    except (TypeError, KeyError, AttributeError) as e:
+        raise SpecError(f"delta of kind {kind!r} has missing or unknown fields: {e}") from e

@@ -1,0 +1,108 @@
+"""What is a row's own: reading the slot tables of a component.
+
+Every sequence names a slot; slot 0 has no delta. Three kinds of tables belong to a component:
+
+* pieces of PIECE_RANK rows, `[pieces, PIECE_RANK, width]`, which `pieces` (int32 [slots, turns], 0 where
+  a slot has no more) names for each slot: both halves of LoRA pairs ("q.a", "q.b"), virtual tokens
+  ("prompt", "prefix.k", "prefix.v"). Piece 0 is all zeros;
+* vectors, `[slots, width]`, NaN where a slot has none of its own: "q.bias" and "norm.weight" stand for
+  the component's own, "q.scale" and "q.in_scale" for 1;
+* `virtual`, int32 [slots]: how many virtual tokens a slot's sequences begin with.
+
+So rows of every kind of delta, and of none, go through one matmul of the shared weight. What a row
+computes depends on its own slot alone.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from jblock.blocks.rows import Rows
+
+PIECE_RANK = 8
+_NO_TABLES: Mapping[str, jax.Array] = {}
+
+
+class Slots:
+    """The slot tables of one component by name, as the module's docstring has them."""
+
+    def __init__(self, tables: Mapping[str, jax.Array] = _NO_TABLES):
+        self._tables = tables
+
+    def own(self, name: str, base: jax.Array | None, rows: Rows | None) -> jax.Array | None:
+        """A vector of the component: `base [width]` where nobody has one of their own, else [T, width]
+        with each row's; no base is zeros."""
+        return base if name not in self._tables else self._rows_of(name, base, rows)
+
+    def scaled(self, name: str, x: jax.Array, rows: Rows | None) -> jax.Array:
+        """[T, width] times each row's own scale, 1 without."""
+        if name not in self._tables:
+            return x
+        return x * self._rows_of(name, jnp.ones((), x.dtype), rows)
+
+    def add_lora(self, name: str, y: jax.Array, x: jax.Array, rows: Rows | None) -> jax.Array:
+        """`y [T, out] + b @ (a @ x)` of each row's own pairs for projection `name`, x [T, in].
+
+        The k-th piece of every sequence is added in turn k, for as many turns as the longest delta
+        present has pieces, so that a batch reads what its own sequences hold.
+        """
+        if f"{name}.a" not in self._tables:
+            return y
+        rows, a = _known(rows), self._tables[f"{name}.a"]
+        xs = rows.by_sequence(x)
+        return self._add(name, y, rows, lambda piece: jnp.einsum("sqi,sri->sqr", xs, a[piece]))
+
+    def add_lookup(
+        self, name: str, y: jax.Array, token_ids: jax.Array, rows: Rows | None
+    ) -> jax.Array:
+        """The same for a projection of one-hot rows: x is the token ids, int32 [T]."""
+        if f"{name}.a" not in self._tables:
+            return y
+        rows, a = _known(rows), self._tables[f"{name}.a"]
+        tokens = rows.by_sequence(token_ids)
+        return self._add(name, y, rows, lambda piece: a[piece[:, None], :, tokens])
+
+    def virtual(self, name: str, x: jax.Array, rows: Rows | None) -> jax.Array:
+        """x [S, Q, width] with the slot's own rows in the places of its virtual tokens."""
+        if name not in self._tables:
+            return x
+        rows = _known(rows)
+        pieces = self._tables["pieces"][rows.slots]
+        turn = jnp.minimum(rows.positions // PIECE_RANK, pieces.shape[1] - 1)
+        piece = jnp.take_along_axis(pieces, turn, axis=1)
+        mine = self._tables[name][piece, rows.positions % PIECE_RANK]
+        count = self._tables["virtual"][rows.slots]
+        return jnp.where((rows.positions < count[:, None])[:, :, None], mine, x)
+
+    def _rows_of(self, name: str, base: jax.Array | None, rows: Rows | None) -> jax.Array:
+        rows = _known(rows)
+        mine = self._tables[name][rows.slots]  # [S, width]
+        mine = jnp.where(jnp.isnan(mine), 0.0 if base is None else base, mine)
+        if rows.q_len == 1:
+            return mine
+        wide = (rows.num_seqs, rows.q_len, mine.shape[1])
+        return rows.flat(jnp.broadcast_to(mine[:, None], wide))
+
+    def _add(
+        self, name: str, y: jax.Array, rows: Rows, inner_of: Callable[[jax.Array], jax.Array]
+    ) -> jax.Array:
+        """`inner_of` takes a piece a sequence, int32 [S], to [S, Q, PIECE_RANK]."""
+        b, pieces = self._tables[f"{name}.b"], self._tables["pieces"][rows.slots]
+
+        def add(turn: jax.Array, ys: jax.Array) -> jax.Array:
+            piece = jax.lax.dynamic_index_in_dim(pieces, turn, axis=1, keepdims=False)
+            inner = inner_of(piece)
+            if rows.q_len == 1:
+                # One row a sequence: a fused sum beats a batch of tiny matmuls.
+                return ys + jnp.sum(inner[:, 0, :, None] * b[piece], axis=1)[:, None, :]
+            return ys + jnp.einsum("sqr,sro->sqo", inner, b[piece])
+
+        turns = jnp.max(jnp.sum(pieces > 0, axis=1))
+        return rows.flat(jax.lax.fori_loop(0, turns, add, rows.by_sequence(y)))
+
+
+def _known(rows: Rows | None) -> Rows:
+    if rows is None:
+        raise ValueError("a component with slot tables needs to know its rows")
+    return rows

@@ -1,0 +1,290 @@
+"""What a chain's deltas on one component become in the slot tables.
+
+Deltas act one after another, each on what the ones before it made of the component. With their scales
+taken out to both sides, a projection stays `scale * (W + b @ a) @ (in_scale * x) + bias` however many
+there are, which is what blocks/linear.py computes.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jblock.blocks import layout
+from jblock.blocks.delta_spec import (
+    DeltaSpec,
+    Ia3Spec,
+    LoraSpec,
+    LoraTarget,
+    PrefixSpec,
+    PromptSpec,
+    VectorsSpec,
+)
+from jblock.blocks.slots import PIECE_RANK
+from jblock.blocks.spec import ComponentSpec, unquantised
+from jblock.zoo.records import ZooError
+
+Tensors = Mapping[str, np.ndarray]
+ReadBase = Callable[[str], np.ndarray]
+"""A stored tensor of the component by its name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotContent:
+    """One chain's part of the tables of one component.
+
+    Attributes:
+      pieces: float32 [n, PIECE_RANK, width] by table; the same n in all.
+      vectors: float32 [width] by table.
+      virtual: virtual tokens its sequences begin with.
+    """
+
+    pieces: dict[str, np.ndarray]
+    vectors: dict[str, np.ndarray]
+    virtual: int = 0
+
+    @property
+    def num_pieces(self) -> int:
+        """Pieces it takes."""
+        return len(next(iter(self.pieces.values()))) if self.pieces else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(a.nbytes for part in (self.pieces, self.vectors) for a in part.values())
+
+
+def targets(spec: ComponentSpec, deltas: Sequence[DeltaSpec]) -> frozenset[str]:
+    """What needs tables for these deltas, as `TableForm.targets` names it: a stored projection or vector
+    may be several computed ones."""
+    found: set[str] = set()
+
+    def add(projection: str, suffix: str = "") -> None:
+        found.update(f"{part}{suffix}" for part in layout.parts(spec, projection))
+
+    for delta in deltas:
+        if isinstance(delta, LoraSpec):
+            for name, target in delta.targets.items():
+                add(name)
+                if target.dora:
+                    add(name, ".scale")
+                if target.bias:
+                    add(name, ".bias")
+        elif isinstance(delta, Ia3Spec):
+            for name in delta.outputs:
+                add(name, ".scale")
+                before = {f"{p}.bias" for p in layout.parts(spec, name)} & found
+                if before or f"{name}.bias" in spec.tensors():
+                    add(name, ".bias")  # which is scaled too
+            for name in delta.inputs:
+                add(name, ".in_scale")
+        elif isinstance(delta, VectorsSpec):
+            for name in delta.names:
+                projection, _, tensor = name.rpartition(".")
+                if projection:
+                    add(projection, f".{tensor}")
+                else:
+                    found.add(tensor)
+        else:
+            found.add(delta.kind)
+    return frozenset(found)
+
+
+def num_pieces(deltas: Sequence[DeltaSpec]) -> int:
+    """Pieces a chain needs on a component: its widest projection, all its deltas added up, or its
+    virtual tokens."""
+    widths: collections.Counter[str] = collections.Counter()
+    for delta in deltas:
+        if isinstance(delta, LoraSpec):
+            widths.update({name: target.rank for name, target in delta.targets.items()})
+        elif isinstance(delta, (PromptSpec, PrefixSpec)):
+            widths[delta.kind] += delta.tokens
+    return -(-max(widths.values(), default=0) // PIECE_RANK)
+
+
+def virtual_tokens(deltas: Sequence[DeltaSpec]) -> int:
+    """Virtual tokens that sequences with these deltas on a component begin with."""
+    return max((d.tokens for d in deltas if isinstance(d, (PromptSpec, PrefixSpec))), default=0)
+
+
+def slot_content(
+    spec: ComponentSpec, deltas: Sequence[tuple[DeltaSpec, Tensors]], read_base: ReadBase
+) -> SlotContent:
+    """One chain's deltas on one component, ready for its slot tables.
+
+    Raises:
+      ZooError: deltas that cannot act on each other, or that make a vector that is not finite.
+    """
+    work = _Composition(spec, read_base)
+    for delta, tensors in deltas:
+        work.add(delta, tensors)
+    return work.content(num_pieces([delta for delta, _ in deltas]))
+
+
+class _Projection:
+    """A stored projection with what the deltas so far made of it."""
+
+    def __init__(self, name: str, spec: ComponentSpec, read_base: ReadBase):
+        self.name, self._spec, self._read_base = name, spec, read_base
+        self.pairs: list[tuple[np.ndarray, np.ndarray]] = []  # a [r, in], b [out, r]
+        self.scale: np.ndarray | None = None  # [out]
+        self.in_scale: np.ndarray | None = None  # [in]
+        self.new_bias: np.ndarray | None = None  # [out]
+
+    @property
+    def bias(self) -> np.ndarray | None:
+        """[out], or None without."""
+        if self.new_bias is None and f"{self.name}.bias" in self._spec.tensors():
+            return _float32(self._read_base(f"{self.name}.bias"))
+        return self.new_bias
+
+    def add_lora(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Adds `b @ a`, b with its scale, to what is projected with."""
+        inside_a = a if self.in_scale is None else a / _divisor(self.in_scale, self.name)
+        inside_b = b if self.scale is None else b / _divisor(self.scale, self.name)[:, None]
+        self.pairs.append((inside_a, inside_b))
+
+    def add_dora(self, a: np.ndarray, b: np.ndarray, magnitude: np.ndarray) -> None:
+        """Scales every column of what is projected with, `b @ a` added, to its magnitude."""
+        weight = self._weight()
+        norms = np.empty(len(magnitude), np.float32)
+        rows = max(1, (1 << 22) // a.shape[1])
+        for begin in range(0, len(norms), rows):  # a part at a time, as large tables are
+            part = slice(begin, begin + rows)
+            norms[part] = np.linalg.norm(self._effective(weight[part], part) + b[part] @ a, axis=1)
+        self.add_lora(a, b)
+        self.scale_by(magnitude / norms)
+
+    def scale_by(self, scale: np.ndarray) -> None:
+        """Multiplies what is projected, the bias apart."""
+        self.scale = scale if self.scale is None else self.scale * scale
+
+    def _weight(self) -> np.ndarray:
+        """[out, in] as the component has it."""
+        if self.name == "weight":
+            weight = self._read_base("weight")
+            return weight.T if self._spec.kind == "embedding" else weight
+        weight = self._read_base(f"{self.name}.weight")
+        return weight.T if getattr(self._spec, "in_out", False) else weight
+
+    def _effective(self, weight: np.ndarray, part: slice) -> np.ndarray:
+        """Rows of the weight, with what earlier deltas made of them."""
+        weight = _float32(weight)
+        if self.in_scale is not None:
+            weight = weight * self.in_scale
+        for a, b in self.pairs:
+            weight = weight + b[part] @ (a if self.in_scale is None else a * self.in_scale)
+        return weight if self.scale is None else weight * self.scale[part, None]
+
+
+class _Composition:
+    """The component with the deltas so far."""
+
+    def __init__(self, spec: ComponentSpec, read_base: ReadBase):
+        self._spec, self._read_base = unquantised(spec), read_base
+        self._projections: dict[str, _Projection] = {}
+        self._vectors: dict[str, np.ndarray] = {}
+        self._virtual: dict[str, np.ndarray] = {}  # [tokens, width] by table
+
+    def add(self, delta: DeltaSpec, tensors: Tensors) -> None:
+        """Lets one more delta act."""
+        if isinstance(delta, LoraSpec):
+            for name, target in delta.targets.items():
+                self._add_lora(self._projection(name), target, tensors)
+        elif isinstance(delta, Ia3Spec):
+            for name in delta.outputs:
+                projection, scale = self._projection(name), _float32(tensors[f"{name}.scale"])[:, 0]
+                if projection.bias is not None:
+                    projection.new_bias = projection.bias * scale
+                projection.scale_by(scale)
+            for name in delta.inputs:
+                projection, scale = (
+                    self._projection(name),
+                    _float32(tensors[f"{name}.in_scale"])[0],
+                )
+                before = projection.in_scale
+                projection.in_scale = scale if before is None else before * scale
+        elif isinstance(delta, VectorsSpec):
+            for name in delta.names:
+                stem, _, tensor = name.rpartition(".")
+                if tensor == "bias" and f"{stem}.weight" in self._matrices:
+                    self._projection(stem).new_bias = _float32(tensors[name])
+                else:
+                    self._vectors[name] = _float32(tensors[name])
+        else:
+            tables = {"prompt": ("prompt",), "prefix": ("k", "v")}[delta.kind]
+            for tensor in tables:
+                table = "prompt" if tensor == "prompt" else f"prefix.{tensor}"
+                if table in self._virtual:
+                    raise ZooError("two prompts or prefixes on one model cannot be served")
+                self._virtual[table] = _float32(tensors[tensor])
+
+    def content(self, count: int) -> SlotContent:
+        """What all of it needs in the tables, with `count` pieces."""
+        pieces: dict[str, np.ndarray] = {}
+        vectors = dict(self._vectors)
+        for name, projection in self._projections.items():
+            for part, outputs in layout.parts(self._spec, name).items():
+                if projection.pairs:
+                    pieces[f"{part}.a"] = _pieces([a for a, _ in projection.pairs], count)
+                    halves = [np.ascontiguousarray(b[outputs].T) for _, b in projection.pairs]
+                    pieces[f"{part}.b"] = _pieces(halves, count)
+                if projection.scale is not None:
+                    vectors[f"{part}.scale"] = projection.scale[outputs]
+                if projection.in_scale is not None:
+                    vectors[f"{part}.in_scale"] = projection.in_scale
+                if projection.new_bias is not None:
+                    vectors[f"{part}.bias"] = projection.new_bias[outputs]
+        for table, rows in self._virtual.items():
+            pieces[table] = _pieces([rows], count)
+        for name, vector in vectors.items():
+            if not np.isfinite(vector).all():
+                raise ZooError(f"its {name!r} is not finite: a norm of zero, or damaged numbers")
+        virtual = max((len(rows) for rows in self._virtual.values()), default=0)
+        return SlotContent(pieces, vectors, virtual)
+
+    @property
+    def _matrices(self) -> set[str]:
+        return {n for n, shape in self._spec.tensors().items() if len(shape) == 2}
+
+    def _projection(self, name: str) -> _Projection:
+        if name not in self._projections:
+            self._projections[name] = _Projection(name, self._spec, self._read_base)
+        return self._projections[name]
+
+    def _add_lora(self, projection: _Projection, target: LoraTarget, tensors: Tensors) -> None:
+        name = projection.name
+        a = _float32(tensors[f"{name}.a"])
+        b = _float32(tensors[f"{name}.b"]) * np.float32(target.scale)
+        if target.dora:
+            projection.add_dora(a, b, _float32(tensors[f"{name}.magnitude"]))
+        else:
+            projection.add_lora(a, b)
+        if target.bias:
+            more = _float32(tensors[f"{name}.b_bias"]) * np.float32(target.scale)
+            before = projection.bias
+            projection.new_bias = more if before is None else before + more
+
+
+def _pieces(parts: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """[rows, width] arrays one below the other, cut into pieces and filled up with zeros."""
+    out = np.zeros((count * PIECE_RANK, parts[0].shape[1]), np.float32)
+    used = 0
+    for rows in parts:
+        out[used : used + len(rows)] = rows
+        used += len(rows)
+    return out.reshape(count, PIECE_RANK, -1)
+
+
+def _float32(value: Any) -> np.ndarray:
+    return np.asarray(value).astype(np.float32, copy=False)
+
+
+def _divisor(scale: np.ndarray, name: str) -> np.ndarray:
+    if not scale.all():
+        raise ZooError(
+            f"a delta scales {name!r} by 0, and a later one adds to it: merge the first into the base"
+        )
+    return scale
