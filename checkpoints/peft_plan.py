@@ -18,7 +18,7 @@ from jblock.blocks.delta_spec import (
     VectorsSpec,
 )
 from jblock.blocks.layout import is_projection
-from jblock.blocks.spec import AttentionSpec, ComponentSpec, projection_shape
+from jblock.blocks.spec import AttentionSpec, ComponentSpec, projection_shape, unquantised
 from jblock.families import families
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
@@ -310,14 +310,25 @@ class _Planner:
 
     def _spec(self, index: int) -> ComponentSpec:
         if index not in self._specs:
-            self._specs[index] = self._zoo.component(self._base.steps[index].component).spec
+            component = self._base.steps[index].component
+            self._specs[index] = unquantised(self._zoo.component(component).spec)
         return self._specs[index]
 
 
 def component_tensors(
     stored: Mapping[str, np.ndarray], replaced: Mapping[str, str], source: Source
 ) -> dict[str, np.ndarray] | None:
-    """A component with tensors of an adapter in place of its own; None where all are equal."""
+    """A component with tensors of an adapter in place of its own; None where all are equal.
+
+    Raises:
+      CheckpointError: the component has something else in their place (weights of few bits).
+    """
+    lacking = sorted(replaced.keys() - stored.keys())
+    if lacking:
+        raise CheckpointError(
+            f"the adapter has {replaced[lacking[0]]!r} whole, which the base has in few bits: give the "
+            "base that it was made from"
+        )
     new = {name: source.read(taken) for name, taken in replaced.items()}
     same = all(
         value.dtype == stored[name].dtype and value.tobytes() == stored[name].tobytes()

@@ -354,7 +354,7 @@ class Device:
         instance.calls_by_bucket[bucket] = (version, calls)
         return calls
 
-    def _embed(self, unit: Unit, program, index: jax.Array) -> None:
+    def _embed(self, unit: Unit, program, index) -> None:
         width = unit.signature.hidden_size
         self._registers[width] = program(
             unit.params, unit.tables, self._registers[width], self._last_tokens, index

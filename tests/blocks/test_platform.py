@@ -43,7 +43,7 @@ def lowered(kind: Platform, rows: int, dtype: str) -> str:
         ),
         FfnSpec(hidden_size=32, intermediate_size=48, norm_eps=1e-5),
     )
-    signature = Signature(specs=specs, lora=(None, None), dtype=dtype)
+    signature = Signature(specs=specs, forms=(None, None), dtype=dtype)
     pool = PoolShape(num_pages=5, page_size=8, num_kv_heads=2, head_dim=8, layers=1, backend="xla")
     program = programs.segment_program([signature], Bucket(rows, 1), kind, "xla")
     shape = jax.ShapeDtypeStruct
@@ -86,7 +86,7 @@ def test_tensors_lie_as_the_target_reads_them(kind):
     ffn = FfnSpec(hidden_size=32, intermediate_size=48, norm_eps=1e-5)
     embedding = EmbeddingSpec(vocab_size=64, hidden_size=32)
     (of_ffn,), (of_embedding,) = (
-        abstract_params(Signature(specs=(s,), lora=(None,), dtype="bfloat16"), on(kind))
+        abstract_params(Signature(specs=(s,), forms=(None,), dtype="bfloat16"), on(kind))
         for s in (ffn, embedding)
     )
     assert of_ffn["up.weight"].shape == ((32, 48) if kind == PLAIN else (48, 32))
