@@ -11,6 +11,7 @@ from jblock.blocks.quant_spec import CODES, ORDER, SCALES, ZEROS
 from jblock.blocks.rows import Rows
 from jblock.blocks.slots import Slots
 from jblock.pallas_kernels.backends import backend_of
+from jblock.pallas_kernels.native import matmul as native_matmul
 from jblock.pallas_kernels.quantised_matmul.api import quantised_matmul
 
 _BF16_ROWS = 8
@@ -33,6 +34,8 @@ def matmul(
     transposed = platform.out_in if transposed is None else transposed
     if platform.amx and transposed and weight.dtype == jnp.float32:
         return _weight_first(x, weight)
+    if platform.amx and transposed and native_matmul.serves(x.shape[0], weight):
+        return native_matmul.matmul(x, weight)
     padded = platform.name == "cpu" and weight.dtype == jnp.bfloat16
     return _rows_first(x, weight, transposed, _BF16_ROWS if padded else 1)
 

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import importlib
 import importlib.util
+import platform
 import re
 import threading
 from typing import Any
@@ -15,10 +16,14 @@ from typing import Any
 import jax
 from absl import logging
 
-_KERNELS = {"attend": "jblock.pallas_kernels.paged_attention.native_kernel"}
+_KERNELS = {
+    "attend": "jblock.pallas_kernels.paged_attention.native_kernel",
+    "matmul": "jblock.pallas_kernels.native.matmul_kernel",
+}
 """The module that emits each kernel: `emit(module, name, fields)` adds the function `name`."""
 
 _NAME = re.compile(rb"jblock:[a-z0-9_.:-]+;")
+_PRCTL, _ASK_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 _lock = threading.Lock()
 _ready: dict[str, Any] = {}
 
@@ -125,3 +130,13 @@ def vector_width() -> int:
 def accumulators() -> int:
     """Vector registers that a product may sum in; the rest hold what is multiplied."""
     return 10 if vector_width() == 8 else 24
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether this process may use AMX's bfloat16 tiles: Linux has to be asked before the first one."""
+    import llvmlite.binding as llvm
+
+    if platform.system() != "Linux" or not llvm.get_host_cpu_features().get("amx-bf16"):
+        return False
+    return ctypes.CDLL(None).syscall(_PRCTL, _ASK_PERMISSION, _TILE_DATA) == 0
