@@ -100,7 +100,7 @@ def _measure(
     tried = [{i: step} for i, step in at.items()] + equivalence.runs(at)
     edges: list[Edge] = []
     with progress.steps(f"{chain.name}: measuring", 2 * len(tried)) as advance:
-        bench = equivalence.Bench(zoo, chain, probe)
+        bench = equivalence.Bench(zoo, chain, probe, min(at))
         for change in tried:
             edges.append(bench.edge(change, bench.measure(change), provenance))
             advance(1)

@@ -1,6 +1,6 @@
 """Text and task items of the demo family as files, for the converter's commands that measure and train.
 
-  python -m examples.probes --out DIR
+  python -m examples.probes --folder DIR
 
 Writes train.txt and held-out.txt, for every task items/<task>.jsonl (held out) and train/<task>.jsonl, and
 facts.jsonl: held-out items of all tasks in the spelling that the bases read while they were trained.
@@ -14,7 +14,7 @@ from absl import app, flags
 
 from examples.train import data, tasks
 
-_OUT = flags.DEFINE_string("out", None, "Folder to write; made when absent.", required=True)
+_FOLDER = flags.DEFINE_string("folder", "probes", "Folder to write; made when absent.")
 _SEED = 77
 # Task -> what ends the question in its pretraining spelling.
 _QUESTIONS = {
@@ -50,7 +50,7 @@ def write(folder: pathlib.Path, items: int = 4000, train_items: int = 8000) -> N
     held = documents[: int(data.HELD_OUT_TEXT * len(documents))]
     rng = random.Random(_SEED)
     # As the bases were trained: library text, and facts of items that are not held out.
-    texts = documents[len(held) : len(held) + 1200] + data.generated_texts(_SEED, 6000)
+    texts = documents[len(held) : len(held) + 900] + data.generated_texts(_SEED, 16_000)
     rng.shuffle(texts)
     (folder / "held-out.txt").write_text("\n".join(held), encoding="utf-8")
     (folder / "train.txt").write_text("\n".join(texts), encoding="utf-8")
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
     """Writes the files."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    write(pathlib.Path(_OUT.value))
+    write(pathlib.Path(_FOLDER.value))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ _ALL = (
     Scenario("peers", "vLLM, OpenVINO GenAI and transformers on the same work and machine"),
     Scenario("kv", "int8 KV over float32: bytes, speed over long contexts, changed answers"),
     Scenario("oversubscription", "KV for a quarter of what is offered: all finish, all the same"),
+    Scenario("equivalence", "a search for components that are alike, among a thousand of 8 MB"),
     Scenario("kernels", "each kernel alone on this device, over what copies and matmuls reach"),
 )
 SCENARIOS = {s.name: s for s in _ALL}

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jblock.blocks.spec import AttentionSpec
 from jblock.zoo import forward
 from jblock.zoo.edges import Score
 from jblock.zoo.forward import Weights
@@ -48,25 +49,59 @@ class Outputs:
         return None if self.right is None else float(self.right.mean())
 
 
-def outputs(weights: Weights, data: ProbeData) -> Outputs:
-    """Runs a chain over a probe. Holds the text's log-probabilities: 4 bytes x tokens x vocabulary."""
-    hidden, log_probs, nats = [], [], []
-    for tokens, target in _batches(data.text):
-        h, p, n = _text(weights.specs, weights.tensors, jnp.asarray(tokens), jnp.asarray(target))
+@dataclasses.dataclass(frozen=True, eq=False)
+class Below:
+    """Hidden rows behind the first steps of a chain: what chains that differ above need not compute again.
+
+    Attributes:
+      count: those steps.
+      depth: attention layers among them.
+      text: float32 [B, T, d] of each batch of text.
+      items: the same of task items.
+    """
+
+    count: int
+    depth: int
+    text: list[jax.Array]
+    items: list[jax.Array]
+
+
+def below(weights: Weights, data: ProbeData, count: int = 1) -> Below:
+    """Runs the first `count` steps of a chain over a probe."""
+    part = weights.part(0, count)
+
+    def run(rows: Rows | None) -> list[jax.Array]:
+        batches = [] if rows is None else _batches(rows)
+        return [_below(part.specs, part.tensors, jnp.asarray(tokens)) for tokens, _ in batches]
+
+    depth = sum(isinstance(s, AttentionSpec) for s in part.specs)
+    return Below(count, depth, run(data.text), run(data.items))
+
+
+def outputs(weights: Weights, data: ProbeData, known: Below | None = None) -> Outputs:
+    """Runs a chain over a probe. Holds the text's log-probabilities: 4 bytes x tokens x vocabulary.
+
+    Args:
+      weights: of all steps.
+      data: what to put through.
+      known: of its first steps, if they were run before.
+    """
+    known = below(weights, data) if known is None else known
+    part = weights.part(known.count, len(weights.specs))
+    form = (part.specs, known.depth)
+    hidden, log_probs, nats, right = [], [], [], []
+    for x, (tokens, target) in zip(known.text, _batches(data.text), strict=True):
+        h, p, n = _text(form, part.tensors, x, jnp.asarray(tokens), jnp.asarray(target))
         hidden.append(np.asarray(h))
         log_probs.append(np.asarray(p))
         nats.append(np.asarray(n, np.float64))
-    right = None if data.items is None else exact(weights, data.items)
-    return Outputs(hidden, log_probs, np.concatenate(nats)[: len(data.text)], right)
-
-
-def exact(weights: Weights, rows: Rows) -> np.ndarray:
-    """bool [B]: whether each token that counts is the best one after those before it."""
-    parts = []
-    for tokens, target in _batches(rows):
-        part = _exact(weights.specs, weights.tensors, jnp.asarray(tokens), jnp.asarray(target))
-        parts.append(np.asarray(part))
-    return np.concatenate(parts)[: len(rows)]
+    if data.items is None:
+        return Outputs(hidden, log_probs, np.concatenate(nats)[: len(data.text)], None)
+    for x, (tokens, target) in zip(known.items, _batches(data.items), strict=True):
+        hits = _exact(form, part.tensors, x, jnp.asarray(tokens), jnp.asarray(target))
+        right.append(np.asarray(hits))
+    every = np.concatenate(right)[: len(data.items)]
+    return Outputs(hidden, log_probs, np.concatenate(nats)[: len(data.text)], every)
 
 
 def scores(original: Outputs, stand_in: Outputs) -> dict[str, Score]:
@@ -134,8 +169,22 @@ def _batches(rows: Rows):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _text(specs, tensors, tokens, target):
-    hidden, logits = forward.hidden_and_logits(Weights(specs, tensors), tokens)
+def _below(specs, tensors, tokens):
+    weights = Weights(specs, tensors)
+    return forward.run(weights.part(1, len(specs)), forward.embed(weights, tokens))
+
+
+def _above(form, tensors, x):
+    """Last hidden rows and logits, from the rows `x` that lie below these steps."""
+    specs, depth = form
+    weights = Weights(specs, tensors)
+    x = forward.run(weights.part(0, len(specs) - 2), x, depth)
+    return x, forward.head(weights, x)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _text(form, tensors, x, tokens, target):
+    hidden, logits = _above(form, tensors, x)
     log_probs = jax.nn.log_softmax(logits)
     picked = jnp.take_along_axis(log_probs[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
     counts = target[:, 1:]
@@ -144,8 +193,9 @@ def _text(specs, tensors, tokens, target):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _exact(specs, tensors, tokens, target):
-    _, logits = forward.hidden_and_logits(Weights(specs, tensors), tokens)
+def _exact(form, tensors, x, tokens, target):
+    """bool [B]: whether each token that counts is the best one after those before it."""
+    _, logits = _above(form, tensors, x)
     best = jnp.argmax(logits[:, :-1], axis=-1)
     return jnp.all((best == tokens[:, 1:]) | ~target[:, 1:], axis=1)
 

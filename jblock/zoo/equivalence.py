@@ -4,9 +4,10 @@ Parameters only nominate. What counts is measured end to end: the candidate in i
 probe data, beside the chain as it is.
 """
 
+import concurrent.futures
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from jblock.zoo.edges import Accepted, Edge, Score, reasons_against, versions
 from jblock.zoo.probe import ProbeData
 from jblock.zoo.records import Chain, ComponentRecord, Step
 from jblock.zoo.store import Zoo
+
+_THREADS = 2  # components compared at a time, each with a copy in memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,9 +101,7 @@ def search(
             by_leader[leader].append(member)
         for leader, members in by_leader.items():
             target = zoo.load_component(records[leader].id)
-            for member in members:
-                record = records[member]
-                cosines = sketch.cosine(zoo.load_component(record.id), target)
+            for record, cosines in _compare(zoo, [records[m] for m in members], target):
                 on_bytes(record.nbytes)
                 whole = cosines.pop("")
                 if whole >= least:
@@ -117,6 +118,18 @@ def search(
     return Search(components=count, alike=alike, candidates=tuple(found))
 
 
+def _compare(
+    zoo: Zoo, records: Sequence[ComponentRecord], target: Mapping[str, np.ndarray]
+) -> Iterator[tuple[ComponentRecord, dict[str, float]]]:
+    """Cosines of some components with one, reading the next while one is compared."""
+
+    def one(record: ComponentRecord) -> tuple[ComponentRecord, dict[str, float]]:
+        return record, sketch.cosine(zoo.load_component(record.id), target)
+
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        yield from pool.map(one, records)
+
+
 class Bench:
     """One chain on its probe: what changes of its steps cost, end to end.
 
@@ -126,10 +139,12 @@ class Bench:
       original: what the chain makes of it.
     """
 
-    def __init__(self, zoo: Zoo, chain: Chain, data: ProbeData):
+    def __init__(self, zoo: Zoo, chain: Chain, data: ProbeData, lowest: int = 1):
+        """Runs the chain as it is. Steps below `lowest` are run only here, if none of them is changed."""
         self._zoo, self.chain, self.data = zoo, chain, data
         self._weights = forward.load(zoo, chain.steps)
-        self.original = agreement.outputs(self._weights, data)
+        self._below = agreement.below(self._weights, data, max(1, lowest))
+        self.original = agreement.outputs(self._weights, data, self._below)
 
     def measure(self, change: Mapping[int, Step]) -> dict[str, Score]:
         """Scores of the chain with other steps at some places, all of them at once.
@@ -145,7 +160,10 @@ class Bench:
                 sums += (a @ b, a @ a, b @ b)
             weights = weights.replaced(at, 1, by)
         cosine = Score(value=float(sums[0] / max(np.sqrt(sums[1] * sums[2]), 1e-30)))
-        found = agreement.scores(self.original, agreement.outputs(weights, self.data))
+        # A changed embedding leaves nothing to go on from.
+        known = self._below if min(change) >= self._below.count else None
+        outputs = agreement.outputs(weights, self.data, known)
+        found = agreement.scores(self.original, outputs)
         return {"parameter_cosine": cosine, **found}
 
     def edge(

@@ -11,6 +11,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+import ml_dtypes
 import numpy as np
 
 from jblock.blocks.spec import canonical_json, spec_to_json
@@ -99,10 +100,17 @@ def cosine(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> di
     for name, value in one.items():
         a, b = value.reshape(-1), other[name].reshape(-1)
         for at in range(0, a.size, 1 << 18):  # float32 copies that stay in the CPU's cache
-            x, y = (v[at : at + (1 << 18)].astype(np.float32) for v in (a, b))
+            x, y = (_wide(v[at : at + (1 << 18)]) for v in (a, b))
             sums[name] += (x @ y, x @ x, y @ y)
         sums[""] += sums[name]
     return {n: float(xy / max(np.sqrt(xx * yy), 1e-30)) for n, (xy, xx, yy) in sums.items()}
+
+
+def _wide(value: np.ndarray) -> np.ndarray:
+    """In float32; from bfloat16, which is its upper half, several times faster than a cast."""
+    if value.dtype == ml_dtypes.bfloat16:
+        return (value.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return value.astype(np.float32)
 
 
 def _seed(text: str) -> int:

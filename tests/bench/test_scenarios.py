@@ -41,6 +41,7 @@ KEYS = {
         "tokens_per_second",
         "tokens_per_second_recomputing",
     },
+    "equivalence": {"seconds", "found", "missed", "surplus"},
     "kernels": {"paged_attention"},
 }
 

@@ -1,0 +1,283 @@
+"""What may stand in for what in the demo family: equivalent components, a stitch, a surrogate.
+
+  python -m examples.stand_ins equivalence --out DIR [--plot FILE]
+  python -m examples.stand_ins stitch --out DIR        # demo-1m's lower layers, demo-3m's upper ones
+  python -m examples.stand_ins stitch_back --out DIR   # the other way round
+  python -m examples.stand_ins surrogate --out DIR
+
+Each makes what it lacks under DIR (the family's zoo, texts and items of examples.probes), runs the
+converter's command and prints a table in Markdown and the figures as JSON. Seeded; some minutes on two cores.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+from absl import app, flags
+
+from checkpoints import approximate, equivalence
+from checkpoints.probes import train_items
+from checkpoints.progress import Progress
+from examples import demo_zoo, probes
+from jblock.blocks.spec import AttentionSpec
+from jblock.zoo import forward, stitching, training
+from jblock.zoo.edges import Accepted
+from jblock.zoo.forward import Weights
+from jblock.zoo.records import Chain, Step
+from jblock.zoo.store import Zoo
+
+_OUT = flags.DEFINE_string("out", None, "Folder to work in; made when absent.", required=True)
+_PLOT = flags.DEFINE_string("plot", None, "Draw cosine against damage to this file.")
+_TUNES = {
+    "demo-3m-sort": "sort",
+    "demo-3m-find": "find",
+    "demo-3m-date": "date",
+    "demo-1m-upper": "upper",
+    "demo-1m-spell": "spell",
+}
+_RETRAINED = {"demo-3m-sort": 4, "demo-1m-upper": 2}  # name -> first layer that is trained on
+_WORST = -0.005  # accuracy change that is accepted, by the lower end of its interval
+
+
+def prepare(out: pathlib.Path) -> Zoo:
+    """The family in a zoo, and the files to measure on, unless they are there."""
+    files, folder = out / "probes", out / "zoo"
+    if not (files / "facts.jsonl").exists():
+        probes.write(files)
+    if not (folder / "zoo.json").exists():
+        demo_zoo.convert(demo_zoo.with_bases(demo_zoo.load_family(())), folder)
+    return Zoo.open(folder)
+
+
+def retrain(zoo: Zoo, name: str, new: str, first: int, items: pathlib.Path) -> Chain:
+    """A later version of a fine-tune: its own layers trained on for some steps, as a model of its own."""
+    chain = zoo.chain(name)
+    begin, end = stitching.layers(zoo, chain)[first], len(chain.steps) - 2
+    rows = train_items(zoo, chain, items)
+    whole = forward.load(zoo, chain.steps)
+    schedule = training.Schedule(steps=40, learning_rate=1e-4, batch_tokens=1280, seed=1)
+    work = training.key(name, new, dataclasses.asdict(schedule), rows)
+
+    def loss(form: int, trained: Any, fixed: Any, tokens: jax.Array, target: jax.Array):
+        by = Weights(whole.specs[begin:end], trained)
+        weights = Weights(whole.specs, fixed).replaced(begin, end - begin, by)
+        _, logits = forward.hidden_and_logits(weights, tokens)
+        return training.next_token_nats(logits, tokens, target)
+
+    trained = training.fit(
+        zoo, work, loss, whole.tensors[begin:end], whole.tensors, [rows], schedule
+    )
+    steps = list(chain.steps)
+    for at, tensors in zip(range(begin, end), trained, strict=True):
+        id_ = zoo.put_component(whole.specs[at], training.stored(tensors, "bfloat16"))
+        steps[at] = Step(component=id_)
+    training.forget(zoo, work)
+    made = dataclasses.replace(chain, name=new, version=0, steps=tuple(steps), source_files=None)
+    return zoo.publish(made)
+
+
+def equivalents(out: pathlib.Path, plot: pathlib.Path | None) -> dict[str, Any]:
+    """Cosine against measured damage, the recommended substitutions, and what they cost and gain."""
+    zoo, files = prepare(out), out / "probes"
+    tunes = dict(_TUNES)
+    for name, first in _RETRAINED.items():
+        tunes[f"{name}-v2"] = _TUNES[name]
+        if f"{name}-v2" not in zoo.chains():
+            retrain(zoo, name, f"{name}-v2", first, files / "train" / f"{_TUNES[name]}.jsonl")
+    options = equivalence.Options(
+        names=list(tunes),
+        cosine=0.8,
+        text=files / "held-out.txt",
+        items=[f"{name}={files}/items/{task}.jsonl" for name, task in tunes.items()],
+        tokens=8192,
+        max_items=4000,
+        accepted=Accepted(policy="near", thresholds={"accuracy_change": _WORST}),
+        suffix=".near",
+    )
+    data = equivalence.run(zoo, options, Progress())
+    print("| model | step | cosine | hidden error | KL | top-1 | accuracy change, points |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    points = []
+    for edge in sorted(data["edges"], key=lambda e: -e["scores"]["parameter_cosine"]["value"]):
+        chain = zoo.chain(*_split(edge["chain"]))
+        scores = {n: s["value"] for n, s in edge["scores"].items()}
+        change = edge["scores"]["accuracy_change"]
+        kind = _place(zoo, chain, edge)
+        print(
+            f"| {chain.name} | {kind} | {scores['parameter_cosine']:.4f} | {scores['hidden_error']:.3f} "
+            f"| {scores['kl']:.4f} | {scores['top1_agreement']:.3f} | {_points(change)} |"
+        )
+        points.append((scores["parameter_cosine"], -change["value"], kind.split()[0]))
+    print()
+    for row in data["recommended"]:
+        print(f"{row['chain']}: {len(row['steps'])} steps of {row['of']} replaced", end=", ")
+        print(f"accuracy {_points(row['scores']['accuracy_change'])} of {row['accuracy']:.4f}")
+    data["serving"] = serving(zoo, data, out)
+    if plot is not None:
+        draw(points, plot)
+    return data
+
+
+def serving(zoo: Zoo, data: Mapping[str, Any], out: pathlib.Path) -> dict[str, Any]:
+    """The recommended chains and the models they come from in one engine each: bytes and decode steps."""
+    from bench.stepper import Stepper
+    from jblock.engine.config import EngineConfig
+
+    replaced = {row["chain"].partition("@")[0]: row["published"] for row in data["recommended"]}
+    names = sorted({*_TUNES, *replaced})
+    sides = {
+        "exact": {n: zoo.chain(n) for n in names},
+        "near": {n: zoo.chain(*_split(replaced.get(n, n))) for n in names},
+    }
+    config = EngineConfig(
+        max_num_seqs=4 * len(names),
+        max_model_len=128,
+        page_size=64,
+        decode_sizes=(4, 8, 16, 32),
+        prefill_grids=((8, 16),),
+        kv_memory_mb=64,
+    )
+    rows = 4 * len(names)
+    steppers = {s: Stepper(zoo, c, config, out / "programs") for s, c in sides.items()}
+    for stepper in steppers.values():
+        stepper.fill(names * 4, 8, 110)
+    times: dict[str, list[float]] = {"exact": [], "near": []}
+    for turn in range(10):
+        for side in ("exact", "near") if turn % 2 else ("near", "exact"):
+            times[side].append(steppers[side].steps(8, rows) / 8)
+    result: dict[str, Any] = {"models": len(names), "rows": rows}
+    for side, chains in sides.items():
+        used = {s.component for c in chains.values() for s in c.steps}
+        result[side] = {
+            "weight_bytes": sum(zoo.component(i).nbytes for i in used),
+            "blocks": len(steppers[side].assembly.instances),
+            "step_ms": round(1e3 * statistics.median(times[side]), 3),
+        }
+    pairs = zip(times["near"], times["exact"], strict=True)
+    result["step_ratio"] = round(statistics.median(n / e for n, e in pairs), 3)
+    return result
+
+
+def draw(points: list[tuple[float, float, str]], path: pathlib.Path) -> None:
+    """Cosine against accuracy lost. Needs matplotlib (extra: plot)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for kind, marker in {"attention": "o", "ffn": "s", "run": "^", "other": "x"}.items():
+        chosen = [(c, 100 * d) for c, d, k in points if k == kind]
+        if chosen:
+            xs, ys = zip(*chosen, strict=True)
+            axes.plot(xs, ys, marker, label=kind, alpha=0.7)
+    axes.axhline(0.5, color="gray", linewidth=0.5)
+    axes.set_yscale("symlog", linthresh=0.5)
+    axes.set_xlabel("cosine of the parameters")
+    axes.set_ylabel("accuracy lost, points")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def stitched(out: pathlib.Path, lower: str, upper: str, joins: list[str]) -> dict[str, Any]:
+    """Lower layers of one base under upper layers of the other, at two depths, by one stitch."""
+    zoo, files = prepare(out), out / "probes"
+    data = approximate.stitch(
+        zoo,
+        lower,
+        upper,
+        joins,
+        f"{lower}-under-{upper.removeprefix('demo-')}",
+        _data(files, files / "facts.jsonl", None),
+        training.Schedule(steps=400, learning_rate=4e-3, batch_tokens=1024, seed=0),
+        384,
+        Progress(),
+    )
+    print("| model | perplexity of text | accuracy on facts |\n| --- | --- | --- |")
+    for row in (*data["parents"], *data["models"]):
+        print(f"| {row['name']} | {row['perplexity']:.3f} | {row['accuracy']:.4f} |")
+    return data
+
+
+def surrogate(out: pathlib.Path) -> dict[str, Any]:
+    """The two layers that a fine-tune trained, at under half of their parameters."""
+    zoo, files = prepare(out), out / "probes"
+    data = approximate.surrogate(
+        zoo,
+        "demo-3m-sort",
+        "4:6",
+        0.45,
+        "demo-3m-sort-small",
+        _data(files, files / "items" / "sort.jsonl", files / "train" / "sort.jsonl"),
+        training.Schedule(steps=400, learning_rate=3e-3, batch_tokens=1024, seed=0),
+        Progress(),
+    )
+    print("| model | perplexity of text | accuracy |\n| --- | --- | --- |")
+    for row in (*data["parents"], *data["models"]):
+        print(f"| {row['name']} | {row['perplexity']:.3f} | {row['accuracy']:.4f} |")
+    return data
+
+
+def _data(
+    files: pathlib.Path, items: pathlib.Path, trained: pathlib.Path | None
+) -> approximate.Data:
+    return approximate.Data(
+        train=files / "train.txt",
+        train_items=trained,
+        text=files / "held-out.txt",
+        items=items,
+        tokens=16384,
+        max_items=4000,
+    )
+
+
+def _split(text: str) -> tuple[str, int]:
+    name, _, version = text.partition("@")
+    return name, int(version)
+
+
+def _place(zoo: Zoo, chain: Chain, edge: Mapping[str, Any]) -> str:
+    """What an edge replaces: "attention 4", or "run" of neighbours, with the layers."""
+    ids = [s["component"] for s in edge["original"]]
+    at = [s.component for s in chain.steps].index(ids[0])
+    specs = [zoo.component(s.component).spec for s in chain.steps[: at + len(ids)]]
+    layers = [
+        sum(isinstance(s, AttentionSpec) for s in specs[: i + 1]) - 1 for i in range(len(specs))
+    ]
+    if len(ids) > 1:
+        return f"run of layers {layers[at]} to {layers[-1]}"
+    kind = specs[at].kind
+    return f"{kind} {layers[at]}" if kind in ("attention", "ffn") else f"other {kind}"
+
+
+def _points(change: Mapping[str, float]) -> str:
+    return f"{100 * change['value']:.2f} ({100 * change['low']:.2f} to {100 * change['high']:.2f})"
+
+
+def main(argv: list[str]) -> None:
+    """Runs what is asked for."""
+    out = pathlib.Path(_OUT.value)
+    plot = pathlib.Path(_PLOT.value) if _PLOT.value else None
+    wanted = {
+        "equivalence": lambda: equivalents(out, plot),
+        "stitch": lambda: stitched(out, "demo-1m", "demo-3m", ["1:1", "2:2"]),
+        "stitch_back": lambda: stitched(out, "demo-3m", "demo-1m", ["4:3", "5:3"]),
+        "surrogate": lambda: surrogate(out),
+    }
+    if len(argv) != 2 or argv[1] not in wanted:
+        raise app.UsageError(f"name one of {', '.join(wanted)}")
+    out.mkdir(parents=True, exist_ok=True)
+    data = wanted[argv[1]]()
+    (out / f"{argv[1]}.json").write_text(json.dumps(data, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)
