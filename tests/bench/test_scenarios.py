@@ -68,7 +68,7 @@ def test_every_scenario_is_held_to_its_keys():
     assert set(KEYS) == set(SCENARIOS)
 
 
-_NO_SERVING = {"kernels"}  # Runs no engine, so there is no such figure.
+_NO_SERVING = {"kernels", "equivalence"}  # Runs no engine, so there is no such figure.
 # Start processes that compile everything, or several engines.
 _LONG = {"coldstart", "kv", "peers", "stalls"}
 
