@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _registered(args: argparse.Namespace, shape: ModelShape) -> dict[str, Any]:
     """A backlog over many registered adapters, and over their base alone."""
-    count, requests, rounds = (100, 24, 1) if args.quick else (1000, 96, 3)
+    count, requests, rounds = (100, 24, 1) if args.quick else (1000, 64, 3)
     lengths = Lengths(prompt=(16, 64), output=(4, 8) if args.quick else (64, 128))
     config = EngineConfig(
         dtype=args.dtype,
