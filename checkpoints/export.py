@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
+from checkpoints.bitfit import with_vectors
 from checkpoints.errors import CheckpointError
 from checkpoints.hf import LEFT_OUT
 from checkpoints.peft_config import read_settings
@@ -156,7 +157,7 @@ def _values(zoo: Zoo, chain: Chain, source: Source) -> Iterator[dict[str, np.nda
     for copy, original in plan.copies.items():
         copies.setdefault(original, []).append(copy)
     for planned, step in zip(plan.steps, chain.steps, strict=True):
-        stored = zoo.load_component(step.component, verify=True)
+        stored = with_vectors(zoo, step.component, step.deltas)
         values = {file_name: stored[name] for name, file_name in planned.tensors.items()}
         yield values | {c: values[n] for n in values for c in copies.get(n, ())}
 

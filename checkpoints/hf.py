@@ -1,18 +1,25 @@
 """`jblock-convert hf`: a Hugging Face checkpoint becomes a chain of components."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
 
 from checkpoints import prequantised
+from checkpoints.bitfit import Finder, Shared
 from checkpoints.errors import CheckpointError
 from checkpoints.progress import Progress
 from checkpoints.source import Source, open_source, read_json
 from checkpoints.tokenizer import TokenizerFiles, read_tokenizer
-from jblock.blocks.spec import AttentionSpec, canonical_json, spec_to_json
+from jblock.blocks.spec import (
+    AttentionSpec,
+    ComponentSpec,
+    NormSpec,
+    canonical_json,
+    spec_to_json,
+)
 from jblock.families import Plan, family_for
 from jblock.families.config import token_ids
 from jblock.zoo.records import Chain, GoneError, Step, check_name
@@ -72,27 +79,35 @@ def convert(source_path: Path, zoo_path: Path, name: str, progress: Progress) ->
     def add() -> Chain:
         with zoo.writer(source.key()) as writer:
             owners: dict[str, tuple[str, str]] = {}  # checkpoint tensor -> (component, tensor)
-            steps = []
+            steps: dict[int, Step] = {}
+            finder = Finder(zoo)
             total = sum(t.nbytes for t in source.tensors.values())
             with progress.bar(f"{name}: components", total) as advance:
-                for i, step in enumerate(plan.steps):
+                for i in in_order(plan):
+                    step = plan.steps[i]
                     tied = {t: owners[n] for t, n in step.tensors.items() if n in owners}
                     own = [t for t in step.tensors if t not in tied]
                     # What the component is made from beside the bytes, which the key stands for.
                     label = canonical_json([i, spec_to_json(step.spec), step.tensors])
                     id_ = writer.finished(label)
+                    deltas: tuple[str, ...] = ()
                     if id_ is None:
                         tensors = {t: source.read(step.tensors[t]) for t in own}
-                        id_ = writer.put_component(step.spec, tensors, tied)
-                        writer.finish(label, id_)
+                        shared = share(finder, step.spec, tensors, tied, steps.get(i + 1))
+                        if shared is None:
+                            id_ = writer.put_component(step.spec, tensors, tied)
+                            writer.finish(label, id_)
+                        else:
+                            id_ = shared.component
+                            deltas = (writer.put_delta(shared.spec, id_, shared.vectors),)
                         del tensors
                     owners |= {step.tensors[t]: (id_, t) for t in own}
-                    steps.append(Step(component=id_, joined=step.joined))
+                    steps[i] = Step(component=id_, deltas=deltas, joined=step.joined)
                     advance(sum(source.tensors[step.tensors[t]].nbytes for t in own))
             chain = Chain(
                 name=name,
                 family=family.name,
-                steps=tuple(steps),
+                steps=tuple(steps[i] for i in sorted(steps)),
                 tokenizer=None
                 if tokenizer is None
                 else writer.put_files("tokenizers", tokenizer.files),
@@ -106,11 +121,38 @@ def convert(source_path: Path, zoo_path: Path, name: str, progress: Progress) ->
                 source_files=writer.put_files("sources", small) if packing is None else None,
                 derived={} if packing is None else {"packed": config[prequantised.FIELD]},
             )
+            shared_steps = sum(bool(step.deltas) for step in chain.steps)
+            if shared_steps:
+                progress.note(
+                    f"{name}: {shared_steps} components differ from known ones in biases and norms only, "
+                    "and are stored as such"
+                )
             progress.note(f"{name}: {writer.new_bytes} of {total} bytes are new to the zoo")
             return writer.publish(chain)
 
     published = again_if_gone(add)
     return published, published.version not in before
+
+
+def in_order(plan: Plan) -> list[int]:
+    """The numbers of the steps, the unembedding before its norm, which is looked for by it."""
+    count = len(plan.steps)
+    return [*range(count - 2), count - 1, count - 2]
+
+
+def share(
+    finder: Finder | None,
+    spec: ComponentSpec,
+    tensors: Mapping[str, np.ndarray],
+    tied: Mapping[str, object],
+    following: Step | None,
+) -> Shared | None:
+    """See `bitfit.Finder`; `following` is the step behind, where that is known already."""
+    if finder is None:
+        return None
+    if isinstance(spec, NormSpec) and following is not None:
+        return finder.shared_norm(spec, tensors, following.component)
+    return finder.shared(spec, tensors, tied)
 
 
 def again_if_gone(add: Callable[[], Chain]) -> Chain:

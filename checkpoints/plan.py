@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import hf
+from checkpoints.bitfit import Finder
 from checkpoints.errors import CheckpointError
 from checkpoints.peft_config import read_settings
 from checkpoints.peft_plan import component_tensors, plan_adapter
@@ -87,23 +88,38 @@ def _checkpoint(path: Path, zoo: Zoo | None, name: str, progress: Progress) -> P
     plan = family.plan(config).fitting(source.tensors)
     hf.check_tensors(plan, source)
     owners: dict[str, tuple[str, str]] = {}
-    steps, rows, nbytes = [], [], {}
+    rows, nbytes = [], {}
+    steps: dict[int, Step] = {}
+    finder = Finder(zoo) if zoo else None
     with progress.bar(
         f"{name}: reading", sum(t.nbytes for t in source.tensors.values())
     ) as advance:
-        for i, step in enumerate(plan.steps):
+        for i in hf.in_order(plan):
+            step, delta = plan.steps[i], None
             refs = {t: list(owners[n]) for t, n in step.tensors.items() if n in owners}
             own = {t: source.read(n) for t, n in step.tensors.items() if t not in refs}
-            id_ = ids.content_id({"spec": spec_to_json(step.spec), "refs": refs}, own)
+            shared = hf.share(finder, step.spec, own, refs, steps.get(i + 1))
+            if shared is None:
+                id_ = ids.content_id({"spec": spec_to_json(step.spec), "refs": refs}, own)
+            else:
+                id_ = shared.component
+                header = {"spec": delta_to_json(shared.spec), "component": id_}
+                delta = ids.content_id(header, shared.vectors)
             owners |= {step.tensors[t]: (id_, t) for t in own}
             nbytes[id_] = sum(v.nbytes for v in own.values())
-            steps.append(Step(component=id_, joined=step.joined))
+            steps[i] = Step(
+                component=id_, deltas=(delta,) if delta is not None else (), joined=step.joined
+            )
             rows.append(_row(i, step.spec.kind, id_, nbytes[id_], _has(zoo, "components", id_)))
+            if shared is not None and delta is not None:
+                size = sum(v.nbytes for v in shared.vectors.values())
+                rows.append(_row(i, shared.spec.kind, delta, size, _has(zoo, "deltas", delta)))
             advance(nbytes[id_])
+    rows.sort(key=lambda row: row["step"])
     chain = Chain(
         name=name,
         family=family.name,
-        steps=tuple(steps),
+        steps=tuple(steps[i] for i in sorted(steps)),
         tokenizer=None,
         max_position=plan.max_position,
         vocab_size=plan.vocab_size,

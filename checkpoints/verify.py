@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints import hf
+from checkpoints.bitfit import with_vectors
 from checkpoints.peft_config import read_settings
 from checkpoints.peft_plan import plan_adapter
 from checkpoints.progress import Progress
@@ -53,7 +54,7 @@ def _checkpoint(zoo: Zoo, chain: Chain, path: Path, progress: Progress) -> list[
             if planned.spec != zoo.component(step.component).spec:
                 differences.append(f"component {step.component} has another spec")
                 continue
-            stored = zoo.load_component(step.component)
+            stored = with_vectors(zoo, step.component, step.deltas)
             differences += _compare(source, planned.tensors, stored)
             advance(sum(value.nbytes for value in stored.values()))
     return differences

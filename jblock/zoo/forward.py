@@ -15,7 +15,7 @@ import numpy as np
 
 from jblock.blocks import layout, quantise
 from jblock.blocks.attention import Attention
-from jblock.blocks.delta_spec import LoraSpec
+from jblock.blocks.delta_spec import LoraSpec, VectorsSpec
 from jblock.blocks.embedding import Embedding, Head
 from jblock.blocks.ffn import Ffn
 from jblock.blocks.moe import Mixture
@@ -112,12 +112,17 @@ def _floats(spec: ComponentSpec, stored: Mapping[str, np.ndarray]) -> dict[str, 
 
 def _merge(zoo: Zoo, id_: str, spec: ComponentSpec, values: dict[str, np.ndarray]) -> None:
     delta = zoo.delta(id_)
+    if isinstance(delta.spec, VectorsSpec):
+        values |= {n: v.astype(np.float32) for n, v in zoo.load_delta(id_).items()}
+        return
     lora = delta.spec
     plain = isinstance(lora, LoraSpec) and not any(
         name == "weight" or t.dora or t.bias for name, t in lora.targets.items()
     )
     if not isinstance(lora, LoraSpec) or not plain:
-        raise ZooError(f"delta {id_}: only plain LoRA on layers can be merged to measure")
+        raise ZooError(
+            f"delta {id_}: only plain LoRA on layers, biases and norms can be merged to measure"
+        )
     tensors = {n: v.astype(np.float32) for n, v in zoo.load_delta(id_).items()}
     for name, target in lora.targets.items():
         change = np.float32(target.scale) * (tensors[f"{name}.b"] @ tensors[f"{name}.a"])

@@ -74,6 +74,8 @@ def zoo(tmp_path_factory) -> Path:
 def test_matches_peft_in_one_batch_and_alone(zoo, base):
     models = [n for n in NAMES if base_of(n) == base]
     agent = Agent.make(zoo, [base, *models], ONE_PLAN)
+    for model in set(models) & set(BITFIT):  # served by the base's own blocks
+        assert agent.assembly.routes[model].instances == agent.assembly.routes[base].instances
     expected = {m: oracle(m) for m in models}
     prompts = {f"{m} long": (m, expected[m]["prompt"]) for m in models}
     prompts |= {f"{m} short": (m, expected[m]["prompt_short"]) for m in models}
