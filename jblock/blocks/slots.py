@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from jblock.blocks.rows import Rows
+from jblock.pallas_kernels.backends import backend_of
+from jblock.pallas_kernels.grouped_delta_matmul.api import grouped_delta_matmul
 
 PIECE_RANK = 8
 _NO_TABLES: Mapping[str, jax.Array] = {}
@@ -45,11 +47,17 @@ class Slots:
         """`y [T, out] + b @ (a @ x)` of each row's own pairs for projection `name`, x [T, in].
 
         The k-th piece of every sequence is added in turn k, for as many turns as the longest delta
-        present has pieces, so that a batch reads what its own sequences hold.
+        present has pieces, so that a batch reads what its own sequences hold. Machine code of our own
+        takes each sequence's pieces without turns.
         """
         if f"{name}.a" not in self._tables:
             return y
         rows, a = _known(rows), self._tables[f"{name}.a"]
+        backend = backend_of(rows.platform.name)
+        if backend == "native":
+            b, pieces = self._tables[f"{name}.b"], self._tables["pieces"][rows.slots]
+            sizes = jnp.full((rows.num_seqs,), rows.q_len, jnp.int32)
+            return grouped_delta_matmul(y, x, a, b, pieces, sizes, backend=backend)
         xs = rows.by_sequence(x)
         return self._add(name, y, rows, lambda piece: jnp.einsum("sqi,sri->sqr", xs, a[piece]))
 

@@ -1,6 +1,7 @@
 """Which module of an op serves which platform: the choice all ops share."""
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 import jax
@@ -12,8 +13,6 @@ BACKENDS = ("xla", "native", "tpu", "mosaic_gpu")
 
 # Not yet "gpu": the Mosaic GPU kernels are for Hopper and bfloat16 only, and never met a device.
 _OF_PLATFORM = {"tpu": "tpu"}
-# Ops with machine code of our own for the CPU; the others take XLA's there.
-_NATIVE = ("paged_attention",)
 
 
 def backend_of(platform: str | None = None) -> str:
@@ -25,7 +24,8 @@ def backend_of(platform: str | None = None) -> str:
 
 
 def module(op: str, backend: str | None = None) -> ModuleType:
-    """The module of an op's backend; None: of the one for the platform jax computes on.
+    """The module of an op's backend; None: of the one for the platform jax computes on. An op that a
+    backend has no module for is XLA's there.
 
     Raises:
       ValueError: there is no such backend.
@@ -33,6 +33,6 @@ def module(op: str, backend: str | None = None) -> ModuleType:
     backend = backend or backend_of()
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not known; give one of {', '.join(BACKENDS)}")
-    if backend == "native" and op not in _NATIVE:
-        backend = "xla"
-    return importlib.import_module(f"jblock.pallas_kernels.{op}.{backend}")
+    name = f"jblock.pallas_kernels.{op}.{backend}"
+    there = importlib.util.find_spec(name) is not None
+    return importlib.import_module(name if there else f"jblock.pallas_kernels.{op}.xla")

@@ -19,6 +19,7 @@ from absl import logging
 _KERNELS = {
     "attend": "jblock.pallas_kernels.paged_attention.native_kernel",
     "matmul": "jblock.pallas_kernels.native.matmul_kernel",
+    "delta": "jblock.pallas_kernels.grouped_delta_matmul.native",
 }
 """The module that emits each kernel: `emit(module, name, fields)` adds the function `name`."""
 
