@@ -205,6 +205,10 @@ class MemoryZoo:
             return {n: self.load_component(o)[t] for n, (o, t) in record.refs.items()}
         return self._draw(id, {n: t.shape for n, t in record.tensors.items()})
 
+    def load_tensor(self, id: str, name: str) -> np.ndarray:
+        """One tensor of a component."""
+        return self.load_component(id)[name]
+
     def delta(self, id: str) -> DeltaRecord:
         """The record of a delta."""
         return self._deltas[id]
