@@ -47,6 +47,36 @@ def hf(args: argparse.Namespace) -> Outcome:
     return Outcome(data, _lines(f"{chain.name}@{chain.version} {what}"))
 
 
+def compress(args: argparse.Namespace) -> Outcome:
+    """Makes a copy of a fine-tune that is deltas on its base."""
+    from checkpoints.printing import size
+    from jblock.zoo.compressed import CODECS, compress_chain
+    from jblock.zoo.store import Zoo
+
+    zoo = Zoo.open(args.zoo)
+    chain, base = (zoo.chain(*name_and_version(n)) for n in (args.name, args.base))
+    name = args.copy_name or f"{chain.name}-small"
+    steps = zip(chain.steps, base.steps, strict=False)
+    changed = [a.component for a, b in steps if a.component != b.component]
+    total = 2 * sum(zoo.component(c).nbytes for c in changed)
+    with progress_of(args).bar(name, total) as advance:
+        made = compress_chain(zoo, chain, base, name, args.budget, args.codec or CODECS, advance)
+    derived = made.derived
+    data = {"name": made.name, "version": made.version, "policy": made.policy, **derived}
+    codecs = ", ".join(f"{n} x {label}" for label, n in derived["codecs"].items())
+    return Outcome(
+        data,
+        _lines(
+            f"{made.name}@{made.version} from {derived['chain']} on {derived['base']}: "
+            f"{size(derived['bytes_before'])} of changed components are {size(derived['bytes_after'])}, "
+            f"relative error {derived['parameter_error']:.2%}",
+            f"codecs: {codecs}",
+            "it is served where it is named, to requests that accept policy near; measure what it costs "
+            "before you rely on it",
+        ),
+    )
+
+
 def quantise(args: argparse.Namespace) -> Outcome:
     """Makes a quantised copy of a model."""
     from checkpoints.printing import size

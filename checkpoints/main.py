@@ -68,6 +68,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
         )
 
     command("hf", commands.hf, "add a Hugging Face checkpoint", "src", "--name")
+    compress = command(
+        "compress",
+        commands.compress,
+        "keep a fine-tune as small deltas on its base",
+        "name",
+        "--base",
+    )
+    compress.add_argument(
+        "--budget",
+        type=float,
+        required=True,
+        help="bytes of the deltas, as a share of those of the changed components",
+    )
+    compress.add_argument(
+        "--codec",
+        action="append",
+        choices=("low_rank", "bits"),
+        help="which codecs may be used; may be given several times (default: all)",
+    )
+    compress.add_argument("--name", dest="copy_name", help="name of the copy (default: NAME-small)")
     quantise = command("quantise", commands.quantise, "make a copy of a model in few bits", "name")
     quantise.add_argument("--bits", type=int, choices=(4, 8), default=4, help="of a weight")
     quantise.add_argument("--group", type=int, default=64, help="inputs that share a scale")
@@ -180,6 +200,12 @@ _FIELDS = {
 }
 # Command -> what a newcomer should know, and an example.
 _MORE = {
+    "compress": (
+        "Every changed attention, ffn and expert becomes the base's component and a delta: low rank in 8\n"
+        "bits, or codes of 1, 2 or 4 bits; each gets the codec that buys most within the budget. Biases\n"
+        "and norms are kept exactly. The copy has policy `near`; it shares the base's weights and matmuls.",
+        "compress my-finetune --base llama --budget 0.125 --zoo ./zoo",
+    ),
     "quantise": (
         "Attentions, ffns and experts get weights of 4 or 8 bits with a scale a group; norms, routers and\n"
         "both embeddings stay. The copy is a model of its own with policy `near`: it is served only where\n"

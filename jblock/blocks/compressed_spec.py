@@ -6,6 +6,7 @@ compute with, [out, in], for the projections that the component stores.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from jblock.blocks.rope_spec import SpecError
@@ -110,7 +111,7 @@ class BitsSpec:
         return "float16" if name.endswith(".scales") else "uint8"
 
 
-def targets_to_json(spec: LowRankSpec | BitsSpec) -> dict[str, Any]:
+def compressed_to_json(spec: LowRankSpec | BitsSpec) -> dict[str, Any]:
     """Plain JSON of a spec."""
     if isinstance(spec, LowRankSpec):
         return {"kind": spec.kind, "targets": dict(sorted(spec.targets.items()))}
@@ -118,8 +119,8 @@ def targets_to_json(spec: LowRankSpec | BitsSpec) -> dict[str, Any]:
     return {"kind": spec.kind, "targets": targets}
 
 
-def targets_from_json(data: dict[str, Any]) -> LowRankSpec | BitsSpec:
-    """Inverse of `targets_to_json`.
+def compressed_from_json(data: Mapping[str, Any]) -> LowRankSpec | BitsSpec:
+    """Inverse of `compressed_to_json`.
 
     Raises:
       SpecError: fields that do not fit.

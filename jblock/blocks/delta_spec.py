@@ -9,6 +9,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from jblock.blocks.compressed_spec import (
+    BitsSpec,
+    LowRankSpec,
+    compressed_from_json,
+    compressed_to_json,
+)
 from jblock.blocks.rope_spec import SpecError
 from jblock.blocks.spec import (
     AttentionSpec,
@@ -144,14 +150,17 @@ class PrefixSpec:
         return {"k": shape, "v": shape}
 
 
-DeltaSpec = LoraSpec | Ia3Spec | VectorsSpec | PromptSpec | PrefixSpec
+DeltaSpec = LoraSpec | Ia3Spec | VectorsSpec | PromptSpec | PrefixSpec | LowRankSpec | BitsSpec
 _KINDS: dict[str, Any] = {
-    cls.kind: cls for cls in (LoraSpec, Ia3Spec, VectorsSpec, PromptSpec, PrefixSpec)
+    cls.kind: cls
+    for cls in (LoraSpec, Ia3Spec, VectorsSpec, PromptSpec, PrefixSpec, LowRankSpec, BitsSpec)
 }
 
 
 def delta_to_json(spec: DeltaSpec) -> dict[str, Any]:
     """Plain JSON of a delta's spec; see `spec.spec_to_json`."""
+    if isinstance(spec, (LowRankSpec, BitsSpec)):
+        return compressed_to_json(spec)
     if isinstance(spec, LoraSpec):
         targets = {n: fields_to_json(t) for n, t in sorted(spec.targets.items())}
         return {"kind": spec.kind, "targets": targets}
@@ -170,6 +179,8 @@ def delta_from_json(data: Mapping[str, Any]) -> DeltaSpec:
     if kind not in _KINDS:
         raise SpecError(f"delta kind {kind!r} is not known; known: {', '.join(_KINDS)}")
     try:
+        if kind in (LowRankSpec.kind, BitsSpec.kind):
+            return compressed_from_json(data)
         if kind == LoraSpec.kind:
             return LoraSpec(targets={n: LoraTarget(**t) for n, t in fields["targets"].items()})
         return _KINDS[kind](

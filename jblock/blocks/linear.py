@@ -100,7 +100,7 @@ class Quantised(nnx.Module):
 
 class Linear(nnx.Module):
     """`y = x @ weight + bias`, with what slot tables make of it for each row (blocks/slots.py):
-    `scale * (x' @ weight + b @ (a @ x')) + bias` with `x' = in_scale * x`.
+    `scale * (x' @ weight + b @ (a @ x') + bits @ x') + bias` with `x' = in_scale * x`.
 
     Attributes:
       weight: [out, in] or [in, out], as `Platform.out_in` of what it is compiled for says;
@@ -139,7 +139,7 @@ class Linear(nnx.Module):
             y = self.weight(x, rows.platform)
         else:
             y = matmul(x, self.weight[...], rows.platform)
-        y = slots.add_lora(name, y, x, rows)
+        y = slots.add_bits(name, slots.add_lora(name, y, x, rows), x, rows)
         if self.partial and rows.mesh_axes:
             y = jax.lax.psum(y, rows.mesh_axes)
         y = slots.scaled(f"{name}.scale", y, rows)

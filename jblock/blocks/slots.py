@@ -1,12 +1,14 @@
 """What is a row's own: reading the slot tables of a component.
 
-Every sequence names a slot; slot 0 has no delta. Three kinds of tables belong to a component:
+Every sequence names a slot; slot 0 has no delta. Four kinds of tables belong to a component:
 
 * pieces of PIECE_RANK rows, `[pieces, PIECE_RANK, width]`, which `pieces` (int32 [slots, turns], 0 where
   a slot has no more) names for each slot: both halves of LoRA pairs ("q.a", "q.b"), virtual tokens
   ("prompt", "prefix.k", "prefix.v"). Piece 0 is all zeros;
 * vectors, `[slots, width]`, NaN where a slot has none of its own: "q.bias" and "norm.weight" stand for
   the component's own, "q.scale" and "q.in_scale" for 1;
+* codes of few bits, uint8 [slots, out, m] ("q.bits2.codes"), and their scales, float32 [slots, out, groups]
+  ("q.bits2.scales"), as BitsSpec describes them; scales of 0 where a slot has none;
 * `virtual`, int32 [slots]: how many virtual tokens a slot's sequences begin with.
 
 So rows of every kind of delta, and of none, go through one matmul of the shared weight. What a row
@@ -18,6 +20,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from jblock.blocks.compressed_spec import BITS
 from jblock.blocks.rows import Rows
 from jblock.pallas_kernels.backends import backend_of
 from jblock.pallas_kernels.grouped_delta_matmul.api import grouped_delta_matmul
@@ -61,6 +64,17 @@ class Slots:
         xs = rows.by_sequence(x)
         return self._add(name, y, rows, lambda piece: jnp.einsum("sqi,sri->sqr", xs, a[piece]))
 
+    def add_bits(self, name: str, y: jax.Array, x: jax.Array, rows: Rows | None) -> jax.Array:
+        """`y [T, out] + x @ d.T` with each row's own difference `d [out, in]` in few bits.
+
+        A difference is widened only while it is used, once a call for all decoding rows of its slot, or
+        for each sequence of a prefill. So a call takes time by how many of its slots have one.
+        """
+        for bits in BITS:
+            if f"{name}.bits{bits}.codes" in self._tables:
+                y = self._add_bits(f"{name}.bits{bits}", bits, y, x, _known(rows))
+        return y
+
     def add_lookup(
         self, name: str, y: jax.Array, token_ids: jax.Array, rows: Rows | None
     ) -> jax.Array:
@@ -82,6 +96,46 @@ class Slots:
         mine = self._tables[name][piece, rows.positions % PIECE_RANK]
         count = self._tables["virtual"][rows.slots]
         return jnp.where((rows.positions < count[:, None])[:, :, None], mine, x)
+
+    def _add_bits(self, table: str, bits: int, y: jax.Array, x: jax.Array, rows: Rows) -> jax.Array:
+        codes, scales = self._tables[f"{table}.codes"], self._tables[f"{table}.scales"]
+        slots = rows.slots
+        there = scales[:, 0, 0][slots] > 0
+
+        def times(slot: jax.Array, x: jax.Array) -> jax.Array:
+            """[n, in] -> [n, out]"""
+            packed = jax.lax.dynamic_index_in_dim(codes, slot, keepdims=False)
+            mine = jax.lax.dynamic_index_in_dim(scales, slot, keepdims=False)
+            planes = [(packed >> (bits * k)) & (2**bits - 1) for k in range(8 // bits)]
+            levels = jnp.concatenate(planes, axis=1).astype(jnp.float32) - (2**bits - 1) / 2
+            out, groups = mine.shape
+            weight = (levels.reshape(out, groups, -1) * mine[:, :, None]).reshape(out, -1)
+            return jax.lax.dot_general(
+                x, weight, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST
+            )
+
+        if rows.q_len == 1:
+            order = jnp.arange(rows.num_seqs)
+            earlier = (slots[:, None] == slots[None, :]) & (order[None, :] < order[:, None])
+            first = there & ~jnp.any(earlier, axis=1)
+
+            def add(i: jax.Array, y: jax.Array) -> jax.Array:
+                def some(y: jax.Array) -> jax.Array:
+                    return y + jnp.where((slots == slots[i])[:, None], times(slots[i], x), 0.0)
+
+                return jax.lax.cond(first[i], some, lambda y: y, y)
+
+            return jax.lax.fori_loop(0, rows.num_seqs, add, y)
+        xs = rows.by_sequence(x)
+
+        def add_to(i: jax.Array, ys: jax.Array) -> jax.Array:
+            def some(ys: jax.Array) -> jax.Array:
+                mine = jax.lax.dynamic_index_in_dim(xs, i, keepdims=False)
+                return ys.at[i].add(times(slots[i], mine))
+
+            return jax.lax.cond(there[i], some, lambda ys: ys, ys)
+
+        return rows.flat(jax.lax.fori_loop(0, rows.num_seqs, add_to, rows.by_sequence(y)))
 
     def _rows_of(self, name: str, base: jax.Array | None, rows: Rows | None) -> jax.Array:
         rows = _known(rows)

@@ -413,7 +413,7 @@ def unquantised(spec: ComponentSpec) -> ComponentSpec:
     return spec
 
 
-def stored_dtype(spec: ComponentSpec, name: str) -> str | None:
+def stored_dtype(spec: Any, name: str) -> str | None:
     """The dtype a tensor has to be stored in; None: any float."""
     quant = getattr(spec, "quant", None)
     return quant.dtype(name) if quant is not None else None

@@ -27,7 +27,7 @@ from jblock.engine.executables import (
 )
 from jblock.engine.signature import Signature, TableForm
 from jblock.engine.swap import Rates
-from jblock.engine.table_layout import piece_widths, vector_widths
+from jblock.engine.table_layout import piece_widths, slot_tables
 from jblock.engine.tables import WRITE_SIZES
 from jblock.pallas_kernels.paged_attention.api import backend_of
 from jblock.parallel.placement import Placement
@@ -216,7 +216,7 @@ class Device:
                 if form is not None and piece_widths(spec, form):
                     for count in WRITE_SIZES:
                         yield _writing_key("write_pieces", spec, form, count)
-                if form is not None and vector_widths(spec, form):
+                if form is not None and slot_tables(spec, form):
                     yield _writing_key("write_vectors", spec, form, 1)
 
     def segment_keys(self, assembly: Assembly) -> Iterator[ProgramKey]:

@@ -15,7 +15,7 @@ from jblock.engine.config import Bucket
 from jblock.engine.executable_cache import ExecutableCache
 from jblock.engine.params import abstract_params
 from jblock.engine.signature import Signature
-from jblock.engine.table_layout import abstract_tables, piece_widths, table_structs, vector_widths
+from jblock.engine.table_layout import abstract_tables, piece_widths, slot_tables, table_structs
 from jblock.engine.tables import update_program
 from jblock.pallas_kernels.paged_attention.api import abstract_pages, backend_of
 from jblock.parallel.placement import SINGLE, Placement
@@ -274,7 +274,7 @@ class Executables:
             spec, form = signature.specs[0], signature.forms[0]
             if form is None:
                 raise ValueError(f"program kind {key.kind!r} needs a form of tables")
-            names = (piece_widths if key.kind == "write_pieces" else vector_widths)(spec, form)
+            names = (piece_widths if key.kind == "write_pieces" else slot_tables)(spec, form)
             all_tables = table_structs(spec, form, self.placement)
             held = {name: all_tables[name] for name in names}
             rows = {

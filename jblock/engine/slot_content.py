@@ -7,12 +7,14 @@ there are, which is what blocks/linear.py computes.
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jblock.blocks import layout
+from jblock.blocks import compress, layout
+from jblock.blocks.compressed_spec import TABLE_GROUP, BitsSpec, BitsTarget, LowRankSpec
 from jblock.blocks.delta_spec import (
     DeltaSpec,
     Ia3Spec,
@@ -39,11 +41,13 @@ class SlotContent:
       pieces: float32 [n, PIECE_RANK, width] by table; the same n in all.
       vectors: float32 [width] by table.
       virtual: virtual tokens its sequences begin with.
+      bits: uint8 codes and float32 scales by table.
     """
 
     pieces: dict[str, np.ndarray]
     vectors: dict[str, np.ndarray]
     virtual: int = 0
+    bits: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def num_pieces(self) -> int:
@@ -53,7 +57,9 @@ class SlotContent:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return sum(a.nbytes for part in (self.pieces, self.vectors) for a in part.values())
+        return sum(
+            a.nbytes for part in (self.pieces, self.vectors, self.bits) for a in part.values()
+        )
 
 
 def targets(spec: ComponentSpec, deltas: Sequence[DeltaSpec]) -> frozenset[str]:
@@ -72,6 +78,12 @@ def targets(spec: ComponentSpec, deltas: Sequence[DeltaSpec]) -> frozenset[str]:
                     add(name, ".scale")
                 if target.bias:
                     add(name, ".bias")
+        elif isinstance(delta, LowRankSpec):
+            for name in delta.targets:
+                add(name)
+        elif isinstance(delta, BitsSpec):
+            for name, codes in delta.targets.items():
+                add(name, f".bits{codes.bits}")
         elif isinstance(delta, Ia3Spec):
             for name in delta.outputs:
                 add(name, ".scale")
@@ -99,6 +111,8 @@ def num_pieces(deltas: Sequence[DeltaSpec]) -> int:
     for delta in deltas:
         if isinstance(delta, LoraSpec):
             widths.update({name: target.rank for name, target in delta.targets.items()})
+        elif isinstance(delta, LowRankSpec):
+            widths.update(delta.targets)
         elif isinstance(delta, (PromptSpec, PrefixSpec)):
             widths[delta.kind] += delta.tokens
     return -(-max(widths.values(), default=0) // PIECE_RANK)
@@ -132,6 +146,7 @@ class _Projection:
         self.scale: np.ndarray | None = None  # [out]
         self.in_scale: np.ndarray | None = None  # [in]
         self.new_bias: np.ndarray | None = None  # [out]
+        self.bits: dict[str, np.ndarray] = {}  # by the last parts of the tables' names
 
     @property
     def bias(self) -> np.ndarray | None:
@@ -146,8 +161,28 @@ class _Projection:
         inside_b = b if self.scale is None else b / _divisor(self.scale, self.name)[:, None]
         self.pairs.append((inside_a, inside_b))
 
+    def add_bits(self, codes: np.ndarray, scales: np.ndarray, target: BitsTarget) -> None:
+        """Adds a difference of few bits to what is projected with.
+
+        Raises:
+          ZooError: an earlier delta scales it, or has codes of as many bits.
+        """
+        if self.scale is not None or self.in_scale is not None or f"bits{target.bits}" in self.bits:
+            raise ZooError(
+                f"a compressed delta on {self.name!r} has to come before what scales it, and once"
+            )
+        # Tables have a scale for TABLE_GROUP inputs, the delta perhaps one for all.
+        inputs = codes.shape[1] * 8 // target.bits
+        groups = inputs // math.gcd(TABLE_GROUP, inputs)
+        self.bits[f"bits{target.bits}.codes"] = codes
+        self.bits[f"bits{target.bits}.scales"] = np.repeat(
+            _float32(scales), groups // scales.shape[1], axis=1
+        )
+
     def add_dora(self, a: np.ndarray, b: np.ndarray, magnitude: np.ndarray) -> None:
         """Scales every column of what is projected with, `b @ a` added, to its magnitude."""
+        if self.bits:
+            raise ZooError(f"DoRA on a compressed delta of {self.name!r} cannot be served")
         weight = self._weight()
         norms = np.empty(len(magnitude), np.float32)
         rows = max(1, (1 << 22) // a.shape[1])
@@ -193,6 +228,14 @@ class _Composition:
         if isinstance(delta, LoraSpec):
             for name, target in delta.targets.items():
                 self._add_lora(self._projection(name), target, tensors)
+        elif isinstance(delta, LowRankSpec):
+            for name in delta.targets:
+                self._projection(name).add_lora(*compress.low_rank_factors(tensors, name))
+        elif isinstance(delta, BitsSpec):
+            for name, codes in delta.targets.items():
+                self._projection(name).add_bits(
+                    tensors[f"{name}.codes"], tensors[f"{name}.scales"], codes
+                )
         elif isinstance(delta, Ia3Spec):
             for name in delta.outputs:
                 projection, scale = self._projection(name), _float32(tensors[f"{name}.scale"])[:, 0]
@@ -225,12 +268,16 @@ class _Composition:
         """What all of it needs in the tables, with `count` pieces."""
         pieces: dict[str, np.ndarray] = {}
         vectors = dict(self._vectors)
+        bits: dict[str, np.ndarray] = {}
         for name, projection in self._projections.items():
             for part, outputs in layout.parts(self._spec, name).items():
                 if projection.pairs:
                     pieces[f"{part}.a"] = _pieces([a for a, _ in projection.pairs], count)
                     halves = [np.ascontiguousarray(b[outputs].T) for _, b in projection.pairs]
                     pieces[f"{part}.b"] = _pieces(halves, count)
+                bits |= {
+                    f"{part}.{table}": rows[outputs] for table, rows in projection.bits.items()
+                }
                 if projection.scale is not None:
                     vectors[f"{part}.scale"] = projection.scale[outputs]
                 if projection.in_scale is not None:
@@ -243,7 +290,7 @@ class _Composition:
             if not np.isfinite(vector).all():
                 raise ZooError(f"its {name!r} is not finite: a norm of zero, or damaged numbers")
         virtual = max((len(rows) for rows in self._virtual.values()), default=0)
-        return SlotContent(pieces, vectors, virtual)
+        return SlotContent(pieces, vectors, virtual, bits)
 
     @property
     def _matrices(self) -> set[str]:

@@ -1,10 +1,13 @@
 """Shapes, dtypes and places of the slot tables that `blocks/slots.py` reads."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jblock.blocks import layout
+from jblock.blocks.compressed_spec import TABLE_GROUP
 from jblock.blocks.slots import PIECE_RANK
 from jblock.blocks.spec import ComponentSpec, UnembeddingSpec
 from jblock.engine.signature import Signature, TableForm
@@ -37,11 +40,33 @@ def vector_widths(spec: ComponentSpec, form: TableForm) -> dict[str, int]:
     widths: dict[str, int] = {}
     for target in form.targets:
         projection, _, vector = target.rpartition(".")
+        if vector.startswith("bits"):
+            continue
         if projection in projections:
             widths[target] = projections[projection][1 if vector == "in_scale" else 0]
         elif target not in projections and target not in ("prompt", "prefix"):
             widths[target] = layout.compute_shapes(spec)[target][0]
     return widths
+
+
+def bit_shapes(spec: ComponentSpec, form: TableForm) -> dict[str, tuple[tuple[int, int], np.dtype]]:
+    """Shape and dtype of a slot's entry in every table of few bits."""
+    projections = layout.computed_widths(spec)
+    shapes: dict[str, tuple[tuple[int, int], np.dtype]] = {}
+    for target in form.targets:
+        projection, _, kind = target.rpartition(".")
+        if kind.startswith("bits"):
+            out, inner = projections[projection]
+            columns = inner * int(kind.removeprefix("bits")) // 8
+            shapes[f"{target}.codes"] = ((out, columns), np.dtype(np.uint8))
+            groups = inner // math.gcd(TABLE_GROUP, inner)
+            shapes[f"{target}.scales"] = ((out, groups), np.dtype(np.float32))
+    return shapes
+
+
+def slot_tables(spec: ComponentSpec, form: TableForm) -> tuple[str, ...]:
+    """Names of the tables with an entry a slot: vectors, and codes and scales of few bits."""
+    return (*vector_widths(spec, form), *bit_shapes(spec, form))
 
 
 def abstract_tables(
@@ -74,6 +99,12 @@ def table_structs(
         axis = _axis(spec, name, placement)
         row = (form.slots, axis.size(width))
         tables[name] = placement.struct(row, jnp.float32, None, axis.logical)
+    for name, (entry, dtype) in bit_shapes(spec, form).items():
+        if not placement.rules.single:
+            raise ValueError(
+                "deltas of few bits have no rule for --mesh: compress to low rank instead"
+            )
+        tables[name] = placement.struct((form.slots, *entry), dtype)
     return tables
 
 

@@ -10,7 +10,13 @@ import numpy as np
 from jblock.blocks.slots import PIECE_RANK
 from jblock.engine.signature import TableForm
 from jblock.engine.slot_content import SlotContent
-from jblock.engine.table_layout import piece_widths, put_rows, table_structs, vector_widths
+from jblock.engine.table_layout import (
+    bit_shapes,
+    piece_widths,
+    put_rows,
+    table_structs,
+    vector_widths,
+)
 from jblock.parallel.placement import SINGLE, Placement
 
 # Pieces one call writes; a chain takes as many calls of each size as it needs, largest first.
@@ -27,7 +33,8 @@ class Writes:
     Attributes:
       parts: its pieces, cut as `cut` says: float32 [n, PIECE_RANK, width] by table.
       count: pieces in all parts together.
-      vectors: float32 [1, width] of every table of vectors, NaN where it has none of its own.
+      vectors: float32 [1, width] of every table of vectors, NaN where it has none of its own; and
+        [1, out, ...] of every table of few bits, zeros where it has none.
       virtual: virtual tokens its sequences begin with.
     """
 
@@ -130,6 +137,10 @@ def writes_of(
         own = content.vectors.get(name) if content else None
         row = np.full(width, np.nan, np.float32) if own is None else own
         vectors[name] = put_rows(spec, name, row[None], placement)
+    for name, (shape, dtype) in bit_shapes(spec, form).items():
+        mine = content.bits.get(name) if content else None
+        entry = np.zeros(shape, dtype) if mine is None else np.ascontiguousarray(mine)
+        vectors[name] = placement.put(entry[None])
     count = content.num_pieces if content else 0
     parts, first = [], 0
     for size in cut(count):
@@ -157,8 +168,8 @@ def update_program(tables: Arrays, rows: Arrays, ids: jax.Array) -> dict[str, ja
     """Replaces entries of tables along their first axis.
 
     Args:
-      tables: float32 [entries, ..., width] by name (donated).
-      rows: float32 [n, ..., width] by name.
+      tables: [entries, ..., width] by name (donated).
+      rows: [n, ..., width] by name.
       ids: int32 [n], which entries they become.
     """
 

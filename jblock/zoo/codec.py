@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jblock.blocks.delta_spec import delta_from_json, delta_to_json
+from jblock.blocks.compressed_spec import BitsSpec, LowRankSpec
+from jblock.blocks.delta_spec import DeltaSpec, delta_from_json, delta_to_json
 from jblock.blocks.spec import (
     ComponentSpec,
     SpecError,
@@ -73,6 +74,7 @@ def delta_record(id: str, data: dict[str, Any]) -> DeltaRecord:
     try:
         spec = delta_from_json(data["spec"])
         tensors = _tensors(data)
+        check_dtypes(spec, tensors)
         return DeltaRecord(
             id=id,
             spec=spec,
@@ -111,14 +113,17 @@ def check_shapes(
             )
 
 
-def check_dtypes(spec: ComponentSpec, tensors: Mapping[str, TensorRecord]) -> None:
+def check_dtypes(spec: ComponentSpec | DeltaSpec, tensors: Mapping[str, TensorRecord]) -> None:
     """Checks that whole numbers are where a spec wants them, and floats everywhere else.
 
     Raises:
       ZooError: a tensor of a dtype that its spec does not take.
     """
     for name, tensor in tensors.items():
-        wanted = stored_dtype(spec, name)
+        if isinstance(spec, (LowRankSpec, BitsSpec)):
+            wanted: str | None = spec.dtype(name)
+        else:
+            wanted = stored_dtype(spec, name)
         if tensor.dtype not in (ids.FLOATS if wanted is None else (wanted,)):
             raise ZooError(
                 f"{spec.kind}: tensor {name!r} is {tensor.dtype}, expected "

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jblock.blocks import layout, quantise
+from jblock.blocks import compress, layout, quantise
 from jblock.blocks.attention import Attention
+from jblock.blocks.compressed_spec import BitsSpec, LowRankSpec
 from jblock.blocks.delta_spec import LoraSpec, VectorsSpec
 from jblock.blocks.embedding import Embedding, Head
 from jblock.blocks.ffn import Ffn
@@ -112,6 +113,12 @@ def _floats(spec: ComponentSpec, stored: Mapping[str, np.ndarray]) -> dict[str, 
 
 def _merge(zoo: Zoo, id_: str, spec: ComponentSpec, values: dict[str, np.ndarray]) -> None:
     delta = zoo.delta(id_)
+    if isinstance(delta.spec, (LowRankSpec, BitsSpec)):
+        stored = zoo.load_delta(id_)
+        for name in delta.spec.targets:
+            change = compress.difference_of(delta.spec, stored, name)
+            values[f"{name}.weight"] += change.T if getattr(spec, "in_out", False) else change
+        return
     if isinstance(delta.spec, VectorsSpec):
         values |= {n: v.astype(np.float32) for n, v in zoo.load_delta(id_).items()}
         return
@@ -121,7 +128,8 @@ def _merge(zoo: Zoo, id_: str, spec: ComponentSpec, values: dict[str, np.ndarray
     )
     if not isinstance(lora, LoraSpec) or not plain:
         raise ZooError(
-            f"delta {id_}: only plain LoRA on layers, biases and norms can be merged to measure"
+            f"delta {id_}: only plain LoRA on layers, biases, norms and compressed deltas can be "
+            "merged to measure"
         )
     tensors = {n: v.astype(np.float32) for n, v in zoo.load_delta(id_).items()}
     for name, target in lora.targets.items():

@@ -133,8 +133,10 @@ class Writer:
         """
         lease.use(self._scratch, component)
         base = self._records.get(component) or self._zoo.component(component)
-        shapes = {name: record.shape for name, record in ids.tensor_records(tensors).items()}
+        records = ids.tensor_records(tensors)
+        shapes = {name: record.shape for name, record in records.items()}
         codec.check_shapes(spec.kind, shapes, spec.tensors(base.spec))
+        codec.check_dtypes(spec, records)
         header = {"spec": delta_to_json(spec), "component": component}
         id_ = ids.content_id(header, tensors)
         self._stage(self._zoo.path / "deltas" / id_, header, tensors, True)

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import tiny_checkpoints as tiny
 
@@ -89,8 +90,6 @@ def test_whole_numbers_have_their_place(filled, tmp_path):
     """Codes where a spec wants floats, or the other way round, are refused."""
     import dataclasses
 
-    import numpy as np
-
     from jblock.blocks.quant_spec import QuantSpec
     from jblock.zoo.records import ZooError
 
@@ -103,3 +102,57 @@ def test_whole_numbers_have_their_place(filled, tmp_path):
     wrong = {n: np.zeros(shape, np.float32) for n, shape in spec.tensors().items()}
     with pytest.raises(ZooError, match=r"'down.codes' is float32, expected int8"):
         zoo.put_component(spec, wrong)
+
+
+@pytest.fixture
+def tuned(filled, tmp_path):
+    """A fine-tune of the second layer of the base."""
+    rng = np.random.default_rng(3)
+    tensors = {
+        n: v + np.float32(0.05) * rng.standard_normal(v.shape).astype(np.float32)
+        if "layers.1." in n
+        else v
+        for n, v in tiny.weights(tiny.CONFIG).items()
+    }
+    filled.ok("hf", tiny.write_checkpoint(tmp_path / "t", tensors=tensors), "--name", "tuned")
+    return filled
+
+
+def test_a_fine_tune_becomes_deltas_on_its_base(tuned, tmp_path):
+    argv = ("compress", "tuned", "--base", "base", "--budget", 0.25, "--json")
+    made = json.loads(tuned.ok(*argv))
+    assert (made["name"], made["policy"], made["base"]) == ("tuned-small", "near", "base@1")
+    assert made["bytes_after"] <= 0.25 * made["bytes_before"]
+    zoo = Zoo.open(tuned.zoo)
+    base, small = zoo.chain("base"), zoo.chain("tuned-small")
+    assert [s.component for s in small.steps] == [s.component for s in base.steps]
+    assert [bool(s.deltas) for s in small.steps] == [False] * 3 + [True] * 2 + [False] * 2
+    found = edges.edges(zoo)
+    own = [s.component for s in zoo.chain("tuned").steps[3:5]]
+    assert {e.original[0].component for e in found} == set(own)
+    assert {e.stand_in[0].deltas for e in found} == {s.deltas for s in small.steps[3:5]}
+    assert json.loads(tuned.ok(*argv))["version"] == 1
+    assert fsck(zoo) == [] and json.loads(tuned.ok("gc", "--json"))["garbage"] == []
+    result = tuned("export", "tuned-small", "--out", tmp_path / "out")
+    assert result.code == 2 and "was made from tuned@1 by 'compress'" in result.err
+    # The base's components stay as long as the deltas on them are used.
+    tuned.ok("rm", "tuned")
+    tuned.ok("gc", "--delete")
+    assert fsck(zoo) == []
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (("tuned", "--base", "base", "--budget", 2), "--budget is 2.0"),
+        (("tuned", "--base", "base", "--budget", 0.001), "the smallest codecs take"),
+        (("base", "--base", "base", "--budget", 0.5), "there is nothing to do"),
+        (("tuned", "--base", "a", "--budget", 0.5), "--base a has deltas itself"),
+        (("tuned", "--base", "base", "--budget", 0.5, "--name", "tuned"), "is the model itself"),
+    ],
+)
+def test_what_cannot_be_compressed(tuned, argv, said):
+    before = tiny.files_of(tuned.zoo)
+    result = tuned("compress", *argv)
+    assert result.code == 2 and said in result.err, result.err
+    assert tiny.files_of(tuned.zoo) == before

@@ -1,0 +1,164 @@
+"""Compressed fine-tunes in the engine: the logits of the weights they stand for; rows of the base, of
+LoRA tenants and of compressed ones in the same calls, none of which sees the others."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from harness import FIXTURES, Agent, oracle, request
+
+from checkpoints import hf, peft
+from checkpoints.progress import Progress
+from jblock.engine.config import EngineConfig
+from jblock.zoo import forward
+from jblock.zoo.compressed import compress_chain
+from jblock.zoo.store import Zoo
+
+TOLERANCE = 1e-4
+QUIET = Progress(False, quiet=True)
+CONFIG = EngineConfig(
+    max_num_seqs=8,
+    max_model_len=64,
+    page_size=16,
+    decode_sizes=(8,),
+    prefill_grids=((4, 16),),
+    kv_memory_mb=4,
+    adapter_slots=6,
+)
+SETTINGS = {
+    "low": ({"codecs": ("low_rank",), "budget": 0.6}, "low_rank"),
+    "bits": ({"codecs": ("bits",), "budget": 0.2}, "bits"),
+    "mixed": ({"budget": 0.45}, None),
+}
+
+
+def tuned(folder, source, change: float):
+    """A checkpoint like `source` with every tensor of layers 1 and 2 changed, norms too."""
+    shutil.copytree(source, folder)
+    rng = np.random.default_rng(7)
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    for name, value in tensors.items():
+        if "layers.1." in name or "layers.2." in name:
+            noise = rng.standard_normal(value.shape).astype(np.float32)
+            tensors[name] = value + np.float32(change) * noise
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """A base with two adapters, and a fine-tune of it in three compressed forms."""
+    root = tmp_path_factory.mktemp("compressed")
+    base = FIXTURES / "hf" / "llama_gqa_untied"
+    hf.convert(base, root / "zoo", "llama_gqa_untied", QUIET)
+    for name in ("lora_all_r8", "lora_qv_r4"):
+        peft.convert(FIXTURES / "peft" / name, root / "zoo", "llama_gqa_untied", name, QUIET)
+    hf.convert(tuned(root / "tuned", base, 0.05), root / "zoo", "tuned", QUIET)
+    store = Zoo.open(root / "zoo")
+    for name, (options, _) in SETTINGS.items():
+        compress_chain(
+            store, store.chain("tuned"), store.chain("llama_gqa_untied"), name=name, **options
+        )
+    return root / "zoo"
+
+
+@pytest.fixture(scope="module")
+def agent(zoo):
+    """All of them on one agent, on one grid to decode and one to prefill."""
+    return Agent.make(zoo, ["llama_gqa_untied", "lora_all_r8", "lora_qv_r4", *SETTINGS], CONFIG)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_is_stored(zoo, name):
+    store = Zoo.open(zoo)
+    base, own, made = (store.chain(n) for n in ("llama_gqa_untied", "tuned", name))
+    assert made.policy == "near" and made.derived["chain"] == "tuned@1"
+    assert made.derived["bytes_after"] <= SETTINGS[name][0]["budget"] * made.derived["bytes_before"]
+    kinds = set()
+    for b, o, m in zip(base.steps, own.steps, made.steps, strict=True):
+        if b.component == o.component:
+            assert m == b
+        elif m.deltas:
+            assert m.component == b.component
+            specs = [store.delta(d).spec for d in m.deltas]
+            assert specs[0].kind == "vectors"  # norms changed, and are kept exactly
+            kinds |= {s.kind for s in specs[1:]}
+    assert kinds == {SETTINGS[name][1]} if SETTINGS[name][1] else kinds
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_logits_are_those_of_the_weights_it_stands_for(zoo, agent, name):
+    store = Zoo.open(zoo)
+    weights = forward.load(store, store.chain(name).steps)
+    agent.device.seen.clear()
+    prompt = oracle("llama_gqa_untied")["prompt"][:37]
+    tokens = agent.generate({name: (name, prompt)}, max_tokens=6)[name]
+    whole = np.concatenate([prompt, tokens])[None, :-1]
+    _, expected = forward.outputs(weights, whole)
+    compared = 0
+    for batch, logits in agent.device.seen:
+        for row, item in zip(logits, batch.items, strict=False):
+            if item.samples:
+                at = item.start + item.q_len - 1
+                np.testing.assert_allclose(row, expected[0, at], atol=TOLERANCE, rtol=0)
+                compared += 1
+    assert compared == 6
+    plain = forward.load(store, store.chain("llama_gqa_untied").steps)
+    base = np.asarray(forward.outputs(plain, whole)[1])
+    assert np.abs(base - np.asarray(expected)).max() > 100 * TOLERANCE
+
+
+def test_a_row_is_bit_for_bit_the_same_whatever_else_is_in_the_batch(agent):
+    models = list(agent.assembly.routes)
+    prompts = {m: oracle("llama_gqa_untied")["prompt"][: 20 + 3 * i] for i, m in enumerate(models)}
+
+    def run(names):
+        for i, m in enumerate(names):
+            agent.loop.submit(
+                request(
+                    f"{m}/{i}", m, prompts[m], max_tokens=8, logprobs=True, temperature=0.7, seed=3
+                )
+            )
+        found = agent.run()
+        return {
+            i: [pair for o in out for pair in zip(o.token_ids, o.logprobs, strict=True)]
+            for i, out in found.items()
+        }
+
+    alone = {m: run([m])[f"{m}/0"] for m in models}
+    before = agent.loop.stats()
+    for order in (
+        models,
+        models[::-1],
+        ["bits", "bits", "mixed", "llama_gqa_untied", "bits", "low"],
+    ):
+        for request_id, pairs in run(order).items():
+            assert pairs == alone[request_id.partition("/")[0]], request_id
+    after = agent.loop.stats()
+    # They met: rows of all tenants in the calls of the base's blocks.
+    calls = after.block_calls - before.block_calls
+    assert (after.block_rows - before.block_rows) / calls > 3
+    assert len({id(i) for r in agent.assembly.routes.values() for i in r.instances}) < 2 * len(
+        agent.assembly.routes["llama_gqa_untied"].instances
+    )
+
+
+def test_a_slot_that_changes_hands_keeps_nothing(zoo):
+    """Two slots for five tenants, so that tables are written over while others run."""
+    config = dataclasses.replace(CONFIG, adapter_slots=2)
+    agent = Agent.make(zoo, ["llama_gqa_untied", "lora_qv_r4", *SETTINGS], config)
+    prompt = oracle("llama_gqa_untied")["prompt"][:9]
+    alone = {m: agent.generate({m: (m, prompt)}, max_tokens=5)[m] for m in agent.assembly.routes}
+    for _ in range(2):
+        together = agent.generate({m: (m, prompt) for m in agent.assembly.routes}, max_tokens=5)
+        assert together == alone
+    assert agent.loop.stats().evictions > 2
+
+
+def test_the_record_is_plain_json(zoo):
+    derived = Zoo.open(zoo).chain("mixed").derived
+    assert json.loads(json.dumps(derived)) == derived
+    assert sum(derived["codecs"].values()) == 4 and 0 < derived["parameter_error"] < 0.2
