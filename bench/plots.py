@@ -58,4 +58,37 @@ def _roofline(axes, result: dict[str, Any]) -> None:
     axes.set_xlabel("fraction of what the machine allows")
 
 
-_DRAWINGS = {"sharing": _sharing, "block_tax": _block_tax, "roofline": _roofline}
+def _deltas(axes, result: dict[str, Any]) -> None:
+    codecs = {"low rank": "o", "bits": "s", "all": "^"}
+    for i, model in enumerate(dict.fromkeys(r["model"] for r in result["compressed"])):
+        for codec, marker in codecs.items():
+            rows = [
+                r
+                for r in result["compressed"]
+                if r["model"] == model and r["setting"].startswith(codec)
+            ]
+            changes = [r["accuracy_change"] for r in rows]
+            axes.errorbar(
+                [r["times_smaller"] for r in rows],
+                [100 * c["value"] for c in changes],
+                [
+                    [100 * (c["value"] - c["low"]) for c in changes],
+                    [100 * (c["high"] - c["value"]) for c in changes],
+                ],
+                fmt=f"{marker}-",
+                color=f"C{i}",
+                markersize=4,
+                linewidth=0.8,
+                label=f"{model}, {codec}",
+            )
+    axes.axhline(-1.0, color="black", linewidth=0.5)
+    axes.axvline(8.0, color="black", linewidth=0.5)
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([4, 8, 16], ["4", "8", "16"])
+    axes.set_xlabel("times smaller changed components")
+    axes.set_ylabel("change of accuracy in points")
+    axes.legend(fontsize=6)
+
+
+_DRAWINGS = {"deltas": _deltas, "sharing": _sharing, "block_tax": _block_tax, "roofline": _roofline}

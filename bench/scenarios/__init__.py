@@ -48,6 +48,7 @@ _ALL = (
     Scenario("kv", "int8 KV over float32: bytes, speed over long contexts, changed answers"),
     Scenario("oversubscription", "KV for a quarter of what is offered: all finish, all the same"),
     Scenario("equivalence", "a search for components that are alike, among a thousand of 8 MB"),
+    Scenario("deltas", "bytes against accuracy of compressed fine-tunes and quantised models"),
     Scenario("kernels", "each kernel alone on this device, over what copies and matmuls reach"),
 )
 SCENARIOS = {s.name: s for s in _ALL}

@@ -43,6 +43,7 @@ KEYS = {
     },
     "equivalence": {"seconds", "found", "missed", "surplus"},
     "kernels": {"paged_attention"},
+    "deltas": {"accuracy_change_at_8x"},
 }
 
 
@@ -68,7 +69,7 @@ def test_every_scenario_is_held_to_its_keys():
     assert set(KEYS) == set(SCENARIOS)
 
 
-_NO_SERVING = {"kernels", "equivalence"}  # Runs no engine, so there is no such figure.
+_NO_SERVING = {"kernels", "equivalence", "deltas"}  # Runs no engine, so there is no such figure.
 # Start processes that compile everything, or several engines.
 _LONG = {"coldstart", "kv", "peers", "stalls"}
 
@@ -85,7 +86,8 @@ def test_quick_run(name, quick):
     assert KEYS[name] <= set(figures)
     if name in ("peers", "kernels"):
         return  # One object an engine, which test_peers.py knows, or an op: see below.
-    assert all(value >= 0 for key, value in figures.items() if key != "accuracy_delta")
+    signed = ("accuracy_delta", "accuracy_change_at_8x")
+    assert all(value >= 0 for key, value in figures.items() if key not in signed)
     if name in ("block_tax", "roofline", "lora"):
         assert all(0.0001 < value < 1000 for value in figures.values())
 
@@ -104,6 +106,15 @@ def test_sharing_says_the_same_as_one_model_each(quick):
     assert line["failed"] == 0
     # Two of four layers, the embedding and the head are shared by four models.
     assert line["sharing"]["weight_bytes_ratio"] < 0.7
+
+
+def test_compressed_deltas_keep_to_their_budget(quick):
+    line = quick("deltas")
+    assert {r["setting"] for r in line["compressed"]} == {"all, 1/8"}
+    for row in line["compressed"]:
+        assert row["times_smaller"] >= 8 and row["accuracy_change"]["low"] > -0.1
+    for row in line["quantised"]:
+        assert 1.8 < row["times_smaller"] < 4 and row["accuracy_change"]["low"] > -0.1
 
 
 def test_oversubscribed_all_finish(quick):
