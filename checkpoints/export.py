@@ -55,17 +55,8 @@ def export(
     chain = zoo.chain(name, version)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is there and not empty: give a new folder")
-    if "packed" in chain.derived:
-        raise CheckpointError(
-            f"{chain.name}@{chain.version} was packed by {chain.derived['packed'].get('quant_method')}; "
-            "the zoo keeps its weights, not that packing: copy the checkpoint it was made from"
-        )
-    if chain.derived:
-        raise CheckpointError(
-            f"{chain.name}@{chain.version} was made from {chain.derived.get('chain')} by "
-            f"'{chain.derived.get('command')}', which loses something: it is no checkpoint; export "
-            f"{chain.derived.get('chain')}"
-        )
+    if chain.base is None and chain.derived:  # an adapter on such a model is what it was
+        raise CheckpointError(_why_not(chain))
     if chain.source_files is None:
         raise CheckpointError(
             f"{chain.name}@{chain.version} was not made from files (or by an early version), so "
@@ -101,6 +92,20 @@ def export(
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return sorted(os.listdir(out))
+
+
+def _why_not(chain: Chain) -> str:
+    """Why a chain is not what some files were."""
+    if "packed" in chain.derived:
+        return (
+            f"{chain.name}@{chain.version} was packed by {chain.derived['packed'].get('quant_method')}; "
+            "the zoo keeps its weights, not that packing: copy the checkpoint it was made from"
+        )
+    original = chain.derived.get("chain", "a model it was made from")
+    return (
+        f"{chain.name}@{chain.version} was made from {original} by "
+        f"'{chain.derived.get('command')}', which loses something: it is no checkpoint; export {original}"
+    )
 
 
 _NO_TENSORS = safetensors.numpy.save({})

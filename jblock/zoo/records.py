@@ -149,11 +149,6 @@ class Chain:
             value = fields[field]
             if type(value) is not int or not 1 <= value < 2**31:
                 raise ZooError(f"chain record: {field} is {value!r}: the zoo is damaged; run fsck")
-        if chain.policy not in POLICIES or not isinstance(chain.derived, dict):
-            raise ZooError(
-                f"chain record: policy is {chain.policy!r}, known: {', '.join(POLICIES)}: the zoo is "
-                "damaged or of a later version; run fsck"
-            )
         for id_ in chain.eos_token_ids:
             if type(id_) is not int or not 0 <= id_ < chain.vocab_size:
                 raise ZooError(
