@@ -41,6 +41,7 @@ class Expert(nnx.Module):
         self.up = Linear(params, deltas, "up")
         self.down = Linear(params, deltas, "down")
 
+    @jax.named_scope("expert")
     def __call__(self, x: jax.Array, rows: Rows) -> jax.Array:
         """[T, hidden_size] float32 -> the same."""
         activation = ACTIVATIONS[self.spec.activation]

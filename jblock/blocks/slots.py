@@ -46,6 +46,7 @@ class Slots:
             return x
         return x * self._rows_of(name, jnp.ones((), x.dtype), rows)
 
+    @jax.named_scope("lora")
     def add_lora(self, name: str, y: jax.Array, x: jax.Array, rows: Rows | None) -> jax.Array:
         """`y [T, out] + b @ (a @ x)` of each row's own pairs for projection `name`, x [T, in].
 

@@ -60,6 +60,7 @@ def adjust(
         return x, counts
 
 
+@jax.named_scope("set_counts")
 def set_counts(counts: jax.Array, slot: jax.Array, row: jax.Array) -> jax.Array:
     """Writes one sequence's counts when it begins, or begins again.
 

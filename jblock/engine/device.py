@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jblock.blocks.spec import ComponentSpec
-from jblock.engine import batching, memory
+from jblock.engine import batching, memory, tracing
 from jblock.engine.adjust import count_row
 from jblock.engine.assembly import Assembly, Instance, KvGroup, Route, Unit
 from jblock.engine.batching import Batch
@@ -315,7 +315,7 @@ class Device:
         """Enqueues one batch through a block, or through its calls `first` to `last` alone; a head
         samples too and returns its tokens."""
         index = self._index(batch)
-        with jax.profiler.TraceAnnotation(instance.name, rows=batch.num_rows):
+        with tracing.block(instance.name, batch):
             calls = self._calls(instance, batch.bucket)
             kind = instance.units[0].signature.kind
             if kind in ("layer", "stitch"):

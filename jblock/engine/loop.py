@@ -7,6 +7,7 @@ import time
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.profiler import TraceAnnotation
 
 from jblock.engine import policy
 from jblock.engine.admission import Admission
@@ -183,14 +184,17 @@ class Loop:
         Returns:
           Outputs since the last call.
         """
-        self.loads.pump()
+        with TraceAnnotation("load"):
+            self.loads.pump()
         for sequence in [s for s in self._sequences.waiting if s.lease.error]:
             fields = {"error_code": sequence.lease.error_code}
             self._finish(sequence, "error", error_message=sequence.lease.error, **fields)
-        self._sequences.admit()
+        with TraceAnnotation("admit"):
+            self._sequences.admit()
         enqueued = self._enqueue()
         if self._in_flight is not None:
-            self._collect(self._in_flight)
+            with TraceAnnotation("read_tokens"):
+                self._collect(self._in_flight)
             self._pace.note(self._in_flight)
         self.kv.host.land()
         self._in_flight = enqueued
@@ -217,7 +221,8 @@ class Loop:
         decoding = self._in_flight.decode_seconds if self._in_flight else 0.0
         for_prompts = policy.prompt_seconds(budget, decoding) if streams else math.inf
         chunks = sorted({b.q_len for b in self.device.buckets if b.q_len > 1})
-        items = plan(sequences, chunks, for_prompts, self._chunk_seconds)
+        with TraceAnnotation("plan"):
+            items = plan(sequences, chunks, for_prompts, self._chunk_seconds)
         if not items and all(s.item is None for s in running):
             return None
         return self._sweeper.sweep(items, self._instances, sequences.passing, for_prompts, budget)

@@ -209,6 +209,7 @@ def head_program(
     return head
 
 
+@jax.named_scope("gather_pages")
 def gather_pages_program(pools: Sequence[KvPages], pages: jax.Array) -> tuple[KvPages, ...]:
     """Copies pages out of every layer's arrays.
 
@@ -219,6 +220,7 @@ def gather_pages_program(pools: Sequence[KvPages], pages: jax.Array) -> tuple[Kv
     return tuple(tuple(a.at[pages].get(mode="clip") for a in layer) for layer in pools)
 
 
+@jax.named_scope("scatter_pages")
 def scatter_pages_program(
     pools: Sequence[KvPages], copies: Sequence[KvPages], pages: jax.Array
 ) -> tuple[KvPages, ...]:
@@ -235,6 +237,7 @@ def scatter_pages_program(
     )
 
 
+@jax.named_scope("scrub")
 def scrub_program(pools: Sequence[KvPages], pages: jax.Array) -> tuple[KvPages, ...]:
     """Zeroes pages that change hands: what an old tenant left can neither leak nor be 0 x NaN.
 

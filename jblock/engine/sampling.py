@@ -113,8 +113,9 @@ def _draw_candidates(logits, top_k, top_p, min_p, seeds, positions):
     """The same among the best tokens, and bool [S]: whether none but those were eligible."""
     count = min(CANDIDATES, logits.shape[1])
     all_there = count == logits.shape[1]
-    # Without the barrier XLA turns it into a sort of everything.
-    values, ids = jax.lax.optimization_barrier(jax.lax.top_k(logits, count))
+    # Without barriers XLA turns it into a sort of everything; with one around both its compiler for GPUs
+    # aborts, which takes every user of a top-k for one of its two results.
+    values, ids = map(jax.lax.optimization_barrier, jax.lax.top_k(logits, count))
     floor = values[:, -1:]
 
     def inside(threshold):

@@ -17,6 +17,7 @@ from jblock.engine.kv_cache import KvCache
 from jblock.engine.profile import Profile
 from jblock.engine.sequence import Item
 from jblock.engine.sequence import Sequence as Seq
+from jblock.engine.tracing import STEP
 
 # Steps between two looks at the batch limits: loads change more slowly than steps pass.
 _ADAPT_STEPS = 16
@@ -112,7 +113,7 @@ class Sweeper:
                 # A chunk nobody has measured passes as a whole.
                 item.allowance = allowance if item.seconds_left else math.inf
         self._sampled, self._seconds, self._decode_seconds = [], 0.0, 0.0
-        with jax.profiler.StepTraceAnnotation("sweep", step_num=self.counters.steps):
+        with jax.profiler.StepTraceAnnotation(STEP, step_num=self.counters.steps):
             for instance in instances:
                 if instance.queue or instance.underway:
                     self._visit(instance)

@@ -164,6 +164,7 @@ def cut(count: int) -> list[int]:
     return sizes
 
 
+@jax.named_scope("write_adapter")
 def update_program(tables: Arrays, rows: Arrays, ids: jax.Array) -> dict[str, jax.Array]:
     """Replaces entries of tables along their first axis.
 

@@ -56,6 +56,7 @@ def abstract_pages(
     )
 
 
+@jax.named_scope("paged_attention")
 def paged_attention(
     q: jax.Array,
     k: jax.Array,
