@@ -1,0 +1,272 @@
+"""What the compile matrix holds: which programs are compiled for which targets, and what should fit.
+
+Two parts. Whole models: the programs of every form of block under the sharding rules, `tp` over all chips of
+a target, and the model's memory against a chip's. Kernels: what each op's `shapes.programs` lists, for one
+chip of a kind. Each distinct program of a target is compiled once, two at a time.
+"""
+
+import concurrent.futures
+import dataclasses
+import importlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jblock.engine.config import Bucket
+from jblock.engine.executables import Executables, Geometry, PoolShape, ProgramKey
+from jblock.engine.params import abstract_params
+from jblock.engine.real_models import MODELS, Model
+from jblock.pallas_kernels.paged_attention.api import backend_of
+from jblock.parallel.placement import Placement
+from jblock.parallel.rules import MeshShape, ShardingRules
+from jblock.parallel.spread import kv_heads
+from jblock.parallel.targets import CHIPS, Target
+
+# Sixteen sequences of 2048 tokens: what a whole model is held against a chip's memory with.
+SEQUENCES, TOKENS, PAGE_SIZE = 16, 2048, 64
+BUCKETS = (Bucket(16, 1), Bucket(1, 256))
+# What the runtime itself takes of a chip's memory, and room for fragments.
+USABLE = 0.92
+WORKERS = 2
+
+TARGETS = (
+    *("tpu:v5e:1x1", "tpu:v5e:2x2", "tpu:v5e:2x4"),
+    *("tpu:v6e:1x1", "tpu:v6e:2x2", "tpu:v6e:2x4"),
+    *("tpu:v5p:1x1x1", "tpu:v5p:2x2x1", "tpu:v5p:2x2x2"),
+    *("cuda:h200", "cuda:h200:2", "cuda:h200:4", "cuda:h200:8"),
+)
+# (model, dtype) -> the smallest number of chips of a kind that holds it; fewer are refused, and 9 is never
+# reached.
+SMALLEST = {
+    ("demo-1m", "float32"): {"v5e": 1, "v6e": 1, "v5p": 1, "h200": 1},
+    ("demo-3m", "bfloat16"): {"v5e": 1, "v6e": 1, "v5p": 1, "h200": 1},
+    ("qwen3-0.6b", "bfloat16"): {"v5e": 1, "v6e": 1, "v5p": 1, "h200": 1},
+    ("llama3-8b", "bfloat16"): {"v5e": 4, "v6e": 1, "v5p": 1, "h200": 1},
+    ("llama3-8b", "float32"): {"v5e": 4, "v6e": 4, "v5p": 1, "h200": 1},
+    ("gemma3-27b", "bfloat16"): {"v5e": 8, "v6e": 4, "v5p": 4, "h200": 1},
+    ("qwen3-32b", "bfloat16"): {"v5e": 8, "v6e": 4, "v5p": 1, "h200": 1},
+    ("mixtral-8x7b", "bfloat16"): {"v5e": 8, "v6e": 4, "v5p": 4, "h200": 1},
+    ("llama3-70b", "bfloat16"): {"v5e": 9, "v6e": 8, "v5p": 4, "h200": 2},
+}
+CASES = tuple((model, dtype, target) for target in TARGETS for model, dtype in SMALLEST)
+QUICK = (
+    ("llama3-8b", "bfloat16", "tpu:v6e:1x1"),
+    ("gemma3-27b", "bfloat16", "cuda:h200"),
+    ("mixtral-8x7b", "bfloat16", "cuda:h200:2"),
+    ("llama3-70b", "bfloat16", "cuda:h200:2"),
+)
+
+# One chip of each kind compiles kernels: all the models' on the first, there those named on the others.
+KERNEL_TARGETS = ("tpu:v5e:1x1", "tpu:v6e:1x1", "tpu:v5p:1x1x1", "cuda:h200")
+KERNEL_MODELS = ("llama-3-8b", "gemma-3-27b-local", "gemma-3-27b", "mixtral-8x7b", "demo")
+QUICK_KERNELS = "tpu:v6e:1x1", ("llama-3-8b",)
+_KERNELS = Path(__file__).parent / "pallas_kernels"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """One model, or the kernels of one op, on one target.
+
+    Attributes:
+      model: its name, or that of the op.
+      dtype: of a model's weights.
+      target: its name.
+      programs: how many there are.
+      code_bytes: of their machine code, as far as the compiler says.
+      weight_bytes: a chip's share of the weights.
+      kv_bytes: a chip's share of the KV pools.
+      temp_bytes: what the hungriest program needs beside its arguments on each chip.
+      fits: whether all of that is in the chip's memory.
+      expected: whether it should be.
+      failures: programs that did not compile, each with what the compiler said.
+      compile_seconds: of the programs that no earlier case had.
+    """
+
+    model: str
+    dtype: str
+    target: str
+    programs: int
+    code_bytes: int
+    weight_bytes: int = 0
+    kv_bytes: int = 0
+    temp_bytes: int = 0
+    fits: bool = True
+    expected: bool = True
+    failures: tuple[str, ...] = ()
+    compile_seconds: float = 0.0
+
+    @property
+    def as_expected(self) -> bool:
+        """Whether all compiled, and what should fit does."""
+        return not self.failures and self.fits == self.expected
+
+
+def keys(model: Model, dtype: str, placement: Placement) -> Iterator[ProgramKey]:
+    """The programs that serve a model: plain greedy requests on two grids."""
+    ends = model.ends(dtype, placement.rules)
+    layers = model.layer_signatures(dtype, placement.rules)
+    pool = pool_shape(model, placement)
+    vocab = model.unembedding.vocab_size
+    for bucket in BUCKETS:
+        for signature in ends:
+            yield ProgramKey(kind=signature.kind, bucket=bucket, signatures=(signature,))
+        for signature in layers:
+            yield ProgramKey(kind="layer", bucket=bucket, signatures=(signature,), pool=pool)
+        size = Bucket(bucket.num_seqs, 1)
+        yield ProgramKey(kind="greedy", bucket=size, vocab_size=vocab)
+    decode = BUCKETS[0]
+    pair = model.pair(dtype, placement.rules)
+    yield ProgramKey(kind="layer", bucket=decode, signatures=pair, pool=pool)
+    yield ProgramKey(kind="sampled", bucket=Bucket(decode.num_seqs, 1), vocab_size=vocab)
+    yield ProgramKey(kind="scrub", pool=pool)
+
+
+def pool_shape(model: Model, placement: Placement) -> PoolShape:
+    """Pages for SEQUENCES x TOKENS tokens."""
+    attention = model.attention
+    return PoolShape(
+        num_pages=SEQUENCES * TOKENS // PAGE_SIZE + 1,
+        page_size=PAGE_SIZE,
+        num_kv_heads=len(kv_heads(attention.num_kv_heads, placement.rules.ways("heads"))),
+        head_dim=attention.head_dim,
+        layers=len(model.layers),
+        backend=backend_of(placement.platform.name),
+    )
+
+
+class Checker:
+    """Compiles for one target, each program once.
+
+    Attributes:
+      target: what for.
+    """
+
+    def __init__(self, target: Target):
+        self.target = target
+        rules = ShardingRules(mesh=MeshShape(tp=target.chips))
+        self.placement = Placement.on(rules, target.devices(), abstract=True)
+        geometry = Geometry(
+            num_rows=256 + SEQUENCES, max_num_seqs=16, max_pages=TOKENS // PAGE_SIZE
+        )
+        self._executables = Executables(geometry, placement=self.placement)
+        self._compiled: dict[Any, Any] = {}
+
+    def check(self, name: str, dtype: str) -> Result:
+        """Compiles a model's programs and adds up its memory."""
+        model, began = MODELS[name], time.monotonic()
+        rules = self.placement.rules
+        needed = list(dict.fromkeys(keys(model, dtype, self.placement)))
+        failures = self._compile(
+            {k.name: (k, lambda k=k: self._executables.lower(k)) for k in needed}
+        )
+        analyses = [self._compiled[key] for key in needed if key in self._compiled]
+        weights = sum(map(self._share, model.ends(dtype, rules)))
+        for signature, count in model.layer_signatures(dtype, rules).items():
+            weights += count * self._share(signature)
+        pool = pool_shape(model, self.placement)
+        kv = pool.page_bytes * pool.num_pages // rules.ways("heads")
+        temp = max((a.temp_size_in_bytes + _fresh_outputs(a) for a in analyses), default=0)
+        chip = CHIPS[self.target.chip]
+        return Result(
+            model=name,
+            dtype=dtype,
+            target=str(self.target),
+            programs=len(needed),
+            code_bytes=sum(a.generated_code_size_in_bytes for a in analyses),
+            weight_bytes=weights,
+            kv_bytes=kv,
+            temp_bytes=temp,
+            fits=weights + kv + temp <= chip.memory * USABLE,
+            expected=self.target.chips >= SMALLEST[name, dtype][self.target.chip],
+            failures=failures,
+            compile_seconds=round(time.monotonic() - began, 1),
+        )
+
+    def kernels(self, op: str, models: Sequence[str] | None = None) -> Result:
+        """Compiles what an op lists for these models, or for all: each distinct program once."""
+        began = time.monotonic()
+        made = {}
+        for name, function, arguments in _programs(op, self.placement, models):
+            lower = _lowering(op, self.placement, function, arguments)
+            # Models of one shape have one program.
+            made.setdefault(repr((getattr(function, "keywords", None), arguments)), (name, lower))
+        work = {name: ((op, name), lower) for name, lower in made.values()}
+        failures = self._compile(work)
+        analyses = [self._compiled[key] for key, _ in work.values() if key in self._compiled]
+        return Result(
+            model=op,
+            dtype="",
+            target=str(self.target),
+            programs=len(work),
+            code_bytes=sum(a.generated_code_size_in_bytes for a in analyses),
+            temp_bytes=max((a.temp_size_in_bytes for a in analyses), default=0),
+            failures=failures,
+            compile_seconds=round(time.monotonic() - began, 1),
+        )
+
+    def _compile(self, work: dict[str, tuple[Any, Callable[[], Any]]]) -> tuple[str, ...]:
+        """Compiles {name: (key, what lowers it)}; returns what failed."""
+
+        def one(name: str) -> str | None:
+            key, lower = work[name]
+            try:
+                self._compiled[key] = lower().compile().memory_analysis()
+                return None
+            except Exception as e:  # a compiler's own, of any kind
+                return f"{name}: {str(e).strip()[:500]}"
+
+        missing = [name for name, (key, _) in work.items() if key not in self._compiled]
+        with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+            return tuple(filter(None, pool.map(one, missing)))
+
+    def _share(self, signature) -> int:
+        """Bytes of a unit's weights on each chip."""
+        arrays = jax.tree.leaves(abstract_params(signature, self.placement))
+        return sum(
+            a.dtype.itemsize * _size(a.sharding.shard_shape(a.shape) if a.sharding else a.shape)
+            for a in arrays
+        )
+
+
+def ops(target: Target) -> list[str]:
+    """The ops that have a kernel for a target."""
+    backend = {"tpu": "tpu", "cuda": "mosaic_gpu"}[target.platform]
+    return sorted(
+        p.parent.name for p in _KERNELS.glob("*/shapes.py") if (p.parent / f"{backend}.py").exists()
+    )
+
+
+def _programs(
+    op: str, placement: Placement, models: Sequence[str] | None
+) -> Iterator[tuple[str, Any, Any]]:
+    shapes = importlib.import_module(f"jblock.pallas_kernels.{op}.shapes")
+    chosen = tuple(m for m in shapes.MODELS if models is None or m.name in models)
+    if placement.platform.name == "tpu":
+        return shapes.programs("tpu", chosen, device_kind=placement.platform.kind)
+    # The Hopper kernel of attention has pages of this dtype only.
+    dtypes = {"dtypes": ("bfloat16",)} if op == "paged_attention" else {}
+    return shapes.programs("mosaic_gpu", chosen, **dtypes)
+
+
+def _lowering(
+    op: str, placement: Placement, function: Callable[..., Any], arguments: Any
+) -> Callable[[], Any]:
+    def on_chip(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return placement.struct(a.shape, a.dtype)
+
+    donated = (3,) if op == "paged_attention" else ()
+    return lambda: placement.lower(function, donated, jax.tree.map(on_chip, arguments), None)
+
+
+def _size(shape: Sequence[int]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size
+
+
+def _fresh_outputs(analysis) -> int:
+    return max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
