@@ -57,15 +57,24 @@ class Mixture(nnx.Module):
         params: Tensors,
         deltas: Tensors,
         experts: Sequence[tuple[ExpertSpec, Tensors, Tensors]],
+        expert_axes: tuple[str, ...] = (),
     ):
         """Builds the block over the router's tensors and its experts' specs, tensors and tables.
+
+        Args:
+          spec: of the router.
+          params: its tensors.
+          deltas: its tables.
+          experts: all of them; split over mesh axes those that each device has, a run as long on each, and
+            the shared one.
+          expert_axes: mesh axes the experts are split over.
 
         Raises:
           ValueError: another number of experts than the router sends rows to.
         """
-        if len(experts) != spec.followers:
+        if not expert_axes and len(experts) != spec.followers:
             raise ValueError(f"a router of {spec.followers} experts is followed by {len(experts)}")
-        self.spec = spec
+        self.spec, self.expert_axes = spec, expert_axes
         self.norm = Norm("rms", params, "norm.", spec.norm_eps, Slots(deltas))
         self.router = Linear(params, deltas, "router")
         self.shared_gate = Linear(params, deltas, "shared_gate") if spec.shared else None
@@ -89,8 +98,11 @@ class Mixture(nnx.Module):
         weights, slots = weights.reshape(-1), jnp.repeat(rows.slots, rows.q_len)
 
         out = jnp.zeros_like(x)
-        for e, expert in enumerate(self.experts):
-            if e == spec.num_experts:
+        here = len(self.experts) - spec.shared
+        first = jax.lax.axis_index(self.expert_axes) * here if self.expert_axes else 0
+        for number, expert in enumerate(self.experts):
+            e = first + number
+            if number == here:
                 gate = jax.nn.sigmoid(self.shared_gate(normed, rows)) if self.shared_gate else 1.0
                 # The groups' rows know no mesh, so that nothing is summed twice.
                 alone = dataclasses.replace(rows, mesh_axes=())

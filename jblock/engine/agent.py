@@ -11,7 +11,15 @@ import jax
 from absl import logging
 
 from jblock.engine import swap
-from jblock.engine.api import EngineDied, EngineStats, ModelInfo, Output, Request, UnknownChain
+from jblock.engine.api import (
+    Engine,
+    EngineDied,
+    EngineStats,
+    ModelInfo,
+    Output,
+    Request,
+    UnknownChain,
+)
 from jblock.engine.assembly import Assembly, Route, assemble
 from jblock.engine.config import EngineConfig
 from jblock.engine.device import Device
@@ -20,6 +28,7 @@ from jblock.engine.keeper import Keeper
 from jblock.engine.loading import Done, Loads, Targets, attempt, weights_of
 from jblock.engine.loop import Loop
 from jblock.engine.resident import Adapter, Lease
+from jblock.parallel.placement import Placement
 from jblock.zoo.records import Chain, ZooError
 from jblock.zoo.store import Zoo
 
@@ -42,24 +51,32 @@ class ThreadEngine:
         chains: dict[str, Chain],
         config: EngineConfig,
         cache: ExecutableCache | None = None,
+        placement: Placement | None = None,
+        outbox: queue.SimpleQueue[list[Output]] | None = None,
     ):
         """Loads the chains that fit, without their adapters, compiles the first tier of programs and
         starts the loop; the other tiers follow in the background, and each grid is used as soon as its
         programs are there. Adapters, and what did not fit, are read when a request asks for them; pinned
         chains at once.
 
+        It runs on the devices of this process that its mesh needs, unless a placement is given, and
+        puts its outputs into the outbox, if one is given for several engines.
+
         Raises:
           ZooError: a chain or component that cannot be read.
           ValueError: settings that do not fit the chains.
         """
         self._zoo = zoo
-        assembly = assemble(zoo, chains, config)
+        placement = placement or Placement.on(config.sharding)
+        if placement.rules.mesh.dp > 1:
+            raise ValueError(f"mesh {config.mesh!r}: for dp build a DataParallelEngine")
+        assembly = assemble(zoo, chains, config, placement=placement)
         loads = Loads(assembly, config)
         # Weights first: what they leave free is the KV's.
         loads.preload(weights_of(assembly))
-        device = self._device = Device(assembly, config, cache)
+        device = self._device = Device(assembly, config, cache, placement)
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._outbox: queue.SimpleQueue[list[Output]] = queue.SimpleQueue()
+        self._outbox = outbox or queue.SimpleQueue()
         self._death: BaseException | None = None
         self._keeper = Keeper(zoo, assembly, device, config, self._warm, self._switch)
         if config.host_kv_memory_mb:
@@ -101,7 +118,7 @@ class ThreadEngine:
         try:
             outputs = list(self._outbox.get(timeout=timeout))
         except queue.Empty:
-            self._check_alive()
+            self.check_alive()
             return []
         while not self._outbox.empty():
             outputs.extend(self._outbox.get())
@@ -183,7 +200,7 @@ class ThreadEngine:
             except TimeoutError:
                 if done.done():
                     raise
-                self._check_alive()
+                self.check_alive()
 
     def _in_background(self, kind: str, work: Callable[[], Any], done: Done) -> None:
         """See `loading.Background`."""
@@ -204,7 +221,8 @@ class ThreadEngine:
 
         self._keeper.widen(targets).add_done_callback(answer)
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """Raises EngineDied if the loop is gone."""
         if not self._thread.is_alive():
             raise EngineDied(f"the engine's loop ended: {self._death or 'it was closed'}")
 
@@ -258,7 +276,7 @@ def build_engine(
     profiler_port: int = 0,
     executable_cache: str = "",
     **settings: Any,
-) -> ThreadEngine:
+) -> Engine:
     """An engine over a zoo on disk.
 
     Args:
@@ -279,6 +297,10 @@ def build_engine(
         jax.profiler.start_server(profiler_port)
     cache = ExecutableCache(cache_folder(store, executable_cache))
     cache.prune()
+    if config.sharding.mesh.dp > 1:
+        from jblock.engine.data_parallel import DataParallelEngine
+
+        return DataParallelEngine(store, chains, config, cache)
     return ThreadEngine(store, chains, config, cache)
 
 

@@ -6,11 +6,19 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jblock.blocks.spec import AttentionSpec, ComponentSpec, EmbeddingSpec, StitchSpec
+from jblock.blocks.spec import (
+    AttentionSpec,
+    ComponentSpec,
+    EmbeddingSpec,
+    ExpertSpec,
+    RouterSpec,
+    StitchSpec,
+)
 from jblock.engine import params as parameters
 from jblock.engine import slot_content
 from jblock.engine.batching import Underway
 from jblock.engine.config import Bucket, EngineConfig
+from jblock.engine.expert_group import ExpertGroup
 from jblock.engine.policy import NO_LIMIT
 from jblock.engine.resident import Adapter, Resident, Weights, WeightSet
 from jblock.engine.sequence import Item
@@ -54,15 +62,15 @@ class Unit:
 
     Attributes:
       signature: decides the program.
-      weights: of each component.
-      tables: one dict of slot tables a component, kept up to date; empty where it has none.
+      weights: of each argument (`Signature.arguments`), mostly one component.
+      tables: one dict of slot tables an argument, kept up to date; empty where it has none.
       group: KV group its attention belongs to; None without attention.
       kv_layer: index of its attention in the group's pools.
       position: of a stitch, the row of its position tables.
     """
 
     signature: Signature
-    weights: tuple[Weights | Tied, ...]
+    weights: tuple[Weights | Tied | ExpertGroup, ...]
     tables: tuple[parameters.Tensors, ...]
     group: KvGroup | None = None
     kv_layer: int = 0
@@ -70,7 +78,7 @@ class Unit:
 
     @property
     def params(self) -> tuple[parameters.Tensors, ...]:
-        """One dict of device tensors a component."""
+        """One dict of device tensors an argument."""
         return tuple(w.tensors for w in self.weights)
 
 
@@ -175,6 +183,7 @@ class Assembly:
       instances: in sweep order.
       targets: what has tables, by spec.
       pinned: names of the routes that stay on the device.
+      placement: the devices it is for.
       known: what the next assembly takes over instead of making it again, by what decides it.
     """
 
@@ -183,6 +192,7 @@ class Assembly:
     instances: tuple[Instance, ...]
     targets: dict[ComponentSpec, frozenset[str]]
     pinned: tuple[str, ...]
+    placement: Placement
     known: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -213,13 +223,15 @@ def assemble(
       previous: what is served now. Blocks that stay as they were stay the same instances, and it goes on
         working until nobody holds it.
       targets: what to make tables for, beside what is known to be adapted.
-      placement: the devices it is for; None: those of this process.
+      placement: the devices it is for; None: those of the previous one, or of this process.
 
     Raises:
       ZooError: a record the zoo cannot read.
       ValueError: a chain this engine cannot run.
     """
-    wirer = _Wirer(zoo, chains, config, previous, placement or Placement.on(config.sharding))
+    if placement is None:
+        placement = previous.placement if previous else Placement.on(config.sharding)
+    wirer = _Wirer(zoo, chains, config, previous, placement)
     wirer.find_targets(targets or {})
     # Without sharing, every chain is a world of its own.
     worlds = {"": dict(chains)} if config.share else {n: {n: c} for n, c in chains.items()}
@@ -233,6 +245,7 @@ def assemble(
         instances=tuple(sorted(instances.values(), key=lambda i: i.depth)),
         targets=wirer.targets,
         pinned=tuple(name for name in config.pinned if name in chains),
+        placement=wirer.placement,
         known=wirer.known,
     )
 
@@ -340,8 +353,8 @@ class _Wirer:
             tables = self._tables(world, component, form) if form else None
             parts.append(Part(component, spec, form, tables))
         members: dict[Weights, None] = {}
-        for component in ids:
-            found = self._weights(world, component)
+        for component, part in zip(ids, self._expert_parts(p.spec for p in parts), strict=True):
+            found = self._weights(world, component, part)
             members[found.owner if isinstance(found, Tied) else found] = None
         return Wiring(
             specs=tuple(p.spec for p in parts),
@@ -374,7 +387,19 @@ class _Wirer:
         spec = self._record(component).spec
         return self._keep(("tables", world, component), lambda: Tables(spec, form, self.placement))
 
-    def _weights(self, world: str, component: str) -> Weights | Tied:
+    def _expert_parts(self, specs: Iterable[ComponentSpec]) -> list[int | None]:
+        """For each of a run of components the part of the mesh's experts it lies on; None: all devices."""
+        ways = self.placement.rules.ways("experts")
+        parts: list[int | None] = []
+        dealt: Iterator[int] = iter(())
+        for spec in specs:
+            parts.append(next(dealt, None) if isinstance(spec, ExpertSpec) else None)
+            if isinstance(spec, RouterSpec) and ways > 1:
+                number = spec.num_experts
+                dealt = iter([i * ways // number for i in range(number)])
+        return parts
+
+    def _weights(self, world: str, component: str, part: int | None = None) -> Weights | Tied:
         record = self._record(component)
         if record.refs and self.config.dtype == "float32":
             owner, tensor = record.refs["weight"]
@@ -382,13 +407,15 @@ class _Wirer:
             if isinstance(found, Tied):
                 raise ValueError(f"component {component} is tied to one that is tied: damaged")
             return Tied(found, tensor)
+        placement = self.placement if part is None else self.placement.expert_part(part)
         return self._keep(
-            ("weights", world, component),
+            ("weights", world, component, part),
             lambda: Weights(
                 name=f"component {component}",
                 component=component,
                 spec=record.spec,
-                size=parameters.param_bytes(record.spec, self.config.dtype, self.placement),
+                size=parameters.param_bytes(record.spec, self.config.dtype, placement),
+                placement=placement,
             ),
         )
 
@@ -469,21 +496,30 @@ class _Wirer:
         kv: Iterator[tuple[KvGroup, int]],
         positions: Iterator[int],
     ) -> Unit:
-        weights = tuple(self._weights(world, component) for component in ids)
+        specs = tuple(self._record(component).spec for component in ids)
+        members = [
+            self._weights(world, component, part)
+            for component, part in zip(ids, self._expert_parts(specs), strict=True)
+        ]
         signature = Signature(
-            specs=tuple(self._record(component).spec for component in ids),
+            specs=specs,
             forms=tuple(forms),
             dtype=self.config.dtype,
-            tied=isinstance(weights[-1], Tied),
+            tied=isinstance(members[-1], Tied),
             sharding=self.placement.rules,
+        )
+        structs = parameters.abstract_params(signature, self.placement)
+        weights = tuple(
+            members[of[0]] if len(of) == 1 else ExpertGroup([members[i] for i in of], struct)
+            for of, struct in zip(signature.arguments, structs, strict=True)
         )
         group, layer = next(kv) if signature.attentions else (None, 0)
         return Unit(
             signature=signature,
             weights=weights,
             tables=tuple(
-                self._tables(world, component, form).view(form) if form else {}
-                for component, form in zip(ids, forms, strict=True)
+                self._tables(world, ids[i], form).view(form) if (form := forms[i]) else {}
+                for i, *_ in signature.arguments
             ),
             group=group,
             kv_layer=layer,

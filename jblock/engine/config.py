@@ -53,7 +53,7 @@ class EngineConfig:
       host_cache_mb: host memory for adapters, and for parameters that may give way, in 10^6 bytes.
       pinned: chains that are loaded before they are asked for and never give way.
       compile_workers: threads that compile, before the first request and in the background.
-      mesh: devices the agent spans, such as "tp=4"; "" is one.
+      mesh: devices the agent spans, such as "tp=4"; "" is one. With dp sizes are of each group of devices.
     """
 
     dtype: str = "float32"
@@ -106,11 +106,7 @@ class EngineConfig:
                 )
         if not self.decode_sizes or not self.prefill_grids:
             raise ValueError("decode_sizes and prefill_grids need at least one entry each")
-        if self.sharding.mesh.dp > 1:
-            raise ValueError(
-                f"mesh {self.mesh!r}: an engine's loop feeds one group of devices; for dp start "
-                "one server each"
-            )
+        _ = self.sharding  # refuses a mesh of another form
 
     @property
     def adapter_pieces(self) -> int:

@@ -98,7 +98,7 @@ class Device:
         self.plain_only = False
         self.rates: Rates | None = None
         groups = sorted({g for route in assembly.routes.values() for g in route.groups})
-        budget = config.kv_memory_mb * 10**6 or memory.kv_budget()
+        budget = config.kv_memory_mb * 10**6 or memory.kv_budget(*self.placement.devices[:1])
         self.pool_shapes = self._pool_shapes(groups, budget)
         if not config.kv_memory_mb:
             budget -= self._workspace(assembly)

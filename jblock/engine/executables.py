@@ -215,7 +215,9 @@ class Executables:
         """The program of a key, from the cache or compiled (True)."""
         if stop is not None and stop.is_set():
             return None, False
-        text = f"{key!r} {self.geometry!r} {self.placement.rules}"
+        # A program is for its very devices; the default one is the first of them.
+        ids = [d.id for d in self.placement.devices] or [jax.local_devices()[0].id]
+        text = f"{key!r} {self.geometry!r} {self.placement.rules} {ids}"
         program = self.cache.load(text, self.placement.devices) if self.cache and not anew else None
         compiled = program is None
         if program is None:

@@ -120,7 +120,7 @@ class Loads:
         self.cache = HostCache(config.host_cache_mb * 10**6)
         self.background: Background = self._defer
         self._assembly, self._zoo, self._config = assembly, assembly.zoo, config
-        self._placement = Placement.on(config.sharding)
+        self._placement = assembly.placement
         self._deferred: collections.deque = collections.deque()
         self._warming: list[Warming] = []
         self.residency = Residency(
@@ -219,18 +219,18 @@ class Loads:
     # Reading, in the background
 
     def _read_weights(self, weights: Weights) -> parameters.Tensors:
-        key = ("weights", weights.component)
+        key = ("weights", weights.component, weights.placement.rules)
         bounded = bool(self._config.weights_memory_mb)
         arrays = self.cache.get(key) if bounded else None
         if arrays is None:
             stored = self._zoo.load_component(weights.component)
             arrays = parameters.prepared(
-                weights.spec, stored, self._config.dtype, False, self._placement
+                weights.spec, stored, self._config.dtype, False, weights.placement
             )
             if bounded:  # otherwise none ever comes back
                 self.cache.put(key, arrays, weights.size)
         return parameters.on_device(
-            weights.spec, arrays, self._config.dtype, False, self._placement
+            weights.spec, arrays, self._config.dtype, False, weights.placement
         )
 
     def _read_adapter(self, adapter: Adapter, route: "Route") -> AdapterWrites:

@@ -13,13 +13,16 @@ CPU_MOST_BYTES = 10**9
 DEVICE_FRACTION = 0.9
 
 
-def kv_budget() -> int:
+def kv_budget(device: jax.Device | None = None) -> int:
     """Bytes for KV pools and what programs need beside them, of the memory that is free now.
+
+    Args:
+      device: whose memory; None: jax's default one.
 
     Raises:
       ValueError: the device does not say what it has.
     """
-    device = jax.local_devices()[0]
+    device = device or jax.local_devices()[0]
     if device.platform == "cpu":
         return min(int(available_ram() * CPU_FRACTION), CPU_MOST_BYTES)
     stats = device.memory_stats() or {}

@@ -123,9 +123,15 @@ def param_bytes(spec, dtype: str, placement: Placement = SINGLE) -> int:
 def abstract_params(
     signature: Signature, placement: Placement = SINGLE
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], ...]:
-    """Shapes, dtypes and shardings of a unit's parameters, one dict a component."""
+    """Shapes, dtypes and shardings of a unit's parameters, one dict an argument."""
     out = []
-    for spec in signature.specs:
+    whole, part = placement, None
+    for indices in signature.arguments:
+        spec = signature.specs[indices[0]]
+        if len(indices) > 1:
+            part = part or whole.expert_part(0)
+        placement = part if part and len(indices) > 1 else whole
+        struct = whole.struct if placement is whole else whole.stacked
         tied = signature.tied and isinstance(spec, UnembeddingSpec)
         tensors = {}
         for name, shape in layout.compute_shapes(spec).items():
@@ -133,6 +139,6 @@ def abstract_params(
             axes = tensor_axes(spec, name, placement.rules, len(shape))
             order = slice(None, None, -1 if transposed else 1)
             sizes = [a.size(n) for a, n in zip(axes, shape, strict=True)][order]
-            tensors[name] = placement.struct(sizes, wanted, *[a.logical for a in axes][order])
+            tensors[name] = struct(sizes, wanted, *[a.logical for a in axes][order])
         out.append(tensors)
     return tuple(out)

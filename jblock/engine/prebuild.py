@@ -5,13 +5,16 @@ cache. A server with the same settings on the devices it was built for finds all
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from jblock.engine import roofline
 from jblock.engine.assembly import Assembly, assemble
 from jblock.engine.config import EngineConfig
+from jblock.engine.data_parallel import group_config, group_placements
 from jblock.engine.device import Device
 from jblock.engine.executable_cache import ExecutableCache
 from jblock.engine.executables import ProgramKey
@@ -24,6 +27,8 @@ from jblock.zoo.store import Zoo
 USABLE = 0.92
 # Of what weights leave of that: the rest is for what programs need beside their arguments.
 KV_SHARE = 0.8
+# Fields of a report that are added up over data parallel groups.
+_ALL_CHIPS = ("code_bytes", "weight_bytes", "table_bytes", "kv_bytes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +91,39 @@ def prebuild(
       OSError: the cache did not take the programs.
     """
     every = target.devices()
+    if config.sharding.mesh.dp > 1:
+        groups = group_placements(config, every, abstract=True)
+        inner = group_config(config)
+        reports = [
+            _prebuild(zoo, chains, inner, target, folder, every, group, progress)
+            for group in groups
+        ]
+        stated = dataclasses.replace(
+            config, kv_memory_mb=reports[0].config.kv_memory_mb * len(groups)
+        )
+        return dataclasses.replace(
+            reports[0],
+            config=stated,
+            **{
+                n: sum(getattr(r, n) for r in reports)
+                for n in ("programs", "compiled", *_ALL_CHIPS)
+            },
+        )
     placement = Placement.on(config.sharding, every, abstract=True)
+    return _prebuild(zoo, chains, config, target, folder, every, placement, progress)
+
+
+def _prebuild(
+    zoo: Zoo,
+    chains: Mapping[str, Chain],
+    config: EngineConfig,
+    target: Target,
+    folder: Path,
+    every: Sequence[jax.Device],
+    placement: Placement,
+    progress: Callable[[int, int], None] | None,
+) -> Report:
+    """The same for one group of devices."""
     assembly = assemble(zoo, chains, config, placement=placement)
     weights = sum(
         {id(w): w.size for r in assembly.routes.values() for w in r.weights.members}.values()

@@ -88,10 +88,11 @@ def segment_program(
     """(params, tables, registers, kv pools, index, page_table) -> (registers, kv pools).
 
     Runs one or more layers over the same rows, which stay in registers of the machine between them.
-    Params and tables are one tuple a layer, pools one tuple of page arrays an attention, which `backend`
-    of `paged_attention` lays and reads.
+    Params and tables are one tuple a layer, of one dict each of `Signature.arguments`; pools one tuple of
+    page arrays an attention, which `backend` of `paged_attention` lays and reads.
     """
     mesh_axes = signatures[0].sharding.axes("heads")
+    expert_axes = signatures[0].sharding.axes("experts")
 
     def segment(
         params: Sequence[Sequence[Mapping[str, jax.Array]]],
@@ -109,7 +110,9 @@ def segment_program(
         components = [
             part
             for signature, *layer in zip(signatures, params, tables, strict=True)
-            for part in zip(signature.specs, *layer, strict=True)
+            for part in zip(
+                (signature.specs[i] for i, *_ in signature.arguments), *layer, strict=True
+            )
         ]
         source = None  # What the next ffn reads, where that is not x.
         for at, (spec, tensors, deltas) in enumerate(components):
@@ -140,9 +143,10 @@ def segment_program(
                 with jax.named_scope("ffn"):
                     x = Ffn(spec, tensors, deltas)(x, rows, source)
             elif isinstance(spec, RouterSpec):
-                experts = components[at + 1 : at + 1 + spec.followers]
+                here = spec.num_experts // signatures[0].sharding.ways("experts") + spec.shared
+                experts = components[at + 1 : at + 1 + here]
                 with jax.named_scope("mixture"):
-                    x = Mixture(spec, tensors, deltas, experts)(x, rows)
+                    x = Mixture(spec, tensors, deltas, experts, expert_axes)(x, rows)
         return registers.at[register_rows].set(x, mode="drop"), tuple(updated)
 
     return segment

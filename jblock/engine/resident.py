@@ -5,6 +5,8 @@ import enum
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from jblock.parallel.placement import SINGLE, Placement
+
 if TYPE_CHECKING:
     from jblock.engine.assembly import Route
 
@@ -48,12 +50,14 @@ class Weights(Resident):
       component: its id.
       spec: of the component.
       size: bytes on the device.
+      placement: the devices it lies on.
       tensors: device arrays by name; empty while it is not READY.
     """
 
     component: str
     spec: Any
     size: int
+    placement: Placement = SINGLE
     tensors: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

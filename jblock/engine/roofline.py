@@ -96,7 +96,9 @@ def _weights(signature: Signature, placement: Placement, batch: int) -> tuple[in
     experts that even routing reaches on average."""
     nbytes = flops = 0
     reached = share = 1.0
-    for spec, tensors in zip(signature.specs, abstract_params(signature, placement), strict=True):
+    parameters = abstract_params(signature, placement)
+    for (index, *_), tensors in zip(signature.arguments, parameters, strict=True):
+        spec = signature.specs[index]
         sizes = [a.size for a in tensors.values()]
         held = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tensors))
         if isinstance(spec, RouterSpec):

@@ -7,6 +7,7 @@ from jblock.blocks.spec import (
     ComponentSpec,
     EmbeddingSpec,
     NormSpec,
+    RouterSpec,
     StitchSpec,
     UnembeddingSpec,
     canonical_json,
@@ -96,6 +97,38 @@ class Signature:
         if self.kind == "layer" and (first is last or not self.attentions):
             parts[0] = "mixture" if first.kind == "router" else first.kind
         return "_".join(parts + (["deltas"] if any(self.forms) else []))
+
+    @property
+    def arguments(self) -> tuple[tuple[int, ...], ...]:
+        """Indices of the components whose tensors each argument of the program holds: one each, but one of
+        every part of the experts where those lie on devices of their own.
+
+        Raises:
+          ValueError: experts that cannot be dealt out evenly.
+        """
+        ways = self.sharding.ways("experts")
+        out: list[tuple[int, ...]] = []
+        at = 0
+        while at < len(self.specs):
+            spec = self.specs[at]
+            out.append((at,))
+            at += 1
+            if ways > 1 and isinstance(spec, RouterSpec):
+                if spec.num_experts % ways:
+                    raise ValueError(
+                        f"a mixture of {spec.num_experts} experts does not divide over mesh "
+                        f"{self.sharding.mesh}: give an ep that divides it, or tp instead"
+                    )
+                experts = range(at, at + spec.num_experts)
+                if len({self.specs[i] for i in experts}) > 1 or any(self.forms[i] for i in experts):
+                    raise ValueError(
+                        f"experts of different forms or with adapters are not dealt out over mesh "
+                        f"{self.sharding.mesh}: use tp instead of ep"
+                    )
+                local = spec.num_experts // ways
+                out.extend(tuple(experts)[i::local] for i in range(local))
+                at += spec.num_experts
+        return tuple(out)
 
     def key(self) -> str:
         """Canonical text: equal exactly when the programs are."""

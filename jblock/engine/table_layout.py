@@ -72,10 +72,10 @@ def slot_tables(spec: ComponentSpec, form: TableForm) -> tuple[str, ...]:
 def abstract_tables(
     signature: Signature, placement: Placement = SINGLE
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], ...]:
-    """Shapes, dtypes and shardings of a unit's slot tables, one dict a component."""
+    """Shapes, dtypes and shardings of a unit's slot tables, one dict an argument."""
     return tuple(
-        table_structs(spec, form, placement)
-        for spec, form in zip(signature.specs, signature.forms, strict=True)
+        table_structs(signature.specs[i], signature.forms[i], placement)
+        for i, *_ in signature.arguments
     )
 
 

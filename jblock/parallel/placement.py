@@ -59,8 +59,31 @@ class Placement:
     def mesh(self) -> Mesh:
         """The jax mesh."""
         shape = self.rules.mesh
-        grid = np.array(self.devices, object).reshape(shape.dp, shape.tp)
+        grid = np.array(self.devices, object).reshape(shape.dp, shape.ep, shape.tp)
         return Mesh(grid, MESH_AXES)
+
+    def expert_part(self, part: int) -> "Placement":
+        """The devices of one part of the experts, as a mesh without `ep`."""
+        shape = self.rules.mesh
+        rules = dataclasses.replace(self.rules, mesh=dataclasses.replace(shape, ep=1))
+        if not self.devices:
+            return Placement(rules)
+        grid = np.array(self.devices, object).reshape(shape.dp, shape.ep, shape.tp)
+        return Placement(rules, tuple(grid[:, part].reshape(-1)), self.abstract)
+
+    def stacked(self, shape: Sequence[int], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
+        """One array of every part of the experts, along the first dimension.
+
+        Args:
+          shape: of one part's array.
+          dtype: of both.
+          axes: the logical axis of each dimension in `expert_part`'s mesh.
+        """
+        first, *rest = ("expert_mlp" if a == "mlp" else a for a in axes)
+        # Columns that are stacked are split over both mesh axes, as an ffn's are.
+        first = "experts" if first is None else "mlp"
+        size = shape[0] * self.rules.ways("experts")
+        return self.struct((size, *shape[1:]), dtype, first, *rest)
 
     def sharding(self, *axes: str | None) -> Sharding | None:
         """The sharding of an array with these logical axes; None on the default device."""

@@ -1,8 +1,9 @@
 """Sharding rules: which mesh axes each logical axis of an array is split over.
 
-A mesh has two axes. `tp` splits the inside of every block (heads, columns of an ffn and of every expert,
-vocabulary) as Megatron does (arXiv 1909.08053), and `dp` gives each group of devices sequences,
-registers and KV pages of its own.
+A mesh has three axes. `tp` splits the inside of every block (heads, columns of an ffn and of every expert,
+vocabulary) as Megatron does (arXiv 1909.08053). `ep` does so too, but for the experts of a mixture: each part
+of it holds some of them whole (arXiv 2006.16668). `dp` gives each group of devices sequences, registers and
+KV pages of its own.
 This file is plain data: it knows neither jax nor blocks.
 """
 
@@ -11,7 +12,7 @@ import functools
 import math
 import re
 
-MESH_AXES = ("dp", "tp")
+MESH_AXES = ("dp", "ep", "tp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +21,12 @@ class MeshShape:
 
     Attributes:
       dp: groups of devices with sequences of their own.
-      tp: parts of every block.
+      ep: parts of every block, and of the experts of a mixture, whole experts each.
+      tp: parts of every block, each expert included.
     """
 
     dp: int = 1
+    ep: int = 1
     tp: int = 1
 
     def __post_init__(self):
@@ -34,7 +37,7 @@ class MeshShape:
     @property
     def size(self) -> int:
         """Devices in all."""
-        return self.dp * self.tp
+        return self.dp * self.ep * self.tp
 
     @classmethod
     def parse(cls, text: str) -> "MeshShape":
@@ -49,7 +52,7 @@ class MeshShape:
             if not match or match[1] in sizes:
                 raise ValueError(
                     f"mesh {text!r}: {part!r} is not understood; give each of "
-                    f"{', '.join(MESH_AXES)} at most once, such as tp=4 or dp=2,tp=4"
+                    f"{', '.join(MESH_AXES)} at most once, such as tp=4 or ep=2,tp=2"
                 )
             sizes[match[1]] = int(match[2])
         return cls(**sizes)
@@ -67,15 +70,19 @@ class ShardingRules:
       mesh: devices along each mesh axis.
       rows: sequences of a batch, register rows, KV pages and sequence slots.
       heads: query heads, and KV heads with them.
-      mlp: inner columns of an ffn or of an expert.
+      mlp: inner columns of an ffn, or of an expert that every row passes.
+      experts: experts of a mixture.
+      expert_mlp: inner columns of one of these.
       vocab: rows of the embedding and unembedding tables.
     """
 
     mesh: MeshShape = MeshShape()
     rows: tuple[str, ...] = ("dp",)
-    heads: tuple[str, ...] = ("tp",)
-    mlp: tuple[str, ...] = ("tp",)
-    vocab: tuple[str, ...] = ("tp",)
+    heads: tuple[str, ...] = ("ep", "tp")
+    mlp: tuple[str, ...] = ("ep", "tp")
+    experts: tuple[str, ...] = ("ep",)
+    expert_mlp: tuple[str, ...] = ("tp",)
+    vocab: tuple[str, ...] = ("ep", "tp")
 
     def __post_init__(self):
         for name in self.logical_axes():

@@ -1,5 +1,5 @@
 """Runs of agents over meshes of fake CPU devices, for test_sharded.py. jax fixes its devices when it starts,
-so this is a process of its own: `python sharded_runs.py FOLDER [all] MESH...` prints one JSON object."""
+so this is a process of its own: `python sharded_runs.py FOLDER [SET] MESH...` (of CHAINS) prints JSON."""
 
 import collections
 import json
@@ -22,6 +22,7 @@ from checkpoints.progress import Progress  # noqa: E402
 from jblock.blocks.quant_spec import QuantSpec  # noqa: E402
 from jblock.engine.agent import ThreadEngine  # noqa: E402
 from jblock.engine.config import EngineConfig  # noqa: E402
+from jblock.engine.data_parallel import DataParallelEngine  # noqa: E402
 from jblock.zoo.quantised import quantise_chain  # noqa: E402
 from jblock.zoo.store import Zoo  # noqa: E402
 
@@ -45,6 +46,11 @@ ALL = (
     *("mixtral", "qwen2_moe", "gemma3"),
     *("lora_all_r8", "qwen3_lora_all_r8"),
 )
+CHAINS = {
+    "groups": ("demo-1m", ADAPTER, "mixtral"),
+    "all": ALL,
+    "experts": ("demo-1m", "mixtral", "qwen2_moe"),
+}
 
 
 def settings(mesh: str) -> EngineConfig:
@@ -92,6 +98,48 @@ def collectives(agent: Agent) -> dict[str, dict[str, int]]:
     return {k.name: collections.Counter(operation.findall(p.as_text())) for k, p in table.items()}
 
 
+def swap_experts(zoo: Path, mesh: str) -> list[int]:
+    """Tokens of a mixture that was taken away and brought back while another model was served."""
+    store = Zoo.open(zoo)
+    names = ["mixtral", "demo-1m"]
+    engine = ThreadEngine(store, {n: store.chain(n) for n in names}, settings(mesh))
+    try:
+        for served in (["demo-1m"], names):
+            engine.serve(served)
+        engine.submit(request("r", "mixtral", prompt_of("mixtral"), max_tokens=24))
+        tokens = collect_tokens(engine, ["r"])["r"]
+        assert engine.stats().compiles_on_serving_path == 0
+        return tokens
+    finally:
+        engine.close()
+
+
+def groups(zoo: Path, names: Sequence[str], mesh: str) -> dict:
+    """Tokens of every chain from every data parallel group, before and after a change of what is served;
+    and how many requests each group was given."""
+    store = Zoo.open(zoo)
+    engine = DataParallelEngine(store, {n: store.chain(n) for n in names}, settings(mesh))
+    given: list[list[str]] = [[] for _ in engine._engines]
+    for inner, ids in zip(engine._engines, given, strict=True):
+        submit = inner.submit
+        inner.submit = lambda r, s=submit, ids=ids: (ids.append(r.request_id), s(r))
+    tokens = {}
+    try:
+        for change in ("", "again "):
+            if change:
+                engine.serve(names[:1])
+                engine.serve(names)
+            ids = {f"{change}{n} {copy}": n for n in names for copy in range(len(given))}
+            for request_id, name in ids.items():
+                engine.submit(request(request_id, name, prompt_of(name), max_tokens=24))
+            tokens |= collect_tokens(engine, list(ids))
+        assert engine.stats().compiles_on_serving_path == 0
+        assert engine.stats().running == engine.stats().waiting == 0
+    finally:
+        engine.close()
+    return {"tokens": tokens, "given": given}
+
+
 def run(zoo: Path, names: Sequence[str], mesh: str) -> dict:
     """Greedy tokens and logits of every chain, all together on one mesh."""
     agent = Agent.make(zoo, names, settings(mesh))
@@ -123,12 +171,17 @@ def swap(zoo: Path, mesh: str) -> list[int]:
 if __name__ == "__main__":
     folder, *meshes = sys.argv[1:]
     chains = SOME
-    if meshes[0] == "all":
-        meshes, chains = meshes[1:], ALL
+    if meshes[0] in CHAINS:
+        chains, meshes = CHAINS[meshes[0]], meshes[1:]
     zoo = Path(folder) / "zoo"
     for chain in chains:
         convert(zoo, chain)
-    out = {mesh: run(zoo, chains, mesh) for mesh in ("", *meshes)}
-    for mesh in meshes:
-        out[mesh]["swapped"] = swap(zoo, mesh)
+    plain = [mesh for mesh in meshes if "dp" not in mesh]
+    out = {mesh: run(zoo, chains, mesh) for mesh in ("", *plain)}
+    out |= {mesh: groups(zoo, chains, mesh) for mesh in meshes if "dp" in mesh}
+    for mesh in plain:
+        if ADAPTER in chains:
+            out[mesh]["swapped"] = swap(zoo, mesh)
+        if "ep" in mesh:
+            out[mesh]["experts_swapped"] = swap_experts(zoo, mesh)
     json.dump(out, sys.stdout)

@@ -1,5 +1,6 @@
 """Sharding rules, and how sizes that do not divide are spread."""
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 
 from jblock.blocks.spec import AttentionSpec, FfnSpec, RopeSpec
 from jblock.engine.config import EngineConfig
+from jblock.engine.data_parallel import group_config, group_placements
 from jblock.parallel.axes import tensor_axes
 from jblock.parallel.rules import MeshShape, ShardingRules
 from jblock.parallel.spread import FILL, columns, kv_heads, query_heads, spread
@@ -16,6 +18,7 @@ def test_a_mesh_from_text():
     assert MeshShape.parse("") == MeshShape() and MeshShape.parse("").size == 1
     assert MeshShape.parse("dp=2, tp=4") == MeshShape(dp=2, tp=4)
     assert str(MeshShape.parse("tp=4,dp=2")) == "dp=2,tp=4"
+    assert MeshShape.parse("ep=2,tp=2").size == 4
 
 
 @pytest.mark.parametrize("text", ["tp", "tp=0", "tp=2,tp=4", "xp=2", "tp=-1", "4", "tp=\u0662"])
@@ -24,14 +27,22 @@ def test_refuses_other_text(text):
         MeshShape.parse(text)
 
 
-def test_an_engine_refuses_data_parallel_groups():
-    with pytest.raises(ValueError, match="one server each"):
-        EngineConfig(mesh="dp=2")
+def test_a_data_parallel_group_has_its_share():
+    config = EngineConfig(mesh="dp=2,tp=4", kv_memory_mb=101, max_num_seqs=8)
+    inner = group_config(config)
+    assert (inner.mesh, inner.kv_memory_mb, inner.max_num_seqs) == ("tp=4", 51, 8)
+    assert group_config(EngineConfig(mesh="dp=3")).mesh == ""
+    with pytest.raises(ValueError, match="needs 8 devices"):
+        group_placements(config, jax.local_devices()[:1])
 
 
 def test_one_mesh_axis_cannot_split_two_axes_of_an_array():
     rules = ShardingRules(mesh=MeshShape(dp=2, tp=2))
     assert rules.spec("rows", None, "heads") == (("dp",), None, ("tp",))
+    experts = ShardingRules(mesh=MeshShape(ep=2, tp=2))
+    assert experts.spec("experts", "expert_mlp") == (("ep",), ("tp",))
+    with pytest.raises(ValueError, match=r"'experts' and 'mlp'.*'ep'"):
+        experts.spec("experts", "mlp")
     with pytest.raises(ValueError, match=r"'heads' and 'mlp'.*'tp'"):
         rules.spec("heads", "mlp")
     with pytest.raises(ValueError, match="no sharding rule"):

@@ -36,7 +36,10 @@ def check(one: dict, split: dict) -> None:
                 second, best = np.partition(logits, -2)[-2:]
                 assert best - second < 10 * LOGIT_ERROR, (name, position)
                 break
-    assert split["swapped"] == split["tokens"]["demo-1m-largest-lora12"]
+    if "swapped" in split:
+        assert split["swapped"] == split["tokens"]["demo-1m-largest-lora12"]
+    if "experts_swapped" in split:
+        assert split["experts_swapped"] == split["tokens"]["mixtral"]
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,63 @@ def test_no_more_collectives_than_the_textbook_has(runs):
             assert counts == expected, (mesh, name)
         kinds = {name.partition("_")[0] for name in runs[mesh]["collectives"]}
         assert {"embedding", "layer", "head", "greedy", "scrub"} <= kinds
+
+
+@pytest.fixture(scope="module")
+def expert_runs(tmp_path_factory) -> dict:
+    """Mixtures whose experts lie on parts of a mesh of four devices, each split over two."""
+    return run(tmp_path_factory.mktemp("experts"), "experts", "ep=2,tp=2")
+
+
+def test_experts_on_devices_of_their_own(expert_runs):
+    """Mixtures of four experts, and of six with a shared one, which is split over all devices."""
+    check(expert_runs[""], expert_runs["ep=2,tp=2"])
+    assert "experts_swapped" in expert_runs["ep=2,tp=2"]
+
+
+def test_experts_take_one_sum_as_an_ffn_does(expert_runs):
+    """A mixture over ep needs two exchanges by all-to-all (arXiv 2006.16668, section 3.2) where rows are
+    split over it; here every device has all rows, and one sum is all."""
+    for name, counts in expert_runs["ep=2,tp=2"]["collectives"].items():
+        if name.startswith("layer"):
+            assert counts == {"all-reduce": 2}, name
+
+
+def check_groups(one: dict, split: dict) -> None:
+    """Every group gives the tokens of one device (or a near tie, by the token rule) and got its share."""
+    for request, tokens in split["tokens"].items():
+        name = request.removeprefix("again ").rpartition(" ")[0]
+        positions = sorted(map(int, one["logits"][name]))
+        for position, a, b in zip(positions, one["tokens"][name], tokens, strict=True):
+            if a != b:
+                second, best = np.partition(one["logits"][name][str(position)], -2)[-2:]
+                assert best - second < 10 * LOGIT_ERROR, (request, position)
+                break
+    counts = [len(ids) for ids in split["given"]]
+    assert sum(counts) == len(split["tokens"]) and max(counts) - min(counts) <= 2
+
+
+def test_groups_answer_as_one_device_does(tmp_path):
+    out = run(tmp_path, "groups", "dp=2,tp=2")
+    check_groups(out[""], out["dp=2,tp=2"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mesh", ["dp=2", "dp=4,ep=2"])
+def test_groups_on_other_meshes(tmp_path, mesh):
+    out = run(tmp_path, "groups", mesh)
+    check_groups(out[""], out[mesh])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mesh", ["ep=2", "ep=4"])
+def test_experts_on_other_meshes(tmp_path, mesh):
+    if mesh == "ep=4":  # six experts do not divide
+        with pytest.raises(AssertionError, match="give an ep that divides it"):
+            run(tmp_path, "experts", mesh)
+    else:
+        out = run(tmp_path, "experts", mesh)
+        check(out[""], out[mesh])
 
 
 @pytest.mark.long
