@@ -7,6 +7,7 @@ chip of a kind. Each distinct program of a target is compiled once, two at a tim
 
 import concurrent.futures
 import dataclasses
+import functools
 import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -157,9 +158,8 @@ class Checker:
         model, began = MODELS[name], time.monotonic()
         rules = self.placement.rules
         needed = list(dict.fromkeys(keys(model, dtype, self.placement)))
-        failures = self._compile(
-            {k.name: (k, lambda k=k: self._executables.lower(k)) for k in needed}
-        )
+        lower = self._executables.lower
+        failures = self._compile({k.name: (k, functools.partial(lower, k)) for k in needed})
         analyses = [self._compiled[key] for key in needed if key in self._compiled]
         weights = sum(map(self._share, model.ends(dtype, rules)))
         for signature, count in model.layer_signatures(dtype, rules).items():

@@ -47,7 +47,8 @@ ALL = (
     *("lora_all_r8", "qwen3_lora_all_r8"),
 )
 CHAINS = {
-    "groups": ("demo-1m", ADAPTER, "mixtral"),
+    "groups": ("demo-1m", ADAPTER),
+    "mixed groups": ("demo-1m", ADAPTER, "mixtral"),
     "all": ALL,
     "experts": ("demo-1m", "mixtral", "qwen2_moe"),
 }

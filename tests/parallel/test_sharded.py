@@ -105,14 +105,14 @@ def check_groups(one: dict, split: dict) -> None:
 
 
 def test_groups_answer_as_one_device_does(tmp_path):
-    out = run(tmp_path, "groups", "dp=2,tp=2")
-    check_groups(out[""], out["dp=2,tp=2"])
+    out = run(tmp_path, "groups", "dp=2")
+    check_groups(out[""], out["dp=2"])
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("mesh", ["dp=2", "dp=4,ep=2"])
+@pytest.mark.parametrize("mesh", ["dp=2,tp=2", "dp=4,ep=2"])
 def test_groups_on_other_meshes(tmp_path, mesh):
-    out = run(tmp_path, "groups", mesh)
+    out = run(tmp_path, "mixed groups", mesh)
     check_groups(out[""], out[mesh])
 
 
