@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import importlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,9 @@ class Checker:
         rules = self.placement.rules
         needed = list(dict.fromkeys(keys(model, dtype, self.placement)))
         lower = self._executables.lower
-        failures = self._compile({k.name: (k, functools.partial(lower, k)) for k in needed})
+        # Layers that differ in their window have one name.
+        work = {f"{k.name} #{i}": (k, functools.partial(lower, k)) for i, k in enumerate(needed)}
+        failures = self._compile(work)
         analyses = [self._compiled[key] for key in needed if key in self._compiled]
         weights = sum(map(self._share, model.ends(dtype, rules)))
         for signature, count in model.layer_signatures(dtype, rules).items():
@@ -209,7 +211,7 @@ class Checker:
             compile_seconds=round(time.monotonic() - began, 1),
         )
 
-    def _compile(self, work: dict[str, tuple[Any, Callable[[], Any]]]) -> tuple[str, ...]:
+    def _compile(self, work: Mapping[str, tuple[Any, Callable[[], Any]]]) -> tuple[str, ...]:
         """Compiles {name: (key, what lowers it)}; returns what failed."""
 
         def one(name: str) -> str | None:

@@ -21,7 +21,6 @@ from jblock.engine.resident import Adapter, Lease, Resident, Weights
 from jblock.engine.signature import MAX_TURNS
 from jblock.engine.slot_content import SlotContent
 from jblock.engine.tables import Updates, Writes, writes_of
-from jblock.parallel.placement import Placement
 from jblock.zoo.records import ZooError
 
 if TYPE_CHECKING:

@@ -115,6 +115,8 @@ class Placement:
 
     def full(self, struct: jax.ShapeDtypeStruct, value: float) -> jax.Array:
         """An array of one value of the form that `struct` gave."""
+        if self.abstract:
+            return struct
         return jax.numpy.full(struct.shape, value, struct.dtype, device=struct.sharding)
 
     def lower(

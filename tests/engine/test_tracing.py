@@ -70,7 +70,7 @@ def test_blocks_by_phase_and_who_met_in_them(lines, agent):
 
 def test_programs_by_kind_form_and_grid(lines):
     programs = " ".join(lines["program"])
-    for name in ("embedding_d", "layer_d", "_lora_4x1", "head_d", "greedy_4x1", "4x16"):
+    for name in ("embedding_d", "layer_d", "_deltas_4x1", "head_d", "greedy_4x1", "4x16"):
         assert name in programs, (name, programs)
 
 
@@ -114,7 +114,7 @@ def test_parts_of_programs_have_scopes(agent):
         assert scope in layer, scope
     scrub = next(v for k, v in text.items() if k.startswith("scrub"))
     assert "/scrub/" in scrub and SCRUB_PAGES
-    assert any("/write_adapter/" in v for k, v in text.items() if k.startswith("write_adapter"))
+    assert any("/write_adapter/" in v for k, v in text.items() if k.startswith("write_pieces"))
 
 
 def test_nothing_is_described_when_nobody_traces(agent):
