@@ -113,8 +113,8 @@ class Placement:
             return struct
         return jax.numpy.zeros(struct.shape, struct.dtype, device=struct.sharding)
 
-    def full(self, struct: jax.ShapeDtypeStruct, value: float) -> jax.Array:
-        """An array of one value of the form that `struct` gave."""
+    def full(self, struct: jax.ShapeDtypeStruct, value: float) -> Any:
+        """An array of one value of the form that `struct` gave; the struct itself if abstract."""
         if self.abstract:
             return struct
         return jax.numpy.full(struct.shape, value, struct.dtype, device=struct.sharding)
