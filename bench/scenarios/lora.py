@@ -116,7 +116,7 @@ def _registered(args: argparse.Namespace, shape: ModelShape) -> dict[str, Any]:
         page_size=_PAGE,
         kv_memory_mb=1 + 4 * _BATCH * shape.kv_floats_per_token * 192 // 10**6,
         decode_sizes=(8, _BATCH),
-        prefill_grids=((4, 16), (4, 64)),
+        prefill_grids=((1, 16), (4, 16), (1, 64), (4, 64)),
         adapter_slots=8 if args.quick else 64,
         host_cache_mb=args.host_cache_mb,
     )
