@@ -47,7 +47,7 @@ SMALLEST = {
     ("qwen3-0.6b", "bfloat16"): {"v5e": 1, "v6e": 1, "v5p": 1, "h200": 1},
     ("llama3-8b", "bfloat16"): {"v5e": 4, "v6e": 1, "v5p": 1, "h200": 1},
     ("llama3-8b", "float32"): {"v5e": 4, "v6e": 4, "v5p": 1, "h200": 1},
-    ("gemma3-27b", "bfloat16"): {"v5e": 8, "v6e": 4, "v5p": 4, "h200": 1},
+    ("gemma3-27b", "bfloat16"): {"v5e": 8, "v6e": 4, "v5p": 1, "h200": 1},
     ("qwen3-32b", "bfloat16"): {"v5e": 8, "v6e": 4, "v5p": 1, "h200": 1},
     ("mixtral-8x7b", "bfloat16"): {"v5e": 8, "v6e": 4, "v5p": 4, "h200": 1},
     ("llama3-70b", "bfloat16"): {"v5e": 9, "v6e": 8, "v5p": 4, "h200": 2},

@@ -9,8 +9,13 @@ import warnings
 import pytest
 
 from jblock import compile_check, compile_matrix
+from jblock.blocks.platform import Platform
 from jblock.compile_matrix import Result
+from jblock.engine.params import abstract_params
 from jblock.engine.real_models import MODELS
+from jblock.parallel.placement import Placement
+from jblock.parallel.rules import ONE_DEVICE
+from jblock.parallel.spread import kv_heads
 from jblock.parallel.targets import CHIPS, Target
 
 # What the `compile` extra installs.
@@ -62,6 +67,38 @@ def test_the_table_names_every_case():
     for smallest in compile_matrix.SMALLEST.values():
         assert set(smallest) == set(CHIPS) - {"cpu"}
     assert set(compile_matrix.QUICK) <= set(compile_matrix.CASES)
+
+
+class Tpu(Placement):
+    """The default device, taken for a TPU."""
+
+    platform = Platform("tpu", "TPU v5 lite")
+
+
+def test_what_should_fit_follows_from_weights_and_kv():
+    """Without a compiler: the even share of the weights, the KV pools, and little beside them."""
+    sizes = {}
+    for name, dtype in compile_matrix.SMALLEST:
+        model = MODELS[name]
+        forms = dict.fromkeys(model.ends(dtype, ONE_DEVICE), 1)
+        forms |= model.layer_signatures(dtype, ONE_DEVICE)
+        sizes[name, dtype] = sum(
+            count * a.size * a.dtype.itemsize
+            for signature, count in forms.items()
+            for part in abstract_params(signature, Tpu())
+            for a in part.values()
+        )
+    for name, dtype, target_name in compile_matrix.CASES:
+        target = Target.parse(target_name)
+        attention, chips = MODELS[name].attention, target.chips
+        heads = len(kv_heads(attention.num_kv_heads, chips)) // chips
+        tokens = compile_matrix.SEQUENCES * compile_matrix.TOKENS
+        width = max(attention.head_dim, 128) if target.platform == "tpu" else attention.head_dim
+        kv = tokens * len(MODELS[name].layers) * 2 * heads * width * 4
+        needed = sizes[name, dtype] / chips + kv + 2**27
+        fits = needed <= CHIPS[target.chip].memory * compile_matrix.USABLE
+        smallest = compile_matrix.SMALLEST[name, dtype][target.chip]
+        assert fits == (chips >= smallest), (name, dtype, target_name, needed / 2**30)
 
 
 def test_models_have_the_sizes_their_names_say():
