@@ -102,3 +102,18 @@ def test_every_platform_has_a_backend():
     assert api.backend_of("cpu") == ("native" if targets.available() else "xla")
     assert api.backend_of("a platform of tomorrow") == "xla"
     assert api.backend_of() in api.BACKENDS
+
+
+def test_the_target_decides_whose_tuned_sizes_are_taken(monkeypatch):
+    """And not the device of the process that compiles."""
+    from jblock.pallas_kernels.paged_attention import tpu
+
+    taken = {}
+    monkeypatch.setattr(tpu, "paged_attention", lambda *args, **options: taken.update(options))
+    q = jax.ShapeDtypeStruct((2, 4, 128), "float32")
+    kv = jax.ShapeDtypeStruct((2, 2, 128), "float32")
+    ids = np.ones((2,), np.int32)
+    ragged = Ragged.grid(ids, ids, np.ones((2, 3), np.int32), 1)
+    pages = api.abstract_pages(9, 8, 2, 128, backend="tpu")
+    api.paged_attention(q, kv, kv, pages, ragged, backend="tpu", device_kind="TPU v5 lite")
+    assert taken["device_kind"] == "TPU v5 lite"

@@ -99,7 +99,7 @@ def paged_attention(
     """
     _check(q, k, v, ragged, sliding_window, softcap)
     attend = module(backend)
-    tuned = {"device_kind": device_kind} if hasattr(attend, "blocks_for") else {}
+    tuned = {"device_kind": device_kind} if hasattr(attend, "TUNING") else {}
     return attend.paged_attention(
         q,
         k,
