@@ -115,6 +115,26 @@ def peft(args: argparse.Namespace) -> Outcome:
     return Outcome(data, _lines(f"{chain.name}@{chain.version} on {chain.base} {what}"))
 
 
+def merge(args: argparse.Namespace) -> Outcome:
+    """Adds the weighted sum of adapters."""
+    from checkpoints.errors import CheckpointError
+    from checkpoints.merge import merge
+
+    adapters = []
+    for text in args.adapter:
+        name, _, weight = text.rpartition("=")
+        try:
+            adapters.append((name, float(weight)))
+        except ValueError:
+            raise CheckpointError(
+                f"--adapter {text!r}: give a model and its weight, as A=0.7"
+            ) from None
+    chain, new = merge(Path(args.zoo), args.name, adapters, args.combine, progress_of(args))
+    what = "added" if new else "unchanged"
+    data = {"name": chain.name, "version": chain.version, "base": chain.base, "added": new}
+    return Outcome(data, _lines(f"{chain.name}@{chain.version} on {chain.base} {what}"))
+
+
 def plan(args: argparse.Namespace) -> Outcome:
     """Tells what adding a checkpoint or adapter would do."""
     from checkpoints import printing

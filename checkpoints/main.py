@@ -95,6 +95,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--name", dest="copy_name", help="name of the copy (default: NAME-int4, NAME-int8)"
     )
     command("peft", commands.peft, "add a PEFT adapter", "src", "--base", "--name")
+    merge = command("merge", commands.merge, "add the weighted sum of LoRA adapters", "--name")
+    merge.add_argument(
+        "--adapter",
+        action="append",
+        required=True,
+        help="a model of the zoo and its weight, as A=0.7",
+    )
+    merge.add_argument("--combine", choices=("cat", "linear"), default="cat", help="see above")
     plan = command("plan", commands.plan, "tell what adding would store and share", "src", "--name")
     plan.add_argument("--base", help=_FIELDS["--base"])
     list_ = command("list", commands.list_, "list the models, or the edges")
@@ -222,6 +230,11 @@ _MORE = {
         "The adapter rides on the components of its base, which must be in the zoo and may be an adapter\n"
         "itself. LoRA, DoRA, (IA)3, biases, norms, whole modules, prompts and prefixes.",
         "peft ./my-adapter --zoo ./zoo --base llama --name my-llama",
+    ),
+    "merge": (
+        "cat puts the adapters' ranks side by side, so that their weighted effects add up; linear adds\n"
+        "their matrices instead, as PEFT does, for equal ranks. All must be on the same base.",
+        "merge --zoo ./zoo --name both --adapter mine=0.7 --adapter yours=0.3",
     ),
     "plan": (
         "Writes nothing. Says for each component whether it would be stored or is shared, into which blocks\n"

@@ -2,6 +2,7 @@
 the same batches; and each bit-identical to itself alone."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from test_parity import TOLERANCE
 from test_sharing import transcript
 
 from checkpoints import hf, peft
+from checkpoints.errors import CheckpointError
+from checkpoints.merge import merge
 from checkpoints.progress import Progress
 from jblock.engine.config import EngineConfig
 
@@ -121,6 +124,40 @@ def compare(agent: Agent, request_id: str, wanted: dict[int, np.ndarray], count:
                 )
                 found += 1
     assert found == count
+
+
+def test_several_adapters_on_one_model(zoo):
+    """Weighted sums and an adapter on an adapter, against peft's merged weights, in one batch."""
+    for name in ("lora_qv_r4", "lora_rslora_r16", "lora_all_r8"):
+        peft.convert(FIXTURES / "peft" / name, zoo, "llama_gqa_untied", name, QUIET)
+    halves = [("lora_qv_r4", 0.7), ("lora_rslora_r16", 0.6)]
+    merge(zoo, "merged_cat", halves, "cat", QUIET)
+    merge(zoo, "merged_linear", [("lora_qv_r4", 0.7), ("lora_embed_head", 0.5)], "linear", QUIET)
+    stacked = zoo.parent / "stacked"
+    shutil.copytree(FIXTURES / "deltas" / "dora_embed", stacked)
+    config = json.loads((stacked / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "lora_all_r8"
+    (stacked / "adapter_config.json").write_text(json.dumps(config))
+    peft.convert(stacked, zoo, "lora_all_r8", "dora_on_lora", QUIET)
+
+    models = ["merged_cat", "merged_linear", "dora_on_lora"]
+    agent = Agent.make(zoo, ["llama_gqa_untied", *models], ONE_PLAN)
+    expected = {}
+    for m in models:
+        with np.load(FIXTURES / "several" / m / "oracle.npz") as arrays:
+            expected[m] = dict(arrays)
+    tokens = agent.generate({m: (m, expected[m]["prompt"]) for m in models})
+    for m in models:
+        o = expected[m]
+        assert tokens[m] == o["greedy"].tolist()
+        rows = [o["logits"][-1], *o["greedy_logits"][1:]]
+        compare(agent, m, dict(enumerate(rows, len(o["prompt"]) - 1)), 64)
+    with pytest.raises(CheckpointError, match="one base"):
+        merge(zoo, "bad", [("lora_qv_r4", 1.0), ("qwen2_ia3", 1.0)], "cat", QUIET)
+    with pytest.raises(CheckpointError, match="ranks"):
+        merge(zoo, "bad", halves, "linear", QUIET)
+    with pytest.raises(CheckpointError, match="use_dora"):
+        merge(zoo, "bad", [("lora_qv_r4", 1.0), ("dora_embed", 1.0)], "cat", QUIET)
 
 
 @pytest.mark.parametrize("model", ["llama_prompt", "llama_prefix"])
