@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-OPS = ("paged_attention",)
+OPS = ("paged_attention", "grouped_delta_matmul", "grouped_block_matmul", "quantised_matmul")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Case:
       moved: bytes that must move.
       flops: that must be done.
       make: arguments on the device, and the function of the arguments and of one of the op's `tunes`
-        (None: the backend's own choice) that gives the results. Argument 3, donated, is what
-        result 1 replaces.
+        (None: the backend's own choice) that gives the results.
       shape: what the op tunes by.
+      donated: the argument that is donated and that result 1 replaces; None: none is.
     """
 
     name: str
@@ -35,3 +35,4 @@ class Case:
     flops: int
     make: Callable[[], tuple[list[Any], Callable[..., Any]]]
     shape: Any
+    donated: int | None = None

@@ -95,6 +95,7 @@ def _case(
         flops=flops,
         make=functools.partial(_make, model, num_seqs, new, total, page_size, dtype, rows_dtype),
         shape=shape,
+        donated=3,
     )
 
 

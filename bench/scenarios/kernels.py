@@ -73,10 +73,14 @@ def _try(case: Case, blocks: Any, quick: bool) -> float | None:
 def _seconds(case: Case, blocks: Any, quick: bool) -> float:
     """Median seconds of a call."""
     args, fn = case.make()
-    program = jax.jit(lambda *a: fn(*a, blocks), donate_argnums=3)
+    program = jax.jit(
+        lambda *a: fn(*a, blocks), donate_argnums=() if case.donated is None else case.donated
+    )
 
     def call():
-        out, args[3] = program(*args)
+        if case.donated is None:
+            return program(*args)
+        out, args[case.donated] = program(*args)
         return out
 
     return _median(call, quick)

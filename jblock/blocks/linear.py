@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jblock.blocks import grouped
 from jblock.blocks.platform import Platform
 from jblock.blocks.quant_spec import CODES, ORDER, SCALES, ZEROS
 from jblock.blocks.rows import Rows
@@ -87,6 +88,9 @@ class Quantised(nnx.Module):
         """[T, in] -> [T, out], float32."""
         if self.order is not None:
             x = jnp.take(x, self.order[...], axis=1)
+        if grouped.has_kernels(platform):
+            # Whole numbers of 8 bits are exact in it, so nothing but x is rounded.
+            x = x.astype(jnp.bfloat16)
         zeros = None if self.zeros is None else self.zeros[...]
         return quantised_matmul(
             x,
@@ -130,6 +134,12 @@ class Linear(nnx.Module):
         self.weight = Quantised(params, name) if quantised else nnx.Param(params[f"{name}.weight"])
         self.bias = nnx.Param(params[f"{name}.bias"]) if f"{name}.bias" in params else None
         self.slots = Slots(deltas)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a matrix and nothing else."""
+        few_bits = isinstance(self.weight, Quantised)
+        return not few_bits and self.bias is None and self.slots.empty
 
     def __call__(self, x: jax.Array, rows: Rows) -> jax.Array:
         """[T, in] -> [T, out], float32."""

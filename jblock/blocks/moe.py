@@ -4,6 +4,9 @@ Exact: no row is dropped, whatever the load. Rows are sorted by expert and cut i
 size, so an expert runs one program over as many groups as its rows fill, and none if it has none: a
 decoded token reads the weights of its own experts only. A row's arithmetic depends on its own values
 and the size of a group, which the shape of the batch decides, never on the rows beside it.
+
+Where there are kernels, all experts' rows go through each projection in one call instead, unless experts
+have deltas or weights of few bits.
 """
 
 import dataclasses
@@ -13,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jblock.blocks import grouped
 from jblock.blocks.ffn import ACTIVATIONS
 from jblock.blocks.linear import Linear
 from jblock.blocks.norm import Norm
@@ -46,6 +50,11 @@ class Expert(nnx.Module):
         """[T, hidden_size] float32 -> the same."""
         activation = ACTIVATIONS[self.spec.activation]
         return self.down(activation(self.gate(x, rows)) * self.up(x, rows), rows)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is three matrices and nothing else."""
+        return all(p.plain for p in (self.gate, self.up, self.down))
 
 
 class Mixture(nnx.Module):
@@ -100,6 +109,16 @@ class Mixture(nnx.Module):
         out = jnp.zeros_like(x)
         here = len(self.experts) - spec.shared
         first = jax.lax.axis_index(self.expert_axes) * here if self.expert_axes else 0
+        # Experts that are split over devices go one by one, each device its own.
+        plain = not self.expert_axes and all(e.plain for e in list(self.experts)[:here])
+        together = plain and grouped.has_kernels(rows.platform)
+        if together:
+            picks = order[: chosen.size]
+            row = picks // spec.top_k
+            y = self._together(normed[row], counts, rows)
+            # Picks of no expert come last, and are padding's.
+            row = jnp.where(jnp.arange(row.size) < counts.sum(), row, num_rows)
+            out = out.at[row].add(y * weights[picks][:, None], mode="drop")
         for number, expert in enumerate(self.experts):
             e = first + number
             if number == here:
@@ -107,6 +126,8 @@ class Mixture(nnx.Module):
                 # The groups' rows know no mesh, so that nothing is summed twice.
                 alone = dataclasses.replace(rows, mesh_axes=())
                 return x + self._whole(out + gate * expert(normed, alone), rows)
+            if together:
+                continue
 
             def add(group: jax.Array, out: jax.Array, e=e, expert=expert) -> jax.Array:
                 nth = group * size + jnp.arange(size, dtype=jnp.int32)
@@ -126,6 +147,17 @@ class Mixture(nnx.Module):
 
             out = jax.lax.fori_loop(0, (counts[e] + size - 1) // size, add, out)
         return x + self._whole(out, rows)
+
+    def _together(self, x: jax.Array, counts: jax.Array, rows: Rows) -> jax.Array:
+        """Rows sorted by expert [T, hidden_size], how many each expert has -> the same through them."""
+        experts = list(self.experts)[: self.spec.num_experts]
+
+        def project(x: jax.Array, name: str) -> jax.Array:
+            weights = [getattr(e, name).weight[...] for e in experts]
+            return grouped.multiply(x, weights, counts, rows.platform)
+
+        activation = ACTIVATIONS[experts[0].spec.activation]
+        return project(activation(project(x, "gate")) * project(x, "up"), "down")
 
     @staticmethod
     def _whole(out: jax.Array, rows: Rows) -> jax.Array:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from jblock.blocks import grouped
 from jblock.blocks.compressed_spec import BITS
 from jblock.blocks.rows import Rows
 from jblock.pallas_kernels.backends import backend_of
@@ -34,6 +35,11 @@ class Slots:
 
     def __init__(self, tables: Mapping[str, jax.Array] = _NO_TABLES):
         self._tables = tables
+
+    @property
+    def empty(self) -> bool:
+        """Whether there are no tables."""
+        return not self._tables
 
     def own(self, name: str, base: jax.Array | None, rows: Rows | None) -> jax.Array | None:
         """A vector of the component: `base [width]` where nobody has one of their own, else [T, width]
@@ -51,8 +57,8 @@ class Slots:
         """`y [T, out] + b @ (a @ x)` of each row's own pairs for projection `name`, x [T, in].
 
         The k-th piece of every sequence is added in turn k, for as many turns as the longest delta
-        present has pieces, so that a batch reads what its own sequences hold. Machine code of our own
-        takes each sequence's pieces without turns.
+        present has pieces, so that a batch reads what its own sequences hold. Kernels, and machine code of
+        our own on CPU, take each sequence's pieces without turns.
         """
         if f"{name}.a" not in self._tables:
             return y
@@ -62,6 +68,9 @@ class Slots:
             b, pieces = self._tables[f"{name}.b"], self._tables["pieces"][rows.slots]
             sizes = jnp.full((rows.num_seqs,), rows.q_len, jnp.int32)
             return grouped_delta_matmul(y, x, a, b, pieces, sizes, backend=backend)
+        if grouped.has_kernels(rows.platform):
+            pieces = self._tables["pieces"]
+            return grouped.add_pairs(y, x, a, self._tables[f"{name}.b"], pieces, rows)
         xs = rows.by_sequence(x)
         return self._add(name, y, rows, lambda piece: jnp.einsum("sqi,sri->sqr", xs, a[piece]))
 

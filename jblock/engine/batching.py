@@ -65,7 +65,9 @@ def batches(
         group = by_chunk[chunk]
         sizes = sorted(b.num_seqs for b in buckets if b.q_len == chunk)
         for size in (cover or _smallest(sizes))(chunk, len(group)):
-            yield Batch(Bucket(size, chunk), tuple(group[:size]))
+            # Those of one adapter lie together, for kernels that read an adapter once a run of rows.
+            together = sorted(group[:size], key=lambda item: item.sequence.lease.slot)
+            yield Batch(Bucket(size, chunk), tuple(together))
             group = group[size:]
 
 

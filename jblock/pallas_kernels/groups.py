@@ -2,9 +2,12 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from jblock.pallas_kernels.pieces import piece_bound, pieces
 
@@ -61,3 +64,20 @@ def items(
         first=jnp.clip(begins[group] - start, 0, block_rows),
         last=jnp.clip(ends[group] - start, 0, block_rows),
     )
+
+
+def choose(index: Any, count: int, act: Callable[[int], None], first: int = 0) -> None:
+    """Inside a kernel: act(index), of which only the program at run time knows the number, found by
+    halving first .. first + count - 1."""
+    if count == 1:
+        act(first)
+        return
+    half = count // 2
+
+    @pl.when(index < first + half)
+    def _low() -> None:
+        choose(index, half, act, first)
+
+    @pl.when(index >= first + half)
+    def _high() -> None:
+        choose(index, count - half, act, first + half)

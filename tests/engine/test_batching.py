@@ -1,5 +1,7 @@
 """Chunks and buckets: pure functions of what they are given."""
 
+import types
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,13 +24,20 @@ def test_chunks_cover_the_prompt(length):
     assert steps <= length // CHUNKS[-1] + 8
 
 
+def with_slot(slot):
+    """What stands for a sequence whose adapter has a slot."""
+    return types.SimpleNamespace(lease=types.SimpleNamespace(slot=slot))
+
+
 @given(st.lists(st.sampled_from((1, 16, 64, 256)), max_size=60))
 def test_batches_hold_every_item_once(chunks):
-    items = [Item(None, 0, 1, chunk, [0], (), True) for chunk in chunks]
+    items = [Item(with_slot(i % 3), 0, 1, chunk, [0], (), True) for i, chunk in enumerate(chunks)]
     out = list(batches(items, BUCKETS))
     assert sorted(id(i) for b in out for i in b.items) == sorted(map(id, items))
     for batch in out:
         assert batch.bucket in BUCKETS
         assert all(i.chunk == batch.bucket.q_len for i in batch.items)
         assert len(batch.items) <= batch.bucket.num_seqs
+        slots = [i.sequence.lease.slot for i in batch.items]
+        assert slots == sorted(slots), "those of one adapter lie together"
     assert [b.bucket.q_len for b in out] == sorted(b.bucket.q_len for b in out)

@@ -122,6 +122,38 @@ def run(
     return Result(got, wanted, races, **_COUNTS)
 
 
+def run_op(op: str, case: Any) -> dict[str, int]:
+    """In the worker: holds the Mosaic GPU backend of another op to a case; returns what was counted.
+
+    Args:
+      op: "grouped_block_matmul" or another that `holds` knows.
+      case: of that op's table, in bfloat16.
+    """
+    import importlib
+
+    import jax
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    from tests.pallas_kernels import grouped_cases
+
+    holds = {
+        "grouped_block_matmul": grouped_cases.hold_block,
+    }
+    module = importlib.import_module(f"jblock.pallas_kernels.{op}.mosaic_gpu")
+    params = InterpretGPUParams(uninitialized_memory="nan", out_of_bounds_reads="uninitialized")
+
+    @jax.jit
+    def multiply(*args):
+        return getattr(module, op)(*args, interpret=params)
+
+    def counted(*args):
+        _COUNTS.update(read=0, written=0, flops=0)
+        return jax.block_until_ready(multiply(*args))
+
+    holds[op](case, counted)
+    return dict(_COUNTS)
+
+
 def _fill(q: Any, k: Any, v: Any, pages: Any, ragged: Any) -> tuple[Any, tuple[Any, ...]]:
     """As the op, for sequences that had nothing cached, but without attending."""
     filled = []
@@ -144,7 +176,7 @@ def _prepare() -> None:
     from jax._src.pallas.mosaic.interpret import thread_map
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-    from jblock.pallas_kernels.paged_attention import hopper
+    from jblock.pallas_kernels import hopper
 
     lock = threading.Lock()
 
@@ -186,7 +218,17 @@ def _prepare() -> None:
         jax.debug.callback(lambda: count("flops", flops))
         return jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
 
+    def sum_of_products(shape, steps, operands, read):
+        def step(i, total):
+            a, b = operands(i)
+            total += matmul(a, b, transpose_b=True)
+            read(i)
+            return total
+
+        return jax.lax.fori_loop(0, steps, step, jnp.zeros(shape, jnp.float32))
+
     hopper.matmul = matmul
+    hopper.sum_of_products = sum_of_products
     hopper.accumulator = lambda shape, value: jnp.full(shape, value, jnp.float32)
     hopper.per_row = lambda rows, value: jnp.full((rows,), value, jnp.float32)
     hopper.iota = lambda shape, dimension: jax.lax.broadcasted_iota(jnp.int32, shape, dimension)

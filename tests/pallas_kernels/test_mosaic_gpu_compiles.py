@@ -12,6 +12,8 @@ import shutil
 import jax
 import pytest
 
+from jblock.pallas_kernels.grouped_block_matmul import shapes as block_shapes
+from jblock.pallas_kernels.models import MODELS as MATMUL_MODELS
 from jblock.pallas_kernels.paged_attention import shapes
 
 H200 = """
@@ -69,3 +71,17 @@ def test_compiles_for_h200(h200, model, batch, monkeypatch, capfd):
     assert max(spilled) <= (1024 if model.head_dim > 128 else 256)
     pages = sum(a.size * a.dtype.itemsize for a in args[3])
     assert compiled.memory_analysis().alias_size_in_bytes == pages, "pages are updated in place"
+
+
+@pytest.mark.parametrize(
+    "tokens, projection",
+    [
+        pytest.param(64, "up"),
+        *(pytest.param(*p, marks=pytest.mark.long) for p in ((64, "down"), (2048, "up"))),
+    ],
+)
+def test_grouped_blocks_compile_for_h200(h200, tokens, projection):
+    fn, args = block_shapes.program("mosaic_gpu", MATMUL_MODELS[0], projection, tokens)
+    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=h200), args)
+    compiled = jax.jit(fn).lower(*args).compile()
+    assert compiled.memory_analysis().output_size_in_bytes == tokens * 4 * args[1][0].shape[0]

@@ -13,7 +13,6 @@ of rows, unless all inputs are one block of it too. Weights of their own arrays 
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jblock.pallas_kernels.groups import items
+from jblock.pallas_kernels.groups import choose, items
 from jblock.pallas_kernels.tuning import Tuning
 
 LANES = 128
@@ -176,7 +175,7 @@ def _kernel(block, group, first, last, opens, begins, following, x, *refs: Any, 
         return pltpu.make_async_copy(part, buffer.at[slot], sems.at[slot])
 
     def bring(variant: Any, n: Any, slot: Any) -> None:
-        _choose(variant, variants, lambda v: copy(weights[v], n, slot).start())
+        choose(variant, variants, lambda v: copy(weights[v], n, slot).start())
 
     @pl.when((n == 0) & (i == 0))
     def _first() -> None:
@@ -222,19 +221,3 @@ def _kernel(block, group, first, last, opens, begins, following, x, *refs: Any, 
         @pl.loop(lax.div(first[i], PART), pl.cdiv(last[i], PART))
         def _part(p: Any) -> None:
             multiply(pl.multiple_of(p * PART, PART), PART)
-
-
-def _choose(index: Any, count: int, act: Callable[[int], None], first: int = 0) -> None:
-    """act(index), which knows its argument only at run time, by halving."""
-    if count == 1:
-        act(first)
-        return
-    half = count // 2
-
-    @pl.when(index < first + half)
-    def _low() -> None:
-        _choose(index, half, act, first)
-
-    @pl.when(index >= first + half)
-    def _high() -> None:
-        _choose(index, count - half, act, first + half)

@@ -19,7 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jblock.pallas_kernels.paged_attention import gpu_walk, hopper
+from jblock.pallas_kernels import hopper
+from jblock.pallas_kernels.paged_attention import gpu_walk
 
 ROWS = 64
 """Rows of a wgmma accumulator: what one compute warpgroup serves."""

@@ -53,6 +53,36 @@ def matmul(
     return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 
+def sum_of_products(
+    shape: tuple[int, int],
+    steps: Any,
+    operands: Callable[[Any], tuple[Any, Any]],
+    read: Callable[[Any], None],
+) -> jax.Array:
+    """The sum of a_i @ b_i.T over i < steps in float32, kept in the accumulator all the while.
+
+    Args:
+      shape: of the sum, [64, n].
+      steps: how many products; none gives zeros.
+      operands: i -> a_i [64, k] and b_i [n, k] in shared memory, once they are there.
+      read: called with i when the operands of product i were read, while the next one runs.
+    """
+
+    def run(acc: Any) -> jax.Array:
+        @pl.loop(0, steps)
+        def _step(i: Any) -> None:
+            a, b = operands(i)
+            plgpu.wgmma(acc, a, plgpu.transpose_ref(b, (1, 0)))
+            plgpu.wgmma_wait(1)
+            pl.when(i > 0)(lambda: read(i - 1))
+
+        plgpu.wgmma_wait(0)
+        pl.when(steps > 0)(lambda: read(steps - 1))
+        return acc[...]
+
+    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+
+
 def accumulator(shape: tuple[int, int], value: float) -> jax.Array:
     """A constant in an accumulator's layout."""
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), plgpu.Layout.WGMMA)
