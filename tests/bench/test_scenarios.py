@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 
 from bench.__main__ import main, parse
+from bench.kernels import OPS
 from bench.scenarios import SCENARIOS, overlap
 
 KEYS = {
@@ -42,7 +43,7 @@ KEYS = {
         "tokens_per_second_recomputing",
     },
     "equivalence": {"seconds", "found", "missed", "surplus"},
-    "kernels": {"paged_attention"},
+    "kernels": set(OPS),
     "deltas": {"accuracy_change_at_8x"},
 }
 
@@ -94,10 +95,13 @@ def test_quick_run(name, quick):
 
 def test_kernels_are_measured_and_tuned_where_there_is_something_to_tune(quick):
     line = quick("kernels", "--tune")
-    op = line["kernels"]["paged_attention"]
-    assert op.pop("backend") == "xla" and len(op) == 2
-    assert all(0 < value < 1e6 for case in op.values() for value in case.values())
-    assert line["tuned"] == {"paged_attention": "nothing to tune: backend xla"}
+    assert set(line["kernels"]) == set(line["tuned"]) == set(OPS)
+    for name, op in line["kernels"].items():
+        backend = op.pop("backend")
+        # None of those for CPU has any.
+        assert backend in ("xla", "native") and op
+        assert all(0 < value < 1e6 for case in op.values() for value in case.values())
+        assert line["tuned"][name] == f"nothing to tune: backend {backend}"
 
 
 def test_sharing_says_the_same_as_one_model_each(quick):

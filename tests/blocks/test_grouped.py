@@ -67,7 +67,7 @@ def test_adapters_of_a_batch(q_len):
         np.testing.assert_allclose(got[s, :n], wanted[s, :n], atol=2e-5 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("adapted", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_experts_of_a_batch(adapted):
     rng = np.random.default_rng(0)
     spec = RouterSpec(
