@@ -72,7 +72,8 @@ def stitch(
     teacher = min((lower, upper), key=lambda c: parents[c.name].perplexity)
     rows = probes.train_text(zoo, upper, data.train)
     width = zoo.component(upper.steps[0].component).spec.hidden_size
-    with progress.steps(f"{name}: training", schedule.steps) as advance:
+    every = (1 + stitching.MATCHING) * schedule.steps
+    with progress.steps(f"{name}: training", every) as advance:
         spec, tensors, work = stitching.train(
             zoo,
             lower,
@@ -123,7 +124,7 @@ def stitch(
         limit = min(lower.max_position, upper.max_position)
         published = zoo.publish(_derived(upper, full, steps, derived, limit))
         result["models"].append(_row(f"{full}@{published.version}", outputs, edge))
-    training.forget(zoo, work)
+    stitching.forget(zoo, work)
     return result
 
 

@@ -14,7 +14,7 @@ import json
 import os
 import pathlib
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -83,8 +83,11 @@ def retrain(zoo: Zoo, name: str, new: str, first: int, items: pathlib.Path) -> C
     return zoo.publish(made)
 
 
-def equivalents(out: pathlib.Path, plot: pathlib.Path | None) -> dict[str, Any]:
-    """Cosine against measured damage, the recommended substitutions, and what they cost and gain."""
+def equivalents(
+    out: pathlib.Path, plot: pathlib.Path | None, names: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Cosine against measured damage, the recommended substitutions, and what they cost and gain; of some of
+    the fine-tunes, or of all."""
     zoo, files = prepare(out), out / "probes"
     tunes = dict(_TUNES)
     for name, first in _RETRAINED.items():
@@ -92,10 +95,10 @@ def equivalents(out: pathlib.Path, plot: pathlib.Path | None) -> dict[str, Any]:
         if f"{name}-v2" not in zoo.chains():
             retrain(zoo, name, f"{name}-v2", first, files / "train" / f"{_TUNES[name]}.jsonl")
     options = equivalence.Options(
-        names=list(tunes),
+        names=list(names or tunes),
         cosine=0.8,
         text=files / "held-out.txt",
-        items=[f"{name}={files}/items/{task}.jsonl" for name, task in tunes.items()],
+        items=[f"{name}={files}/items/{tunes[name]}.jsonl" for name in (names or tunes)],
         tokens=8192,
         max_items=4000,
         accepted=Accepted(policy="near", thresholds={"accuracy_change": _WORST}),
@@ -197,7 +200,7 @@ def stitched(out: pathlib.Path, lower: str, upper: str, joins: list[str]) -> dic
         joins,
         f"{lower}-under-{upper.removeprefix('demo-')}",
         _data(files, files / "facts.jsonl", None),
-        training.Schedule(steps=400, learning_rate=4e-3, batch_tokens=1024, seed=0),
+        training.Schedule(steps=160, learning_rate=2e-3, batch_tokens=1024, seed=0),
         384,
         Progress(),
     )
@@ -239,9 +242,9 @@ def _data(
     )
 
 
-def _split(text: str) -> tuple[str, int]:
+def _split(text: str) -> tuple[str, int | None]:
     name, _, version = text.partition("@")
-    return name, int(version)
+    return name, int(version) if version else None
 
 
 def _place(zoo: Zoo, chain: Chain, edge: Mapping[str, Any]) -> str:
@@ -268,8 +271,8 @@ def main(argv: list[str]) -> None:
     plot = pathlib.Path(_PLOT.value) if _PLOT.value else None
     wanted = {
         "equivalence": lambda: equivalents(out, plot),
-        "stitch": lambda: stitched(out, "demo-1m", "demo-3m", ["1:1", "2:2"]),
-        "stitch_back": lambda: stitched(out, "demo-3m", "demo-1m", ["4:3", "5:3"]),
+        "stitch": lambda: stitched(out, "demo-1m", "demo-3m", ["1:1", "2:1"]),
+        "stitch_back": lambda: stitched(out, "demo-3m", "demo-1m", ["2:1", "3:1"]),
         "surrogate": lambda: surrogate(out),
     }
     if len(argv) != 2 or argv[1] not in wanted:

@@ -12,7 +12,6 @@ from jblock.blocks.spec import (
     EmbeddingSpec,
     ExpertSpec,
     RouterSpec,
-    StitchSpec,
 )
 from jblock.engine import params as parameters
 from jblock.engine import slot_content
@@ -23,6 +22,7 @@ from jblock.engine.policy import NO_LIMIT
 from jblock.engine.resident import Adapter, Resident, Weights, WeightSet
 from jblock.engine.sequence import Item
 from jblock.engine.signature import Signature, TableForm
+from jblock.engine.stitches import check_widths, positions
 from jblock.engine.tables import Tables
 from jblock.parallel.placement import Placement
 from jblock.zoo.partition import Block, blocks
@@ -278,6 +278,9 @@ class _Wirer:
     def _record(self, component: str) -> ComponentRecord:
         return self._keep(("record", component), lambda: self.zoo.component(component))
 
+    def _specs(self, ids: Sequence[str]) -> list[ComponentSpec]:
+        return [self._record(component).spec for component in ids]
+
     def find_targets(self, more: Mapping[ComponentSpec, frozenset[str]]) -> None:
         """One set of targets for all adapted components of a spec, so that they share their programs.
 
@@ -323,11 +326,11 @@ class _Wirer:
         chains_of = collections.Counter(of.values())
         keys = {}
         for ids, name in first.items():
-            self._check_widths(name, ids)
+            check_widths(name, self._specs(ids))
             groups = self._groups(ids)
             keys[ids] = [
                 self._block_key(
-                    world, b, self._kv_placement(ids, groups, b), self._positions(ids, b)
+                    world, b, self._kv_placement(ids, groups, b), positions(self._specs(ids), b)
                 )
                 for b in partition[name]
             ]
@@ -450,31 +453,6 @@ class _Wirer:
                     placement.append((group, seen[group]))
                 seen[group] += 1
         return tuple(placement)
-
-    def _positions(self, ids: Sequence[str], block: Block) -> tuple[int, ...]:
-        """For each stitch of the block, the position of the attention layers below it."""
-        specs = [self._record(component).spec for component in ids]
-        return tuple(
-            spec.position(sum(isinstance(s, AttentionSpec) for s in specs[:at]))
-            for at, spec in enumerate(specs)
-            if isinstance(spec, StitchSpec) and 0 <= at - block.first < len(block.components)
-        )
-
-    def _check_widths(self, name: str, ids: Sequence[str]) -> None:
-        """Every component must read what the one before it wrote.
-
-        Raises:
-          ValueError: one does not.
-        """
-        width = None
-        for at, component in enumerate(ids):
-            spec = self._record(component).spec
-            if width not in (None, spec.hidden_size):
-                raise ValueError(
-                    f"model {name!r}: step {at} reads hidden size {spec.hidden_size}, the step before "
-                    f"it writes {width}: a stitch has to stand between them"
-                )
-            width = spec.output_size if isinstance(spec, StitchSpec) else spec.hidden_size
 
     def _instance(self, world: str, key: tuple) -> Instance:
         """A block with its units."""

@@ -96,19 +96,19 @@ def search(
         pairs = sketch.alike(sketches, least)
         alike += len(pairs)
         order = sorted(range(len(records)), key=lambda i: (-len(used[records[i].id]), i))
-        by_leader: dict[int, list[int]] = defaultdict(list)
-        for member, leader, _ in sketch.leaders(order, pairs):
-            by_leader[leader].append(member)
-        for leader, members in by_leader.items():
-            target = zoo.load_component(records[leader].id)
-            for record, cosines in _compare(zoo, [records[m] for m in members], target):
+        by_target: dict[int, list[int]] = defaultdict(list)
+        for row, other, _ in sketch.nearest(order, pairs):
+            by_target[other].append(row)
+        for other, rows in by_target.items():
+            target = zoo.load_component(records[other].id)
+            for record, cosines in _compare(zoo, [records[i] for i in rows], target):
                 on_bytes(record.nbytes)
                 whole = cosines.pop("")
                 if whole >= least:
                     found.append(
                         Candidate(
                             original=record.id,
-                            stand_in=records[leader].id,
+                            stand_in=records[other].id,
                             nbytes=record.nbytes,
                             cosine=whole,
                             cosines=cosines,

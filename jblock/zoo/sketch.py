@@ -74,23 +74,22 @@ def alike(sketches: np.ndarray, least: float) -> list[tuple[int, int, float]]:
     return [(i, j, cosine) for (i, j), cosine in sorted(found.items())]
 
 
-def leaders(
+def nearest(
     order: Sequence[int], pairs: Iterable[tuple[int, int, float]]
 ) -> list[tuple[int, int, float]]:
-    """(member, leader, cosine): in `order`, each row follows the leader it is most alike to, or leads
-    itself where there is none. So what is compared in full is one pair a component at most."""
+    """(row, other, cosine): for each row the one it is most alike to of those before it in `order`. So
+    what is compared in full is one pair a component at most."""
     near: dict[int, dict[int, float]] = defaultdict(dict)
     for i, j, cosine in pairs:
         near[i][j] = near[j][i] = cosine
-    leading: set[int] = set()
+    before: set[int] = set()
     out = []
     for row in order:
-        known = [(cosine, other) for other, cosine in near[row].items() if other in leading]
+        known = [(cosine, other) for other, cosine in near[row].items() if other in before]
         if known:
-            cosine, leader = max(known)
-            out.append((row, leader, cosine))
-        else:
-            leading.add(row)
+            cosine, other = max(known)
+            out.append((row, other, cosine))
+        before.add(row)
     return out
 
 

@@ -21,6 +21,8 @@ from jblock.zoo.probe import Rows
 from jblock.zoo.records import Chain, Step, ZooError
 from jblock.zoo.store import Zoo
 
+MATCHING = 4
+"""Steps of matching rows to one step end to end."""
 _START_TOKENS = 8192
 _RIDGE = 1e-3
 
@@ -76,10 +78,13 @@ def train(
     inner_size: int,
     on_step: Callable[[int, float], object] = lambda step, value: None,
 ) -> tuple[StitchSpec, dict[str, jax.Array], str]:
-    """Trains one stitch for all joins, half on the text itself and half on what a whole model makes of it.
+    """Trains one stitch for all joins.
+
+    First, MATCHING times as many steps, which are cheap, to give the rows that the upper layers had in their
+    own model; then end to end, half on the text itself and half on what a whole model makes of it.
 
     Returns:
-      Its spec, its tensors in float32, and the key of the work, for `training.forget`.
+      Its spec, its tensors in float32, and the key of the work, for `forget`.
 
     Raises:
       ZooError: models that cannot be joined so, or a loss that is no number any more.
@@ -108,7 +113,7 @@ def train(
     def loss(form: int, trained: Any, fixed: Any, tokens: jax.Array, target: jax.Array):
         first, last = cuts[form]
         low, high = Weights(below.specs, fixed[0]), Weights(above.specs, fixed[1])
-        x = forward.run(low.part(1, first), forward.embed(low, tokens))
+        x = _rows(low, first, tokens)
         x = forward.run(Weights((spec,), (trained,)), x, first_layer=joins[form].lower)
         x = forward.run(high.part(last, len(above.specs) - 2), x)
         logits = forward.head(high, x)
@@ -116,18 +121,33 @@ def train(
         nats = training.next_token_nats(logits, tokens, target)
         return 0.5 * nats + 0.5 * training.distance(wanted, logits, target)
 
-    tensors = training.fit(
-        zoo,
-        work,
-        loss,
-        tensors,
-        fixed,
-        [data],
-        schedule,
-        form=lambda step: step % len(joins),
-        on_step=on_step,
-    )
+    def apart(form: int, trained: Any, fixed: Any, tokens: jax.Array, target: jax.Array):
+        first, last = cuts[form]
+        x = _rows(Weights(below.specs, fixed[0]), first, tokens)
+        wanted = _rows(Weights(above.specs, fixed[1]), last, tokens)
+        got = forward.run(Weights((spec,), (trained,)), x, first_layer=joins[form].lower)
+        # Directions of little variance matter as much: the layers above normalise.
+        return jnp.mean(((got - wanted) / (jnp.std(wanted, axis=(0, 1)) + 1e-6)) ** 2)
+
+    for stage, (what, times) in enumerate(((apart, MATCHING), (loss, 1))):
+        tensors = training.fit(
+            zoo,
+            training.key(work, stage),
+            what,
+            tensors,
+            fixed,
+            [data],
+            dataclasses.replace(schedule, steps=times * schedule.steps),
+            form=lambda step: step % len(joins),
+            on_step=on_step,
+        )
     return spec, tensors, work
+
+
+def forget(zoo: Zoo, work: str) -> None:
+    """Removes the state of a training that is in the zoo."""
+    for stage in range(2):
+        training.forget(zoo, training.key(work, stage))
 
 
 def _start(
@@ -170,6 +190,9 @@ def _start(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _behind(specs, tensors, tokens):
-    """Hidden rows [B, T, d] behind the first steps of a chain."""
-    weights = Weights(specs, tensors)
-    return forward.run(weights.part(1, len(specs)), forward.embed(weights, tokens))
+    return _rows(Weights(specs, tensors), len(specs), tokens)
+
+
+def _rows(weights: Weights, count: int, tokens: jax.Array) -> jax.Array:
+    """Hidden rows [B, T, d] behind the first `count` steps of a chain."""
+    return forward.run(weights.part(1, count), forward.embed(weights, tokens))

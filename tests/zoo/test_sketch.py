@@ -76,10 +76,10 @@ def test_a_short_file_is_damage(tmp_path):
         sketch.sketch(zoo, zoo.component(id_))
 
 
-def test_each_follows_the_leader_it_is_most_alike_to():
+def test_each_is_compared_with_the_one_before_it_that_it_is_most_alike_to():
     pairs = [(0, 1, 0.91), (1, 2, 0.95), (0, 2, 0.92), (2, 3, 0.99)]
-    assert sketch.leaders([0, 1, 2, 3], pairs) == [(1, 0, 0.91), (2, 0, 0.92)]
-    assert sketch.leaders([3, 0, 1, 2], pairs) == [(1, 0, 0.91), (2, 3, 0.99)]
+    assert sketch.nearest([0, 1, 2, 3], pairs) == [(1, 0, 0.91), (2, 1, 0.95), (3, 2, 0.99)]
+    assert sketch.nearest([3, 0, 1, 2], pairs) == [(1, 0, 0.91), (2, 3, 0.99)]
 
 
 @settings(deadline=None, max_examples=50)
