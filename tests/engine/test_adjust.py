@@ -19,6 +19,8 @@ run = jax.jit(adjust.adjust)
 class Route:
     """As much of a route as the control array looks at."""
 
+    virtual_tokens = 0
+
     class chain:
         eos_token_ids = (2,)
 

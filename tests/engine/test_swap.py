@@ -30,6 +30,7 @@ SHAPES = {
 }
 HOST_BYTES = 5 * sum(s.page_bytes for s in SHAPES.values())
 ROUTE = types.SimpleNamespace(
+    virtual_tokens=0,
     groups=GROUPS,
     chain=types.SimpleNamespace(steps=(Step(component="a"), Step(component="b"))),
     specs=tuple(
