@@ -11,6 +11,7 @@ zoo has changed).
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -29,7 +30,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse_flags.ArgumentParser(
         prog="jblock-convert", description=__doc__, formatter_class=raw
     )
-    subs = parser.add_subparsers(required=True, metavar="COMMAND")
+    # Flags of absl are the program's, in front of the command; a command's own are all it has.
+    plain = functools.partial(argparse_flags.ArgumentParser, inherited_absl_flags=None)
+    subs = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=plain)
 
     def command(
         name: str, does: Callable[[argparse.Namespace], commands.Outcome], help: str, *fields: str
