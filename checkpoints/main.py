@@ -11,7 +11,6 @@ zoo has changed).
 """
 
 import argparse
-import functools
 import json
 import os
 import sys
@@ -30,9 +29,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse_flags.ArgumentParser(
         prog="jblock-convert", description=__doc__, formatter_class=raw
     )
-    # Flags of absl are the program's, in front of the command; a command's own are all it has.
-    plain = functools.partial(argparse_flags.ArgumentParser, inherited_absl_flags=None)
-    subs = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=plain)
+    # absl's flags stand in front of the command; other programs' may have names of a command's.
+    subs = parser.add_subparsers(
+        required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser
+    )
 
     def command(
         name: str, does: Callable[[argparse.Namespace], commands.Outcome], help: str, *fields: str
