@@ -144,6 +144,7 @@ def test_an_error_takes_back_what_was_moved_in(cli, tmp_path, monkeypatch):
 
 
 def test_json_from_every_command(filled, tmp_path):
+    filled.ok("peft", tmp_path / "a", "--base", "base", "--name", "b")
     commands = {
         "hf": [tmp_path / "base", "--name", "base"],
         "peft": [tmp_path / "a", "--base", "base", "--name", "a"],
@@ -157,6 +158,8 @@ def test_json_from_every_command(filled, tmp_path):
         "copy": ["a", "--to", tmp_path / "other"],
         "equivalence": [],
         "quantise": ["base", "--name", "base-int8"],
+        "compress": ["tuned", "--base", "base", "--budget", "0.5"],
+        "merge": ["--adapter", "a=0.7", "--adapter", "b=0.3", "--name", "merged"],
         "rm": ["tuned"],
         "gc": [],
         "fsck": [],
