@@ -20,7 +20,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse_flags.ArgumentParser(
         prog="python -m bench", description="Measures the engine; docs/benchmarks.md says how."
     )
-    commands = parser.add_subparsers(dest="scenario", required=True, metavar="SCENARIO")
+    commands = parser.add_subparsers(
+        parser_class=argparse.ArgumentParser, dest="scenario", required=True, metavar="SCENARIO"
+    )
     for name, scenario in SCENARIOS.items():
         sub = commands.add_parser(name, help=scenario.summary, description=scenario.summary)
         sub.add_argument("--quick", action="store_true", help="a tiny model, some seconds")

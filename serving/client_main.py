@@ -26,7 +26,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--api_key_file", help=f"file with the API key; default: the environment's {_KEY_VARIABLE}"
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(
+        parser_class=argparse.ArgumentParser, dest="command", required=True
+    )
     generate = commands.add_parser("generate", help="ask a model")
     generate.add_argument("--model", required=True)
     prompt = generate.add_mutually_exclusive_group(required=True)
