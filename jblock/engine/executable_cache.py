@@ -21,6 +21,7 @@ import jax
 import jaxlib
 from absl import logging
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 
 from jblock.pallas_kernels.native import targets
 
@@ -65,6 +66,10 @@ class ExecutableCache:
                 f"executable cache {str(folder)!r} is owned or writable by others, who could run code "
                 "as this service: chown it to the service's user and chmod it to 700"
             )
+        # A program out of jax's own cache cannot be serialized again: what was stored of it would load
+        # and then fail when it is called. This cache stands in for that one.
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
         self.folder = folder
         self.loaded = self.stored = 0
         self._environment = environment(tuple(devices))

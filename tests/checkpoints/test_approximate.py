@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_checkpoints as tiny
+from jax.experimental.compilation_cache import compilation_cache
 
 from jblock.zoo import edges, forward, surrogates, training
 from jblock.zoo.fsck import fsck
@@ -18,15 +19,18 @@ WIDE = tiny.CONFIG | {"hidden_size": 24}
 def programs(tmp_path_factory):
     """Training the same again does not compile again."""
     wanted = {
+        "jax_enable_compilation_cache": True,
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
     }
     before = {name: getattr(jax.config, name) for name in wanted}
     for name, value in wanted.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def scaled(config, seed=0):

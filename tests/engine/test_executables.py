@@ -2,8 +2,10 @@
 
 import os
 
+import jax
 import pytest
 from harness import Agent, collect_tokens, oracle, request
+from jax.experimental.compilation_cache import compilation_cache
 
 from jblock.engine.agent import ThreadEngine
 from jblock.engine.config import Bucket, EngineConfig
@@ -163,3 +165,25 @@ def test_the_profile_is_measured_once_and_kept(zoo, tmp_path):
     for damage in ("{", "[1]", '{"layer": "slow"}', '{"layer": -1.0}'):
         file.write_text(damage)
         assert Profile(two._loop.device)._seconds == {}
+
+
+def test_programs_out_of_jaxs_own_cache_are_not_kept(zoo, tmp_path):
+    """They could be stored and loaded, and would fail when they are called."""
+    wanted = {
+        "jax_enable_compilation_cache": True,
+        "jax_compilation_cache_dir": str(tmp_path / "jax"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
+    for name, value in wanted.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    try:
+        for folder in ("one", "two", "two"):
+            served = engine(zoo, ExecutableCache(tmp_path / folder))
+            assert greedy(served) == oracle(MODEL)["greedy"].tolist()
+            served.close()
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
