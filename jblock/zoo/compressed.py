@@ -113,27 +113,15 @@ def compress_chain(
                 )
                 writer.advance()
             advance(own.nbytes)
-        published = writer.publish(
-            dataclasses.replace(
-                chain,
-                name=name,
-                version=0,
-                steps=tuple(steps),
-                base=None,
-                adapter={},
-                source_files=None,
-                policy=max(chain.policy, base.policy, "near", key=edges.POLICIES.index),
-                derived={
-                    "chain": f"{chain.name}@{chain.version}",
-                    **provenance,
-                    "budget": budget,
-                    "bytes_before": before,
-                    "bytes_after": after,
-                    "parameter_error": _ratio(error, norm),
-                    "codecs": dict(sorted(counts.items())),
-                },
-            )
-        )
+        how = {
+            **provenance,
+            "budget": budget,
+            "bytes_before": before,
+            "bytes_after": after,
+            "parameter_error": _ratio(error, norm),
+            "codecs": dict(sorted(counts.items())),
+        }
+        published = writer.publish(chain.derive(name, steps, (base.policy, "near"), how))
         edges.put_edges(zoo, *found.values())
     return published
 

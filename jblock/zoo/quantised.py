@@ -83,25 +83,13 @@ def quantise_chain(
             )
             steps.append(dataclasses.replace(step, component=new, deltas=deltas))
             advance(record.nbytes)
-        published = writer.publish(
-            dataclasses.replace(
-                chain,
-                name=name,
-                version=0,
-                steps=tuple(steps),
-                base=None,
-                adapter={},
-                source_files=None,
-                policy=max(chain.policy, "near", key=edges.POLICIES.index),
-                derived={
-                    "chain": f"{chain.name}@{chain.version}",
-                    **provenance,
-                    "bytes_before": before,
-                    "bytes_after": after,
-                    "parameter_error": math.sqrt(error / norm) if norm else 0.0,
-                },
-            )
-        )
+        how = {
+            **provenance,
+            "bytes_before": before,
+            "bytes_after": after,
+            "parameter_error": math.sqrt(error / norm) if norm else 0.0,
+        }
+        published = writer.publish(chain.derive(name, steps, ("near",), how))
         edges.put_edges(zoo, *found)
     return published
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jblock.blocks.delta_spec import DeltaSpec
@@ -115,6 +116,29 @@ class Chain:
     source_files: str | None = None
     policy: str = "exact"
     derived: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def derive(
+        self, name: str, steps: Sequence[Step], policies: Sequence[str], how: Mapping[str, Any]
+    ) -> "Chain":
+        """A chain of another name made of this one: not what its source holds, so it exports to nothing.
+
+        Args:
+          name: of the new one.
+          steps: its own.
+          policies: it has the widest of them and this one's.
+          how: it was made.
+        """
+        return dataclasses.replace(
+            self,
+            name=name,
+            version=0,
+            steps=tuple(steps),
+            base=None,
+            adapter={},
+            source_files=None,
+            policy=max(self.policy, *policies, key=POLICIES.index),
+            derived={"chain": f"{self.name}@{self.version}", **how},
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON of the chain."""
