@@ -13,7 +13,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-OPS = ("paged_attention", "grouped_delta_matmul", "grouped_block_matmul", "quantised_matmul")
+OPS = (
+    "paged_attention",
+    "grouped_delta_matmul",
+    "grouped_block_matmul",
+    "quantised_matmul",
+    "projection",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,10 +33,18 @@ def matmul(
       transposed: how the weight lies; None: as projections do there (`Platform.out_in`).
     """
     transposed = platform.out_in if transposed is None else transposed
-    if platform.amx and transposed and weight.dtype == jnp.float32:
-        return _weight_first(x, weight)
     if platform.amx and transposed and native_matmul.serves(x.shape[0], weight):
         return native_matmul.matmul(x, weight)
+    return by_xla(x, weight, platform, transposed=transposed)
+
+
+def by_xla(
+    x: jax.Array, weight: jax.Array, platform: Platform, *, transposed: bool | None = None
+) -> jax.Array:
+    """`matmul` as XLA does it, whatever else there may be."""
+    transposed = platform.out_in if transposed is None else transposed
+    if platform.amx and transposed and weight.dtype == jnp.float32:
+        return _weight_first(x, weight)
     padded = platform.name == "cpu" and weight.dtype == jnp.bfloat16
     return _rows_first(x, weight, transposed, _BF16_ROWS if padded else 1)
 

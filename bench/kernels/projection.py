@@ -1,0 +1,80 @@
+"""Projections of few rows as the engine multiplies them, and by XLA alone: the ffn weights of the 250M
+model, one layer after another, which is more than the caches hold."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bench.kernels import Case
+from bench.models import MODEL_250M, TINY
+from jblock.blocks import linear
+from jblock.blocks.platform import here
+from jblock.pallas_kernels.native import matmul as native
+
+ROWS = (1, 8, 32, 64)
+
+
+def backend() -> str:
+    """What serves bfloat16 weights of few rows here."""
+    probe = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
+    return "native" if here().amx and native.serves(1, probe) else "xla"
+
+
+def cases(quick: bool) -> list[Case]:
+    """A decoding batch in bfloat16 by each, and in float32."""
+    rows = ROWS[:1] if quick else ROWS
+    forms = {"bfloat16": linear.matmul, "bfloat16 xla": linear.by_xla, "float32": linear.matmul}
+    return [_case(name, form, count, quick) for name, form in forms.items() for count in rows]
+
+
+def tunes(case: Case) -> list[Any]:
+    """None of them has block sizes."""
+    return []
+
+
+def save(best: Any) -> Path:
+    """Never called: there is nothing to tune."""
+    raise NotImplementedError("projections have no block sizes")
+
+
+def describe(blocks: Any) -> dict[str, int]:
+    """Never called either."""
+    raise NotImplementedError("projections have no block sizes")
+
+
+def _case(name: str, form: Callable[..., jax.Array], rows: int, quick: bool) -> Case:
+    shape = TINY if quick else MODEL_250M
+    count = 3 * shape.layers * shape.hidden_size * shape.intermediate_size
+    dtype = name.split()[0]
+    return Case(
+        name=f"ffn of {shape.layers} layers, {rows} rows, {name}",
+        moved=count * jnp.dtype(dtype).itemsize,
+        flops=2 * rows * count,
+        make=functools.partial(_make, form, dtype, rows, shape),
+        shape=None,
+    )
+
+
+def _make(form: Callable[..., jax.Array], dtype: str, rows: int, shape: Any) -> Any:
+    wide, thin = (
+        (shape.intermediate_size, shape.hidden_size),
+        (shape.hidden_size, shape.intermediate_size),
+    )
+    platform = here()
+
+    def weight(size: tuple[int, int]) -> jax.Array:
+        return jnp.full(size if platform.out_in else size[::-1], 0.01, dtype)
+
+    weights = [(weight(wide), weight(wide), weight(thin)) for _ in range(shape.layers)]
+
+    def call(x: jax.Array, weights: Any, blocks: Any = None) -> jax.Array:
+        for gate, up, down in weights:
+            inner = form(x, gate, platform) * form(x, up, platform)
+            x = form(inner, down, platform) * 1e-3
+        return x
+
+    return [jnp.full((rows, shape.hidden_size), 0.01, jnp.float32), weights], call
