@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,11 @@ def hf(args: argparse.Namespace) -> Outcome:
     from checkpoints import hf
 
     chain, new = hf.convert(Path(args.src), Path(args.zoo), args.name, progress_of(args))
-    what = "added" if new else "unchanged"
-    data = {"name": chain.name, "version": chain.version, "added": new}
-    return Outcome(data, _lines(f"{chain.name}@{chain.version} {what}"))
+    return _added(chain, new)
 
 
 def compress(args: argparse.Namespace) -> Outcome:
     """Makes a copy of a fine-tune that is deltas on its base."""
-    from checkpoints.printing import size
     from jblock.zoo.compressed import CODECS, compress_chain
     from jblock.zoo.store import Zoo
 
@@ -61,25 +58,12 @@ def compress(args: argparse.Namespace) -> Outcome:
     total = 2 * sum(zoo.component(c).nbytes for c in changed)
     with progress_of(args).bar(name, total) as advance:
         made = compress_chain(zoo, chain, base, name, args.budget, args.codec or CODECS, advance)
-    derived = made.derived
-    data = {"name": made.name, "version": made.version, "policy": made.policy, **derived}
-    codecs = ", ".join(f"{n} x {label}" for label, n in derived["codecs"].items())
-    return Outcome(
-        data,
-        _lines(
-            f"{made.name}@{made.version} from {derived['chain']} on {derived['base']}: "
-            f"{size(derived['bytes_before'])} of changed components are {size(derived['bytes_after'])}, "
-            f"relative error {derived['parameter_error']:.2%}",
-            f"codecs: {codecs}",
-            "it is served where it is named, to requests that accept policy near; measure what it costs "
-            "before you rely on it",
-        ),
-    )
+    codecs = ", ".join(f"{n} x {label}" for label, n in made.derived["codecs"].items())
+    return _lossy(made, "changed components", f"codecs: {codecs}")
 
 
 def quantise(args: argparse.Namespace) -> Outcome:
     """Makes a quantised copy of a model."""
-    from checkpoints.printing import size
     from jblock.blocks.quant_spec import QuantSpec
     from jblock.zoo.quantised import quantise_chain
     from jblock.zoo.store import Zoo
@@ -91,16 +75,7 @@ def quantise(args: argparse.Namespace) -> Outcome:
     total = sum(zoo.component(s.component).nbytes for s in chain.steps)
     with progress_of(args).bar(name, total) as advance:
         made = quantise_chain(zoo, chain, name, spec, advance)
-    derived = made.derived
-    data = {"name": made.name, "version": made.version, "policy": made.policy, **derived}
-    return Outcome(
-        data,
-        _lines(
-            f"{made.name}@{made.version} from {derived['chain']}: {size(derived['bytes_before'])} of "
-            f"weights are {size(derived['bytes_after'])}, relative error {derived['parameter_error']:.2%}",
-            "it is served where it is named, to requests that accept policy near",
-        ),
-    )
+    return _lossy(made, "weights")
 
 
 def peft(args: argparse.Namespace) -> Outcome:
@@ -110,9 +85,7 @@ def peft(args: argparse.Namespace) -> Outcome:
     chain, new = peft.convert(
         Path(args.src), Path(args.zoo), args.base, args.name, progress_of(args)
     )
-    what = "added" if new else "unchanged"
-    data = {"name": chain.name, "version": chain.version, "base": chain.base, "added": new}
-    return Outcome(data, _lines(f"{chain.name}@{chain.version} on {chain.base} {what}"))
+    return _added(chain, new)
 
 
 def merge(args: argparse.Namespace) -> Outcome:
@@ -130,9 +103,7 @@ def merge(args: argparse.Namespace) -> Outcome:
                 f"--adapter {text!r}: give a model and its weight, as A=0.7"
             ) from None
     chain, new = merge(Path(args.zoo), args.name, adapters, args.combine, progress_of(args))
-    what = "added" if new else "unchanged"
-    data = {"name": chain.name, "version": chain.version, "base": chain.base, "added": new}
-    return Outcome(data, _lines(f"{chain.name}@{chain.version} on {chain.base} {what}"))
+    return _added(chain, new)
 
 
 def plan(args: argparse.Namespace) -> Outcome:
@@ -227,7 +198,7 @@ def copy(args: argparse.Namespace) -> Outcome:
     rows: list[dict[str, Any]] = []
     for text in args.names or source.chains():
         name, version = name_and_version(text)
-        with progress_of(args).bar(text, _size(source, [source.chain(name, version)])) as advance:
+        with progress_of(args).bar(text, _size(source, source.chain(name, version))) as advance:
             chain, sent = copy(source, target, name, version, advance)
         rows.append({"name": chain.name, "version": chain.version, "sent_bytes": sent})
     lines = [f"{r['name']}@{r['version']}: {size(r['sent_bytes'])} sent" for r in rows]
@@ -397,7 +368,35 @@ def name_and_version(text: str) -> tuple[str, int | None]:
     return (name, int(version)) if at and version.isdecimal() else (text, None)
 
 
-def _size(zoo: Any, chains: Sequence[Any]) -> int:
-    steps = [s for chain in chains for s in chain.steps]
-    deltas = sum(zoo.delta(d).nbytes for s in steps for d in s.deltas)
-    return deltas + sum(zoo.component(s.component).nbytes for s in steps)
+def _added(chain: Any, new: bool) -> Outcome:
+    """The outcome of what adds a chain, unless it was there."""
+    base = {"base": chain.base} if chain.base else {}
+    data = {"name": chain.name, "version": chain.version, **base, "added": new}
+    on = f" on {chain.base}" if chain.base else ""
+    what = "added" if new else "unchanged"
+    return Outcome(data, _lines(f"{chain.name}@{chain.version}{on} {what}"))
+
+
+def _lossy(made: Any, what: str, *lines: str) -> Outcome:
+    """The outcome of a copy that is smaller, and not exact."""
+    from checkpoints.printing import size
+
+    derived = made.derived
+    base = f" on {derived['base']}" if "base" in derived else ""
+    data = {"name": made.name, "version": made.version, "policy": made.policy, **derived}
+    return Outcome(
+        data,
+        _lines(
+            f"{made.name}@{made.version} from {derived['chain']}{base}: "
+            f"{size(derived['bytes_before'])} of {what} are {size(derived['bytes_after'])}, "
+            f"relative error {derived['parameter_error']:.2%}",
+            *lines,
+            "it is served where it is named, to requests that accept policy near; measure what it costs "
+            "before you rely on it",
+        ),
+    )
+
+
+def _size(zoo: Any, chain: Any) -> int:
+    deltas = sum(zoo.delta(d).nbytes for s in chain.steps for d in s.deltas)
+    return deltas + sum(zoo.component(s.component).nbytes for s in chain.steps)

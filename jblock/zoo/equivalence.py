@@ -241,16 +241,8 @@ def changed(
     chain: Chain, change: Mapping[int, Step], name: str, derived: Mapping[str, Any]
 ) -> Chain:
     """A chain of its own with other steps; `near`, so it is served only to who accepts that."""
-    steps = tuple(change.get(i, step) for i, step in enumerate(chain.steps))
-    return dataclasses.replace(
-        chain,
-        name=name,
-        version=0,
-        steps=steps,
-        policy="near" if chain.policy == "exact" else chain.policy,
-        source_files=None,
-        derived={"chain": f"{chain.name}@{chain.version}", **derived},
-    )
+    steps = [change.get(i, step) for i, step in enumerate(chain.steps)]
+    return chain.derive(name, steps, ("near",), derived)
 
 
 def freed(zoo: Zoo, chains: Mapping[str, Chain], changes: Mapping[str, Mapping[int, Step]]) -> int:
