@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
+from checkpoints.adapter import plan_adapter
 from checkpoints.bitfit import with_vectors
 from checkpoints.errors import CheckpointError
 from checkpoints.hf import LEFT_OUT
-from checkpoints.peft_config import read_settings
-from checkpoints.peft_plan import plan_adapter
 from checkpoints.progress import Progress
 from checkpoints.safetensors_file import TensorInfo, parse_header
 from checkpoints.source import TOKENIZER_LIST, Source
@@ -35,7 +34,7 @@ _HEADER = ".header"
 def export(
     zoo_path: Path, name: str, out: Path, progress: Progress, version: int | None = None
 ) -> list[str]:
-    """Writes a model as a Hugging Face checkpoint, or an adapter as a PEFT adapter.
+    """Writes a model as a Hugging Face checkpoint, or an adapter in the form it came in.
 
     Args:
       zoo_path: the zoo.
@@ -170,7 +169,7 @@ def _values(zoo: Zoo, chain: Chain, source: Source) -> Iterator[dict[str, np.nda
 def _adapter(zoo: Zoo, chain: Chain, source: Source) -> Iterator[dict[str, np.ndarray]]:
     base_name, _, version = (chain.base or "").rpartition("@")
     base = zoo.chain(base_name, int(version))
-    planned = plan_adapter(zoo, base, read_settings(chain.adapter), source)
+    planned = plan_adapter(zoo, base, chain.adapter, source)
     columns: dict[str, dict[int, np.ndarray]] = {}  # of tensors that several deltas share
     for i, (step, under) in enumerate(zip(chain.steps, base.steps, strict=True)):
         if i in planned.replaced:

@@ -97,7 +97,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     quantise.add_argument(
         "--name", dest="copy_name", help="name of the copy (default: NAME-int4, NAME-int8)"
     )
-    command("peft", commands.peft, "add a PEFT adapter", "src", "--base", "--name")
+    command(
+        "peft", commands.peft, "add an adapter of PEFT or AdapterHub", "src", "--base", "--name"
+    )
     merge = command("merge", commands.merge, "add the weighted sum of LoRA adapters", "--name")
     merge.add_argument(
         "--adapter",
@@ -231,7 +233,8 @@ _MORE = {
     ),
     "peft": (
         "The adapter rides on the components of its base, which must be in the zoo and may be an adapter\n"
-        "itself. LoRA, DoRA, (IA)3, biases, norms, whole modules, prompts and prefixes.",
+        "itself. LoRA, DoRA, (IA)3, biases, norms, whole modules, prompts and prefixes as PEFT saves them,\n"
+        "bottlenecks as AdapterHub's library does (save_adapter with use_safetensors=True).",
         "peft ./my-adapter --zoo ./zoo --base llama --name my-llama",
     ),
     "merge": (

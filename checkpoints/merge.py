@@ -15,6 +15,7 @@ import numpy as np
 import safetensors.numpy
 
 from checkpoints import peft
+from checkpoints.adapterhub import is_adapterhub
 from checkpoints.errors import CheckpointError
 from checkpoints.export import export
 from checkpoints.peft_config import LoraSettings, read_settings
@@ -87,6 +88,8 @@ class _Part:
 
     def __init__(self, name: str, folder: Path, weight: float):
         config = read_json(folder / "adapter_config.json")
+        if is_adapterhub(config):
+            raise CheckpointError(f"{name} is a bottleneck adapter: only LoRA can be merged")
         settings = read_settings(config)
         lora = settings.lora
         if lora is None:

@@ -1,20 +1,18 @@
-"""`jblock-convert peft`: a PEFT adapter becomes a chain of deltas on a chain's components."""
+"""`jblock-convert peft`: a PEFT or AdapterHub adapter becomes a chain of deltas on a chain's components."""
 
 import dataclasses
 from pathlib import Path
 
+from checkpoints.adapter import SMALL_FILES, base_named_by, open_adapter, plan_adapter
+from checkpoints.adapter_plan import AdapterPlan, component_tensors
 from checkpoints.errors import CheckpointError
 from checkpoints.hf import again_if_gone, note_tokenizer
-from checkpoints.peft_config import Settings, read_settings
-from checkpoints.peft_plan import AdapterPlan, component_tensors, plan_adapter
 from checkpoints.progress import Progress
-from checkpoints.source import Source, open_source, read_json
+from checkpoints.source import Source
 from checkpoints.tokenizer import read_tokenizer
 from jblock.zoo.records import Chain, Step, check_name
 from jblock.zoo.store import Zoo
 from jblock.zoo.writer import Writer
-
-_SMALL = ("adapter_config.json", "adapter_model.safetensors.index.json")
 
 
 def convert(
@@ -31,15 +29,13 @@ def convert(
     check_name(name)
     zoo = Zoo.open(zoo_path)
     base = zoo.chain(base_name)
-    config = read_json(source_path / "adapter_config.json")
-    settings = read_settings(config)
+    config, source = open_adapter(source_path)
     if name == base_name:
         raise CheckpointError(f"--name {name!r} is the base itself: give the adapter its own name")
-    _check_base(zoo, base, settings)
-    source = open_source(source_path, "adapter_model")
-    planned = plan_adapter(zoo, base, settings, source)
+    _check_base(zoo, base, base_named_by(config))
+    planned = plan_adapter(zoo, base, config, source)
     tokenizer = read_tokenizer(source_path)
-    small = source.small_files(_SMALL, tokenizer.given if tokenizer else ())
+    small = source.small_files(SMALL_FILES, tokenizer.given if tokenizer else ())
     if tokenizer is not None:
         note_tokenizer(tokenizer, base.vocab_size, source_path, progress)
 
@@ -101,10 +97,10 @@ def _put_step(
     return dataclasses.replace(step, deltas=step.deltas + deltas)
 
 
-def _check_base(zoo: Zoo, base: Chain, settings: Settings) -> None:
-    declared = settings.base.rstrip("/").rsplit("/", 1)[-1]
+def _check_base(zoo: Zoo, base: Chain, named: str) -> None:
+    declared = named.rstrip("/").rsplit("/", 1)[-1]
     if declared != base.name and declared in zoo.chains():
         raise CheckpointError(
-            f"adapter_config.json: base_model_name_or_path is {settings.base!r}, which this zoo "
+            f"adapter_config.json: the base is {named!r}, which this zoo "
             f"holds as {declared!r}, but --base is {base.name!r}: give --base {declared}"
         )

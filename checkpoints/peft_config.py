@@ -116,7 +116,6 @@ class Settings:
 
     Attributes:
       method: peft_type.
-      base: base_model_name_or_path, "" when not given.
       modules: endings of the modules that must be there; None: whatever the weights hold.
       may_adapt: endings of the modules that may be there; None: any.
       layers: layers that may be adapted; None: any.
@@ -127,7 +126,6 @@ class Settings:
     """
 
     method: str
-    base: str
     modules: tuple[str, ...] | None
     may_adapt: tuple[str, ...] | None
     layers: tuple[int, ...] | None
@@ -177,8 +175,6 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
         off = value is None or value is False or value == "none" or value in ([], {}, "")
         if not off and field not in _METHODS[method]:
             raise _refuse(field, value, _REMEDY.get(field, "this option cannot be served"))
-    if config.get("base_model_name_or_path") is not None:
-        _typed(config, "base_model_name_or_path", str)
     endings = _endings(config, "target_modules")
     partial = any(config.get(f) for f in ("layers_pattern", "exclude_modules"))
     partial = partial or config.get("layers_to_transform") is not None
@@ -193,7 +189,6 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
             )
     return Settings(
         method=method,
-        base=str(config.get("base_model_name_or_path") or ""),
         modules=None if partial else endings,
         may_adapt=endings,
         layers=_layers(config),

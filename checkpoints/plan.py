@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import hf
+from checkpoints.adapter import open_adapter, plan_adapter
+from checkpoints.adapter_plan import component_tensors
 from checkpoints.bitfit import Finder
 from checkpoints.errors import CheckpointError
-from checkpoints.peft_config import read_settings
-from checkpoints.peft_plan import component_tensors, plan_adapter
 from checkpoints.progress import Progress
 from checkpoints.source import open_source, read_json
 from jblock.blocks.delta_spec import delta_to_json
@@ -129,10 +129,9 @@ def _checkpoint(path: Path, zoo: Zoo | None, name: str, progress: Progress) -> P
 
 def _adapter(path: Path, zoo: Zoo, name: str, base_name: str, progress: Progress) -> Planned:
     base = zoo.chain(base_name)
-    source = open_source(path, "adapter_model")
-    settings = read_settings(read_json(path / "adapter_config.json"))
+    config, source = open_adapter(path)
     nbytes, rows, steps = {}, [], list(base.steps)
-    planned = plan_adapter(zoo, base, settings, source)
+    planned = plan_adapter(zoo, base, config, source)
     with progress.bar(
         f"{name}: reading", sum(t.nbytes for t in source.tensors.values())
     ) as advance:

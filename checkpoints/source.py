@@ -65,12 +65,15 @@ class Source:
         return files | {n: (self.path / n).read_bytes() for n in names if (self.path / n).is_file()}
 
 
-def open_source(path: Path, stem: str = "model") -> Source:
+def open_source(
+    path: Path, stem: str = "model", save: str = "transformers: save_pretrained"
+) -> Source:
     """Opens the safetensors weights of a folder.
 
     Args:
       path: the folder.
-      stem: "model", or "adapter_model" for an adapter.
+      stem: what its weight files are called: "model", or for an adapter of PEFT "adapter_model".
+      save: how to save it so, said where only pickled weights are there.
 
     Raises:
       CheckpointError: no weights, pickled weights only, or shards that do not fit their index.
@@ -88,7 +91,7 @@ def open_source(path: Path, stem: str = "model") -> Source:
         weight_map = _weight_map(index)
         files = sorted(set(weight_map.values()))
     else:
-        raise CheckpointError(_no_weights(path, single.name))
+        raise CheckpointError(_no_weights(path, single.name, save))
     tensors: dict[str, TensorInfo] = {}
     headers = {}
     for file in files:
@@ -148,12 +151,12 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _no_weights(path: Path, wanted: str) -> str:
+def _no_weights(path: Path, wanted: str, save: str) -> str:
     pickled = sorted(f for f in os.listdir(path) if f.endswith(_PICKLE))
     if pickled:
         return (
             f"{path}: {pickled[0]} is a pickle, which can run code when loaded, so it is never "
-            f"read: save the model as {wanted} (transformers: save_pretrained)"
+            f"read: save it as {wanted} ({save})"
         )
     return f"{path} has no {wanted} and no {wanted}.index.json: give a checkpoint in safetensors"
 

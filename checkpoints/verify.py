@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints import hf
+from checkpoints.adapter import open_adapter, plan_adapter
 from checkpoints.bitfit import with_vectors
-from checkpoints.peft_config import read_settings
-from checkpoints.peft_plan import plan_adapter
 from checkpoints.progress import Progress
 from checkpoints.source import Source, open_source, read_json
 from checkpoints.tokenizer import read_tokenizer
@@ -61,14 +60,12 @@ def _checkpoint(zoo: Zoo, chain: Chain, path: Path, progress: Progress) -> list[
 
 
 def _adapter(zoo: Zoo, chain: Chain, path: Path, progress: Progress) -> list[str]:
-    config = read_json(path / "adapter_config.json")
-    settings = read_settings(config)
-    source = open_source(path, "adapter_model")
+    config, source = open_adapter(path)
     if chain.base is None:
         return [f"{chain.name} is a whole model, {path} an adapter"]
     base_name, _, version = chain.base.rpartition("@")
     base = zoo.chain(base_name, int(version))
-    planned = plan_adapter(zoo, base, settings, source)
+    planned = plan_adapter(zoo, base, config, source)
     differences = [] if config == chain.adapter else ["adapter_config.json differs"]
     total = sum(t.nbytes for t in source.tensors.values())
     with progress.bar(f"{chain.name}: comparing", total) as advance:

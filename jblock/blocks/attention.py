@@ -64,7 +64,8 @@ class Attention(nnx.Module):
         k, v = self._with_prefix("k", k, rows), self._with_prefix("v", v, rows)
         out = attend(q, k, v)
         out = self.o(out.reshape(x.shape[0], -1), rows)
-        return x + (out if self.post_norm is None else self.post_norm(out, rows))
+        out = out if self.post_norm is None else self.post_norm(out, rows)
+        return self.slots.add_residual(x, out, rows)
 
     def _with_prefix(self, part: str, x: jax.Array, rows: Rows) -> jax.Array:
         """Keys or values [S, Q, heads, d], with the tuned ones in the places of virtual tokens."""

@@ -6,6 +6,7 @@ delta is loaded (`engine/slot_content.py`).
 """
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -17,9 +18,11 @@ from jblock.blocks.compressed_spec import (
 )
 from jblock.blocks.rope_spec import SpecError
 from jblock.blocks.spec import (
+    ACTIVATIONS,
     AttentionSpec,
     ComponentSpec,
     EmbeddingSpec,
+    FfnSpec,
     fields_to_json,
     projection_shape,
 )
@@ -150,11 +153,72 @@ class PrefixSpec:
         return {"k": shape, "v": shape}
 
 
-DeltaSpec = LoraSpec | Ia3Spec | VectorsSpec | PromptSpec | PrefixSpec | LowRankSpec | BitsSpec
-_KINDS: dict[str, Any] = {
-    cls.kind: cls
-    for cls in (LoraSpec, Ia3Spec, VectorsSpec, PromptSpec, PrefixSpec, LowRankSpec, BitsSpec)
-}
+BOTTLENECK_INPUTS = ("sum", "output", "input")
+BOTTLENECK_ACTIVATIONS = (*ACTIVATIONS, "relu", "leaky_relu", "tanh", "sigmoid", "identity")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BottleneckSpec:
+    """A bottleneck adapter behind an attention or feed-forward, which reads x and would give x + h:
+    `x + h + scale * (b @ act(a @ z + a_bias) + b_bias)`.
+
+    Tensors: `a [rank, hidden]`, `a_bias [rank]`, `b [hidden, rank]`, `b_bias [hidden]`; with scales, which
+    are multiplied with `scale` too, `scales [scales]`.
+
+    Attributes:
+      rank: columns of the bottleneck.
+      activation: one of BOTTLENECK_ACTIVATIONS.
+      reads: what z is: "sum", x + h (Pfeiffer, arXiv 2005.00247); "output", h (Houlsby, arXiv 1902.00751);
+        "input", x (parallel adapters, arXiv 2110.04366).
+      scale: constant.
+      scales: how many learned scales there are: 0, 1 or the hidden size.
+    """
+
+    kind: ClassVar[str] = "bottleneck"
+    rank: int
+    activation: str
+    reads: str
+    scale: float = 1.0
+    scales: int = 0
+
+    def __post_init__(self):
+        if self.activation not in BOTTLENECK_ACTIVATIONS or self.reads not in BOTTLENECK_INPUTS:
+            raise SpecError(
+                f"a bottleneck with activation {self.activation!r} that reads {self.reads!r} is not known; "
+                f"known: {', '.join(BOTTLENECK_ACTIVATIONS)}; {', '.join(BOTTLENECK_INPUTS)}"
+            )
+
+    @property
+    def target(self) -> str:
+        """Name of its slot tables, one set for each way to compute."""
+        return f"{self.kind}.{self.reads}.{self.activation}"
+
+    def tensors(self, base: ComponentSpec) -> Shapes:
+        """See `LoraSpec.tensors`."""
+        fits = isinstance(base, (AttentionSpec, FfnSpec)) and base.pre_norm and not base.post_norm
+        if not fits or getattr(base, "parallel", False):
+            raise SpecError(
+                f"a bottleneck belongs behind an attention or ffn that adds to what it read, not to this "
+                f"{base.kind} component"
+            )
+        d = base.hidden_size
+        if self.scales not in (0, 1, d):
+            raise SpecError(f"a bottleneck has 0, 1 or {d} learned scales, not {self.scales}")
+        shapes: Shapes = {"a": (self.rank, d), "a_bias": (self.rank,), "b": (d, self.rank)}
+        return shapes | {"b_bias": (d,)} | ({"scales": (self.scales,)} if self.scales else {})
+
+
+DeltaSpec = (
+    LoraSpec
+    | Ia3Spec
+    | VectorsSpec
+    | PromptSpec
+    | PrefixSpec
+    | BottleneckSpec
+    | LowRankSpec
+    | BitsSpec
+)
+_KINDS: dict[str, Any] = {cls.kind: cls for cls in typing.get_args(DeltaSpec)}
 
 
 def delta_to_json(spec: DeltaSpec) -> dict[str, Any]:

@@ -1,21 +1,16 @@
 """The feed-forward block with its residual."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 from flax import nnx
 
+from jblock.blocks.activation import ACTIVATIONS
 from jblock.blocks.linear import Linear
 from jblock.blocks.norm import Norm
 from jblock.blocks.rows import Rows
 from jblock.blocks.slots import Slots
 from jblock.blocks.spec import FfnSpec
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-}
 
 
 class Ffn(nnx.Module):
@@ -32,7 +27,7 @@ class Ffn(nnx.Module):
         def norm(name: str, there: bool) -> Norm | None:
             return Norm(spec.norm, params, f"{name}.", spec.norm_eps, slots) if there else None
 
-        slots = Slots(deltas)
+        slots = self.slots = Slots(deltas)
         self.spec = spec
         self.norm = norm("norm", spec.pre_norm)
         self.gate = Linear(params, deltas, "gate") if spec.gated else None
@@ -54,4 +49,5 @@ class Ffn(nnx.Module):
         up = self.up(normed, rows)
         inner = activation(up) if self.gate is None else activation(self.gate(normed, rows)) * up
         out = self.down(inner, rows)
-        return x + (out if self.post_norm is None else self.post_norm(out, rows))
+        out = out if self.post_norm is None else self.post_norm(out, rows)
+        return self.slots.add_residual(x, out, rows)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jblock.blocks import grouped
-from jblock.blocks.ffn import ACTIVATIONS
+from jblock.blocks.activation import ACTIVATIONS
 from jblock.blocks.linear import Linear
 from jblock.blocks.norm import Norm
 from jblock.blocks.rows import Rows

@@ -4,9 +4,10 @@ Every sequence names a slot; slot 0 has no delta. Four kinds of tables belong to
 
 * pieces of PIECE_RANK rows, `[pieces, PIECE_RANK, width]`, which `pieces` (int32 [slots, turns], 0 where
   a slot has no more) names for each slot: both halves of LoRA pairs ("q.a", "q.b"), virtual tokens
-  ("prompt", "prefix.k", "prefix.v"). Piece 0 is all zeros;
+  ("prompt", "prefix.k", "prefix.v"), both halves of bottlenecks and the biases inside, of width 1
+  ("bottleneck.sum.relu.a", ".b", ".a_bias"). Piece 0 is all zeros;
 * vectors, `[slots, width]`, NaN where a slot has none of its own: "q.bias" and "norm.weight" stand for
-  the component's own, "q.scale" and "q.in_scale" for 1;
+  the component's own, "q.scale" and "q.in_scale" for 1, "bottleneck.sum.relu.b_bias" for 0;
 * codes of few bits, uint8 [slots, out, m] ("q.bits2.codes"), and their scales, float32 [slots, out, groups]
   ("q.bits2.scales"), as BitsSpec describes them; scales of 0 where a slot has none;
 * `virtual`, int32 [slots]: how many virtual tokens a slot's sequences begin with.
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jblock.blocks import grouped
+from jblock.blocks.activation import ACTIVATIONS
 from jblock.blocks.compressed_spec import BITS
 from jblock.blocks.rows import Rows
 from jblock.pallas_kernels.backends import backend_of
@@ -73,6 +75,25 @@ class Slots:
             return grouped.add_pairs(y, x, a, self._tables[f"{name}.b"], pieces, rows)
         xs = rows.by_sequence(x)
         return self._add(name, y, rows, lambda piece: jnp.einsum("sqi,sri->sqr", xs, a[piece]))
+
+    @jax.named_scope("bottleneck")
+    def add_residual(self, x: jax.Array, out: jax.Array, rows: Rows | None) -> jax.Array:
+        """`x + out`, both [T, width], and what each row's own bottleneck adds to it (BottleneckSpec)."""
+        y = total = x + out
+        reads = {"sum": total, "output": out, "input": x}
+        inside = [n for n in self._tables if n.endswith(".a_bias")]
+        for name in sorted(n.removesuffix(".a_bias") for n in inside):
+            _, read, activation = name.split(".")
+            rows = _known(rows)
+            zs, act = rows.by_sequence(reads[read]), ACTIVATIONS[activation]
+            a, a_bias = self._tables[f"{name}.a"], self._tables[f"{name}.a_bias"]
+
+            def inner(piece: jax.Array, zs=zs, act=act, a=a, a_bias=a_bias) -> jax.Array:
+                return act(jnp.einsum("sqi,sri->sqr", zs, a[piece]) + a_bias[piece][:, None, :, 0])
+
+            y = self._add(name, y, rows, inner)
+            y = y + self._rows_of(f"{name}.b_bias", None, rows)
+        return y
 
     def add_bits(self, name: str, y: jax.Array, x: jax.Array, rows: Rows | None) -> jax.Array:
         """`y [T, out] + x @ d.T` with each row's own difference `d [out, in]` in few bits.

@@ -25,7 +25,8 @@ class TableForm:
 
     Attributes:
       targets: what has tables, sorted: projections with LoRA ("q"; "weight" of an embedding or
-        unembedding), vectors ("q.bias", "q.scale", "norm.weight"), "prompt", "prefix".
+        unembedding), vectors ("q.bias", "q.scale", "norm.weight"), "prompt", "prefix", ways to
+        compute bottlenecks ("bottleneck.sum.relu").
       slots: slots of deltas, slot 0 (none) included.
       pieces: pieces of PIECE_RANK rows a table holds, piece 0 (zeros) included.
     """

@@ -16,6 +16,7 @@ import numpy as np
 from jblock.blocks import compress, layout
 from jblock.blocks.compressed_spec import TABLE_GROUP, BitsSpec, BitsTarget, LowRankSpec
 from jblock.blocks.delta_spec import (
+    BottleneckSpec,
     DeltaSpec,
     Ia3Spec,
     LoraSpec,
@@ -99,6 +100,8 @@ def targets(spec: ComponentSpec, deltas: Sequence[DeltaSpec]) -> frozenset[str]:
                     add(projection, f".{tensor}")
                 else:
                     found.add(tensor)
+        elif isinstance(delta, BottleneckSpec):
+            found.add(delta.target)
         else:
             found.add(delta.kind)
     return frozenset(found)
@@ -115,6 +118,8 @@ def num_pieces(deltas: Sequence[DeltaSpec]) -> int:
             widths.update(delta.targets)
         elif isinstance(delta, (PromptSpec, PrefixSpec)):
             widths[delta.kind] += delta.tokens
+        elif isinstance(delta, BottleneckSpec):
+            widths[delta.kind] += delta.rank
     return -(-max(widths.values(), default=0) // PIECE_RANK)
 
 
@@ -221,7 +226,9 @@ class _Composition:
         self._spec, self._read_base = unquantised(spec), read_base
         self._projections: dict[str, _Projection] = {}
         self._vectors: dict[str, np.ndarray] = {}
-        self._virtual: dict[str, np.ndarray] = {}  # [tokens, width] by table
+        self._rows: dict[str, np.ndarray] = {}  # [rows, width] by table of pieces
+        self._virtual = 0
+        self._bottleneck = False
 
     def add(self, delta: DeltaSpec, tensors: Tensors) -> None:
         """Lets one more delta act."""
@@ -256,13 +263,15 @@ class _Composition:
                     self._projection(stem).new_bias = _float32(tensors[name])
                 else:
                     self._vectors[name] = _float32(tensors[name])
+        elif isinstance(delta, BottleneckSpec):
+            self._add_bottleneck(delta, tensors)
         else:
-            tables = {"prompt": ("prompt",), "prefix": ("k", "v")}[delta.kind]
-            for tensor in tables:
+            if self._virtual:
+                raise ZooError("two prompts or prefixes on one model cannot be served")
+            self._virtual = delta.tokens
+            for tensor, value in tensors.items():
                 table = "prompt" if tensor == "prompt" else f"prefix.{tensor}"
-                if table in self._virtual:
-                    raise ZooError("two prompts or prefixes on one model cannot be served")
-                self._virtual[table] = _float32(tensors[tensor])
+                self._rows[table] = _float32(value)
 
     def content(self, count: int) -> SlotContent:
         """What all of it needs in the tables, with `count` pieces."""
@@ -284,13 +293,12 @@ class _Composition:
                     vectors[f"{part}.in_scale"] = projection.in_scale
                 if projection.new_bias is not None:
                     vectors[f"{part}.bias"] = projection.new_bias[outputs]
-        for table, rows in self._virtual.items():
+        for table, rows in self._rows.items():
             pieces[table] = _pieces([rows], count)
         for name, vector in vectors.items():
             if not np.isfinite(vector).all():
                 raise ZooError(f"its {name!r} is not finite: a norm of zero, or damaged numbers")
-        virtual = max((len(rows) for rows in self._virtual.values()), default=0)
-        return SlotContent(pieces, vectors, virtual, bits)
+        return SlotContent(pieces, vectors, self._virtual, bits)
 
     @property
     def _matrices(self) -> set[str]:
@@ -300,6 +308,16 @@ class _Composition:
         if name not in self._projections:
             self._projections[name] = _Projection(name, self._spec, self._read_base)
         return self._projections[name]
+
+    def _add_bottleneck(self, spec: BottleneckSpec, tensors: Tensors) -> None:
+        if self._bottleneck:
+            raise ZooError("two bottleneck adapters behind one component cannot be served")
+        self._bottleneck = True
+        scale = np.float32(spec.scale) * _float32(tensors["scales"] if spec.scales else np.ones(1))
+        self._rows[f"{spec.target}.a"] = _float32(tensors["a"])
+        self._rows[f"{spec.target}.a_bias"] = _float32(tensors["a_bias"])[:, None]
+        self._rows[f"{spec.target}.b"] = (scale[:, None] * _float32(tensors["b"])).T
+        self._vectors[f"{spec.target}.b_bias"] = scale * _float32(tensors["b_bias"])
 
     def _add_lora(self, projection: _Projection, target: LoraTarget, tensors: Tensors) -> None:
         name = projection.name

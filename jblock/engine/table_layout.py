@@ -8,6 +8,7 @@ import numpy as np
 
 from jblock.blocks import layout
 from jblock.blocks.compressed_spec import TABLE_GROUP
+from jblock.blocks.delta_spec import BottleneckSpec
 from jblock.blocks.slots import PIECE_RANK
 from jblock.blocks.spec import ComponentSpec, UnembeddingSpec
 from jblock.engine.signature import Signature, TableForm
@@ -16,6 +17,7 @@ from jblock.parallel.placement import SINGLE, Placement
 from jblock.parallel.spread import spread
 
 PREFIX = ("prefix.k", "prefix.v")
+_BOTTLENECK = f"{BottleneckSpec.kind}."
 _WHOLE = Axis()
 
 
@@ -31,6 +33,9 @@ def piece_widths(spec: ComponentSpec, form: TableForm) -> dict[str, int]:
             widths["prompt"] = spec.hidden_size
         elif target == "prefix":
             widths |= {name: projections[name[-1]][0] for name in PREFIX}
+        elif target.startswith(_BOTTLENECK):
+            width = spec.hidden_size
+            widths |= {f"{target}.a": width, f"{target}.a_bias": 1, f"{target}.b": width}
     return widths
 
 
@@ -42,7 +47,9 @@ def vector_widths(spec: ComponentSpec, form: TableForm) -> dict[str, int]:
         projection, _, vector = target.rpartition(".")
         if vector.startswith("bits"):
             continue
-        if projection in projections:
+        if target.startswith(_BOTTLENECK):
+            widths[f"{target}.b_bias"] = spec.hidden_size
+        elif projection in projections:
             widths[target] = projections[projection][1 if vector == "in_scale" else 0]
         elif target not in projections and target not in ("prompt", "prefix"):
             widths[target] = layout.compute_shapes(spec)[target][0]

@@ -10,6 +10,8 @@ import tiny_checkpoints as tiny
 from converter_cli import Cli
 from tiny_checkpoints import CONFIG
 
+from checkpoints.adapter import base_named_by
+
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 MODELS = sorted(p.parent for p in FIXTURES.glob("hf/*/config.json"))
 ADAPTERS = sorted(
@@ -44,7 +46,7 @@ def test_models(zoo, capsys, tmp_path, source):
 @pytest.mark.parametrize("source", ADAPTERS, ids=lambda p: p.name)
 def test_adapters(zoo, capsys, tmp_path, source):
     cli = Cli(zoo, capsys)
-    base = json.loads((source / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = base_named_by(json.loads((source / "adapter_config.json").read_text()))
     cli.ok("hf", FIXTURES / "hf" / base, "--name", base)
     cli.ok("peft", source, "--base", base, "--name", source.name)
     assert cli.ok("verify", source.name, "--against", source).endswith(f"is {source}\n")

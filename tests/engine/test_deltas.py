@@ -1,5 +1,5 @@
-"""Every kind of delta against peft: logits within 1e-4, 64 greedy tokens identical, all deltas of a base in
-the same batches; and each bit-identical to itself alone."""
+"""Every kind of delta against the library that wrote it: logits within 1e-4, 64 greedy tokens identical, all
+deltas of a base in the same batches; and each bit-identical to itself alone."""
 
 import json
 import shutil
@@ -13,6 +13,7 @@ from test_parity import TOLERANCE
 from test_sharing import transcript
 
 from checkpoints import hf, peft
+from checkpoints.adapter import base_named_by
 from checkpoints.errors import CheckpointError
 from checkpoints.merge import merge
 from checkpoints.progress import Progress
@@ -38,11 +39,11 @@ def base_of(name: str) -> str:
     if name in BITFIT:
         return BITFIT[name]
     config = json.loads((FIXTURES / "deltas" / name / "adapter_config.json").read_text())
-    return config["base_model_name_or_path"]
+    return base_named_by(config)
 
 
 def oracle(name: str) -> dict[str, np.ndarray]:
-    """What peft computed."""
+    """What the library that wrote it computed."""
     with np.load(FIXTURES / "deltas" / name / "oracle.npz") as arrays:
         return dict(arrays)
 
@@ -156,6 +157,8 @@ def test_several_adapters_on_one_model(zoo):
         merge(zoo, "bad", [("lora_qv_r4", 1.0), ("qwen2_ia3", 1.0)], "cat", QUIET)
     with pytest.raises(CheckpointError, match="ranks"):
         merge(zoo, "bad", halves, "linear", QUIET)
+    with pytest.raises(CheckpointError, match="bottleneck"):
+        merge(zoo, "bad", [("lora_qv_r4", 1.0), ("bn_houlsby", 1.0)], "cat", QUIET)
     with pytest.raises(CheckpointError, match="use_dora"):
         merge(zoo, "bad", [("lora_qv_r4", 1.0), ("dora_embed", 1.0)], "cat", QUIET)
 
