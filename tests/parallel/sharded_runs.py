@@ -51,6 +51,7 @@ CHAINS = {
     "mixed groups": ("demo-1m", ADAPTER, "mixtral"),
     "all": ALL,
     "experts": ("demo-1m", "mixtral", "qwen2_moe"),
+    "bottleneck": ("llama_gqa_untied", "bn_houlsby"),
 }
 
 
@@ -74,6 +75,9 @@ def convert(path: Path, name: str) -> None:
         store = Zoo.open(path)
         quantise_chain(store, store.chain("demo-1m"), name, QuantSpec(bits=4, group=16))
         return
+    if (delta := FIXTURES / "deltas" / name).exists():
+        peft.convert(delta, path, "llama_gqa_untied", name, quiet)
+        return
     root = ROOT / "examples" if demo else FIXTURES
     if (adapter := root / ("adapters" if demo else "peft") / name).exists():
         base = name[:7] if demo else base_of(name)
@@ -86,7 +90,8 @@ def prompt_of(name: str) -> list[int]:
     """41 tokens: two chunks and a part."""
     if name.startswith("demo"):
         return [5 + 7 * i % 120 for i in range(41)]
-    return oracle(name)["prompt"][:41].tolist()
+    delta = (FIXTURES / "deltas" / name).exists()
+    return oracle("llama_gqa_untied" if delta else name)["prompt"][:41].tolist()
 
 
 def collectives(agent: Agent) -> dict[str, dict[str, int]]:

@@ -42,6 +42,12 @@ def check(one: dict, split: dict) -> None:
         assert split["experts_swapped"] == split["tokens"]["mixtral"]
 
 
+@pytest.mark.long
+def test_bottlenecks(tmp_path):
+    out = run(tmp_path, "bottleneck", "tp=2")
+    check(out[""], out["tp=2"])
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict:
     """Two devices, and eight with more parts than KV heads or even query heads."""
