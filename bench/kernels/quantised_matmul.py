@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bench.kernels import Case
+from jblock.blocks import quantise
 from jblock.pallas_kernels.backends import module
 from jblock.pallas_kernels.models import MODELS, Model
 from jblock.pallas_kernels.quantised_matmul import shapes
@@ -26,13 +28,14 @@ def backend() -> str:
 def cases(quick: bool) -> list[Case]:
     """Projections of real models; on CPU of one model of 8 billion parameters."""
     if quick:
-        return [_case(MODELS[-1], "up", shapes.ROWS[0], 8)]
+        return [_case(MODELS[-1], "up", shapes.ROWS[0], bits) for bits in (8, 4)]
     models = MODELS[:1] if backend() == "xla" else MODELS[:-1]
+    sizes = shapes.ROWS if jax.default_backend() != "cpu" else (1, 8, 32, 256)
     return [
         _case(model, projection, rows, bits)
         for model in models
         for projection in ("up", "down")
-        for rows in shapes.ROWS
+        for rows in sizes
         for bits in (8, 4)
     ]
 
@@ -80,12 +83,17 @@ def _make(model: Model, projection: str, rows: int, bits: int) -> tuple[list[Any
     keys = jax.random.split(jax.random.key(0), 2)
     half = 2 ** (bits - 1)
     weights = jax.random.randint(keys[1], w_q.shape, -half, half, jnp.int8).astype(w_q.dtype)
+    dtype = x.dtype
+    if jax.default_backend() == "cpu":  # as the engine has them there
+        dtype = jnp.float32
+        if bits == 4:
+            weights = jnp.asarray(quantise.pack(np.asarray(weights).astype(np.int8)))
 
     def call(x, w_q, scales, blocks=None):
         options = {} if blocks is None else {"blocks": blocks}
         return module(OP).quantised_matmul(x, w_q, scales, None, **options)
 
-    return [jax.random.normal(keys[0], x.shape, x.dtype), weights, jnp.ones(scales.shape)], call
+    return [jax.random.normal(keys[0], x.shape, dtype), weights, jnp.ones(scales.shape)], call
 
 
 def describe(blocks: Any) -> dict[str, int]:

@@ -2,14 +2,13 @@
 
 Stored projections may be fused (Phi-3, GPT-2, GPT-NeoX) or lie `[in, out]` (GPT-2). Blocks know one
 form: every projection apart, `[out, in]`. What is stored stays as it was, so that an export writes the
-same bytes; the cut is made when a component is loaded.
+same bytes; the cut is made when a component is loaded. Codes of few bits stay as they are stored.
 """
 
 from collections.abc import Mapping
 
 import numpy as np
 
-from jblock.blocks import quantise
 from jblock.blocks.quant_spec import CODES, ORDER, SCALES, ZEROS
 from jblock.blocks.spec import (
     LAYER_KINDS,
@@ -19,7 +18,6 @@ from jblock.blocks.spec import (
     FfnSpec,
     UnembeddingSpec,
     projection_shape,
-    stored_dtype,
     unquantised,
 )
 
@@ -67,8 +65,6 @@ def compute_shapes(spec: ComponentSpec) -> dict[str, tuple[int, ...]]:
         projection, _, tensor = name.rpartition(".")
         if tensor in (CODES, SCALES, ZEROS, ORDER):
             columns = shape[-1]
-            if tensor == CODES and stored_dtype(spec, name) == "uint8":
-                columns *= 2
             for part, rows in parts(spec, projection).items():
                 count = () if tensor == ORDER else (_count(rows, shape[0]),)
                 shapes[f"{part}.{tensor}"] = (*count, columns)
@@ -85,14 +81,11 @@ def compute_shapes(spec: ComponentSpec) -> dict[str, tuple[int, ...]]:
 
 
 def to_compute(spec: ComponentSpec, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Stored tensors as `compute_shapes` has them; views of the given arrays where that is possible.
-    Codes of 4 bits are unpacked to int4."""
+    """Stored tensors as `compute_shapes` has them; views of the given arrays where that is possible."""
     out = {}
     for name, value in tensors.items():
         projection, _, tensor = name.rpartition(".")
         if tensor in (CODES, SCALES, ZEROS, ORDER):
-            if tensor == CODES and value.dtype == np.uint8:
-                value = quantise.unpack(value)
             for part, rows in parts(spec, projection).items():
                 out[f"{part}.{tensor}"] = value if tensor == ORDER else value[rows]
         elif is_projection(spec, name):

@@ -77,7 +77,7 @@ class Quantised(nnx.Module):
     """A weight of few bits; see QuantSpec.
 
     Attributes:
-      codes: int8 or int4 [out, in].
+      codes: int8 or int4 [out, in], or two of 4 bits to a byte, uint8 [out, in / 2].
       scales: float32 [out, groups].
       zeros: float32 [out, groups] or None.
       order: int32 [in] or None.

@@ -13,7 +13,7 @@ import numpy as np
 
 from jblock.blocks import layout
 from jblock.blocks.quant_spec import CODES, ORDER, SCALES, ZEROS
-from jblock.blocks.quantise import INT4
+from jblock.blocks.quantise import INT4, unpack
 from jblock.blocks.spec import (
     EmbeddingSpec,
     RouterSpec,
@@ -37,10 +37,13 @@ def _placement(
     platform = placement.platform
     part = name.rpartition(".")[2]
     if part == CODES:
-        # jax 0.10 takes no sharded int4 arrays on CPU: programs want a layout that no array gets.
-        four = stored_dtype(spec, name) == "uint8"
-        packed = four and (placement.rules.single or platform.name != "cpu")
-        return False, INT4 if packed else np.dtype(np.int8)
+        if stored_dtype(spec, name) != "uint8":
+            return False, np.dtype(np.int8)
+        if platform.name != "cpu":
+            return False, INT4
+        # XLA's CPU code takes int4 arrays apart one by one, in five times the time of whole bytes. Split
+        # over a mesh there is a code to a byte, for halves of bytes have no axis.
+        return False, np.dtype(np.uint8 if placement.rules.single else np.int8)
     if part in (SCALES, ZEROS):
         return False, np.dtype(np.float32)
     if part == ORDER:
@@ -53,6 +56,13 @@ def _placement(
     exact = not matrix or isinstance(spec, RouterSpec) or (gathered and platform.name == "cpu")
     transposed = matrix and not gathered and not platform.out_in
     return transposed, _NUMPY_DTYPES["float32" if exact else dtype]
+
+
+def _shape(spec, name: str, shape: tuple[int, ...], wanted: np.dtype) -> tuple[int, ...]:
+    """A shape of `layout.compute_shapes` on the devices: codes, two to a byte, may be unpacked there."""
+    if stored_dtype(spec, name) == "uint8" and wanted != np.uint8:
+        return (shape[0], 2 * shape[1])
+    return shape
 
 
 def prepared(
@@ -74,6 +84,8 @@ def prepared(
     out = {}
     for name, value in layout.to_compute(spec, tensors).items():
         transposed, wanted = _placement(spec, name, value.shape, dtype, tied, placement)
+        if _shape(spec, name, value.shape, wanted) != value.shape:
+            value = unpack(value)
         axes = tensor_axes(spec, name, placement.rules, value.ndim)
         array = spread(value, [a.sources for a in axes])
         out[name] = np.ascontiguousarray(array.T if transposed else array, dtype=wanted)
@@ -113,8 +125,9 @@ def param_bytes(spec, dtype: str, placement: Placement = SINGLE) -> int:
     total = 0
     for name, shape in layout.compute_shapes(spec).items():
         axes = tensor_axes(spec, name, placement.rules, len(shape))
-        sizes = [a.size(n) for a, n in zip(axes, shape, strict=True)]
         wanted = _placement(spec, name, shape, dtype, False, placement)[1]
+        whole = _shape(spec, name, shape, wanted)
+        sizes = [a.size(n) for a, n in zip(axes, whole, strict=True)]
         # Devices pack two int4 to a byte, numpy does not.
         total += math.prod(sizes) * wanted.itemsize // (2 if wanted == INT4 else 1)
     return total
@@ -138,7 +151,8 @@ def abstract_params(
             transposed, wanted = _placement(spec, name, shape, signature.dtype, tied, placement)
             axes = tensor_axes(spec, name, placement.rules, len(shape))
             order = slice(None, None, -1 if transposed else 1)
-            sizes = [a.size(n) for a, n in zip(axes, shape, strict=True)][order]
+            laid = _shape(spec, name, shape, wanted)
+            sizes = [a.size(n) for a, n in zip(axes, laid, strict=True)][order]
             tensors[name] = struct(sizes, wanted, *[a.logical for a in axes][order])
         out.append(tensors)
     return tuple(out)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jblock.blocks import quantise
 from jblock.pallas_kernels.quantised_matmul import api, reference
 from tests.pallas_kernels.quantised_cases import CASES, Case, hold, make
 
@@ -22,6 +23,18 @@ def test_there_are_enough_cases():
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_reference(case):
     hold(case, MULTIPLY)
+
+
+# Groups of an odd number of inputs share a byte.
+PACKED = [*[c for c in CASES if c.bits == 4][::4], Case(3, 24, 30, 5, bits=4, zeros=True)]
+
+
+@pytest.mark.parametrize("case", PACKED, ids=str)
+def test_two_weights_to_a_byte(case):
+    def multiply(x, w_q, *rest):
+        return MULTIPLY(x, jnp.asarray(quantise.pack(np.asarray(w_q).astype(np.int8))), *rest)
+
+    hold(case, multiply)
 
 
 @settings(max_examples=20, deadline=None)
@@ -53,7 +66,10 @@ def test_zeros_are_where_the_weight_is_nothing():
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"w_q": jnp.zeros((256, 256), jnp.int16)}, "w_q has dtype int16; give one of int8, int4"),
+        (
+            {"w_q": jnp.zeros((256, 256), jnp.int16)},
+            "w_q has dtype int16; give one of int8, int4, uint8",
+        ),
         ({"x": jnp.zeros((4, 256), jnp.float16)}, "x has dtype float16"),
         ({"x": jnp.zeros((4, 128))}, "do not fit"),
         ({"scales": jnp.zeros((256, 3))}, "do not fit"),

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from jblock.pallas_kernels import backends
 
-DTYPES = ("int8", "int4")
-"""Of the weights."""
+DTYPES = ("int8", "int4", "uint8")
+"""Of the weights; uint8 is two of 4 bits to a byte."""
 
 
 def quantised_matmul(
@@ -27,7 +27,9 @@ def quantised_matmul(
 
     Args:
       x: [T, in], float32 or bfloat16.
-      w_q: [out, in], int8 or int4.
+      w_q: [out, in], int8 or int4; or uint8 [out, in / 2], where byte j has the weight of input 2j in its low
+        half and that of 2j + 1 in its high one, each a two's complement number. That is how CPUs are given
+        4 bits, and the XLA backend alone takes it.
       scales: float32 [out, in / group].
       zeros: float32 [out, in / group], what w_q is where the weight is 0; None: 0.
       backend: one of BACKENDS; None: the one for the platform jax computes on.
@@ -49,11 +51,15 @@ def _check(x: jax.Array, w_q: jax.Array, scales: jax.Array, zeros: jax.Array | N
         raise ValueError(f"w_q has dtype {w_q.dtype.name}; give one of {', '.join(DTYPES)}")
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"x has dtype {x.dtype.name}; give float32 or bfloat16")
-    fits = x.ndim == w_q.ndim == scales.ndim == 2 and x.shape[1] == w_q.shape[1]
-    if not fits or scales.shape[0] != w_q.shape[0] or w_q.shape[1] % max(1, scales.shape[1]):
+    fits = x.ndim == w_q.ndim == scales.ndim == 2
+    if fits:
+        width = w_q.shape[1] * (2 if w_q.dtype == jnp.uint8 else 1)
+        groups = max(1, scales.shape[1])
+        fits = x.shape[1] == width and scales.shape[0] == w_q.shape[0] and width % groups == 0
+    if not fits:
         raise ValueError(
             f"x {x.shape}, w_q {w_q.shape} and scales {scales.shape} do not fit: want [T, in], "
-            "[out, in] and [out, in / group], group a divisor of in"
+            "[out, in] (uint8: [out, in / 2]) and [out, in / group], group a divisor of in"
         )
     if zeros is not None and zeros.shape != scales.shape:
         raise ValueError(f"zeros {zeros.shape} are not as scales {scales.shape}")

@@ -97,7 +97,7 @@ def quantised_matmul(
       interpret: as of pallas_call.
     """
     (rows, width), out = x.shape, w_q.shape[0]
-    if not serves(width, scales.shape[1]):
+    if w_q.dtype == jnp.uint8 or not serves(width, scales.shape[1]):
         return xla.at_once(x, w_q, scales, zeros)
     group = width // scales.shape[1]
     if blocks is None:
