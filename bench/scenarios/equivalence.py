@@ -12,7 +12,7 @@ import numpy as np
 
 from bench.report import progress
 from jblock.blocks.spec import FfnSpec
-from jblock.zoo import equivalence, sketch
+from jblock.zoo import equivalence
 from jblock.zoo.store import Zoo
 
 _FAMILY = 10  # components that are alike: one, and nine tuned from it
@@ -41,8 +41,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         dropped = _drop_cache(zoo.path)
         progress(f"searching {nbytes / 1e9:.2f} GB")
         begin = time.perf_counter()
-        for id_ in used:
-            sketch.sketch(zoo, zoo.component(id_))
+        equivalence.read_sketches(zoo, [zoo.component(id_) for id_ in used])
         sketching = time.perf_counter() - begin
         _drop_cache(zoo.path)
         read: list[int] = []

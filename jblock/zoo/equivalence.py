@@ -19,6 +19,8 @@ from jblock.zoo.records import Chain, ComponentRecord, Step
 from jblock.zoo.store import Zoo
 
 _THREADS = 2  # components compared at a time, each with a copy in memory
+_READERS = 8  # sketches read at a time: many short reads, for which the disk is waited for
+_AHEAD = 4  # components that the kernel reads meanwhile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,16 +94,18 @@ def search(
         count += len(records)
         if len(records) < 2:
             continue
-        sketches = np.stack([sketch.sketch(zoo, record) for record in records])
+        sketches = read_sketches(zoo, records)
         pairs = sketch.alike(sketches, least)
         alike += len(pairs)
         order = sorted(range(len(records)), key=lambda i: (-len(used[records[i].id]), i))
         by_target: dict[int, list[int]] = defaultdict(list)
         for row, other, _ in sketch.nearest(order, pairs):
             by_target[other].append(row)
+        ahead = _Ahead(zoo, [records[i].id for o, rows in by_target.items() for i in (o, *rows)])
         for other, rows in by_target.items():
-            target = zoo.load_component(records[other].id)
-            for record, cosines in _compare(zoo, [records[i] for i in rows], target):
+            target = sketch.Reference(zoo.load_component(records[other].id))
+            ahead.advance()
+            for record, cosines in _compare(zoo, [records[i] for i in rows], target, ahead):
                 on_bytes(record.nbytes)
                 whole = cosines.pop("")
                 if whole >= least:
@@ -118,13 +122,36 @@ def search(
     return Search(components=count, alike=alike, candidates=tuple(found))
 
 
+def read_sketches(zoo: Zoo, records: Sequence[ComponentRecord]) -> np.ndarray:
+    """float32 [records, n]: the sketches of components of one group."""
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        return np.stack(list(pool.map(lambda record: sketch.sketch(zoo, record), records)))
+
+
+class _Ahead:
+    """Has the kernel read components that will be loaded soon, a few before their turn."""
+
+    def __init__(self, zoo: Zoo, order: Sequence[str]):
+        self._zoo, self._rest = zoo, iter(order)
+        for _ in range(_AHEAD):
+            self.advance()
+
+    def advance(self) -> None:
+        """Called when one of them was loaded."""
+        id_ = next(self._rest, None)
+        if id_ is not None:
+            self._zoo.prefetch(id_)
+
+
 def _compare(
-    zoo: Zoo, records: Sequence[ComponentRecord], target: Mapping[str, np.ndarray]
+    zoo: Zoo, records: Sequence[ComponentRecord], target: sketch.Reference, ahead: _Ahead
 ) -> Iterator[tuple[ComponentRecord, dict[str, float]]]:
     """Cosines of some components with one, reading the next while one is compared."""
 
     def one(record: ComponentRecord) -> tuple[ComponentRecord, dict[str, float]]:
-        return record, sketch.cosine(zoo.load_component(record.id), target)
+        tensors = zoo.load_component(record.id)
+        ahead.advance()
+        return record, sketch.cosine(tensors, target)
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         yield from pool.map(one, records)

@@ -5,6 +5,7 @@ zoo, while this file reads the raw bytes itself: 16 MB in 4 ms instead of 15, a 
 under 1 ms instead of 6, without a second copy in memory and without importing jax.
 """
 
+import contextlib
 import functools
 import json
 import logging
@@ -75,6 +76,23 @@ def load(folder: Path, records: Mapping[str, TensorRecord]) -> dict[str, np.ndar
     return {name: _read(folder / name, record) for name, record in records.items()}
 
 
+def prefetch(folder: Path, records: Mapping[str, TensorRecord]) -> None:
+    """Asks the kernel to begin reading what `load` will want; only a hint, of which nothing is told."""
+    for name, record in records.items():
+        with contextlib.suppress(OSError):
+            fd = os.open(folder / name / _file(record), os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                advise_soon(fd, 0, 0)
+            finally:
+                os.close(fd)
+
+
+def advise_soon(fd: int, offset: int, length: int) -> None:
+    """Tells the kernel that some bytes of a file will be read soon, where it can be told."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+
 def read_runs(
     folder: Path, record: TensorRecord, starts: Sequence[int] | np.ndarray, length: int
 ) -> np.ndarray:
@@ -92,7 +110,7 @@ def read_runs(
     Raises:
       ZooError: the file is missing, is no regular file, or too short.
     """
-    raw, dtype = folder / ".".join("0" for _ in record.shape), DTYPES[record.dtype]
+    raw, dtype = folder / _file(record), DTYPES[record.dtype]
     size = length * dtype.itemsize
     try:
         fd = os.open(raw, os.O_RDONLY | os.O_NOFOLLOW)
@@ -107,6 +125,11 @@ def read_runs(
     return np.frombuffer(b"".join(parts), dtype).astype(np.float32)
 
 
+def _file(record: TensorRecord) -> str:
+    """The file of a whole tensor in its folder."""
+    return ".".join("0" for _ in record.shape)
+
+
 def _read(folder: Path, record: TensorRecord) -> np.ndarray:
     description = {
         "zarr_format": 2,
@@ -117,7 +140,7 @@ def _read(folder: Path, record: TensorRecord) -> np.ndarray:
         "compressor": None,
         "filters": None,
     }
-    raw = folder / ".".join("0" for _ in record.shape)
+    raw = folder / _file(record)
     dtype = DTYPES[record.dtype]
     count = int(np.prod(record.shape, dtype=np.int64))
     try:

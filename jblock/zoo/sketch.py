@@ -21,6 +21,7 @@ from jblock.zoo.store import Zoo
 
 ELEMENTS = 16384
 _RUN = 256  # neighbours read at once
+_ROW = 8192
 # A pair of cosine 0.95 is missed once in ten million, of 0.9 in 3,000; one of 0 is looked at in a hundred.
 _BANDS, _BITS = 48, 12
 
@@ -93,16 +94,32 @@ def nearest(
     return out
 
 
-def cosine(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> dict[str, float]:
+class Reference:
+    """What others are compared with: a component's tensors as float32 [n], and their squared sizes."""
+
+    def __init__(self, tensors: Mapping[str, np.ndarray]):
+        self.tensors = {name: _wide(value.reshape(-1)) for name, value in tensors.items()}
+        self.squares = {name: _dot(value, value) for name, value in self.tensors.items()}
+
+
+def cosine(one: Mapping[str, np.ndarray], other: Reference) -> dict[str, float]:
     """Cosine of two components' tensors, by name, and of all elements as one vector under ""."""
     sums = {name: np.zeros(3) for name in (*one, "")}
     for name, value in one.items():
-        a, b = value.reshape(-1), other[name].reshape(-1)
+        a, b = value.reshape(-1), other.tensors[name]
         for at in range(0, a.size, 1 << 18):  # float32 copies that stay in the CPU's cache
-            x, y = (_wide(v[at : at + (1 << 18)]) for v in (a, b))
-            sums[name] += (x @ y, x @ x, y @ y)
+            x = _wide(a[at : at + (1 << 18)])
+            sums[name] += (_dot(x, b[at : at + x.size]), _dot(x, x), 0)
+        sums[name][2] = other.squares[name]
         sums[""] += sums[name]
     return {n: float(xy / max(np.sqrt(xx * yy), 1e-30)) for n, (xy, xx, yy) in sums.items()}
+
+
+def _dot(x: np.ndarray, y: np.ndarray) -> float:
+    """The product of two vectors, in pieces too short for BLAS to wake threads that others use."""
+    whole = x.size - x.size % _ROW
+    rows = np.vecdot(x[:whole].reshape(-1, _ROW), y[:whole].reshape(-1, _ROW))
+    return float(rows.sum(dtype=np.float64) + np.vecdot(x[whole:], y[whole:]))
 
 
 def _wide(value: np.ndarray) -> np.ndarray:

@@ -143,6 +143,10 @@ class Zoo:
             tensors[name] = self._load("components", component, only)[tensor]
         return tensors
 
+    def prefetch(self, id: str) -> None:
+        """Asks the kernel to begin reading a component that will be loaded soon."""
+        params.prefetch(self.folder("components", id) / "params", self.component(id).tensors)
+
     def load_tensor(self, id: str, name: str) -> np.ndarray:
         """One tensor of a component, tied or not.
 

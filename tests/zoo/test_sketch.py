@@ -64,7 +64,8 @@ def test_a_sketch_reads_a_sample_and_tells_the_cosine(zoo):
     for id_, base in tuned.items():
         a, b = (sketch.sketch(zoo, zoo.component(i)) for i in (id_, base))
         assert a.shape == b.shape and a.size < 18000
-        whole = sketch.cosine(zoo.load_component(id_), zoo.load_component(base))[""]
+        reference = sketch.Reference(zoo.load_component(base))
+        whole = sketch.cosine(zoo.load_component(id_), reference)[""]
         assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) == pytest.approx(whole, abs=0.01)
 
 
