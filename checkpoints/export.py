@@ -85,7 +85,7 @@ def export(
                     f"{chain.name}@{chain.version} lacks {min(missing)!r}, which its files had: it "
                     "is no longer what it was made from"
                 )
-            disk.fsync_tree(aside)
+            disk.fsync_trees([aside])
             os.rename(aside, out)  # over an empty folder too
             disk.fsync_path(out.parent)
         finally:

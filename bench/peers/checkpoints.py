@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
+from bench.checkpoints import llama_config
 from bench.models import MemoryZoo
 from jblock.families import family_for
 
@@ -17,28 +18,7 @@ _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloa
 def write_model(zoo: MemoryZoo, name: str, folder: Path, dtype: str, max_position: int) -> Path:
     """Writes a chain of a zoo in memory as a Llama checkpoint of `dtype`; returns its folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    shape = zoo.shape
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": max_position,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": shape.tied,
-        "torch_dtype": dtype,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
+    config = llama_config(zoo.shape, dtype, max_position)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     ids = {"bos_token_id": 1, "eos_token_id": 2}
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": False} | ids))

@@ -48,6 +48,13 @@ _ALL = (
     Scenario("kv", "int8 KV over float32: bytes, speed over long contexts, changed answers"),
     Scenario("oversubscription", "KV for a quarter of what is offered: all finish, all the same"),
     Scenario("equivalence", "a search for components that are alike, among a thousand of 8 MB"),
+    Scenario(
+        "zoo", "bytes stored of 64 fine-tunes over what they take apart, and of each kind alone"
+    ),
+    Scenario(
+        "convert",
+        "a large checkpoint into a zoo: speed over copying, memory, going on after a kill",
+    ),
     Scenario("deltas", "bytes against accuracy of compressed fine-tunes and quantised models"),
     Scenario("kernels", "each kernel alone on this device, over what copies and matmuls reach"),
 )

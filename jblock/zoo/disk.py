@@ -8,11 +8,13 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from jblock.zoo.records import ZooError
 
+_AT_ONCE = 8
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_TEXT = ("No space left", "Disk quota exceeded", "File too large")
 
@@ -49,12 +51,16 @@ def fsync_path(path: Path) -> None:
         os.close(fd)
 
 
-def fsync_tree(root: Path) -> None:
-    """Forces every file and directory under `root`, and `root` itself, to the disk."""
-    for folder, _, files in os.walk(root, topdown=False):
-        for name in files:
-            fsync_path(Path(folder, name))
-        fsync_path(Path(folder))
+def fsync_trees(roots: Iterable[Path]) -> None:
+    """Forces every file and directory under `roots`, and those themselves, to the disk."""
+    paths = []
+    for root in roots:
+        for folder, _, files in os.walk(root, topdown=False):
+            paths += [*(Path(folder, name) for name in files), Path(folder)]
+    # Several at once: each waits for the disk's journal, which takes them in together.
+    with ThreadPoolExecutor(min(_AT_ONCE, len(paths) or 1)) as pool:
+        for _ in pool.map(fsync_path, paths):
+            pass
 
 
 def write_new(path: Path, data: bytes) -> None:

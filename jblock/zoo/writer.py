@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Staged bytes at which they are moved in: what a killed try repeats at most. Every part waits for the
 # disk's journal, which is little beside so many bytes.
-_PART = 128 << 20
+PART_BYTES = 128 << 20
 
 
 class Writer:
@@ -74,7 +74,7 @@ class Writer:
 
     def advance(self) -> None:
         """Moves in what is staged, if it is enough to be worth the wait for the disk."""
-        if self._staged_bytes >= _PART:
+        if self._staged_bytes >= PART_BYTES:
             self.commit()
 
     def publish(self, chain: Chain) -> Chain:
@@ -158,9 +158,7 @@ class Writer:
 
     def commit(self) -> None:
         """Moves what was staged into the zoo."""
-        # All at once, because every forced write waits for the disk's journal.
-        for folder in self._staged.values():
-            disk.fsync_tree(folder)
+        disk.fsync_trees(self._staged.values())
         # What others refer to is in place, on the disk, before what refers to it.
         for refers in (False, True):
             targets = [t for t in self._staged if (t in self._referring) is refers]

@@ -8,12 +8,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from bench.__main__ import main, parse
 from bench.kernels import OPS
-from bench.scenarios import SCENARIOS, overlap
+from bench.scenarios import SCENARIOS, overlap, zoo
 
 KEYS = {
     "block_tax": {"b1", "b8", "b32", "demo"},
@@ -43,9 +44,14 @@ KEYS = {
         "tokens_per_second_recomputing",
     },
     "equivalence": {"seconds", "found", "missed", "surplus"},
+    "zoo": {"stored_over_logical"},
+    "convert": {"speed_over_copy_and_hash", "peak_rss_gb", "repeated_bytes"},
     "kernels": set(OPS),
     "deltas": {"accuracy_change_at_8x"},
 }
+
+
+SHARED_MEMORY = Path("/dev/shm")
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +64,8 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
         file, out = folder / "line.json", io.StringIO()
         with contextlib.redirect_stdout(out):
             options = ["--quick", "--cache", str(folder / "programs"), "--json", str(file)]
+            if argv[0] in ("zoo", "convert") and SHARED_MEMORY.is_dir():
+                options += ["--folder", str(SHARED_MEMORY)]  # waiting for a disk shows nothing
             assert main(parse(["bench", *argv, *options])) == 0
         last = out.getvalue().splitlines()[-1]
         assert file.read_text() == last + "\n"
@@ -70,7 +78,8 @@ def test_every_scenario_is_held_to_its_keys():
     assert set(KEYS) == set(SCENARIOS)
 
 
-_NO_SERVING = {"kernels", "equivalence", "deltas"}  # Runs no engine, so there is no such figure.
+# They run no engine, so there is no such figure.
+_NO_SERVING = {"kernels", "equivalence", "zoo", "convert", "deltas"}
 # Start processes that compile everything, or several engines.
 _LONG = {"coldstart", "kv", "peers", "stalls"}
 
@@ -119,6 +128,47 @@ def test_compressed_deltas_keep_to_their_budget(quick):
         assert row["times_smaller"] >= 8 and row["accuracy_change"]["low"] > -0.1
     for row in line["quantised"]:
         assert 1.8 < row["times_smaller"] < 4 and row["accuracy_change"]["low"] > -0.1
+
+
+def test_a_zoo_keeps_what_each_fine_tune_changed_and_no_more(quick):
+    line = quick("zoo")
+    rows = {row["situation"].split(":")[0]: row for row in line["situations"]}
+    share = {name: row["stored_bytes"] / row["logical_bytes"] for name, row in rows.items()}
+    assert len(line["situations"]) >= 12
+    assert share["continued pretraining"] == 1
+    assert share["BitFit"] < 0.01
+    assert rows["head only"]["components"] == 1 and rows["head only"]["deltas"] == 0
+    assert rows["last 2 layers only"]["cuts"] == ["layer 1"]
+    assert rows["LoRA on q, k, v, o"]["blocks_of_base"] == 3
+    every, few = (row for row in line["situations"] if row["situation"].startswith("mixture"))
+    assert few["stored_bytes"] * 4 == every["stored_bytes"]
+    assert len(line["detail"]["exports_identical"]) == 7
+
+
+def test_the_tables_go_between_their_marks(quick, tmp_path):
+    page = tmp_path / "page.md"
+    marks = [f"<!-- bench zoo: {name} -->" for name in ("situations", "tenants")]
+    page.write_text(
+        "\n".join(["before", marks[0], "old", "<!-- end -->", marks[1], "<!-- end -->", ""])
+    )
+    zoo.write_tables(page, quick("zoo"))
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("<!-- end -->\n") and "old" not in text
+    assert "| head only | 287.6 KB | 32.8 KB | 11.39% | 1, 0 | 3 (2) | none |" in text
+    assert "| 5: before the ffn of 0, layer 1, the ffn of 1, ... |" in text
+    assert "| 2: last 2 layers only | 575.2 KB | 295.9 KB | 51.45% |" in text
+    page.write_text(text.replace(marks[1], ""))
+    with pytest.raises(SystemExit, match="lacks <!-- bench zoo: tenants -->"):
+        zoo.write_tables(page, quick("zoo"))
+
+
+def test_a_killed_conversion_repeats_nothing_it_had_finished(quick):
+    line = quick("convert")
+    killed = line["detail"]["killed"]
+    assert line["convert"]["repeated_bytes"] == 0
+    assert (
+        0.3 * line["detail"]["bytes"] < killed["finished_bytes"] < killed["killed_at_bytes"] * 1.2
+    )
 
 
 def test_oversubscribed_all_finish(quick):

@@ -61,7 +61,7 @@ def _measure(send, *commands):
 
 def _run(send, argv, file_limit, part):
     if part is not None:
-        writer._PART = part
+        writer.PART_BYTES = part
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     err = io.StringIO()

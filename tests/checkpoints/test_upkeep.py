@@ -102,7 +102,7 @@ def test_repair_then_convert_again(filled, tmp_path):
 
 
 def test_an_interrupted_conversion_goes_on_where_it_was(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "_PART", 1)
+    monkeypatch.setattr(writer, "PART_BYTES", 1)
     source = tiny.write_checkpoint(tmp_path / "src")
     put, done = writer.Writer.put_component, []
 
@@ -133,7 +133,7 @@ def test_an_interrupted_conversion_goes_on_where_it_was(cli, tmp_path, monkeypat
 
 
 def test_an_error_takes_back_what_was_moved_in(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "_PART", 1)
+    monkeypatch.setattr(writer, "PART_BYTES", 1)
     cli.ok("hf", tiny.write_checkpoint(tmp_path / "src"), "--name", "m")
     before = tiny.files_of(cli.zoo)
     bad = tiny.weights(CONFIG, seed=1)
