@@ -28,6 +28,7 @@ from jblock.engine.keeper import Keeper
 from jblock.engine.loading import Done, Loads, Targets, attempt, weights_of
 from jblock.engine.loop import Loop
 from jblock.engine.resident import Adapter, Lease
+from jblock.engine.watch import Watch
 from jblock.parallel.placement import Placement
 from jblock.zoo.records import Chain, ZooError
 from jblock.zoo.store import Zoo
@@ -36,6 +37,8 @@ T = TypeVar("T")
 
 # Between looks at what is waiting, when nothing runs.
 _STALL_SECONDS = 0.01
+# A step of a working engine takes a fraction of a second, a few where a machine swaps.
+_STUCK_SECONDS = 300.0
 
 # What the loop's thread is told: a request, the id of one to cancel, something to do between two steps,
 # or None to end.
@@ -78,6 +81,7 @@ class ThreadEngine:
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._outbox = outbox or queue.SimpleQueue()
         self._death: BaseException | None = None
+        self._watch = Watch()
         self._keeper = Keeper(zoo, assembly, device, config, self._warm, self._switch)
         if config.host_kv_memory_mb:
             device.rates = swap.measure(device, assembly)
@@ -113,7 +117,7 @@ class ThreadEngine:
         """Outputs since the last call; waits up to `timeout` seconds for the first.
 
         Raises:
-          EngineDied: the loop is gone.
+          EngineDied: the loop is gone, or has been in one step for minutes.
         """
         try:
             outputs = list(self._outbox.get(timeout=timeout))
@@ -222,9 +226,14 @@ class ThreadEngine:
         self._keeper.widen(targets).add_done_callback(answer)
 
     def check_alive(self) -> None:
-        """Raises EngineDied if the loop is gone."""
+        """Raises EngineDied if the loop is gone or stuck."""
         if not self._thread.is_alive():
             raise EngineDied(f"the engine's loop ended: {self._death or 'it was closed'}")
+        if self._watch.seconds() > _STUCK_SECONDS:
+            raise EngineDied(
+                f"the engine's loop has been in one step for over {_STUCK_SECONDS:.0f} seconds: a "
+                "device call does not return; restart the server, and look at the device's own log"
+            )
 
     def _measure(self) -> bool:
         """Times one call of a program, if that disturbs nobody: a request that comes meanwhile waits for
@@ -254,7 +263,8 @@ class ThreadEngine:
                 if idle and self._inbox.empty() and self._measure():
                     continue
                 wait = None if idle and self._measured.is_set() else _STALL_SECONDS
-                message = self._inbox.get(block=idle or self._loop.stalled, timeout=wait)
+                with self._watch.rest():
+                    message = self._inbox.get(block=idle or self._loop.stalled, timeout=wait)
             except queue.Empty:
                 return True
             if message is None:
