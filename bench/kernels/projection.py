@@ -15,20 +15,25 @@ from jblock.blocks import linear
 from jblock.blocks.platform import here
 from jblock.pallas_kernels.native import matmul as native
 
-ROWS = (1, 8, 32, 64)
+ROWS = (1, 4, 8, 16, 32, 64)
 
 
 def backend() -> str:
     """What serves bfloat16 weights of few rows here."""
     probe = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
-    return "native" if here().amx and native.serves(1, probe) else "xla"
+    return "native" if here().amx and native.serves(1, [probe]) else "xla"
 
 
 def cases(quick: bool) -> list[Case]:
-    """A decoding batch in bfloat16 by each, and in float32."""
+    """A decoding batch in either dtype by each."""
     rows = ROWS[:1] if quick else ROWS
-    forms = {"bfloat16": linear.matmul, "bfloat16 xla": linear.by_xla, "float32": linear.matmul}
-    return [_case(name, form, count, quick) for name, form in forms.items() for count in rows]
+    forms = {"": linear.matmul, " xla": linear.by_xla}
+    return [
+        _case(f"{dtype}{name}", form, count, quick)
+        for dtype in ("bfloat16", "float32")
+        for name, form in forms.items()
+        for count in rows
+    ]
 
 
 def tunes(case: Case) -> list[Any]:

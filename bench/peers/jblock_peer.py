@@ -14,6 +14,7 @@ from bench.peers.load import Clock, main
 
 # Longer than the longest compilation: nothing else tells that the background has settled.
 _SETTLE_S = 15.0
+_STEP_MS = 2000
 
 
 class JblockPeer:
@@ -41,6 +42,8 @@ class JblockPeer:
                 *("--port_file", str(port_file), "--models", ",".join(models)),
                 *("--dtype", spec["dtype"], "--max_num_seqs", str(streams)),
                 *("--max_model_len", str(sizes["max_len"]), "--metrics_port", "0"),
+                # Work that comes at once and is waited for as a whole: throughput, not smooth streams.
+                *("--step_ms", str(_STEP_MS)),
             ],
             stdout=subprocess.PIPE,
             stderr=self._log,

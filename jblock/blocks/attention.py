@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 import jax
 from flax import nnx
 
-from jblock.blocks.linear import Linear
+from jblock.blocks.linear import Linear, project
 from jblock.blocks.norm import Norm
-from jblock.blocks.rope import inverse_frequencies, rotate
+from jblock.blocks.rope import inverse_frequencies, rotate, turns
 from jblock.blocks.rows import Rows
 from jblock.blocks.slots import Slots
 from jblock.blocks.spec import AttentionSpec
@@ -46,21 +46,20 @@ class Attention(nnx.Module):
         spec = self.spec
         normed = x if self.norm is None else self.norm(x, rows)
 
-        def heads(projection: Linear, norm: Norm | None) -> jax.Array:
-            y = projection(normed, rows)
+        def heads(y: jax.Array, norm: Norm | None) -> jax.Array:
             if norm is not None and spec.qk_norm_joint:
                 y = norm(y, rows)
             # As many heads as the device has.
             y = y.reshape(rows.num_seqs, rows.q_len, -1, spec.head_dim)
             return y if norm is None or spec.qk_norm_joint else norm(y, rows)
 
-        q, k = heads(self.q, self.q_norm), heads(self.k, self.k_norm)
-        v = heads(self.v, None)
+        q, k, v = project((self.q, self.k, self.v), normed, rows)
+        q, k, v = heads(q, self.q_norm), heads(k, self.k_norm), heads(v, None)
         if spec.rope is not None:
             inv_freq = inverse_frequencies(spec.rope, spec.head_dim)
-            scale = spec.rope.attention_factor
-            q = rotate(q, rows.positions, inv_freq, scale)
-            k = rotate(k, rows.positions, inv_freq, scale)
+            scale, on_cpu = spec.rope.attention_factor, rows.platform.name == "cpu"
+            cos, sin = turns(rows.positions, inv_freq, scale, materialized=on_cpu)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         k, v = self._with_prefix("k", k, rows), self._with_prefix("v", v, rows)
         out = attend(q, k, v)
         out = self.o(out.reshape(x.shape[0], -1), rows)

@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from jblock.blocks.activation import ACTIVATIONS
-from jblock.blocks.linear import Linear
+from jblock.blocks.linear import Linear, project
 from jblock.blocks.norm import Norm
 from jblock.blocks.rows import Rows
 from jblock.blocks.slots import Slots
@@ -46,8 +46,11 @@ class Ffn(nnx.Module):
         source = x if source is None else source
         normed = source if self.norm is None else self.norm(source, rows)
         activation = ACTIVATIONS[self.spec.activation]
-        up = self.up(normed, rows)
-        inner = activation(up) if self.gate is None else activation(self.gate(normed, rows)) * up
+        if self.gate is None:
+            inner = activation(self.up(normed, rows))
+        else:
+            gate, up = project((self.gate, self.up), normed, rows)
+            inner = activation(gate) * up
         out = self.down(inner, rows)
         out = out if self.post_norm is None else self.post_norm(out, rows)
         return self.slots.add_residual(x, out, rows)

@@ -1,6 +1,6 @@
 """Projections, with what each row's own delta makes of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,8 @@ def matmul(
       transposed: how the weight lies; None: as projections do there (`Platform.out_in`).
     """
     transposed = platform.out_in if transposed is None else transposed
-    if platform.amx and transposed and native_matmul.serves(x.shape[0], weight):
-        return native_matmul.matmul(x, weight)
+    if platform.amx and transposed and native_matmul.serves(x.shape[0], [weight]):
+        return native_matmul.matmul(x, [weight])[0]
     return by_xla(x, weight, platform, transposed=transposed)
 
 
@@ -149,17 +149,38 @@ class Linear(nnx.Module):
         few_bits = isinstance(self.weight, Quantised)
         return not few_bits and self.bias is None and self.slots.empty
 
+    @property
+    def scales_input(self) -> bool:
+        """Whether a delta scales what it reads, for itself."""
+        return f"{self.name}.in_scale" in self.slots
+
     def __call__(self, x: jax.Array, rows: Rows) -> jax.Array:
         """[T, in] -> [T, out], float32."""
-        name, slots = self.name, self.slots
-        x = slots.scaled(f"{name}.in_scale", x, rows)
+        x = self.slots.scaled(f"{self.name}.in_scale", x, rows)
         if isinstance(self.weight, Quantised):
             y = self.weight(x, rows.platform)
         else:
             y = matmul(x, self.weight[...], rows.platform)
+        return self._finished(y, x, rows)
+
+    def _finished(self, y: jax.Array, x: jax.Array, rows: Rows) -> jax.Array:
+        """The product of x and the weight, with all that comes on top."""
+        name, slots = self.name, self.slots
         y = slots.add_bits(name, slots.add_lora(name, y, x, rows), x, rows)
         if self.partial and rows.mesh_axes:
             y = jax.lax.psum(y, rows.mesh_axes)
         y = slots.scaled(f"{name}.scale", y, rows)
         bias = slots.own(f"{name}.bias", None if self.bias is None else self.bias[...], rows)
         return y if bias is None else y + bias
+
+
+def project(projections: Sequence[Linear], x: jax.Array, rows: Rows) -> list[jax.Array]:
+    """What each of them makes of x [T, in]: one product of all their weights where there is code for it
+    (`native_matmul`), so that threads are woken, and x is laid, once."""
+    weights = [p.weight for p in projections]
+    if rows.platform.amx and rows.platform.out_in and not any(p.scales_input for p in projections):
+        arrays = [w[...] for w in weights if isinstance(w, nnx.Param)]
+        if len(arrays) == len(weights) and native_matmul.serves(x.shape[0], arrays):
+            products = native_matmul.matmul(x, arrays)
+            return [p._finished(y, x, rows) for p, y in zip(projections, products, strict=True)]
+    return [p(x, rows) for p in projections]

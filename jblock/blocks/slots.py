@@ -43,6 +43,10 @@ class Slots:
         """Whether there are no tables."""
         return not self._tables
 
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a table of this name."""
+        return name in self._tables
+
     def own(self, name: str, base: jax.Array | None, rows: Rows | None) -> jax.Array | None:
         """A vector of the component: `base [width]` where nobody has one of their own, else [T, width]
         with each row's; no base is zeros."""

@@ -101,9 +101,14 @@ class Profile:
         return self._memo[key]
 
     def _block_seconds(self, instance: Instance, bucket: Bucket) -> float | None:
-        known = self._measured(instance, bucket)
-        if known is not None:
-            return known
+        if self._measured(instance, bucket) is not None:
+            # No grid takes longer than one of more sequences: where it seems to, something else ran.
+            larger = (
+                self._measured(instance, b)
+                for b in self._device.buckets
+                if b.q_len == bucket.q_len and b.num_seqs >= bucket.num_seqs
+            )
+            return min(seconds for seconds in larger if seconds is not None)
         rows = bucket.num_seqs * bucket.q_len
         others = sorted(
             (b for b in self._device.buckets if (b.q_len > 1) == (bucket.q_len > 1)),

@@ -1,4 +1,4 @@
-"""The CPU's own bfloat16 product against numpy, and that a row's bits are its own."""
+"""The CPU's own products against numpy, and that a row's bits are its own."""
 
 import jax
 import jax.numpy as jnp
@@ -15,36 +15,65 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def arrays(count, out, width):
+def arrays(count, out, width, dtype="bfloat16"):
     rng = np.random.default_rng(count * out)
     x = rng.standard_normal((count, width)).astype(np.float32)
-    weight = jnp.asarray(rng.standard_normal((out, width)), jnp.bfloat16)
+    weight = jnp.asarray(rng.standard_normal((out, width)), dtype)
     return x, weight
 
 
-@pytest.mark.parametrize("count", [1, 3, 16, 17, 33, 64])
+def alone(x, weight):
+    return native.matmul(x, [weight])[0]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("count", [1, 3, 7, 8, 16, 17, 32, 64])
 @pytest.mark.parametrize(("out", "width"), [(32, 32), (96, 160), (1024, 96), (64, 2816)])
-def test_multiplies(count, out, width):
-    x, weight = arrays(count, out, width)
-    assert native.serves(count, weight)
-    got = jax.jit(native.matmul)(x, weight)
-    rounded = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32)
-    wanted = rounded @ np.asarray(weight, np.float32).T
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+def test_multiplies(count, out, width, dtype):
+    x, weight = arrays(count, out, width, dtype)
+    if not native.serves(count, [weight]):
+        assert (dtype, count) == ("float32", 64)
+        return
+    got = jax.jit(alone)(x, weight)
+    rounded = np.asarray(jnp.asarray(x, dtype), np.float64)
+    wanted = rounded @ np.asarray(weight, np.float64).T
+    close = 5e-6 if dtype == "float32" else 1e-5
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=close * np.abs(wanted).max())
 
 
-def test_a_rows_bits_are_its_own():
-    x, weight = arrays(64, 256, 512)
-    together = np.asarray(jax.jit(native.matmul)(x, weight))
-    for rows in (slice(0, 1), slice(5, 12), slice(20, 53)):
-        np.testing.assert_array_equal(jax.jit(native.matmul)(x[rows], weight), together[rows])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("count", [2, 24])
+def test_several_weights_at_once(count, dtype):
+    x, _ = arrays(count, 32, 512)
+    weights = [arrays(1, out, 512, dtype)[1] for out in (1024, 32, 320)]
+    together = jax.jit(lambda x, *w: native.matmul(x, w))(x, *weights)
+    for got, weight in zip(together, weights, strict=True):
+        np.testing.assert_array_equal(got, jax.jit(alone)(x, weight))
 
 
-def test_poison_stays_in_its_row():
-    x, weight = arrays(8, 64, 64)
-    clean = np.asarray(jax.jit(native.matmul)(x, weight))
+@pytest.mark.parametrize(
+    ("dtype", "of", "parts"),
+    [
+        ("bfloat16", 64, (slice(0, 1), slice(5, 12), slice(20, 53))),
+        # In float32 up to 8 rows are summed in one order, and more in another.
+        ("float32", 8, (slice(0, 1), slice(5, 8), slice(1, 8))),
+        ("float32", 32, (slice(0, 9), slice(5, 15), slice(3, 30))),
+    ],
+)
+def test_a_rows_bits_are_its_own(dtype, of, parts):
+    x, weight = arrays(of, 256, 512, dtype)
+    together = np.asarray(jax.jit(alone)(x, weight))
+    for rows in parts:
+        np.testing.assert_array_equal(jax.jit(alone)(x[rows], weight), together[rows])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("count", [8, 20])
+def test_poison_stays_in_its_row(count, dtype):
+    x, weight = arrays(count, 64, 64, dtype)
+    clean = np.asarray(jax.jit(alone)(x, weight))
     x[3] = np.nan
-    got = np.asarray(jax.jit(native.matmul)(x, weight))
+    got = np.asarray(jax.jit(alone)(x, weight))
     assert np.isnan(got[3]).all()
     np.testing.assert_array_equal(np.delete(got, 3, axis=0), np.delete(clean, 3, axis=0))
 
@@ -52,7 +81,12 @@ def test_poison_stays_in_its_row():
 @pytest.mark.parametrize(("out", "width"), [(48, 64), (64, 40)])
 def test_other_shapes_are_left_to_xla(out, width):
     x, weight = arrays(4, out, width)
-    assert not native.serves(4, weight)
+    assert not native.serves(4, [weight])
     got = jax.jit(lambda x, w: matmul(x, w, here()))(x, weight)
     wanted = x @ np.asarray(weight, np.float32).T
     np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-2 * np.abs(wanted).max())
+
+
+def test_rows_too_large_for_a_threads_stack_are_left_to_xla():
+    assert not native.serves(32, [jax.ShapeDtypeStruct((64, 16384), jnp.float32)])
+    assert native.serves(16, [jax.ShapeDtypeStruct((64, 16384), jnp.float32)])

@@ -128,6 +128,31 @@ class Buffer:
     dims: Value
 
 
+class Buffers:
+    """The arguments or the results of a call.
+
+    Attributes:
+      array: where the pointers to them lie.
+      count: how many there are (int64).
+    """
+
+    def __init__(self, f: Function, list_: Value, which: str, field: str):
+        at = layout()
+        self.array = f.pointer(list_, at(f"{which}.{field}"))
+        self.count = f.b.load(f.at(list_, at(f"{which}.size")), typ=I64)
+
+    def get(self, f: Function, i: Value | int) -> Buffer:
+        """One of them."""
+        return buffer_at(f, self.array, i)
+
+
+def buffer_at(f: Function, array: Value, i: Value | int) -> Buffer:
+    """Element i of `Buffers.array`."""
+    at = layout()
+    buffer = f.b.load(f.at(array, i, 8), typ=PTR)
+    return Buffer(f.pointer(buffer, at("Buffer.data")), f.pointer(buffer, at("Buffer.dims")))
+
+
 def handler(
     module: ir.Module,
     name: str,
@@ -136,6 +161,18 @@ def handler(
     body: Callable[[Function, Sequence[Buffer], Sequence[Buffer], Pool], None],
 ) -> None:
     """Adds the function `name` that XLA calls: `body` emits what it does with its buffers."""
+
+    def listed(f: Function, args: Buffers, results: Buffers, pool: Pool) -> None:
+        of = lambda buffers, count: [buffers.get(f, i) for i in range(count)]
+        body(f, of(args, num_args), of(results, num_results), pool)
+
+    open_handler(module, name, listed)
+
+
+def open_handler(
+    module: ir.Module, name: str, body: Callable[[Function, Buffers, Buffers, Pool], None]
+) -> None:
+    """`handler` of as many buffers as a call brings."""
     at = layout()
     f = Function(module, name, "p", PTR)
     frame = f.args[0]
@@ -160,16 +197,8 @@ def handler(
     with f.b.if_then(f.b.icmp_unsigned("!=", stage, I32(_EXECUTE))):
         f.b.ret(null)
 
-    def buffers(which: str, field: str, count: int) -> list[Buffer]:
-        array = f.pointer(frame, at(f"CallFrame.{which.lower()}") + at(f"{which}.{field}"))
-        out = []
-        for i in range(count):
-            buffer = f.pointer(array, 8 * i)
-            data = f.pointer(buffer, at("Buffer.data"))
-            out.append(Buffer(data, f.pointer(buffer, at("Buffer.dims"))))
-        return out
-
-    args, results = buffers("Args", "args", num_args), buffers("Rets", "rets", num_results)
+    args = Buffers(f, f.at(frame, at("CallFrame.args")), "Args", "args")
+    results = Buffers(f, f.at(frame, at("CallFrame.rets")), "Rets", "rets")
     pool = Pool(
         api=f.pointer(frame, at("CallFrame.api")), context=f.pointer(frame, at("CallFrame.ctx"))
     )

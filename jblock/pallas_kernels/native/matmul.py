@@ -1,31 +1,36 @@
-"""bfloat16 projections of few rows on a CPU with AMX in machine code of our own; see `matmul_kernel`.
+"""Projections of few rows on a CPU with AMX in machine code of our own; see `matmul_kernel`."""
 
-In float32 a kernel of the same kind was no faster than XLA's at 1 to 8 rows, and slower beyond.
-"""
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from jblock.pallas_kernels.native import targets
 
+_MOST_BYTES = 1 << 20
+"""Of x as float32: it is laid on the stack of a thread."""
 
-def serves(count: int, weight: jax.Array) -> bool:
-    """Whether `matmul` has code for so many rows of x and such a weight [out, in] on this machine."""
+
+def serves(count: int, weights: Sequence[jax.Array]) -> bool:
+    """Whether `matmul` has code for so many rows of x and such weights [out, in] on this machine."""
     if not targets.available() or not targets.has_amx():
         return False
-    from jblock.pallas_kernels.native import matmul_kernel as kernel
+    from jblock.pallas_kernels.native import matmul_items, matmul_kernel
 
+    first = weights[0]
     return (
-        weight.dtype == jnp.bfloat16
-        and count <= kernel.MOST_ROWS
-        and all(size % kernel.UNIT == 0 for size in weight.shape)
+        count <= matmul_kernel.MOST_ROWS.get(str(first.dtype), 0)
+        and 4 * (-(-count // 16) * 16) * first.shape[1] <= _MOST_BYTES
+        and all(w.dtype == first.dtype and w.shape[1] == first.shape[1] for w in weights)
+        and all(size % matmul_items.UNIT == 0 for w in weights for size in w.shape)
     )
 
 
-def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`x [T, in] @ weight [out, in].T`: float32 [T, out]. x is rounded to bfloat16 as the weight is."""
+def matmul(x: jax.Array, weights: Sequence[jax.Array]) -> list[jax.Array]:
+    """`x [T, in] @ weight [out, in].T` for each: float32 [T, out]. x is rounded as the weights are."""
+    count = x.shape[0]
     call = jax.ffi.ffi_call(
-        targets.target("matmul", x.shape[0]),
-        jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32),
+        targets.target("matmul", str(weights[0].dtype), count),
+        [jax.ShapeDtypeStruct((count, w.shape[0]), jnp.float32) for w in weights],
     )
-    return call(x.astype(jnp.float32), weight)
+    return list(call(x.astype(jnp.float32), *weights))
