@@ -63,7 +63,14 @@ def test_an_engine_whose_device_does_not_answer_dies_and_says_so(zoo, monkeypatc
         assert engine.poll(0.01) == []
         monkeypatch.setattr(agent, "_STUCK_SECONDS", 0.2)
         monkeypatch.setattr(engine._loop, "step", lambda: back.wait(60) and [])
-        engine.submit(Request("a", MODEL, (1, 2), SamplingParams(max_tokens=2)))
+        engine.submit(
+            Request(
+                request_id="a",
+                model=MODEL,
+                token_ids=(1, 2),
+                sampling=SamplingParams(max_tokens=2),
+            )
+        )
         with pytest.raises(EngineDied, match="in one step for over 0 seconds: a device call"):
             for _ in range(100):
                 engine.poll(0.05)
