@@ -28,7 +28,14 @@ class FusedDecode:
     Like the engine it enqueues a step before it reads the tokens of the one before.
     """
 
-    def __init__(self, route: Route, num_seqs: int, page_size: int, max_len: int):
+    def __init__(
+        self,
+        route: Route,
+        num_seqs: int,
+        page_size: int,
+        max_len: int,
+        kv_dtype: str = "float32",
+    ):
         """Compiles the step.
 
         Args:
@@ -36,6 +43,7 @@ class FusedDecode:
           num_seqs: rows of the step.
           page_size: tokens of a KV page.
           max_len: tokens the pages of one sequence hold.
+          kv_dtype: of the pages.
         """
         units = [u for i in route.instances for u in i.units]
         self._specs = tuple(s for u in units for s in u.signature.specs)
@@ -47,7 +55,11 @@ class FusedDecode:
             tuple(
                 jnp.zeros(a.shape, a.dtype)
                 for a in abstract_pages(
-                    1 + num_seqs * self._max_pages, page_size, s.num_kv_heads, s.head_dim
+                    1 + num_seqs * self._max_pages,
+                    page_size,
+                    s.num_kv_heads,
+                    s.head_dim,
+                    dtype=kv_dtype,
                 )
             )
             for s in attentions

@@ -62,6 +62,8 @@ QUICK = (
 KERNEL_TARGETS = ("tpu:v5e:1x1", "tpu:v6e:1x1", "tpu:v5p:1x1x1", "cuda:h200")
 KERNEL_MODELS = ("llama-3-8b", "gemma-3-27b-local", "gemma-3-27b", "mixtral-8x7b", "demo")
 QUICK_KERNELS = "tpu:v6e:1x1"  # one program of each op
+# By op: the arguments that a program updates in place.
+_DONATED = {"paged_attention": (3,), "grouped_delta_matmul": (0,)}
 _KERNELS = Path(__file__).parent / "pallas_kernels"
 
 
@@ -250,9 +252,7 @@ def _programs(
     chosen = tuple(m for m in shapes.MODELS if models is None or m.name in models)
     if placement.platform.name == "tpu":
         return shapes.programs("tpu", chosen, device_kind=placement.platform.kind)
-    # The Hopper kernel of attention has pages of this dtype only.
-    dtypes = {"dtypes": ("bfloat16",)} if op == "paged_attention" else {}
-    return shapes.programs("mosaic_gpu", chosen, **dtypes)
+    return shapes.programs("mosaic_gpu", chosen)
 
 
 def _lowering(
@@ -261,7 +261,7 @@ def _lowering(
     def on_chip(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return placement.struct(a.shape, a.dtype)
 
-    donated = (3,) if op == "paged_attention" else ()
+    donated = _DONATED.get(op, ())
     return lambda: placement.lower(function, donated, jax.tree.map(on_chip, arguments), None)
 
 

@@ -28,9 +28,9 @@ def cases(quick: bool) -> list[Case]:
     """Experts and variants of real models; on CPU of small ones."""
     small = [m for m in MODELS if m.name in ("qwen3-0.6b", "demo")]
     if quick:
-        return [_case(MODELS[-1], "up", shapes.TOKENS[0])]
+        return [case_of(MODELS[-1], "up", shapes.TOKENS[0])]
     models = small if backend() == "xla" else MODELS[:-1]
-    return [_case(model, "up", tokens) for model in models for tokens in shapes.TOKENS]
+    return [case_of(model, "up", tokens) for model in models for tokens in shapes.TOKENS]
 
 
 def tunes(case: Case) -> list[Blocks]:
@@ -58,7 +58,8 @@ def _sizes(rows: int, variants: int) -> np.ndarray:
     return sizes
 
 
-def _case(model: Model, projection: str, tokens: int) -> Case:
+def case_of(model: Model, projection: str, tokens: int) -> Case:
+    """Rows of all variants, some with many and some with none."""
     _, (x, weights, _) = shapes.program(backend(), model, projection, tokens)
     (rows, width), out = x.shape, weights[0].shape[0]
     moved, flops = shapes.needed(model, projection, rows, _sizes(rows, len(weights)).tolist())

@@ -29,10 +29,10 @@ def cases(quick: bool) -> list[Case]:
     """Decoding and prefill with adapters of rank 16 on projections of real models; on CPU of small ones."""
     small = [m for m in MODELS if m.name == "qwen3-0.6b"]
     if quick:
-        return [_case(MODELS[-1], "up", *shapes.BATCHES["decode"])]
+        return [case_of(MODELS[-1], "up", *shapes.BATCHES["decode"])]
     models = small if backend() == "xla" else MODELS[:-1]
     return [
-        _case(model, projection, *batch)
+        case_of(model, projection, *batch)
         for model in models
         for projection in ("up", "down")
         for batch in shapes.BATCHES.values()
@@ -51,14 +51,15 @@ def save(best: Mapping[Shape, tuple[Blocks, float]]) -> Path:
     return TUNING.save(jax.devices()[0].device_kind, best)
 
 
-def _case(model: Model, projection: str, rows: int, groups: int) -> Case:
+def case_of(model: Model, projection: str, rows: int, groups: int, pieces: int = _PIECES) -> Case:
+    """As many rows for each of `groups` adapters, which have `pieces` pieces each."""
     width, out = model.projections[projection]
-    moved, flops = shapes.needed(model, projection, [rows // groups] * groups, [_PIECES] * groups)
+    moved, flops = shapes.needed(model, projection, [rows // groups] * groups, [pieces] * groups)
     return Case(
         name=f"{model.name} {projection} {rows} rows {groups} adapters",
         moved=moved,
         flops=flops,
-        make=functools.partial(_make, model, projection, rows, groups),
+        make=functools.partial(_make, model, projection, rows, groups, pieces),
         shape=Shape(
             rows=1 << (rows - 1).bit_length(),
             groups=groups,
@@ -72,14 +73,16 @@ def _case(model: Model, projection: str, rows: int, groups: int) -> Case:
     )
 
 
-def _make(model: Model, projection: str, rows: int, groups: int) -> tuple[list[Any], Any]:
+def _make(
+    model: Model, projection: str, rows: int, groups: int, count: int
+) -> tuple[list[Any], Any]:
     _, args = shapes.program(backend(), model, projection, rows, groups)
     keys = jax.random.split(jax.random.key(0), 4)
     arrays = [
         jax.random.normal(k, s.shape, s.dtype) / 64 for k, s in zip(keys, args[:4], strict=True)
     ]
     pieces = np.zeros(args[4].shape, np.int32)
-    pieces[:, :_PIECES] = 1 + np.arange(groups * _PIECES).reshape(groups, -1)
+    pieces[:, :count] = 1 + np.arange(groups * count).reshape(groups, -1)
     sizes = np.full(groups, rows // groups, np.int32)
 
     def call(y, x, a, b, pieces, sizes, blocks=None):

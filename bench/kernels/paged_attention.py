@@ -29,15 +29,15 @@ def cases(quick: bool) -> list[Case]:
     small = shapes.Model(name="250m", heads=16, kv_heads=8, head_dim=64)
     demo = shapes.MODELS[-1]
     if quick:
-        return [_case(demo, 4, 1, 64, 16, "float32"), _case(demo, 2, 16, 32, 16, "float32")]
+        return [case_of(demo, 4, 1, 64, 16, "float32"), case_of(demo, 2, 16, 32, 16, "float32")]
     if backend() in ("xla", "native"):
         return [
-            _case(small, 32, new, 1024, 64, dtype)
+            case_of(small, 32, new, 1024, 64, dtype)
             for dtype in ("float32", "int8")
             for new in (1, 128)
         ]
     return [
-        _case(model, 64 if new == 1 else 4, new, total, shapes.PAGE_SIZE, dtype)
+        case_of(model, 64 if new == 1 else 4, new, total, shapes.PAGE_SIZE, dtype)
         for model in shapes.MODELS[:-1]
         for dtype in shapes.DTYPES
         for new, total in (_DECODE, _PREFILL)
@@ -74,7 +74,7 @@ def save(best: Mapping[Shape, tuple[Blocks, float]]) -> Path:
     return TUNING.save(jax.devices()[0].device_kind, best)
 
 
-def _case(
+def case_of(
     model: shapes.Model, num_seqs: int, new: int, total: int, page_size: int, dtype: str
 ) -> Case:
     """`num_seqs` sequences of `total` tokens, the last `new` of them computed."""

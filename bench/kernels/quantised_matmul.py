@@ -28,11 +28,11 @@ def backend() -> str:
 def cases(quick: bool) -> list[Case]:
     """Projections of real models; on CPU of one model of 8 billion parameters."""
     if quick:
-        return [_case(MODELS[-1], "up", shapes.ROWS[0], bits) for bits in (8, 4)]
+        return [case_of(MODELS[-1], "up", shapes.ROWS[0], bits) for bits in (8, 4)]
     models = MODELS[:1] if backend() == "xla" else MODELS[:-1]
     sizes = shapes.ROWS if jax.default_backend() != "cpu" else (1, 8, 32, 256)
     return [
-        _case(model, projection, rows, bits)
+        case_of(model, projection, rows, bits)
         for model in models
         for projection in ("up", "down")
         for rows in sizes
@@ -59,7 +59,8 @@ def save(best: Mapping[Shape, tuple[Blocks, float]]) -> Path:
     return TUNING.save(jax.devices()[0].device_kind, best)
 
 
-def _case(model: Model, projection: str, rows: int, bits: int) -> Case:
+def case_of(model: Model, projection: str, rows: int, bits: int) -> Case:
+    """Rows by a projection of few bits."""
     width, out = model.projections[projection]
     moved, flops = shapes.needed(model, projection, rows, bits)
     return Case(

@@ -57,5 +57,8 @@ _ALL = (
     ),
     Scenario("deltas", "bytes against accuracy of compressed fine-tunes and quantised models"),
     Scenario("kernels", "each kernel alone on this device, over what copies and matmuls reach"),
+    Scenario(
+        "gpu", "the Hopper kernels' tests and figures on a lent GPU; says so if there is none"
+    ),
 )
 SCENARIOS = {s.name: s for s in _ALL}

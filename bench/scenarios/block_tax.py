@@ -49,7 +49,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(
-    shape: ModelShape, args: argparse.Namespace, steps: int
+    shape: ModelShape,
+    args: argparse.Namespace,
+    steps: int,
+    sizes: tuple[int, ...] = (1, 8, 32),
+    kv_dtype: str = "float32",
 ) -> tuple[dict[int, float], dict[str, Any], int]:
     """Median ratio by batch size, its spread and both step times, and compiles while serving.
 
@@ -57,7 +61,6 @@ def measure(
     round starts and ends with an idle device. Both are at the same position of their sequences.
     """
     rounds = 2 if args.quick else args.rounds
-    sizes = (1, 8, 32)
     # Warm-up, the rounds, and the lone steps.
     decoded = steps * (rounds + 1) + rounds + 8
     length = -(-(_PROMPT + decoded) // _PAGE) * _PAGE
@@ -65,10 +68,11 @@ def measure(
     zoo.add_base("base")
     config = EngineConfig(
         dtype=args.dtype,
-        max_num_seqs=32,
+        max_num_seqs=max(sizes),
         max_model_len=length,
         page_size=_PAGE,
-        kv_memory_mb=1 + 4 * 32 * shape.kv_floats_per_token * length // 10**6,
+        kv_dtype=kv_dtype,
+        kv_memory_mb=1 + 4 * max(sizes) * shape.kv_floats_per_token * length // 10**6,
         decode_sizes=sizes,
         prefill_grids=((8, _PROMPT),),
     )
@@ -76,7 +80,7 @@ def measure(
     stepper = Stepper(zoo, zoo.served, config, args.cache)
     ratios, detail = {}, {}
     for n in sizes:
-        fused = FusedDecode(stepper.assembly.routes["base"], n, _PAGE, length)
+        fused = FusedDecode(stepper.assembly.routes["base"], n, _PAGE, length, kv_dtype)
         ids = stepper.fill(["base"] * n, _PROMPT, decoded + 4)
         fused.position = _PROMPT
         stepper.steps(steps, n), fused.steps(steps)

@@ -1,7 +1,9 @@
 """Which module of an op serves which platform: the choice all ops share."""
 
+import contextlib
 import importlib
 import importlib.util
+from collections.abc import Iterator
 from types import ModuleType
 
 import jax
@@ -11,7 +13,8 @@ from jblock.pallas_kernels.native import targets
 BACKENDS = ("xla", "native", "tpu", "mosaic_gpu")
 """Modules of an op's folder. One is imported when used: Pallas takes a while, and CPU needs none of it."""
 
-# Not yet "gpu": the Mosaic GPU kernels are for Hopper and bfloat16 only, and never met a device.
+# Not yet "gpu": the Mosaic GPU kernels are for Hopper only, and never met a device. `python -m bench gpu`
+# runs them on one.
 _OF_PLATFORM = {"tpu": "tpu"}
 
 
@@ -21,6 +24,21 @@ def backend_of(platform: str | None = None) -> str:
     if platform == "cpu" and targets.available():
         return "native"
     return _OF_PLATFORM.get(platform, "xla")
+
+
+@contextlib.contextmanager
+def serving(platform: str, backend: str) -> Iterator[None]:
+    """While inside, a platform is served by another backend than its own: for measuring one that is not, or
+    not yet, the default."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is not known; give one of {', '.join(BACKENDS)}")
+    before = dict(_OF_PLATFORM)
+    _OF_PLATFORM[platform] = backend
+    try:
+        yield
+    finally:
+        _OF_PLATFORM.clear()
+        _OF_PLATFORM.update(before)
 
 
 def module(op: str, backend: str | None = None) -> ModuleType:

@@ -14,20 +14,31 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+SHARED_MEMORY = 227 * 1024 - 2048
+"""Bytes of shared memory a block may use on sm_90, less a little for barriers."""
+
+MULTIPROCESSORS = 132
+
 # jax 0.10 wants an index; later ones take none.
 _NO_INDEX: tuple[Any, ...] = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
 
 
+def bits_of(dtype: Any) -> int:
+    """Bits of a value in memory, where two of int4 share a byte."""
+    return 4 if jnp.dtype(dtype) == jnp.int4 else jnp.dtype(dtype).itemsize * 8
+
+
 def swizzle_columns(columns: int, dtype: Any) -> int:
     """Columns of one tile of `swizzled` memory: as many as the widest swizzle that divides a row."""
-    bits = jnp.dtype(dtype).itemsize * 8
+    bits = bits_of(dtype)
     return int(plgpu.find_swizzle(columns * bits)) * 8 // bits
 
 
-def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory for a wgmma operand: [..., rows, columns], tiled and swizzled as TMA writes it."""
-    columns = swizzle_columns(shape[-1], dtype)
-    swizzle = columns * jnp.dtype(dtype).itemsize
+def swizzled(shape: tuple[int, ...], dtype: Any, columns: int | None = None) -> Any:
+    """Shared memory for a wgmma operand: [..., rows, columns], tiled and swizzled as TMA writes it; columns:
+    of a tile, which is what can be read at a time; None: the most there can be."""
+    columns = columns or swizzle_columns(shape[-1], dtype)
+    swizzle = columns * bits_of(dtype) // 8
     transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
@@ -101,3 +112,29 @@ def iota(shape: tuple[int, int], dimension: int) -> jax.Array:
 def load(ref: Any) -> jax.Array:
     """A [64 * i, 8 * j] array of 16 or 32 bit values from shared memory, in an accumulator's layout."""
     return plgpu.load(ref, *_NO_INDEX, layout=plgpu.Layout.WGMMA, optimized=False)
+
+
+def load_8_bits(ref: Any) -> jax.Array:
+    """A [64, 8 * j] array of int8 or float8_e4m3fn from shared memory as float32; layout as of `load`."""
+    values = load(ref)
+    return (values.astype(jnp.bfloat16) if ref.dtype == jnp.int8 else values).astype(jnp.float32)
+
+
+def load_rows(ref: Any) -> jax.Array:
+    """A [64] vector of float32 from shared or device memory, one value for each of an accumulator's rows."""
+    return plgpu.load(ref, *_NO_INDEX, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+
+def load_widened(ref: Any) -> jax.Array:
+    """A [64, k] array of int8 or int4 from shared memory as bfloat16, laid out as a matmul's left operand."""
+    if ref.dtype == jnp.int4:
+        values = plgpu.load(ref, *_NO_INDEX, layout=plgpu.Layout.WGMMA_UPCAST_4X, optimized=False)
+        return plgpu.layout_cast(values, plgpu.Layout.WGMMA).astype(jnp.bfloat16)
+    values = plgpu.load(ref, *_NO_INDEX, layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
+    return plgpu.layout_cast(values.astype(jnp.bfloat16), plgpu.Layout.WGMMA)
+
+
+def store_transposed(ref: Any, value: jax.Array) -> None:
+    """Stores an accumulator [64, n] as [n, 64] into `swizzled` shared memory."""
+    value = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
+    plgpu.transpose_ref(ref, (1, 0))[...] = value

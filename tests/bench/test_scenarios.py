@@ -14,7 +14,7 @@ import pytest
 
 from bench.__main__ import main, parse
 from bench.kernels import OPS
-from bench.scenarios import SCENARIOS, overlap, zoo
+from bench.scenarios import SCENARIOS, gpu, overlap, zoo
 
 KEYS = {
     "block_tax": {"b1", "b8", "b32", "demo"},
@@ -47,6 +47,7 @@ KEYS = {
     "zoo": {"stored_over_logical"},
     "convert": {"speed_over_copy_and_hash", "peak_rss_gb", "repeated_bytes"},
     "kernels": set(OPS),
+    "gpu": {"not_run"},
     "deltas": {"accuracy_change_at_8x"},
 }
 
@@ -79,7 +80,7 @@ def test_every_scenario_is_held_to_its_keys():
 
 
 # They run no engine, so there is no such figure.
-_NO_SERVING = {"kernels", "equivalence", "zoo", "convert", "deltas"}
+_NO_SERVING = {"kernels", "equivalence", "zoo", "convert", "deltas", "gpu"}
 # Start processes that compile everything, or several engines.
 _LONG = {"coldstart", "kv", "peers", "stalls"}
 
@@ -94,7 +95,7 @@ def test_quick_run(name, quick):
         assert line["compiles_on_serving_path"] == 0
     figures = line[name]
     assert KEYS[name] <= set(figures)
-    if name in ("peers", "kernels"):
+    if name in ("peers", "kernels", "gpu"):
         return  # One object an engine, which test_peers.py knows, or an op: see below.
     signed = ("accuracy_delta", "accuracy_change_at_8x")
     assert all(value >= 0 for key, value in figures.items() if key not in signed)
@@ -111,6 +112,22 @@ def test_kernels_are_measured_and_tuned_where_there_is_something_to_tune(quick):
         assert backend in ("xla", "native") and op
         assert all(0 < value < 1e6 for case in op.values() for value in case.values())
         assert line["tuned"][name] == f"nothing to tune: backend {backend}"
+
+
+def test_without_a_gpu_nothing_is_claimed_of_one(quick):
+    line = quick("gpu")
+    assert line["gpu"] == {"not_run": "there is no GPU here: jax computes on cpu"}
+    assert "device" not in line
+
+
+def test_every_figure_of_a_gpu_can_be_measured():
+    """On CPU, whose own kernels serve then: nothing fails for the script's own sake."""
+    figures = gpu.matmuls(quick=True)
+    theirs = figures.pop("jax")
+    figures |= gpu.attention(quick=True)
+    theirs |= figures.pop("jax")
+    assert len(theirs) == 3 and all("failed" in x for x in theirs.values()), "they want a GPU"
+    assert len(figures) == 6 + 4 + 2 + 6 and "failed" not in str(figures)
 
 
 def test_sharing_says_the_same_as_one_model_each(quick):

@@ -1,19 +1,21 @@
-"""Runs the Hopper kernel in jax's Mosaic GPU interpreter, in a process of its own.
+"""Runs the Hopper kernels in jax's Mosaic GPU interpreter, in a process of its own.
 
 The interpreter gives every warpgroup a thread, each of which blocks one of XLA's: with the pool of a
 small machine they wait for each other for ever. The pool's size is read when jax starts (NPROC), so the
 cases run in a worker that was started with enough.
 
-What of the kernel the interpreter (jax 0.10 to 0.12) cannot run is in `jblock/.../hopper.py` and is
+What of the kernels the interpreter (jax 0.10 to 0.12) cannot run is in `jblock/.../hopper.py` and is
 replaced here: register layouts (there are none), matmuls with an operand in registers or a transposed
-one, and products summed in registers across matmuls. Copies, barriers, loops over pages, masks and warp
-specialisation run as they stand.
+one, products summed in registers across matmuls, and transposed stores; copies that add to what is there,
+which it lacks too, are added to it. Copies, barriers, loops over pages, masks and warp specialisation run
+as they stand.
 """
 
 import dataclasses
 import functools
 import os
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
@@ -27,15 +29,40 @@ THREADS = 8
 
 
 def served(case: Case) -> Case:
-    """The case itself, or the nearest one within what the kernel serves, which is: bfloat16 pages (sm_90
-    has no float32 matmul, and 8-bit pages are not built; both are the XLA backend's), pages of 8 tokens
-    or more, heads of 16 or more."""
+    """The case itself, or the nearest one within what the kernel serves, which is: pages of bfloat16 or 8
+    bits (sm_90 has no float32 matmul: that is the XLA backend's), of 8 tokens or more, with 8 bits 64; heads
+    of 16 or more."""
+    wide = case.kv in ("float32", "bfloat16")
     return dataclasses.replace(
         case,
-        kv="bfloat16",
-        page_size=max(case.page_size, 8),
+        kv="bfloat16" if wide else case.kv,
+        page_size=max(case.page_size, 8 if wide else 64),
         head_dim=max(case.head_dim, 16),
     )
+
+
+def served_grouped(cases: Iterable[Any]) -> list[Any]:
+    """Cases of the grouped matmuls, or the nearest the kernels serve: bfloat16, widths in whole 64."""
+    changed = (
+        dataclasses.replace(c, dtype="bfloat16", width=_up(c.width), out=_up(c.out)) for c in cases
+    )
+    return list(dict.fromkeys(changed))
+
+
+def served_quantised(cases: Iterable[Any]) -> list[Any]:
+    """Likewise of the quantised one: rows of bfloat16, groups and columns in whole 64."""
+    changed = []
+    for c in cases:
+        groups = c.width // (c.group or c.width)
+        group = _up(c.width // groups)
+        changed.append(
+            dataclasses.replace(c, x="bfloat16", group=group, width=groups * group, out=_up(c.out))
+        )
+    return list(dict.fromkeys(changed))
+
+
+def _up(n: int) -> int:
+    return -(-n // 64) * 64
 
 
 def start() -> ProcessPoolExecutor:
@@ -122,25 +149,31 @@ def run(
     return Result(got, wanted, races, **_COUNTS)
 
 
-def run_op(op: str, case: Any) -> dict[str, int]:
+def run_op(op: str, case: Any, plan: dict[str, Any] | None = None) -> dict[str, int]:
     """In the worker: holds the Mosaic GPU backend of another op to a case; returns what was counted.
 
     Args:
-      op: "grouped_block_matmul" or another that `holds` knows.
+      op: one that `holds` knows.
       case: of that op's table, in bfloat16.
+      plan: fields of the op's Plan to set otherwise than its make_plan does.
     """
     import importlib
 
     import jax
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-    from tests.pallas_kernels import grouped_cases
+    from tests.pallas_kernels import grouped_cases, quantised_cases
 
     holds = {
         "grouped_block_matmul": grouped_cases.hold_block,
+        "grouped_delta_matmul": grouped_cases.hold_delta,
+        "quantised_matmul": quantised_cases.hold,
     }
     module = importlib.import_module(f"jblock.pallas_kernels.{op}.mosaic_gpu")
     params = InterpretGPUParams(uninitialized_memory="nan", out_of_bounds_reads="uninitialized")
+    if plan:
+        made = module.make_plan
+        module.make_plan = lambda **shape: dataclasses.replace(made(**shape), **plan)
 
     @jax.jit
     def multiply(*args):
@@ -150,15 +183,24 @@ def run_op(op: str, case: Any) -> dict[str, int]:
         _COUNTS.update(read=0, written=0, flops=0)
         return jax.block_until_ready(multiply(*args))
 
-    holds[op](case, counted)
+    try:
+        holds[op](case, counted)
+    finally:
+        if plan:
+            module.make_plan = made
     return dict(_COUNTS)
 
 
 def _fill(q: Any, k: Any, v: Any, pages: Any, ragged: Any) -> tuple[Any, tuple[Any, ...]]:
     """As the op, for sequences that had nothing cached, but without attending."""
-    filled = []
+    from jblock.pallas_kernels.paged_attention.quantize import quantize
+
+    filled, stored = [], (k, v)
+    if len(pages) > 2:
+        (k, k_scale), (v, v_scale) = (quantize(a, pages[0].dtype) for a in stored)
+        stored = (k, v, k_scale, v_scale)
     table = np.asarray(ragged.page_table)
-    for rows, old in zip((k, v), pages, strict=True):
+    for rows, old in zip(stored, pages, strict=True):
         rows, new = np.asarray(rows), np.array(old)
         for s, (row, n) in enumerate(
             zip(ragged.row_starts.tolist(), ragged.q_lens.tolist(), strict=True)
@@ -178,7 +220,7 @@ def _prepare() -> None:
 
     from jblock.pallas_kernels import hopper
 
-    lock = threading.Lock()
+    lock, adding = threading.Lock(), threading.Lock()
 
     def count(what: str, amount: int) -> None:
         with lock:
@@ -194,18 +236,33 @@ def _prepare() -> None:
     gpu_callbacks.DeviceLocalMemoryTransfer.execute = execute_and_count
     store = gpu_callbacks.copy_smem_to_gmem
 
-    def store_and_count(*, src_allocation_key_as_array, src_transforms, **kwargs):
-        src = {
-            "src_allocation_key_as_array": src_allocation_key_as_array,
-            "src_transforms": src_transforms,
-        }
-        _, value = gpu_callbacks._get(
-            **{k: kwargs[k] for k in ("token", "device_id", "grid_point_coords", "thread_id")},
-            allocation_key_as_array=src_allocation_key_as_array,
-            transforms=jax.tree.map(int, gpu_callbacks._remove_noop_transforms(src_transforms)),
-        )
+    def store_and_count(*, reduction_op, **kwargs):
+        who = {k: kwargs[k] for k in ("token", "device_id", "grid_point_coords", "thread_id")}
+
+        def read(side: str) -> tuple[Any, Any]:
+            transforms = gpu_callbacks._remove_noop_transforms(kwargs[f"{side}_transforms"])
+            transforms = jax.tree.map(int, transforms)
+            key = kwargs[f"{side}_allocation_key_as_array"]
+            _, value = gpu_callbacks._get(**who, allocation_key_as_array=key, transforms=transforms)
+            return value, (key, transforms)
+
+        value, _ = read("src")
         count("written", value.nbytes)
-        return store(**src, **kwargs)
+        if reduction_op is None:
+            return store(reduction_op=None, **kwargs)
+        if reduction_op != "add":
+            raise NotImplementedError(reduction_op)
+        with adding:
+            old, (key, transforms) = read("dst")
+            memory = gpu_callbacks._get_shared_memory()
+            thread = memory.get_global_thread_id(int(who["device_id"]), int(who["thread_id"]))
+            memory.store_buffer_content(
+                gpu_callbacks.HostAllocationKey.from_array(key),
+                gpu_callbacks.interpret_utils.to_range(transforms),
+                old + value,
+                thread,
+            )
+        return kwargs["token"]
 
     gpu_callbacks.copy_smem_to_gmem = store_and_count
 
@@ -232,7 +289,14 @@ def _prepare() -> None:
     hopper.accumulator = lambda shape, value: jnp.full(shape, value, jnp.float32)
     hopper.per_row = lambda rows, value: jnp.full((rows,), value, jnp.float32)
     hopper.iota = lambda shape, dimension: jax.lax.broadcasted_iota(jnp.int32, shape, dimension)
-    hopper.load = lambda ref: ref[...]
+    hopper.load = hopper.load_rows = lambda ref: ref[...]
+    hopper.load_8_bits = lambda ref: ref[...].astype(jnp.float32)
+    hopper.load_widened = lambda ref: ref[...].astype(jnp.bfloat16)
+
+    def store_transposed(ref, value):
+        ref[...] = value.T
+
+    hopper.store_transposed = store_transposed
 
     # The interpreter compiles the kernel's body anew for every block and warpgroup; once does.
     compiled: dict[int, Any] = {}

@@ -1,28 +1,37 @@
 """The Hopper kernels of the matmuls in the Mosaic GPU interpreter, on the shared cases in bfloat16.
 
 What of the kernels the interpreter cannot run is in `mosaic_gpu_worker.py`. That they compile for an H200 is
-shown by `test_mosaic_gpu_compiles`. `make test` runs one case, `make test-long` all.
+shown by `test_mosaic_gpu_compiles`. `make test` runs a few cases, `make test-long` all.
 """
 
 import dataclasses
 
-import jax.numpy as jnp
+import jax
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jblock.pallas_kernels.grouped_block_matmul import mosaic_gpu as block_gpu
+from jblock.pallas_kernels.grouped_delta_matmul import mosaic_gpu as delta_gpu
+from jblock.pallas_kernels.grouped_delta_matmul import shapes as delta_shapes
+from jblock.pallas_kernels.models import MODELS
+from jblock.pallas_kernels.quantised_matmul import mosaic_gpu as quantised_gpu
+from jblock.pallas_kernels.quantised_matmul import shapes as quantised_shapes
 from tests.pallas_kernels import mosaic_gpu_worker as worker
-from tests.pallas_kernels.grouped_cases import BLOCK_CASES, BlockCase
-
-
-def served(cases):
-    """Those cases in bfloat16; widths are rounded up to multiples of 64."""
-    up = lambda n: -(-n // 64) * 64
-    return list(
-        dict.fromkeys(
-            dataclasses.replace(c, dtype="bfloat16", width=up(c.width), out=up(c.out))
-            for c in cases
-        )
-    )
+from tests.pallas_kernels.grouped_cases import (
+    BLOCK_CASES,
+    DELTA_CASES,
+    BlockCase,
+    DeltaCase,
+    hold_block,
+    hold_delta,
+    make_delta,
+)
+from tests.pallas_kernels.quantised_cases import CASES as QUANTISED_CASES
+from tests.pallas_kernels.quantised_cases import Case as QuantisedCase
+from tests.pallas_kernels.quantised_cases import hold as hold_quantised
+from tests.pallas_kernels.quantised_cases import make as make_quantised
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +40,8 @@ def pool():
         yield pool
 
 
-def put(pool, op, case):
-    return pool.submit(worker.run_op, op, case).result(timeout=600)
+def put(pool, op, case, **plan):
+    return pool.submit(worker.run_op, op, case, plan).result(timeout=900)
 
 
 QUICK_BLOCK = BlockCase((3, 0, 70), 192, 64, "bfloat16", padding=2)
@@ -43,15 +52,115 @@ def test_block_matches_reference(pool):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", served(BLOCK_CASES), ids=str)
+@pytest.mark.parametrize("case", worker.served_grouped(BLOCK_CASES), ids=str)
 def test_block_matches_reference_on_every_case(pool, case):
     put(pool, "grouped_block_matmul", case)
 
 
-@pytest.mark.parametrize(
-    "shape, dtype", [((64, 64), jnp.float32), ((64, 72), jnp.bfloat16), ((72, 64), jnp.bfloat16)]
-)
-def test_weights_block_does_not_serve_are_refused(shape, dtype):
-    w, x = jnp.zeros(shape, dtype), jnp.zeros((4, shape[1]), dtype)
-    with pytest.raises(NotImplementedError, match="want bfloat16 of"):
-        block_gpu.grouped_block_matmul(x, (w,), jnp.asarray([4], jnp.int32))
+QUICK_DELTA = DeltaCase(((3, 2), (4, 0), (9, 3)), 256, 192, dtype="bfloat16", padding=2, slack=2)
+FUSED = {"input_parts": 1, "column_parts": 1}
+
+
+@pytest.mark.parametrize("plan", [{"input_parts": 2, "column_parts": 2}, FUSED], ids=str)
+def test_delta_matches_reference(pool, plan):
+    put(pool, "grouped_delta_matmul", QUICK_DELTA, **plan)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("plan", [{}, FUSED], ids=str)
+@pytest.mark.parametrize("case", worker.served_grouped(DELTA_CASES), ids=str)
+def test_delta_matches_reference_on_every_case(pool, case, plan):
+    put(pool, "grouped_delta_matmul", case, **plan)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_matches_reference(pool, bits):
+    case = QuantisedCase(5, 128, 512, bits=bits, x="bfloat16", zeros=bits == 4, padding=3)
+    put(pool, "quantised_matmul", case, parts=2 if bits == 8 else 1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", worker.served_quantised(QUANTISED_CASES), ids=str)
+def test_quantised_matches_reference_on_every_case(pool, case):
+    put(pool, "quantised_matmul", case)
+
+
+def test_what_the_kernels_do_not_serve_goes_through_xla():
+    """No interpreter here: a kernel would fail on this machine."""
+    narrow = DeltaCase(((3, 1), (4, 2)), 40, 130)
+    hold_delta(narrow, jax.jit(delta_gpu.grouped_delta_matmul))
+    hold_block(BlockCase((3, 4)), jax.jit(block_gpu.grouped_block_matmul))
+    hold_quantised(QuantisedCase(4, 72, 96, 32), jax.jit(quantised_gpu.quantised_matmul))
+
+
+def test_what_the_kernels_serve():
+    def quantised(**change):
+        case = dataclasses.replace(QuantisedCase(4, x="bfloat16"), **change)
+        return quantised_gpu.serves(*make_quantised(case)[:3])
+
+    assert quantised() and quantised(bits=4) and quantised(rows=200) and quantised(group=64)
+    assert not (quantised(x="float32") or quantised(group=32) or quantised(out=72))
+
+    def delta(**change):
+        case = dataclasses.replace(DeltaCase(((4, 1),), dtype="bfloat16"), **change)
+        return delta_gpu.serves(*make_delta(case)[2:4])
+
+    assert delta() and delta(rank=16)
+    assert not (delta(dtype="float32") or delta(width=96) or delta(out=72) or delta(rank=4))
+
+
+@settings(max_examples=100, deadline=None)
+@given(total=st.integers(1, 300), parts=st.integers(1, 16))
+def test_parts_share_all_steps(total, parts):
+    parts = min(parts, total)
+    shares = [delta_gpu.share(np.int32(total), np.int32(p), np.int32(parts)) for p in range(parts)]
+    steps = [int(begin) + i for begin, count in shares for i in range(int(count))]
+    assert steps == list(range(total)) and all(count > 0 for _, count in shares)
+
+
+def quantised_plans():
+    for model in MODELS:
+        for width, out in model.projections.values():
+            for rows in (1, 16, 64, *quantised_shapes.ROWS, 2048):
+                for bits in (8, 4):
+                    shape = dict(rows=rows, width=width, out=out, bits=bits)
+                    yield shape, quantised_gpu.make_plan(group=min(128, width), **shape)
+
+
+def test_quantised_plans_read_weights_once_and_fit_the_chip():
+    for shape, plan in quantised_plans():
+        assert plan.columns * plan.column_blocks == shape["out"]
+        assert plan.inputs * plan.steps == shape["width"]
+        assert plan.rows * plan.row_blocks >= shape["rows"] > plan.rows * (plan.row_blocks - 1)
+        assert 1 <= plan.parts <= max(1, plan.steps // 4) and plan.stages >= 2
+        step = plan.columns * plan.inputs * shape["bits"] // 8 + 2 * plan.rows * plan.inputs
+        assert plan.stages * step + 4 * plan.rows * plan.columns <= 227 * 1024 - 2048
+        if shape["rows"] <= 64:
+            assert plan.row_blocks == 1, "a second block of rows would read the weights again"
+
+
+def test_delta_plans_fit_the_chip():
+    for model in MODELS:
+        for width, out in model.projections.values():
+            for rows, groups in (*delta_shapes.BATCHES.values(), (512, 512), (1, 1)):
+                plan = delta_gpu.make_plan(
+                    rows=rows, groups=groups, width=width, out=out, rank=8, turns=8
+                )
+                assert plan.input_parts <= plan.steps and plan.column_parts <= plan.column_blocks
+                for half in (
+                    (plan,)
+                    if plan.fused
+                    else (
+                        dataclasses.replace(plan, expand=False),
+                        dataclasses.replace(plan, shrink=False),
+                    )
+                ):
+                    arrays = delta_gpu.scratch(half).values()
+                    memory = [a for a in arrays if hasattr(a, "dtype")]
+                    sizes = [
+                        np.prod(a.shape) * np.dtype(a.dtype).itemsize for a in memory if a.shape
+                    ]
+                    assert sum(sizes) <= 227 * 1024 - 2048
+    batch = dict(width=4096, out=4096, rank=8, turns=8)
+    assert delta_gpu.make_plan(rows=256, groups=256, **batch).fused
+    assert not delta_gpu.make_plan(rows=64, groups=32, **batch).fused

@@ -4,13 +4,15 @@ Which cases run as their nearest neighbour, and what of the kernel the interpret
 `mosaic_gpu_worker.py`. That the kernel compiles for an H200 is shown by `test_mosaic_gpu_compiles`.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jblock.pallas_kernels.paged_attention import gpu_walk, mosaic_gpu
+from jblock.pallas_kernels.paged_attention import gpu_plan, gpu_walk, mosaic_gpu, shapes
 from jblock.pallas_kernels.paged_attention.ragged import Ragged
 from tests.pallas_kernels import mosaic_gpu_worker as worker
 from tests.pallas_kernels.attention_cases import CASES, LONG, Case, check
@@ -19,9 +21,12 @@ SERVED = list(dict.fromkeys(worker.served(c) for c in CASES))
 
 # A case takes seconds to interpret, most of them to compile; so few of the table run every time.
 QUICK = [
-    worker.served(c)
-    for c in CASES
-    if c in (Case(LONG, window=30), Case(((0, 70), (33, 40)), page_size=16))
+    *(
+        worker.served(c)
+        for c in CASES
+        if c in (Case(LONG, window=30), Case(((0, 70), (33, 40)), page_size=16))
+    ),
+    Case(((150, 1), (0, 1), (97, 1)), kv="int8", page_size=64),
 ]
 
 SPLIT = Case(((100, 1), (0, 0), (200, 1), (3, 1)), "grid", kv="bfloat16", page_size=16)
@@ -169,6 +174,30 @@ def test_walk_visits_what_is_visible_and_no_page_more(
     assert pages == {key // page_size for key in visible if key < cached}
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 4)), min_size=3, max_size=3),
+    gap=st.integers(0, 2),
+)
+def test_scales_go_where_their_tokens_are(lengths, gap):
+    page_size, heads = 4, 2
+    ragged = ragged_of(lengths, 4)
+    starts = np.cumsum([gap] + [n + gap for _, n in lengths[:-1]])
+    table = 1 + np.arange(12, dtype=np.int32).reshape(3, 4)
+    ragged = dataclasses.replace(
+        ragged, row_starts=jnp.asarray(starts, jnp.int32), page_table=jnp.asarray(table)
+    )
+    rows = int(starts[-1]) + 4 + gap
+    new = np.arange(1, 1 + rows * heads, dtype=np.float32).reshape(rows, heads)
+    wanted = np.zeros((14, heads, page_size), np.float32)
+    for s, (cached, n) in enumerate(lengths):
+        for i in range(n):
+            page, slot = divmod(cached + i, page_size)
+            wanted[table[s, page], :, slot] = new[starts[s] + i]
+    got = mosaic_gpu.write_scales(jnp.zeros(wanted.shape), jnp.asarray(new), ragged)
+    np.testing.assert_array_equal(got, wanted)
+
+
 def test_walk_is_the_same_traced():
     made = gpu_walk.walk(*jnp.asarray([3, 50, 7]), block_kv=16, window=20)
     assert [int(x) for x in vars(made).values()] == list(
@@ -182,17 +211,13 @@ SHAPE = dict(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("kv", sorted({c.kv for c in CASES} - {"bfloat16"}))
-def test_other_pages_are_refused(kv):
-    with pytest.raises(NotImplementedError, match=f"KV of dtype {kv}"):
-        mosaic_gpu.make_plan(**{**SHAPE, "kv_dtype": kv})
-
-
 @pytest.mark.parametrize(
     "change, says",
     [
         ({"page_size": 4}, "page_size 4"),
         ({"page_size": 96}, "page_size 96"),
+        ({"page_size": 32, "kv_dtype": "int8"}, "page_size 32 with KV of int8"),
+        ({"kv_dtype": "float32"}, "KV of dtype float32"),
         ({"head_dim": 24}, "KV heads of 24"),
         ({"heads": 128, "kv_heads": 1}, "128 heads"),
     ],
@@ -210,3 +235,22 @@ def test_plans_fill_the_chip():
     assert near.splits == 4, "256 keys each of the window"
     prefill = mosaic_gpu.make_plan(**{**SHAPE, "rows": 2048, "num_seqs": 2, "max_q_len": 1024})
     assert (prefill.compute_warpgroups, prefill.block_kv, prefill.tile_tokens) == (2, 128, 32)
+
+
+@pytest.mark.parametrize("kv", ["bfloat16", "int8", "float8_e4m3fn"])
+def test_plans_fit_the_chip(kv):
+    for model in shapes.MODELS:
+        for batch in shapes.BATCHES:
+            plan = mosaic_gpu.make_plan(
+                **{k: getattr(model, k) for k in ("heads", "kv_heads", "head_dim", "softcap")},
+                **{k: getattr(batch, k) for k in ("rows", "num_seqs", "max_q_len")},
+                page_size=shapes.PAGE_SIZE,
+                max_pages=batch.max_len // shapes.PAGE_SIZE,
+                kv_dtype=kv,
+                sliding_window=model.window,
+                scale=1.0,
+            )
+            memory = [a for a in gpu_plan.scratch(plan).values() if hasattr(a, "dtype") and a.shape]
+            sizes = [np.prod(a.shape) * np.dtype(a.dtype).itemsize for a in memory]
+            assert sum(sizes) <= 227 * 1024 - 2048, (model.name, batch.name)
+            assert plan.stages >= 1 and plan.scaled == (kv != "bfloat16")

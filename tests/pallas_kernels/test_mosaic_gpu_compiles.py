@@ -1,6 +1,6 @@
-"""The Hopper kernel under the real compiler for an H200, which needs no GPU: jax's CUDA plugin and ptxas do.
+"""The Hopper kernels under the real compiler for an H200, which needs no GPU: jax's CUDA plugin and ptxas do.
 
-`make test` compiles two programs, `make test-long` every kernel of `shapes.programs`.
+`make test` compiles a few programs, `make test-long` all of each op's `shapes.programs`.
 """
 
 import dataclasses
@@ -10,11 +10,13 @@ import re
 import shutil
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jblock.pallas_kernels.grouped_block_matmul import shapes as block_shapes
-from jblock.pallas_kernels.models import MODELS as MATMUL_MODELS
+from jblock.pallas_kernels.grouped_delta_matmul import shapes as delta_shapes
 from jblock.pallas_kernels.paged_attention import shapes
+from jblock.pallas_kernels.quantised_matmul import shapes as quantised_shapes
 
 H200 = """
 platform_name: "CUDA" device_description_str: "NVIDIA H200" dnn_version_info { major: 9 minor: 8 }
@@ -30,17 +32,22 @@ gpu_device_info {
 """
 # Models of one shape share a kernel, which is compiled once in a process.
 MODELS = {dataclasses.replace(m, name=""): m for m in reversed(shapes.MODELS)}
+QUICK = {
+    ("llama-3-8b", "decode", "bfloat16"),
+    ("demo", "mixed", "bfloat16"),
+    ("llama-3-8b", "decode", "int8"),
+}
 PROGRAMS = [
     pytest.param(
         model,
         batch,
-        id=f"{model.name}-{batch.name}",
-        marks=()
-        if (model.name, batch.name) in {("llama-3-8b", "decode"), ("demo", "mixed")}
-        else pytest.mark.long,
+        dtype,
+        id=f"{model.name}-{batch.name}-{dtype}",
+        marks=() if (model.name, batch.name, dtype) in QUICK else pytest.mark.long,
     )
     for model in MODELS.values()
     for batch in shapes.BATCHES
+    for dtype in shapes.DTYPES
 ]
 
 
@@ -58,30 +65,53 @@ def h200():
     return jax.sharding.SingleDeviceSharding(topology.devices[0])
 
 
-@pytest.mark.parametrize("model, batch", PROGRAMS)
-def test_compiles_for_h200(h200, model, batch, monkeypatch, capfd):
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    fn, args = shapes.program("mosaic_gpu", model, batch, "bfloat16")
+def compiled(h200, fn, args, donated=(), capfd=None):
+    """The program for an H200, and bytes of registers that ptxas spilled, of all its kernels together."""
     args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=h200), args)
-    compiled = jax.jit(fn, donate_argnums=3).lower(*args).compile()
+    program = jax.jit(fn, donate_argnums=donated).lower(*args).compile()
     said = "".join(capfd.readouterr())
     assert "sm_90a" in said
-    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", said)]
+    return program, sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", said))
+
+
+@pytest.mark.parametrize("model, batch, dtype", PROGRAMS)
+def test_attention_compiles_for_h200(h200, model, batch, dtype, monkeypatch, capfd):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    fn, args = shapes.program("mosaic_gpu", model, batch, dtype)
+    program, spilled = compiled(h200, fn, args, 3, capfd)
     # Heads of 256 do not fit the registers whole; a spill of a few words is outside the loops.
-    assert max(spilled) <= (1024 if model.head_dim > 128 else 256)
+    assert spilled <= (1024 if model.head_dim > 128 else 256)
     pages = sum(a.size * a.dtype.itemsize for a in args[3])
-    assert compiled.memory_analysis().alias_size_in_bytes == pages, "pages are updated in place"
+    assert program.memory_analysis().alias_size_in_bytes == pages, "pages are updated in place"
 
 
-@pytest.mark.parametrize(
-    "tokens, projection",
-    [
-        pytest.param(64, "up"),
-        *(pytest.param(*p, marks=pytest.mark.long) for p in ((64, "down"), (2048, "up"))),
-    ],
-)
-def test_grouped_blocks_compile_for_h200(h200, tokens, projection):
-    fn, args = block_shapes.program("mosaic_gpu", MATMUL_MODELS[0], projection, tokens)
-    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=h200), args)
-    compiled = jax.jit(fn).lower(*args).compile()
-    assert compiled.memory_analysis().output_size_in_bytes == tokens * 4 * args[1][0].shape[0]
+OPS = {
+    "grouped_block_matmul": block_shapes,
+    "grouped_delta_matmul": delta_shapes,
+    "quantised_matmul": quantised_shapes,
+}
+QUICK_OPS = {
+    "grouped_block_matmul llama-3-8b up 64",
+    "grouped_delta_matmul llama-3-8b up decode",
+    "quantised_matmul llama-3-8b up 16 int8",
+    "quantised_matmul llama-3-8b up 16 int4",
+}
+MATMULS = [
+    pytest.param(op, fn, args, id=name, marks=() if name in QUICK_OPS else pytest.mark.long)
+    for op, module in OPS.items()
+    for name, fn, args in module.programs("mosaic_gpu")
+]
+
+
+@pytest.mark.parametrize("op, fn, args", MATMULS)
+def test_matmuls_compile_for_h200(h200, op, fn, args, monkeypatch, capfd):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    donated = (0,) if op == "grouped_delta_matmul" else ()
+    program, spilled = compiled(h200, fn, args, donated, capfd)
+    assert spilled == 0
+    memory = program.memory_analysis()
+    if donated:
+        assert memory.alias_size_in_bytes == 4 * args[0].size, "y is updated in place"
+    if op == "quantised_matmul":
+        codes = args[1].size * (4 if args[1].dtype == jnp.int4 else 8) // 8
+        assert memory.temp_size_in_bytes < codes, "no copy of the weights"

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jblock.pallas_kernels import hopper
+from jblock.pallas_kernels.grouped_block_matmul import xla
 from jblock.pallas_kernels.groups import Items, choose, items
 
 ROWS = 64
@@ -35,17 +36,11 @@ def grouped_block_matmul(
     device_kind: str | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """See `api.grouped_block_matmul`; interpret: parameters of the Mosaic GPU interpreter, for tests.
-
-    Raises:
-      NotImplementedError: weights that are not bfloat16, or widths that are no multiples.
-    """
+    """See `api.grouped_block_matmul`; interpret: parameters of the Mosaic GPU interpreter, for tests. Weights
+    that are not bfloat16, or of widths that are no multiples of 64, go through XLA."""
     rows, (out, width) = x.shape[0], weights[0].shape
     if weights[0].dtype != jnp.bfloat16 or width % _INPUTS or out % _INPUTS:
-        raise NotImplementedError(
-            f"weights {weights[0].shape} of {weights[0].dtype.name} on Mosaic GPU: want bfloat16 of "
-            f"multiples of {_INPUTS}"
-        )
+        return xla.grouped_block_matmul(x, weights, group_sizes)
     warpgroups = 2 if rows > ROWS * len(weights) else 1
     # What is behind the last variant's rows is a variant without a weight, whose result is zeros.
     rest = rows - jnp.sum(group_sizes, dtype=jnp.int32)

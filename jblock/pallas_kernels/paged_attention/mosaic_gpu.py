@@ -1,7 +1,8 @@
 """Ragged paged attention for NVIDIA Hopper GPUs, in Pallas Mosaic GPU.
 
 Pages are `[page, kv_head, token, d]`, keys and values alike: what one block of the kernel reads of a page is
-one run of memory, brought by one TMA copy. Query heads of a KV head share a tile (rows are tokens x
+one run of memory, brought by one TMA copy. Scales of 8-bit pages are `[page, kv_head, token]`, K's and V's
+apart; XLA writes those of new tokens. Query heads of a KV head share a tile (rows are tokens x
 heads), so decoding reads every key once; where tiles are too few to fill the chip, several blocks share the
 keys of one (flash-decoding) and XLA combines their parts.
 """
@@ -14,22 +15,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jblock.pallas_kernels import hopper
 from jblock.pallas_kernels.paged_attention import gpu_kernel, gpu_walk
-from jblock.pallas_kernels.paged_attention.gpu_kernel import ROWS, Plan, token_rows
+from jblock.pallas_kernels.paged_attention.gpu_plan import ROWS, Plan, scratch, token_rows
+from jblock.pallas_kernels.paged_attention.quantize import is_scaled, quantize
 from jblock.pallas_kernels.paged_attention.ragged import Ragged
-
-_SHARED_MEMORY = 227 * 1024 - 2048
-"""Bytes of shared memory a block may use on sm_90, less a little for barriers."""
-
-_MULTIPROCESSORS = 132
 
 
 def abstract_pages(
     num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: Any
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The K and the V page array of one layer."""
+    """(k, v) pages of one layer, or (k, v, k_scales, v_scales) if the dtype has scales."""
     pages = jax.ShapeDtypeStruct((num_pages, num_kv_heads, page_size, head_dim), dtype)
-    return (pages, pages)
+    scales = jax.ShapeDtypeStruct((num_pages, num_kv_heads, page_size), jnp.float32)
+    return (pages, pages, scales, scales) if is_scaled(dtype) else (pages, pages)
 
 
 def make_plan(
@@ -48,9 +47,9 @@ def make_plan(
     scale: float,
 ) -> Plan:
     """Tile sizes for a shape: two compute warpgroups where sequences bring more rows than one holds."""
-    groups = heads // kv_heads
-    if jnp.dtype(kv_dtype) != jnp.bfloat16:
-        raise NotImplementedError(f"KV of dtype {jnp.dtype(kv_dtype).name} on Mosaic GPU")
+    groups, kv_dtype, scaled = heads // kv_heads, jnp.dtype(kv_dtype), is_scaled(kv_dtype)
+    if kv_dtype == jnp.float32:
+        raise NotImplementedError("KV of dtype float32 on Mosaic GPU: sm_90 has no such matmul")
     if head_dim % 16 or head_dim > 256 or token_rows(groups, head_dim) > ROWS:
         raise NotImplementedError(
             f"{heads} heads, {kv_heads} KV heads of {head_dim} on Mosaic GPU: want at most {ROWS} heads a KV "
@@ -58,30 +57,40 @@ def make_plan(
         )
     tokens = ROWS // token_rows(groups, head_dim)
     long = max_q_len > tokens
-    block_kv = 128 if long and head_dim <= 128 else 64
+    # Values of 8 bits lie in shared memory twice, and the wide ones of large heads leave little of it.
+    block_kv = 128 if long and head_dim <= 128 and not scaled else 64
+    if scaled and page_size % 64:
+        raise NotImplementedError(
+            f"page_size {page_size} with KV of {kv_dtype.name} on Mosaic GPU: want a multiple of 64"
+        )
     if page_size % 8 or (page_size % block_kv and block_kv % page_size):
         raise NotImplementedError(
             f"page_size {page_size} on Mosaic GPU: want 8, 16, 32, 64 or a multiple of 128"
         )
-    warpgroups = 2 if long else 1
+    warpgroups = 2 if long and not (scaled and head_dim > 128) else 1
     fixed = 2 * warpgroups * ROWS * head_dim * 2 + 2 * 16 * head_dim * 2
     tiles = gpu_walk.num_tiles(rows, num_seqs, max_q_len, warpgroups * tokens)
     splits = 1
     if not long:
-        fill = -(-2 * _MULTIPROCESSORS // (tiles * kv_heads))
+        fill = -(-2 * hopper.MULTIPROCESSORS // (tiles * kv_heads))
+        if scaled and head_dim > 128:
+            fill = 1  # no room for parts
         visible = min(max_pages * page_size, sliding_window or max_pages * page_size)
         splits = max(1, min(fill, visible // 256))
         fixed += (splits > 1) * ROWS * (head_dim + 1) * 4
-    stages = min(4, (_SHARED_MEMORY - fixed) // (2 * block_kv * head_dim * 2))
+    block, room = 2 * block_kv * head_dim, hopper.SHARED_MEMORY - fixed
+    stages = max(1, min(2, room // (3 * block))) if scaled else min(4, room // (2 * block))
+    raw_stages = min(4, room // block - 2 * stages) if scaled else 0
     return Plan(
         groups=groups,
         head_dim=head_dim,
         page_size=page_size,
         max_q_len=max_q_len,
-        kv_dtype=jnp.dtype(kv_dtype),
+        kv_dtype=kv_dtype,
         compute_warpgroups=warpgroups,
         block_kv=block_kv,
         stages=stages,
+        raw_stages=raw_stages,
         splits=splits,
         sliding_window=sliding_window,
         softcap=softcap,
@@ -145,9 +154,25 @@ def run(
     rows, heads, d = q.shape
     kv_heads = k.shape[1]
     tiles = gpu_walk.tile_table(ragged, rows, plan.tile_tokens)
-    pages = tuple(jax.new_ref(p, memory_space=plgpu.GMEM) for p in kv_pages)
+    bf16, scales = jnp.bfloat16, kv_pages[2:]
+    arrays: dict[str, Any] = {"q": q.astype(bf16)}
+    if plan.scaled:
+        (k_rows, k_scale), (v_rows, v_scale) = (quantize(new, plan.kv_dtype) for new in (k, v))
+        # What the pages will give back is what is computed with.
+        k = k_rows.astype(jnp.float32) * k_scale[..., None]
+        v = v_rows.astype(jnp.float32) * v_scale[..., None]
+        scales = (
+            write_scales(scales[0], k_scale, ragged),
+            write_scales(scales[1], v_scale, ragged),
+        )
+        arrays |= {"k_rows": k_rows, "v_rows": v_rows}
+        arrays |= {"k_scales": scales[0], "v_scales": scales[1]}
+    arrays |= {"k_new": k.astype(bf16), "v_new": v.astype(bf16)}
+    arrays |= {"tiles": tiles, "page_table": ragged.page_table}
+    pages = tuple(jax.new_ref(p, memory_space=plgpu.GMEM) for p in kv_pages[:2])
+    arrays |= {"k_pages": pages[0], "v_pages": pages[1]}
     out_type = [jax.ShapeDtypeStruct((plan.splits, rows, heads, d), plan.out_dtype)]
-    names = ["q", "k_new", "v_new", "tiles", "page_table", "k_pages", "v_pages", "out"]
+    names = [*arrays, "out"]
     if plan.splits > 1:
         lse = (plan.splits, tiles.shape[0], kv_heads, ROWS)
         out_type.append(jax.ShapeDtypeStruct(lse, jnp.float32))
@@ -155,10 +180,12 @@ def run(
 
     def ragged_paged_attention(*refs: Any) -> None:
         named = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
+        if not plan.scaled:
+            named.k_rows, named.v_rows = named.k_new, named.v_new
         pl.run_scoped(
-            lambda **scratch: gpu_kernel.body(plan, named, types.SimpleNamespace(**scratch)),
+            lambda **s: gpu_kernel.body(plan, named, types.SimpleNamespace(**s)),
             collective_axes="wg",
-            **gpu_kernel.scratch(plan),
+            **scratch(plan),
         )
 
     # Not `plgpu.kernel`: its batching rule refuses references, and the pages are to be updated in place.
@@ -175,10 +202,22 @@ def run(
         interpret=interpret,
         name="ragged_paged_attention",
     )
-    bf16 = jnp.bfloat16
-    parts = kernel(q.astype(bf16), k.astype(bf16), v.astype(bf16), tiles, ragged.page_table, *pages)
+    parts = kernel(*arrays.values())
     out = parts[0][0] if plan.splits == 1 else _combine(plan, parts[0], parts[1], tiles)
-    return out.astype(q.dtype), tuple(p[...] for p in pages)
+    return out.astype(q.dtype), (*(p[...] for p in pages), *scales)
+
+
+def write_scales(pages: jax.Array, new: jax.Array, ragged: Ragged) -> jax.Array:
+    """Scales [pages, kv_heads, page_size] with those of new tokens, [T, kv_heads], in their places."""
+    row = jnp.arange(new.shape[0], dtype=jnp.int32)[:, None] - ragged.row_starts
+    mine = (row >= 0) & (row < ragged.q_lens)
+    seq = jnp.argmax(mine, axis=1)
+    first = ragged.kv_lens - ragged.q_lens
+    position = jnp.take_along_axis(row + first, seq[:, None], axis=1)[:, 0]
+    page = ragged.page_table.at[seq, position // pages.shape[2]].get(mode="clip")
+    # A row of no sequence goes to a page that does not exist, which a scatter drops.
+    page = jnp.where(mine.any(axis=1), page, pages.shape[0])
+    return pages.at[page, :, position % pages.shape[2]].set(new, mode="drop")
 
 
 def _combine(plan: Plan, parts: jax.Array, lse: jax.Array, tiles: jax.Array) -> jax.Array:

@@ -76,7 +76,7 @@ def programs(
     Args:
       backend: one of api.BACKENDS.
       models: which.
-      dtypes: of the pages; mosaic_gpu has "bfloat16" only.
+      dtypes: of the pages.
       options: passed to the backend, such as device_kind where no device is present.
 
     Yields:
