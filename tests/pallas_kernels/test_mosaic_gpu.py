@@ -26,7 +26,7 @@ QUICK = [
         for c in CASES
         if c in (Case(LONG, window=30), Case(((0, 70), (33, 40)), page_size=16))
     ),
-    Case(((150, 1), (0, 1), (97, 1)), kv="int8", page_size=64),
+    Case(((150, 1), (0, 1), (97, 1)), kv="int8", page_size=64, head_dim=32),
 ]
 
 SPLIT = Case(((100, 1), (0, 0), (200, 1), (3, 1)), "grid", kv="bfloat16", page_size=16)
@@ -216,7 +216,8 @@ SHAPE = dict(
     [
         ({"page_size": 4}, "page_size 4"),
         ({"page_size": 96}, "page_size 96"),
-        ({"page_size": 32, "kv_dtype": "int8"}, "page_size 32 with KV of int8"),
+        ({"page_size": 32, "kv_dtype": "int8"}, "page_size 32, head_dim 128 with KV of int8"),
+        ({"head_dim": 48, "kv_dtype": "int8"}, "head_dim 48 with KV of int8"),
         ({"kv_dtype": "float32"}, "KV of dtype float32"),
         ({"head_dim": 24}, "KV heads of 24"),
         ({"heads": 128, "kv_heads": 1}, "128 heads"),

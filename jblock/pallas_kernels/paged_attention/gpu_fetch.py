@@ -176,7 +176,7 @@ def fetch(plan: Plan, refs: Any, s: Any, tile: Tile) -> None:
         slot, raw = lax.rem(i, plan.stages), lax.rem(i, max(1, plan.raw_stages))
         partly = (block.head > 0) | (block.tail < plan.block_kv)
         for way in (k, v):
-            pl.when(i >= plan.stages)(lambda way=way: plgpu.barrier_wait(way.free.at[slot]))
+            pl.when(i >= plan.stages)(functools.partial(plgpu.barrier_wait, way.free.at[slot]))
             ready = way.full.at[slot if way is k else jnp.where(partly, plan.stages, slot)]
 
             @pl.when(block.is_new == 1)
@@ -215,17 +215,21 @@ def write_new_rows(
     def _chunk(i: Any) -> None:
         done = i * plan.write_rows
         for new, stage in ((refs.k_rows, s.k_write), (refs.v_rows, s.v_write)):
-            plgpu.copy_gmem_to_smem(
-                new.at[pl.ds(row + done, plan.write_rows), head], stage, s.write_ready
-            )
+            if plan.write_pad == 1:
+                rows = pl.ds(row + done, plan.write_rows)
+                plgpu.copy_gmem_to_smem(new.at[rows, head], stage.at[:, 0], s.write_ready)
+                continue
+            for j in range(plan.write_rows):
+                rows = pl.ds(row + done + j, 1)
+                plgpu.copy_gmem_to_smem(new.at[rows, head], stage.at[j, pl.ds(0, 1)], s.write_ready)
         plgpu.barrier_wait(s.write_ready)
 
         @pl.loop(0, jnp.minimum(count - done, plan.write_rows))
         def _row(j: Any) -> None:
             at = position + done + j
             page = refs.page_table[seq, lax.div(at, plan.page_size)]
-            slot = lax.rem(at, plan.page_size)
+            slot = pl.ds(lax.rem(at, plan.page_size), 1)
             for stage, pages in ((s.k_write, refs.k_pages), (s.v_write, refs.v_pages)):
-                plgpu.copy_smem_to_gmem(stage.at[pl.ds(j, 1)], pages.at[page, head, pl.ds(slot, 1)])
+                plgpu.copy_smem_to_gmem(stage.at[j, pl.ds(0, 1)], pages.at[page, head, slot])
 
         plgpu.wait_smem_to_gmem(0)

@@ -100,8 +100,12 @@ class Plan:
     @property
     def write_rows(self) -> int:
         """New rows staged at a time on their way into the pages."""
-        unit = token_rows(1, self.head_dim, jnp.dtype(self.kv_dtype).itemsize)
-        return min(_WRITE_ROWS, -(-self.max_q_len // unit) * unit)
+        return min(_WRITE_ROWS, self.max_q_len)
+
+    @property
+    def write_pad(self) -> int:
+        """Rows of shared memory that each of them takes: TMA wants them at multiples of 128 bytes."""
+        return token_rows(1, self.head_dim, jnp.dtype(self.kv_dtype).itemsize)
 
     @property
     def scaled(self) -> bool:
@@ -119,13 +123,14 @@ def scratch(plan: Plan) -> dict[str, Any]:
     wgs, d, bf16 = plan.compute_warpgroups, plan.head_dim, jnp.bfloat16
     ring = (plan.stages, plan.block_kv, d)
     queries = min(plan.warpgroup_tokens, plan.max_q_len)
+    writes = 1 if plan.write_pad == 1 else plan.write_rows
     out = {
         "q_rows": plgpu.SMEM((wgs, ROWS, d), bf16),
         "q_tile": hopper.swizzled((wgs, ROWS, d), bf16),
         "k_ring": hopper.swizzled(ring, bf16),
         "v_ring": hopper.swizzled(ring, bf16),
-        "k_write": plgpu.SMEM((plan.write_rows, d), plan.kv_dtype),
-        "v_write": plgpu.SMEM((plan.write_rows, d), plan.kv_dtype),
+        "k_write": plgpu.SMEM((plan.write_rows, plan.write_pad, d), plan.kv_dtype),
+        "v_write": plgpu.SMEM((plan.write_rows, plan.write_pad, d), plan.kv_dtype),
         "q_ready": plgpu.Barrier(num_arrivals=queries, num_barriers=wgs),
         "k_full": plgpu.Barrier(num_arrivals=plan.arrivals, num_barriers=plan.stages),
         # The last one is for values that have to be cleared before anybody sees them.
@@ -133,7 +138,7 @@ def scratch(plan: Plan) -> dict[str, Any]:
         "k_free": plgpu.Barrier(num_arrivals=wgs, num_barriers=plan.stages),
         "v_free": plgpu.Barrier(num_arrivals=wgs, num_barriers=plan.stages),
         "turn": plgpu.Barrier(num_arrivals=wgs),
-        "write_ready": plgpu.Barrier(num_arrivals=2),
+        "write_ready": plgpu.Barrier(num_arrivals=2 * writes),
     }
     if plan.scaled:
         raw = (plan.raw_stages, plan.block_kv, d)

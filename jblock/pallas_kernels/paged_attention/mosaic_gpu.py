@@ -59,9 +59,10 @@ def make_plan(
     long = max_q_len > tokens
     # Values of 8 bits lie in shared memory twice, and the wide ones of large heads leave little of it.
     block_kv = 128 if long and head_dim <= 128 and not scaled else 64
-    if scaled and page_size % 64:
+    if scaled and (page_size % 64 or head_dim % 32):
         raise NotImplementedError(
-            f"page_size {page_size} with KV of {kv_dtype.name} on Mosaic GPU: want a multiple of 64"
+            f"page_size {page_size}, head_dim {head_dim} with KV of {kv_dtype.name} on Mosaic GPU: want "
+            "multiples of 64 and 32"
         )
     if page_size % 8 or (page_size % block_kv and block_kv % page_size):
         raise NotImplementedError(
