@@ -1,7 +1,8 @@
 """Projections of real models, for the compile matrix, the benchmarks and the traffic counts of matmuls."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,3 +48,34 @@ MODELS = (
     Model(name="qwen3-30b-a3b", hidden=2048, inner=768, query=4096, kv=512, experts=128, top_k=8),
     Model(name="demo", hidden=128, inner=384, query=128, kv=64),
 )
+
+
+Batches = Callable[[Model], Iterable[tuple[str, tuple[Any, ...]]]]
+"""Of a model: a name and what an op's `shapes.program` takes after the model, for each batch."""
+
+
+def programs(
+    op: str,
+    program: Callable[..., tuple[Callable, tuple]],
+    batches: Batches,
+    backend: str,
+    models: Iterable[Model] = MODELS,
+    **options: Any,
+) -> Iterator[tuple[str, Callable, tuple]]:
+    """Every program the compile matrix holds a backend of a matmul to.
+
+    Args:
+      op: its name.
+      program: of its `shapes`.
+      batches: of its `shapes`.
+      backend: one of backends.BACKENDS.
+      models: which.
+      options: passed to the op, such as device_kind where no device is present.
+
+    Yields:
+      name, function, abstract arguments.
+    """
+    for model in models:
+        for name, batch in batches(model):
+            fn, args = program(backend, model, *batch, **options)
+            yield f"{op} {model.name} {name}", fn, args

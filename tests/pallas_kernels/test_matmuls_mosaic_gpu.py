@@ -62,8 +62,18 @@ FUSED = {"input_parts": 1, "column_parts": 1}
 
 
 @pytest.mark.parametrize("plan", [{"input_parts": 2, "column_parts": 2}, FUSED], ids=str)
-def test_delta_matches_reference(pool, plan):
-    put(pool, "grouped_delta_matmul", QUICK_DELTA, **plan)
+def test_delta_matches_reference_and_moves_what_it_must(pool, plan):
+    counted = put(pool, "grouped_delta_matmul", QUICK_DELTA, **plan)
+    items = (
+        3  # rows 0 to 2 of block 0 with two pieces, row 7 and block 1 with three, in runs of two
+    )
+    pieces = 2 + 4 + 4
+    read = 2 * (items * 8 * 256 + pieces * 8 * (256 + 192))
+    written = 4 * (3 + 1 + 8) * 192  # rows with an adapter alone
+    if plan != FUSED:
+        sums = 4 * 2 * items * 8 * 48  # of two parts, by each of two parts of the columns
+        read, written = read + 2 * sums, written + sums
+    assert (counted["read"], counted["written"]) == (read, written)
 
 
 @pytest.mark.long
@@ -76,7 +86,10 @@ def test_delta_matches_reference_on_every_case(pool, case, plan):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantised_matches_reference(pool, bits):
     case = QuantisedCase(5, 128, 512, bits=bits, x="bfloat16", zeros=bits == 4, padding=3)
-    put(pool, "quantised_matmul", case, parts=2 if bits == 8 else 1)
+    counted = put(pool, "quantised_matmul", case, parts=2 if bits == 8 else 1)
+    if bits == 8:  # numpy has a byte for each int4
+        assert counted["read"] == 128 * 512 + 2 * 8 * 512, "weights and rows once"
+        assert counted["written"] == 2 * 4 * 8 * 128, "two parts of the result"
 
 
 @pytest.mark.long

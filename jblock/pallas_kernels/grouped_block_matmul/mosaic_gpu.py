@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jblock.pallas_kernels import hopper
 from jblock.pallas_kernels.grouped_block_matmul import xla
 from jblock.pallas_kernels.groups import Items, choose, items
+from jblock.pallas_kernels.pieces import piece_bound
 
 ROWS = 64
 """Rows of a compute warpgroup."""
@@ -77,7 +78,9 @@ def _call(
     size, stages = ROWS * warpgroups, 6 if warpgroups == 1 else 4
     used = jnp.arange(todo.group.size) < todo.count
     fields = todo.block, todo.group - first, todo.first, jnp.where(used, todo.last, todo.first)
-    table = jnp.stack(fields, axis=1)
+    # Items of the other variants have no blocks here: those wanted come first.
+    bound = piece_bound(len(weights) + 1, rows, rows, size)
+    table = jnp.stack(fields, axis=1)[:bound]
     steps = width // _INPUTS
 
     def body(table_ref: Any, x_ref: Any, *refs: Any) -> None:

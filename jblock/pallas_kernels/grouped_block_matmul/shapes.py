@@ -7,8 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jblock.pallas_kernels import models
 from jblock.pallas_kernels.grouped_block_matmul import api
-from jblock.pallas_kernels.models import MODELS, Model
+from jblock.pallas_kernels.models import Model
+
+MODELS = models.MODELS
 
 TOKENS = (64, 2048)
 """A batch of decoding and a chunk of prefill."""
@@ -17,24 +20,11 @@ VARIANTS = 8
 """Of a model that has no experts: full fine-tunes that differ in the layer."""
 
 
-def programs(
-    backend: str, models: tuple[Model, ...] = MODELS, **options: Any
-) -> Iterator[tuple[str, Callable, tuple]]:
-    """Every program the compile matrix holds a backend to.
-
-    Args:
-      backend: one of backends.BACKENDS.
-      models: which.
-      options: passed to the op, such as device_kind where no device is present.
-
-    Yields:
-      name, function, abstract arguments.
-    """
-    for model in models:
-        for projection in ("up", "down") if model.experts else ("q", "up", "down"):
-            for tokens in TOKENS:
-                fn, args = program(backend, model, projection, tokens, **options)
-                yield f"grouped_block_matmul {model.name} {projection} {tokens}", fn, args
+def batches(model: Model) -> Iterator[tuple[str, tuple[str, int]]]:
+    """Projections and tokens of what the compile matrix has of a model."""
+    for projection in ("up", "down") if model.experts else ("q", "up", "down"):
+        for tokens in TOKENS:
+            yield f"{projection} {tokens}", (projection, tokens)
 
 
 def program(
@@ -49,6 +39,10 @@ def program(
         jax.ShapeDtypeStruct((variants,), jnp.int32),
     )
     return functools.partial(api.grouped_block_matmul, backend=backend, **options), args
+
+
+programs = functools.partial(models.programs, "grouped_block_matmul", program, batches)
+"""(backend, models, **options): see `models.programs`."""
 
 
 def needed(model: Model, projection: str, rows: int, sizes: Sequence[int]) -> tuple[int, int]:

@@ -30,7 +30,8 @@ ROWS = 64
 _DECODE_ROWS = 8  # of an item, where groups are short
 _MOST_RANKS = 64  # of an adapter in one call; longer ones take several
 _RUN_RANKS = 16  # least that a product sums over
-_COLUMNS = 128  # of y, that are added to at a time
+_COLUMNS = 128  # of y, that are added to at a time; in decoding half, so that two blocks fit a multiprocessor
+_SHRINK_STAGES = 3
 _MOST_SUMS = 256  # rows of shared memory for the sums of all parts of the inputs
 
 
@@ -80,11 +81,6 @@ class Plan:
         return max(1, _RUN_RANKS // self.rank)
 
     @property
-    def shrink_stages(self) -> int:
-        """Buffers of shrink's ring."""
-        return 4 if self.expand else 6
-
-    @property
     def expand_stages(self) -> int:
         """Buffers of expand's ring."""
         return 4 if self.shrink else 8
@@ -103,7 +99,7 @@ def make_plan(*, rows: int, groups: int, width: int, out: int, rank: int, turns:
     run = max(1, _RUN_RANKS // rank)
     pieces = min(-(-turns // run) * run, _MOST_RANKS // rank)
     inputs = 128 if width % 128 == 0 else 64
-    columns = _COLUMNS if out % _COLUMNS == 0 else 64
+    columns = _COLUMNS if size == ROWS and out % _COLUMNS == 0 else _COLUMNS // 2
     steps, column_blocks = width // inputs, out // columns
     # An item a group in decoding, in prefill one a block of rows, and some more where groups meet.
     working = groups if size == _DECODE_ROWS else -(-rows // size)
@@ -220,7 +216,7 @@ def scratch(plan: Plan) -> dict[str, Any]:
     sums = ROWS if plan.shrink else plan.input_parts * plan.rows + ROWS - plan.rows
     out: dict[str, Any] = {"sums": plgpu.SMEM((sums, plan.ranks), f32)}
     if plan.shrink:
-        stages = plan.shrink_stages
+        stages = _SHRINK_STAGES
         out |= {
             "x": hopper.swizzled((stages, ROWS, plan.inputs), bf16),
             "a": hopper.swizzled((stages, plan.ranks, plan.inputs), bf16),
@@ -295,7 +291,7 @@ def _bring_inputs(
 ) -> None:
     """Rows of x, and the first halves of the item's pieces, step by step."""
     first, count = share(plan.steps, part, plan.input_parts)
-    stages = plan.shrink_stages
+    stages = _SHRINK_STAGES
     pieces = [refs.table[item, 4 + p] for p in range(plan.pieces)]
 
     @pl.loop(0, count)
@@ -348,12 +344,12 @@ def _shrink(plan: Plan, s: Any, part: Any) -> None:
     _, count = share(plan.steps, part, plan.input_parts)
 
     def operands(i: Any) -> tuple[Any, Any]:
-        slot = lax.rem(i, plan.shrink_stages)
+        slot = lax.rem(i, _SHRINK_STAGES)
         plgpu.barrier_wait(s.a_full.at[slot])
         return s.x.at[slot], s.a.at[slot]
 
     def read(i: Any) -> None:
-        plgpu.barrier_arrive(s.a_free.at[lax.rem(i, plan.shrink_stages)])
+        plgpu.barrier_arrive(s.a_free.at[lax.rem(i, _SHRINK_STAGES)])
 
     s.sums[0:ROWS] = hopper.sum_of_products((ROWS, plan.ranks), count, operands, read)
 

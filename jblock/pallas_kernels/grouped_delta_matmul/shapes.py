@@ -7,8 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jblock.pallas_kernels import models
 from jblock.pallas_kernels.grouped_delta_matmul import api
-from jblock.pallas_kernels.models import MODELS, Model
+from jblock.pallas_kernels.models import Model
+
+MODELS = models.MODELS
 
 RANK = 8
 """Of a piece."""
@@ -22,24 +25,11 @@ TURNS = 8
 PIECES = 257
 
 
-def programs(
-    backend: str, models: tuple[Model, ...] = MODELS, **options: Any
-) -> Iterator[tuple[str, Callable, tuple]]:
-    """Every program the compile matrix holds a backend to.
-
-    Args:
-      backend: one of backends.BACKENDS.
-      models: which.
-      options: passed to the op, such as device_kind where no device is present.
-
-    Yields:
-      name, function, abstract arguments (of which argument 0, y, is to be donated).
-    """
-    for model in models:
-        for projection in ("k", "up", "down"):
-            for name, (rows, groups) in BATCHES.items():
-                fn, args = program(backend, model, projection, rows, groups, **options)
-                yield f"grouped_delta_matmul {model.name} {projection} {name}", fn, args
+def batches(model: Model) -> Iterator[tuple[str, tuple[str, int, int]]]:
+    """Projections, rows and groups of what the compile matrix has of a model."""
+    for projection in ("k", "up", "down"):
+        for name, batch in BATCHES.items():
+            yield f"{projection} {name}", (projection, *batch)
 
 
 def program(
@@ -56,6 +46,10 @@ def program(
         jax.ShapeDtypeStruct((groups,), jnp.int32),
     )
     return functools.partial(api.grouped_delta_matmul, backend=backend, **options), args
+
+
+programs = functools.partial(models.programs, "grouped_delta_matmul", program, batches)
+"""(backend, models, **options): see `models.programs`."""
 
 
 def needed(

@@ -7,8 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jblock.pallas_kernels.models import MODELS, Model
+from jblock.pallas_kernels import models
+from jblock.pallas_kernels.models import Model
 from jblock.pallas_kernels.quantised_matmul import api
+
+MODELS = models.MODELS
 
 ROWS = (16, 256)
 """A batch of decoding and a chunk of prefill."""
@@ -16,29 +19,15 @@ ROWS = (16, 256)
 GROUP = 128
 
 
-def programs(
-    backend: str, models: tuple[Model, ...] = MODELS, **options: Any
-) -> Iterator[tuple[str, Callable, tuple]]:
-    """Every program the compile matrix holds a backend to.
-
-    Args:
-      backend: one of backends.BACKENDS.
-      models: which.
-      options: passed to the op, such as device_kind where no device is present.
-
-    Yields:
-      name, function, abstract arguments.
-    """
-    for model in models:
-        seen = set()
-        for projection, shape in model.projections.items():
-            for rows in ROWS:
-                for bits in (8, 4):
-                    if (shape, rows, bits) in seen:
-                        continue
-                    seen.add((shape, rows, bits))
-                    fn, args = program(backend, model, projection, rows, bits, **options)
-                    yield f"quantised_matmul {model.name} {projection} {rows} int{bits}", fn, args
+def batches(model: Model) -> Iterator[tuple[str, tuple[str, int, int]]]:
+    """Projections, rows and bits of what the compile matrix has of a model, each shape once."""
+    shapes: dict[tuple[int, int], str] = {}
+    for projection, shape in model.projections.items():
+        shapes.setdefault(shape, projection)
+    for projection in shapes.values():
+        for rows in ROWS:
+            for bits in (8, 4):
+                yield f"{projection} {rows} int{bits}", (projection, rows, bits)
 
 
 def program(
@@ -52,6 +41,10 @@ def program(
         jax.ShapeDtypeStruct((out, width // min(GROUP, width)), jnp.float32),
     )
     return functools.partial(api.quantised_matmul, backend=backend, **options), args
+
+
+programs = functools.partial(models.programs, "quantised_matmul", program, batches)
+"""(backend, models, **options): see `models.programs`."""
 
 
 def needed(model: Model, projection: str, rows: int, bits: int) -> tuple[int, int]:
