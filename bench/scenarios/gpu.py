@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from bench import timing
 from bench.kernels import Case, grouped_delta_matmul, paged_attention, quantised_matmul
-from bench.models import TINY, ModelShape
+from bench.models import DEMO_3M, ModelShape
 from bench.report import progress
 from bench.scenarios import block_tax
 from jblock.pallas_kernels import backends
@@ -43,8 +43,6 @@ _BOTH = ("mosaic_gpu", "xla")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """This scenario's flags."""
     parser.add_argument("--part", choices=PARTS, help="only this one")
-    parser.add_argument("--dtype", default="bfloat16", help=argparse.SUPPRESS)
-    parser.add_argument("--rounds", type=int, default=15, help="interleaved repetitions of a step")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -162,9 +160,10 @@ def matmuls(quick: bool) -> dict[str, Any]:
 
 def _step(args: argparse.Namespace) -> dict[str, Any]:
     """A decode step through blocks over one fused program, and over the time to read its weights."""
-    shape = TINY if args.quick else LLAMA_8B
+    shape = DEMO_3M if args.quick else LLAMA_8B
     read = timing.read_rate(args.quick)
-    ratios, detail, _ = block_tax.measure(shape, args, 4, BATCHES, kv_dtype="int8")
+    flags = argparse.Namespace(**vars(args), dtype="bfloat16", rounds=15)
+    ratios, detail, _ = block_tax.measure(shape, flags, 4, BATCHES, kv_dtype="int8")
     weights = 2 * (shape.layers * shape.layer_weights + shape.head_weights)
     return {
         f"batch {n}": {

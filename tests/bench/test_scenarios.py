@@ -120,6 +120,7 @@ def test_without_a_gpu_nothing_is_claimed_of_one(quick):
     assert "device" not in line
 
 
+@pytest.mark.long
 def test_every_figure_of_a_gpu_can_be_measured():
     """On CPU, whose own kernels serve then: nothing fails for the script's own sake."""
     figures = gpu.matmuls(quick=True)

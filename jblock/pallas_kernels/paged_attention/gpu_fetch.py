@@ -220,8 +220,9 @@ def write_new_rows(
                 plgpu.copy_gmem_to_smem(new.at[rows, head], stage.at[:, 0], s.write_ready)
                 continue
             for j in range(plan.write_rows):
-                rows = pl.ds(row + done + j, 1)
-                plgpu.copy_gmem_to_smem(new.at[rows, head], stage.at[j, pl.ds(0, 1)], s.write_ready)
+                # With those behind it: TMA brings no fewer than 128 bytes.
+                rows = pl.ds(row + done + j, plan.write_pad)
+                plgpu.copy_gmem_to_smem(new.at[rows, head], stage.at[j], s.write_ready)
         plgpu.barrier_wait(s.write_ready)
 
         @pl.loop(0, jnp.minimum(count - done, plan.write_rows))
