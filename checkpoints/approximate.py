@@ -1,7 +1,7 @@
 """`jblock-convert stitch` and `surrogate`: train, store, measure on what was stored, record, publish."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from checkpoints.errors import CheckpointError
 from checkpoints.progress import Progress
 from jblock.zoo import agreement, forward, stitching, surrogates, training
 from jblock.zoo.agreement import Outputs
-from jblock.zoo.edges import Edge, put_edges, versions
+from jblock.zoo.edges import Edge, Score, put_edges, versions
 from jblock.zoo.records import Chain, Step
 from jblock.zoo.stitching import Join
 from jblock.zoo.store import Zoo
@@ -72,8 +72,7 @@ def stitch(
     teacher = min((lower, upper), key=lambda c: parents[c.name].perplexity)
     rows = probes.train_text(zoo, upper, data.train)
     width = zoo.component(upper.steps[0].component).spec.hidden_size
-    every = (1 + stitching.MATCHING) * schedule.steps
-    with progress.steps(f"{name}: training", every) as advance:
+    with progress.steps(f"{name}: training", schedule.steps) as advance:
         spec, tensors, work = stitching.train(
             zoo,
             lower,
@@ -105,11 +104,12 @@ def stitch(
         at = stitching.layers(zoo, upper)[join.upper]
         below = stitching.layers(zoo, lower)[join.lower]
         outputs = agreement.outputs(forward.load(zoo, steps), probe)
+        beside = {n: agreement.scores(parent, outputs) for n, parent in parents.items()}
         edge = Edge(
             kind="stitch",
             original=upper.steps[:at],
             stand_in=(*lower.steps[:below], step),
-            scores=agreement.scores(parents[upper.name], outputs),
+            scores=beside[upper.name],
             chain=f"{upper.name}@{upper.version}",
             probe=probe.record,
             provenance=settings,
@@ -120,11 +120,12 @@ def stitch(
         parts = (
             f"{lower.name}@{lower.version} {join.lower}, {upper.name}@{upper.version} {join.upper}"
         )
-        derived = {"command": "stitch", "edge": edge.id, "parts": parts}
+        how = {"command": "stitch", "edge": edge.id, "parts": parts}
+        made = upper.derive(full, steps, (lower.policy, "adaptive"), how)
         limit = min(lower.max_position, upper.max_position)
-        published = zoo.publish(_derived(upper, full, steps, derived, limit))
-        result["models"].append(_row(f"{full}@{published.version}", outputs, edge))
-    stitching.forget(zoo, work)
+        published = zoo.publish(dataclasses.replace(made, max_position=limit))
+        result["models"].append(_row(f"{full}@{published.version}", outputs, edge, beside))
+    training.forget(zoo, work)
     return result
 
 
@@ -195,42 +196,35 @@ def surrogate(
             versions=versions(),
         )
         put_edges(zoo, edge)
-        derived = {"command": "surrogate", "edge": edge.id, "chain": edge.chain}
-        published = zoo.publish(_derived(chain, name, steps, derived, chain.max_position))
+        how = {"command": "surrogate", "edge": edge.id}
+        published = zoo.publish(chain.derive(name, steps, ("adaptive",), how))
     training.forget(zoo, made.work)
     return {
         "layers": [first, last],
         "parameters": {"surrogate": made.params[0], "original": made.params[1]},
         "parents": [_row(chain.name, before)],
-        "models": [_row(f"{name}@{published.version}", after, edge)],
+        "models": [_row(f"{name}@{published.version}", after, edge, {chain.name: edge.scores})],
     }
 
 
-def _derived(
-    chain: Chain, name: str, steps: tuple[Step, ...], derived: dict[str, Any], limit: int
-) -> Chain:
-    return dataclasses.replace(
-        chain,
-        name=name,
-        version=0,
-        steps=steps,
-        max_position=limit,
-        base=None,
-        adapter={},
-        source_files=None,
-        policy="adaptive",
-        derived=derived,
-    )
-
-
-def _row(name: str, outputs: Outputs, edge: Edge | None = None) -> dict[str, Any]:
+def _row(
+    name: str,
+    outputs: Outputs,
+    edge: Edge | None = None,
+    beside: Mapping[str, Mapping[str, Score]] | None = None,
+) -> dict[str, Any]:
+    """What is told of a model, and for one that was made its edge and its scores beside each parent."""
     row: dict[str, Any] = {
         "name": name,
         "perplexity": outputs.perplexity,
         "accuracy": outputs.accuracy,
     }
-    if edge is not None:
-        row |= {"edge": edge.id, "scores": edge.to_json()["scores"]}
+    if edge is not None and beside is not None:
+        row["edge"] = edge.id
+        row["beside"] = {
+            parent: {measure: dataclasses.asdict(score) for measure, score in scores.items()}
+            for parent, scores in beside.items()
+        }
     return row
 
 

@@ -170,7 +170,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--name", required=True, help="of the new model; with several joins NAME-K-J"
     )
     stitch.add_argument("--inner", type=int, help="inner width (default: that of UPPER)")
-    training(stitch, 300, 2e-3)
+    training(stitch, 1000, 3e-3)
     small = command("surrogate", commands.surrogate, "make a smaller stand-in for layers", "name")
     small.add_argument(
         "--layers", required=True, metavar="FIRST:LAST", help="LAST is the first to stay"

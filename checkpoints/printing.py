@@ -97,15 +97,13 @@ def print_equivalence(data: dict[str, Any]) -> None:
 
 def print_approximate(data: dict[str, Any]) -> None:
     """The models that were made beside those they come from, and what they cost."""
-    table = Table("model", "perplexity", "accuracy", "beside the original", box=None)
+    table = Table("model", "perplexity", "accuracy", "beside", "scores", box=None)
     for row in (*data["parents"], *data["models"]):
-        scores = row.get("scores", {})
-        table.add_row(
-            row["name"],
-            f"{row['perplexity']:.3f}",
-            "" if row["accuracy"] is None else f"{row['accuracy']:.4f}",
-            ", ".join(f"{name} {_score(s)}" for name, s in scores.items()),
-        )
+        accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.4f}"
+        table.add_row(row["name"], f"{row['perplexity']:.3f}", accuracy, "", "")
+        for parent, scores in row.get("beside", {}).items():
+            found = ", ".join(f"{name} {_score(s)}" for name, s in scores.items())
+            table.add_row("", "", "", parent, found)
     console = Console()
     console.print(table)
     if "parameters" in data:

@@ -2,8 +2,9 @@
 
   python -m examples.probes --folder DIR
 
-Writes train.txt and held-out.txt, for every task items/<task>.jsonl (held out) and train/<task>.jsonl, and
-facts.jsonl: held-out items of all tasks in the spelling that the bases read while they were trained.
+Writes held-out.txt, train.txt (three tenths of its tokens are library text, the rest facts) and
+train-mostly-text.txt (six tenths); for every task items/<task>.jsonl (held out) and train/<task>.jsonl;
+and facts.jsonl: held-out items of all tasks in the spelling that the bases read while they were trained.
 """
 
 import json
@@ -54,6 +55,9 @@ def write(folder: pathlib.Path, items: int = 4000, train_items: int = 8000) -> N
     rng.shuffle(texts)
     (folder / "held-out.txt").write_text("\n".join(held), encoding="utf-8")
     (folder / "train.txt").write_text("\n".join(texts), encoding="utf-8")
+    texts = documents[len(held) : len(held) + 2400] + data.generated_texts(_SEED + 1, 11_000)
+    random.Random(_SEED).shuffle(texts)
+    (folder / "train-mostly-text.txt").write_text("\n".join(texts), encoding="utf-8")
     for name, task in tasks.TASKS.items():
         draws = random.Random(f"{name}/{_SEED}")
         train = [tasks.draw_from(task, draws, "train") for _ in range(train_items)]

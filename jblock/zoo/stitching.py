@@ -2,7 +2,8 @@
 
 Both models stay as they are, so a stitched chain costs the stitch alone. One stitch serves several joins:
 it is told how many layers lie below it (StitchSpec), and is trained on all of them in turn.
-After arXiv 2404.18322, section 4.2; the linear start is model stitching as in arXiv 2106.07682.
+After arXiv 2404.18322, section 4.2; the linear part of the start is model stitching as in arXiv 2106.07682,
+its random features are an extreme learning machine (Huang et al. 2006).
 """
 
 import dataclasses
@@ -14,16 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jblock.blocks.spec import StitchSpec
+from jblock.blocks.spec import AttentionSpec, StitchSpec
 from jblock.zoo import forward, training
 from jblock.zoo.forward import Weights
 from jblock.zoo.probe import Rows
 from jblock.zoo.records import Chain, Step, ZooError
 from jblock.zoo.store import Zoo
 
-MATCHING = 4
-"""Steps of matching rows to one step end to end."""
-_START_TOKENS = 8192
+_KNOWN_BYTES = 1 << 30  # for hidden rows that are computed once
+_TURNS = 3
+_BATCH_TOKENS = 4096
+_START_TOKENS = 32768
 _RIDGE = 1e-3
 
 
@@ -78,13 +80,14 @@ def train(
     inner_size: int,
     on_step: Callable[[int, float], object] = lambda step, value: None,
 ) -> tuple[StitchSpec, dict[str, jax.Array], str]:
-    """Trains one stitch for all joins.
+    """Trains one stitch for all joins, which take turns.
 
-    First, MATCHING times as many steps, which are cheap, to give the rows that the upper layers had in their
-    own model; then end to end, half on the text itself and half on what a whole model makes of it.
+    It starts where it gives, as well as least squares can, the rows that the upper layers had in their own
+    model; then it learns end to end, half from the text itself and half from what a whole model makes of it.
+    What is frozen and below it runs once over the data, so a step is the stitch and the layers above.
 
     Returns:
-      Its spec, its tensors in float32, and the key of the work, for `forget`.
+      Its spec, its tensors in float32, and the key of the work, for `training.forget`.
 
     Raises:
       ZooError: models that cannot be joined so, or a loss that is no number any more.
@@ -93,7 +96,8 @@ def train(
     joins = sorted(joins)
     below, above = forward.load(zoo, lower.steps), forward.load(zoo, upper.steps)
     whole = forward.load(zoo, teacher.steps)
-    cuts = [(layers(zoo, lower)[j.lower], layers(zoo, upper)[j.upper]) for j in joins]
+    ends = [layers(zoo, lower)[j.lower] for j in joins]
+    cuts = [layers(zoo, upper)[j.upper] for j in joins]
     spec = StitchSpec(
         hidden_size=below.specs[0].hidden_size,
         output_size=above.specs[0].hidden_size,
@@ -107,92 +111,113 @@ def train(
         [dataclasses.asdict(schedule), inner_size, "stitch"],
         data,
     )
-    tensors = _start(spec, below, above, cuts, data, schedule.seed)
-    fixed = (below.tensors, above.tensors, whole.tensors)
+    data = _some(data, schedule, len(ends) * spec.hidden_size + whole.specs[0].hidden_size)
+    last = len(whole.specs) - 2
+    if teacher.steps == lower.steps:
+        *known, wanted = _behind(whole, [*ends, last], data.tokens)
+    else:
+        known = _behind(below, ends, data.tokens)
+        (wanted,) = _behind(whole, [last], data.tokens)
+    start = _start(spec, above, cuts, data.tokens, known, schedule.seed)
 
-    def loss(form: int, trained: Any, fixed: Any, tokens: jax.Array, target: jax.Array):
-        first, last = cuts[form]
-        low, high = Weights(below.specs, fixed[0]), Weights(above.specs, fixed[1])
-        x = _rows(low, first, tokens)
+    def draw(step: int) -> tuple[np.ndarray, ...]:
+        at = training.places(data, schedule, step)
+        return known[step % len(joins)][at], wanted[at], data.tokens[at], data.target[at]
+
+    def loss(form: int, trained: Any, fixed: Any, x: Any, last: Any, tokens: Any, target: Any):
+        high, teaches = Weights(above.specs, fixed[0]), Weights(whole.specs[-2:], fixed[1])
         x = forward.run(Weights((spec,), (trained,)), x, first_layer=joins[form].lower)
-        x = forward.run(high.part(last, len(above.specs) - 2), x)
+        x = forward.run(high.part(cuts[form], len(above.specs) - 2), x)
         logits = forward.head(high, x)
-        _, wanted = forward.hidden_and_logits(Weights(whole.specs, fixed[2]), tokens)
         nats = training.next_token_nats(logits, tokens, target)
-        return 0.5 * nats + 0.5 * training.distance(wanted, logits, target)
+        return 0.5 * nats + 0.5 * training.distance(forward.head(teaches, last), logits, target)
 
-    def apart(form: int, trained: Any, fixed: Any, tokens: jax.Array, target: jax.Array):
-        first, last = cuts[form]
-        x = _rows(Weights(below.specs, fixed[0]), first, tokens)
-        wanted = _rows(Weights(above.specs, fixed[1]), last, tokens)
-        got = forward.run(Weights((spec,), (trained,)), x, first_layer=joins[form].lower)
-        # Directions of little variance matter as much: the layers above normalise.
-        return jnp.mean(((got - wanted) / (jnp.std(wanted, axis=(0, 1)) + 1e-6)) ** 2)
-
-    for stage, (what, times) in enumerate(((apart, MATCHING), (loss, 1))):
-        tensors = training.fit(
-            zoo,
-            training.key(work, stage),
-            what,
-            tensors,
-            fixed,
-            [data],
-            dataclasses.replace(schedule, steps=times * schedule.steps),
-            form=lambda step: step % len(joins),
-            on_step=on_step,
-        )
+    tensors = training.fit(
+        zoo,
+        work,
+        loss,
+        start,
+        (above.tensors, whole.tensors[-2:]),
+        draw,
+        schedule,
+        form=lambda step: step % len(joins),
+        on_step=on_step,
+    )
     return spec, tensors, work
 
 
-def forget(zoo: Zoo, work: str) -> None:
-    """Removes the state of a training that is in the zoo."""
-    for stage in range(2):
-        training.forget(zoo, training.key(work, stage))
+def _some(data: Rows, schedule: training.Schedule, width: int) -> Rows:
+    """As many rows of a data set as training comes to `_TURNS` times, and as `_KNOWN_BYTES` hold `width`
+    numbers a token of."""
+    length = data.tokens.shape[1]
+    used = schedule.steps * schedule.batch_tokens // _TURNS
+    most = min(_KNOWN_BYTES // (4 * width), used) // length
+    if len(data) <= most:
+        return data
+    rng = np.random.default_rng([schedule.seed, len(data)])
+    at = np.sort(rng.choice(len(data), max(2, most), replace=False))
+    return Rows(data.tokens[at], data.target[at])
+
+
+def _behind(weights: Weights, ends: Sequence[int], tokens: np.ndarray) -> list[np.ndarray]:
+    """Hidden rows of a chain, float32 [B, T, d], behind its first `end` steps, for each of `ends`."""
+    size = max(1, min(len(tokens), _BATCH_TOKENS // tokens.shape[1]))
+    parts: list[list[np.ndarray]] = [[] for _ in ends]
+    for begin in range(0, len(tokens), size):
+        at = np.arange(begin, begin + size) % len(tokens)  # all of one size: one program
+        found = _rows(weights.specs, tuple(ends), weights.tensors, tokens[at])
+        for part, x in zip(parts, found, strict=True):
+            part.append(np.asarray(x))
+    return [np.concatenate(part)[: len(tokens)] for part in parts]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _rows(specs, ends, tensors, tokens):
+    weights = Weights(specs, tensors)
+    x, at, out = forward.embed(weights, tokens), 1, {}
+    for end in sorted(set(ends)):
+        depth = sum(isinstance(spec, AttentionSpec) for spec in specs[:at])
+        out[end] = x = forward.run(weights.part(at, end), x, depth)
+        at = end
+    return [out[end] for end in ends]
 
 
 def _start(
     spec: StitchSpec,
-    below: Weights,
     above: Weights,
-    cuts: Sequence[tuple[int, int]],
-    data: Rows,
+    cuts: Sequence[int],
+    tokens: np.ndarray,
+    known: Sequence[np.ndarray],
     seed: int,
 ) -> dict[str, jax.Array]:
-    """The best linear map from the rows below to those the upper layers had, by ridge regression."""
+    """The best map, by ridge regression, from the rows below to those the upper layers had: of the rows
+    themselves and of random features of them, whose `up` stays as it is drawn."""
     rng = np.random.default_rng(seed)
-    tokens = data.tokens[: max(2, _START_TOKENS // data.tokens.shape[1])]
+    shapes = spec.tensors()
+    count = min(len(tokens), max(2, _START_TOKENS // tokens.shape[1]))
+    at = np.sort(rng.choice(len(tokens), count, replace=False))
+    targets = _behind(above, cuts, tokens[at])
+    up = rng.standard_normal(shapes["up.weight"], np.float32) * spec.hidden_size**-0.5
     means, xs, ys = [], [], []
-    for first, last in cuts:
-        sides = []
-        for weights, end in ((below, first), (above, last)):
-            part = weights.part(0, end)
-            rows = _behind(part.specs, part.tensors, tokens)
-            # The first position, which sees nothing, is unlike all others.
-            sides.append(np.asarray(rows[:, 1:], np.float64).reshape(-1, rows.shape[-1]))
-        x, y = sides
+    for rows, target in zip(known, targets, strict=True):
+        # The first position, which sees nothing, is unlike all others.
+        x, y = (v[:, 1:].reshape(-1, v.shape[-1]) for v in (rows[at], target))
+        inner = x / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + spec.norm_eps) @ up.T
+        x = np.concatenate([x, inner / (1 + np.exp(-inner))], axis=1)
         means.append((x.mean(0), y.mean(0)))
         xs.append(x - means[-1][0])
         ys.append(y - means[-1][1])
     x, y = np.concatenate(xs), np.concatenate(ys)
-    ridge = _RIDGE * np.trace(x.T @ x) / x.shape[1] * np.eye(x.shape[1])
-    proj = np.linalg.solve(x.T @ x + ridge, x.T @ y).T
-    shapes = spec.tensors()
+    size = x.std(0) + 1e-6
+    x /= size
+    square = (x.T @ x).astype(np.float64) + _RIDGE * len(x) * np.eye(x.shape[1])
+    found = np.linalg.solve(square, x.T @ y).T / size
     start = {
         "position.gain": np.ones(shapes["position.gain"]),
-        "position.bias": np.stack([m_y - proj @ m_x for m_x, m_y in means]),
-        "proj.weight": proj,
+        "position.bias": np.stack([m_y - found @ m_x for m_x, m_y in means]),
+        "proj.weight": found[:, : spec.hidden_size],
         "norm.weight": np.ones(shapes["norm.weight"]),
-        "up.weight": rng.standard_normal(shapes["up.weight"]) * spec.hidden_size**-0.5,
-        "down.weight": np.zeros(shapes["down.weight"]),
+        "up.weight": up,
+        "down.weight": found[:, spec.hidden_size :],
     }
     return {n: jnp.asarray(v, jnp.float32) for n, v in start.items()}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _behind(specs, tensors, tokens):
-    return _rows(Weights(specs, tensors), len(specs), tokens)
-
-
-def _rows(weights: Weights, count: int, tokens: jax.Array) -> jax.Array:
-    """Hidden rows [B, T, d] behind the first `count` steps of a chain."""
-    return forward.run(weights.part(1, count), forward.embed(weights, tokens))

@@ -6,6 +6,7 @@ chain's own outputs and hidden rows, with all other components frozen.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -160,7 +161,8 @@ def train(
         near = jnp.sum(jnp.where(real, apart, 0.0)) / jnp.sum(real)
         return training.distance(teacher, logits, target) + near
 
-    tensors = training.fit(zoo, work, loss, start, whole.tensors, data, schedule, on_step=on_step)
+    draw = functools.partial(training.batch, data, schedule)
+    tensors = training.fit(zoo, work, loss, start, whole.tensors, draw, schedule, on_step=on_step)
     sizes = (Weights(specs, tensors).num_params, part.num_params)
     return Surrogate(first, specs, tensors, sizes, work)
 
@@ -182,8 +184,7 @@ def _importances(
     matrices = tuple(t[name] for t, (name, _) in zip(part.tensors, outs, strict=True))
     totals: list[Any] = [0.0] * len(outs)
     for step in range(_RANKING_BATCHES):
-        rows = training.batch(data, schedule, step)
-        found = gradient(matrices, whole.tensors, rows.tokens, rows.target)
+        found = gradient(matrices, whole.tensors, *training.batch(data, schedule, step))
         for i, (spec, (_, transposed)) in enumerate(zip(part.specs, outs, strict=True)):
             product = np.asarray(matrices[i] * found[i])
             by_input = product.sum(axis=1 if transposed else 0)

@@ -51,13 +51,18 @@ class Schedule:
             raise ZooError(f"{self}: steps and batch_tokens are at least 1, 0 < learning_rate < 1")
 
 
-def batch(data: Sequence[Rows], schedule: Schedule, step: int) -> Rows:
-    """The rows of one step: the data sets take turns."""
+def batch(data: Sequence[Rows], schedule: Schedule, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and target of one step, both [B, T]: the data sets take turns."""
     rows = data[step % len(data)]
+    at = places(rows, schedule, step)
+    return rows.tokens[at], rows.target[at]
+
+
+def places(rows: Rows, schedule: Schedule, step: int) -> np.ndarray:
+    """Which rows of a data set one step draws: int64 [B], ascending."""
     count = min(len(rows), max(1, schedule.batch_tokens // rows.tokens.shape[1]))
     rng = np.random.default_rng([schedule.seed, step])
-    at = np.sort(rng.choice(len(rows), count, replace=False))
-    return Rows(rows.tokens[at], rows.target[at])
+    return np.sort(rng.choice(len(rows), count, replace=False))
 
 
 def key(*parts: Any) -> str:
@@ -75,10 +80,10 @@ def key(*parts: Any) -> str:
 def fit(
     zoo: Zoo,
     work: str,
-    loss: Callable[[int, Tree, Tree, jax.Array, jax.Array], jax.Array],
+    loss: Callable[..., jax.Array],
     trained: Tree,
     fixed: Tree,
-    data: Sequence[Rows],
+    draw: Callable[[int], tuple[np.ndarray, ...]],
     schedule: Schedule,
     form: Callable[[int], int] = lambda step: 0,
     on_step: Callable[[int, float], object] = lambda step, value: None,
@@ -88,10 +93,10 @@ def fit(
     Args:
       zoo: keeps the state of a run that is not done, for a day.
       work: `key` of all that decides the result.
-      loss: (form, trained, fixed, tokens [B, T], target [B, T]) -> scalar.
+      loss: (form, trained, fixed, *what was drawn) -> scalar.
       trained: where they begin; float32 arrays.
       fixed: other arrays.
-      data: rows to draw from.
+      draw: step -> what it learns from, such as `batch`: arrays that the step alone decides.
       schedule: how long and how fast.
       form: step -> a number that is static for `loss`, such as which of some chains is trained.
       on_step: called with the number of steps done and the loss of the last.
@@ -106,11 +111,8 @@ def fit(
     saved = time.monotonic()
     update = jax.jit(functools.partial(_update, loss, schedule.learning_rate), static_argnums=0)
     for step in range(done, schedule.steps):
-        rows = batch(data, schedule, step)
         scale = np.float32(_rate(step, schedule.steps))
-        state, value = update(
-            form(step), state, fixed, rows.tokens, rows.target, scale, np.float32(step + 1)
-        )
+        state, value = update(form(step), state, fixed, draw(step), scale, np.float32(step + 1))
         number = float(value)
         if not np.isfinite(number):
             raise ZooError(f"step {step}: the loss is {number}: give a smaller learning rate")
@@ -126,9 +128,9 @@ def forget(zoo: Zoo, work: str) -> None:
     (zoo.path / journal.FOLDER / f"{work}.npz").unlink(missing_ok=True)
 
 
-def _update(loss, rate, form, state, fixed, tokens, target, scale, step):
+def _update(loss, rate, form, state, fixed, drawn, scale, step):
     trained, first, second = state
-    value, gradient = jax.value_and_grad(lambda t: loss(form, t, fixed, tokens, target))(trained)
+    value, gradient = jax.value_and_grad(lambda t: loss(form, t, fixed, *drawn))(trained)
     norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(gradient)))
     gradient = jax.tree.map(lambda g: g * jnp.minimum(1.0, _CLIP / (norm + 1e-12)), gradient)
     first = jax.tree.map(lambda m, g: _B1 * m + (1 - _B1) * g, first, gradient)
