@@ -19,6 +19,7 @@ OPS = (
     "grouped_block_matmul",
     "quantised_matmul",
     "projection",
+    "mixture",
 )
 
 

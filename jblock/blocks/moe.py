@@ -26,13 +26,15 @@ from jblock.blocks.spec import ExpertSpec, RouterSpec
 
 Tensors = Mapping[str, jax.Array]
 _SMALLEST_GROUP = 8
+_WIDE_GROUP = 64
 
 
 def group_size(num_rows: int, spec: RouterSpec) -> int:
-    """Rows an expert takes at once: twice its even share as a power of two, and at least 8, below
-    which a matmul of more rows costs next to nothing; all rows where they are fewer."""
-    share = -(-2 * num_rows * spec.top_k // spec.num_experts)
-    return min(num_rows, max(_SMALLEST_GROUP, 1 << (share - 1).bit_length()))
+    """Rows an expert takes at once, a power of two: twice its even share, so that most have one group, up to
+    64, beyond which the empty rows of a group cost more than another group: there its share. At least 8,
+    below which a matmul of more rows costs next to nothing; all rows where they are fewer."""
+    share = 1 << (-(-num_rows * spec.top_k // spec.num_experts) - 1).bit_length()
+    return min(num_rows, max(_SMALLEST_GROUP, min(2 * share, _WIDE_GROUP), share))
 
 
 class Expert(nnx.Module):
@@ -142,7 +144,10 @@ class Mixture(nnx.Module):
                     slots=jnp.where(real, slots.at[row].get(mode="clip"), 0),
                     platform=rows.platform,
                 )
-                y = expert(normed.at[row].get(mode="clip"), group_rows)
+                # Tied to the loop: of a single row there is but one group, and XLA would see that no product
+                # depends on which, and make them all before the loops, for experts without rows too.
+                taken, _ = jax.lax.optimization_barrier((normed.at[row].get(mode="clip"), group))
+                y = expert(taken, group_rows)
                 return out.at[row].add(y * weights[picks][:, None], mode="drop")
 
             out = jax.lax.fori_loop(0, (counts[e] + size - 1) // size, add, out)
