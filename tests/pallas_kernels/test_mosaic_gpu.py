@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from jblock.pallas_kernels.paged_attention import gpu_plan, gpu_walk, mosaic_gpu, shapes
 from jblock.pallas_kernels.paged_attention.ragged import Ragged
+from tests.pallas_kernels import attention_cases
 from tests.pallas_kernels import mosaic_gpu_worker as worker
 from tests.pallas_kernels.attention_cases import CASES, LONG, Case, check
 
@@ -220,9 +221,9 @@ SHAPE = dict(
     [
         ({"page_size": 4}, "page_size 4"),
         ({"page_size": 96}, "page_size 96"),
-        ({"page_size": 32, "kv_dtype": "int8"}, "page_size 32, head_dim 128 with KV of int8"),
-        ({"head_dim": 48, "kv_dtype": "int8"}, "head_dim 48 with KV of int8"),
-        ({"kv_dtype": "float32"}, "KV of dtype float32"),
+        ({"page_size": 32, "kv_dtype": "int8"}, "KV of int8, page_size 32"),
+        ({"head_dim": 48, "kv_dtype": "int8"}, "KV of int8, .* KV heads of 48"),
+        ({"kv_dtype": "float32"}, "KV of float32"),
         ({"head_dim": 24}, "KV heads of 24"),
         ({"heads": 128, "kv_heads": 1}, "128 heads"),
     ],
@@ -230,6 +231,25 @@ SHAPE = dict(
 def test_what_it_does_not_serve_is_refused(change, says):
     with pytest.raises(NotImplementedError, match=says):
         mosaic_gpu.make_plan(**{**SHAPE, **change})
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(((7, 1), (0, 3)), page_size=8),  # of float32
+        Case(((7, 1), (0, 3)), page_size=8, kv="int8"),
+    ],
+    ids=str,
+)
+def test_pages_it_does_not_serve_are_xlas(case):
+    """No interpreter here: the kernel would fail on this machine."""
+
+    def attend(*args, scale, **options):
+        scale = case.head_dim**-0.5 if scale is None else scale
+        return mosaic_gpu.paged_attention(*args, scale=scale, **options)
+
+    got, wanted = attention_cases.run(case, mosaic_gpu.abstract_pages, attend)
+    check(case, got, wanted)
 
 
 def test_plans_fill_the_chip():

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jblock.pallas_kernels import hopper
-from jblock.pallas_kernels.paged_attention import gpu_kernel, gpu_walk
+from jblock.pallas_kernels.paged_attention import gpu_kernel, gpu_walk, xla
 from jblock.pallas_kernels.paged_attention.gpu_plan import ROWS, Plan, scratch, token_rows
 from jblock.pallas_kernels.paged_attention.quantize import is_scaled, quantize
 from jblock.pallas_kernels.paged_attention.ragged import Ragged
@@ -25,10 +25,26 @@ from jblock.pallas_kernels.paged_attention.ragged import Ragged
 def abstract_pages(
     num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: Any
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """(k, v) pages of one layer, or (k, v, k_scales, v_scales) if the dtype has scales."""
+    """(k, v) pages of one layer, or (k, v, k_scales, v_scales) if the dtype has scales; XLA's where the
+    kernel does not serve them."""
+    if not serves(page_size, head_dim, dtype):
+        return xla.abstract_pages(num_pages, page_size, num_kv_heads, head_dim, dtype)
     pages = jax.ShapeDtypeStruct((num_pages, num_kv_heads, page_size, head_dim), dtype)
     scales = jax.ShapeDtypeStruct((num_pages, num_kv_heads, page_size), jnp.float32)
     return (pages, pages, scales, scales) if is_scaled(dtype) else (pages, pages)
+
+
+def serves(page_size: int, head_dim: int, dtype: Any) -> bool:
+    """Whether the kernel takes such pages. Others are laid out and attended to as XLA's.
+
+    sm_90 has no float32 matmul, TMA brings whole pages or blocks of 64 or 128 keys, scales are read for 64
+    at a time, and no swizzle is narrower than 32 bytes.
+    """
+    if not 16 <= head_dim <= 256 or head_dim % 16 or jnp.dtype(dtype) == jnp.float32:
+        return False
+    if is_scaled(dtype):
+        return head_dim % 32 == 0 and (page_size == 64 or page_size % 128 == 0)
+    return page_size in (8, 16, 32, 64) or page_size % 128 == 0
 
 
 def make_plan(
@@ -48,26 +64,15 @@ def make_plan(
 ) -> Plan:
     """Tile sizes for a shape: two compute warpgroups where sequences bring more rows than one holds."""
     groups, kv_dtype, scaled = heads // kv_heads, jnp.dtype(kv_dtype), is_scaled(kv_dtype)
-    if kv_dtype == jnp.float32:
-        raise NotImplementedError("KV of dtype float32 on Mosaic GPU: sm_90 has no such matmul")
-    if head_dim % 16 or head_dim > 256 or token_rows(groups, head_dim) > ROWS:
+    if not serves(page_size, head_dim, kv_dtype) or token_rows(groups, head_dim) > ROWS:
         raise NotImplementedError(
-            f"{heads} heads, {kv_heads} KV heads of {head_dim} on Mosaic GPU: want at most {ROWS} heads a KV "
-            "head and a head_dim that is a multiple of 16 up to 256"
+            f"KV of {kv_dtype.name}, page_size {page_size}, {heads} heads, {kv_heads} KV heads of {head_dim} "
+            f"on Mosaic GPU: want what `serves` says, and at most {ROWS} heads a KV head"
         )
     tokens = ROWS // token_rows(groups, head_dim)
     long = max_q_len > tokens
     # Values of 8 bits lie in shared memory twice, and the wide ones of large heads leave little of it.
     block_kv = 128 if long and head_dim <= 128 and not scaled else 64
-    if scaled and (page_size % 64 or head_dim % 32):
-        raise NotImplementedError(
-            f"page_size {page_size}, head_dim {head_dim} with KV of {kv_dtype.name} on Mosaic GPU: want "
-            "multiples of 64 and 32"
-        )
-    if page_size % 8 or (page_size % block_kv and block_kv % page_size):
-        raise NotImplementedError(
-            f"page_size {page_size} on Mosaic GPU: want 8, 16, 32, 64 or a multiple of 128"
-        )
     warpgroups = 2 if long and not (scaled and head_dim > 128) else 1
     fixed = 2 * warpgroups * ROWS * head_dim * 2 + 2 * 16 * head_dim * 2
     tiles = gpu_walk.num_tiles(rows, num_seqs, max_q_len, warpgroups * tokens)
@@ -114,8 +119,13 @@ def paged_attention(
     """See `api.paged_attention`; interpret: parameters of the Mosaic GPU interpreter, for tests.
 
     Raises:
-      NotImplementedError: a dtype, head or page size the kernel does not serve.
+      NotImplementedError: more than 64 query heads a KV head.
     """
+    page_size, head_dim = kv_pages[1].shape[2:]  # of V pages, which lie as XLA's do
+    if not serves(page_size, head_dim, kv_pages[1].dtype):
+        return xla.paged_attention(
+            q, k, v, kv_pages, ragged, sliding_window=sliding_window, softcap=softcap, scale=scale
+        )
     plan = plan_of(
         q, k, kv_pages, ragged, sliding_window=sliding_window, softcap=softcap, scale=scale
     )
