@@ -8,7 +8,6 @@ import itertools
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,7 +138,6 @@ def _sharing(
 ) -> dict[str, Any]:
     """All tenants in one zoo."""
     path = folder / "zoo"
-    begin = time.perf_counter()
     for name in _BASES:
         hf.convert(bases[name], path, name, _QUIET)
     zoo = Zoo.open(path)
@@ -163,7 +161,6 @@ def _sharing(
             "logical_bytes": sum(logical[f"{kind.slug}-{i}"] for i in range(count)),
             "stored_bytes": stored[-1] - stored[-2],
         }
-    converting = time.perf_counter() - begin
     for kind, _ in counts:
         _check_export(folder, zoo, kind, bases, first[kind.slug])
     progress("fsck")
@@ -186,7 +183,6 @@ def _sharing(
             "deltas": totals["deltas"],
             "on_disk_over_logical": round(on_disk / whole, 4),
             "on_disk_bytes": on_disk,
-            "converting_s": round(converting, 1),
             "fsck_problems": len(problems),
             "exports_identical": [kind.slug for kind, _ in counts],
         },
