@@ -4,7 +4,8 @@
 
 Writes held-out.txt, train.txt (three tenths of its tokens are library text, the rest facts) and
 train-mostly-text.txt (six tenths); for every task items/<task>.jsonl (held out) and train/<task>.jsonl;
-and facts.jsonl: held-out items of all tasks in the spelling that the bases read while they were trained.
+facts.jsonl: held-out items of all tasks in the spelling that the bases read while they were trained; and
+facts-further.jsonl: more of them.
 """
 
 import json
@@ -71,10 +72,22 @@ def write(folder: pathlib.Path, items: int = 4000, train_items: int = 8000) -> N
         _write(folder / "items" / f"{name}.jsonl", [_plain(i) for i in test.values()])
     facts: list[dict[str, object]] = []
     while len(facts) < items:
-        name = rng.choice(list(_QUESTIONS))
-        found = fact(tasks.draw_from(tasks.TASKS[name], rng, "test"), name)
-        facts += [found] if found else []
+        facts += _fact(rng)
     _write(folder / "facts.jsonl", facts)
+    seen, further = {f["prompt"] for f in facts}, dict[object, dict[str, object]]()
+    draws = random.Random(991)
+    while len(further) < items:
+        further |= {
+            f["prompt"]: f for f in _fact(draws) if f["prompt"] not in seen | further.keys()
+        }
+    _write(folder / "facts-further.jsonl", list(further.values()))
+
+
+def _fact(rng: random.Random) -> list[dict[str, object]]:
+    """One held-out fact, or none where an item has no such spelling."""
+    name = rng.choice(list(_QUESTIONS))
+    found = fact(tasks.draw_from(tasks.TASKS[name], rng, "test"), name)
+    return [found] if found else []
 
 
 def _plain(item: tasks.Item) -> dict[str, object]:

@@ -3,6 +3,7 @@
   python -m examples.stand_ins equivalence --out DIR [--plot FILE]
   python -m examples.stand_ins stitch --out DIR        # demo-1m's lower layers, demo-3m's upper ones
   python -m examples.stand_ins stitch_back --out DIR   # the other way round
+  python -m examples.stand_ins confirm --out DIR       # both again, on data that decided nothing
   python -m examples.stand_ins surrogate --out DIR
 
 Each makes what it lacks under DIR (the family's zoo, texts and items of examples.probes), runs the
@@ -24,13 +25,15 @@ import jax
 from absl import app, flags
 
 from checkpoints import approximate, equivalence
+from checkpoints.probes import probe as held_out
 from checkpoints.probes import train_items
 from checkpoints.progress import Progress
 from examples import demo_zoo, probes
 from jblock.blocks.spec import AttentionSpec
-from jblock.zoo import forward, stitching, training
+from jblock.zoo import agreement, forward, stitching, training
 from jblock.zoo.edges import Accepted
 from jblock.zoo.forward import Weights
+from jblock.zoo.probe import ProbeData, Rows
 from jblock.zoo.records import Chain, Step
 from jblock.zoo.store import Zoo
 
@@ -51,7 +54,7 @@ _WORST = -0.005  # accuracy change that is accepted, by the lower end of its int
 def prepare(out: pathlib.Path) -> Zoo:
     """The family in a zoo, and the files to measure on, unless they are there."""
     files, folder = out / "probes", out / "zoo"
-    if not (files / "train-mostly-text.txt").exists():
+    if not (files / "facts-further.jsonl").exists():
         probes.write(files)
     if not (folder / "zoo.json").exists():
         demo_zoo.convert(demo_zoo.with_bases(demo_zoo.load_family(())), folder)
@@ -222,18 +225,42 @@ def stitched(
         768,
         Progress(),
     )
+    _table([*data["parents"], *data["models"]])
+    return data
+
+
+def confirm(out: pathlib.Path) -> dict[str, Any]:
+    """Every stitched chain that was made, on what nobody looked at while cuts and steps were chosen: text
+    behind the first 16,384 tokens, and other facts."""
+    zoo, files = prepare(out), out / "probes"
+    facts = files / "facts-further.jsonl"
+    data = held_out(zoo, zoo.chain("demo-3m"), files / "held-out.txt", facts, 65536, 4000)
+    first = 16384 // data.text.tokens.shape[1]
+    text = Rows(data.text.tokens[first:], data.text.target[first:])
+    data = ProbeData(data.name, text, data.items)
+    small = agreement.outputs(forward.load(zoo, zoo.chain("demo-1m").steps), data)
+    rows: list[dict[str, Any]] = []
+    for name in ["demo-1m", "demo-3m", *(n for n in zoo.chains() if "-under-" in n)]:
+        found = agreement.outputs(forward.load(zoo, zoo.chain(name).steps), data)
+        scores = {n: dataclasses.asdict(s) for n, s in agreement.scores(small, found).items()}
+        row = {"name": name, "perplexity": found.perplexity, "accuracy": found.accuracy}
+        rows.append(row | {"beside": {"demo-1m": scores}})
+    _table(rows)
+    return {"models": rows}
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> None:
     print(
         "| model | perplexity of text | beside demo-1m | accuracy on facts | beside demo-1m, points |"
     )
     print("| --- | --- | --- | --- | --- |")
-    for row in (*data["parents"], *data["models"]):
+    for row in rows:
         found = row.get("beside", {}).get("demo-1m")
         text = _percent(found["perplexity_change"]) if found else ""
         change = _percent(found["accuracy_change"]) if found else ""
         print(
             f"| {row['name']} | {row['perplexity']:.2f} | {text} | {row['accuracy']:.4f} | {change} |"
         )
-    return data
 
 
 def surrogate(out: pathlib.Path) -> dict[str, Any]:
@@ -304,6 +331,7 @@ def main(argv: list[str]) -> None:
         "equivalence": lambda: equivalents(out, plot),
         "stitch": lambda: stitched(out, "demo-1m", "demo-3m", ["1:1", "2:1"], 1000),
         "stitch_back": lambda: stitched(out, "demo-3m", "demo-1m", ["4:1", "5:1"], 1500),
+        "confirm": lambda: confirm(out),
         "surrogate": lambda: surrogate(out),
     }
     if len(argv) != 2 or argv[1] not in wanted:
