@@ -23,6 +23,8 @@ from jblock.zoo.store import Zoo
 
 _PREFIX = "base_model.model."
 _VIRTUAL = "prompt_embeddings"
+_EXPERTS = ".experts."
+_HEAD = f"{_PREFIX}lm_head."
 
 
 def plan_peft(zoo: Zoo, base: Chain, settings: Settings, source: Source) -> AdapterPlan:
@@ -36,7 +38,9 @@ def plan_peft(zoo: Zoo, base: Chain, settings: Settings, source: Source) -> Adap
     if settings.virtual_tokens:
         planner.take_virtual()
     for path, module in _modules(base).items():
-        planner.take_module(path, module)
+        # Transformers 5 has GPT-NeoX's head under another name than its checkpoints.
+        renamed = path == "embed_out" and any(n.startswith(_HEAD) for n in source.tensors)
+        planner.take_module("lm_head" if renamed else path, module)
     return planner.plan()
 
 
@@ -70,6 +74,7 @@ class _Planner:
     def __init__(self, zoo: Zoo, base: Chain, settings: Settings, source: Source):
         self._zoo, self._base, self._settings, self._source = zoo, base, settings, source
         self._left = set(source.tensors)
+        self._unmodular = not any(_EXPERTS in name for name in source.tensors)
         self._lora: dict[int, dict[str, LoraTarget]] = {}
         self._outputs: dict[int, list[str]] = {}
         self._inputs: dict[int, list[str]] = {}
@@ -227,7 +232,9 @@ class _Planner:
         """Whether the adapter has these tensors for a module: all or none, and as the config says."""
         there = [n for n in names if n in self._left]
         if not there:
-            if self._settings.targets(path):
+            # Since transformers 5 experts are no modules of their own, so a name of theirs targets others.
+            expert = self._unmodular and _EXPERTS in path
+            if self._settings.targets(path) and not expert:
                 raise CheckpointError(
                     f"{self._source.path}: tensor {names[0]!r} is missing, though target_modules of "
                     "adapter_config.json names its module: give the whole adapter"
