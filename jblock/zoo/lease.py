@@ -113,6 +113,8 @@ def use(folder: Path, id: str) -> None:
 
 
 def _make(tmp: Path, seconds: float) -> tuple[Path, int]:
+    # Before anything is made: who is killed with half a lease leaves it for as long as a lease lives.
+    said = json.dumps({"host": _host(), "seconds": seconds}).encode()
     while True:
         folder = tmp / secrets.token_hex(8)
         aside = folder.with_suffix(".new")
@@ -123,7 +125,7 @@ def _make(tmp: Path, seconds: float) -> tuple[Path, int]:
             continue  # a cleaner took it
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            os.write(fd, json.dumps({"host": _host(), "seconds": seconds}).encode())
+            os.write(fd, said)
             os.rename(aside, folder)
             return folder, fd
         except FileNotFoundError:
