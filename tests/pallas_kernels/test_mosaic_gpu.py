@@ -112,7 +112,7 @@ def ragged_of(lengths, max_q_len):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 23)), min_size=4, max_size=4),
     tile_tokens=st.sampled_from([1, 4, 7, 32]),

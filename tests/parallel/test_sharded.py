@@ -82,12 +82,14 @@ def expert_runs(tmp_path_factory) -> dict:
     return run(tmp_path_factory.mktemp("experts"), "experts", "ep=2,tp=2")
 
 
+@pytest.mark.long
 def test_experts_on_devices_of_their_own(expert_runs):
     """Mixtures of four experts, and of six with a shared one, which is split over all devices."""
     check(expert_runs[""], expert_runs["ep=2,tp=2"])
     assert "experts_swapped" in expert_runs["ep=2,tp=2"]
 
 
+@pytest.mark.long
 def test_experts_take_one_sum_as_an_ffn_does(expert_runs):
     """A mixture over ep needs two exchanges by all-to-all (arXiv 2006.16668, section 3.2) where rows are
     split over it; here every device has all rows, and one sum is all."""
