@@ -6,7 +6,8 @@ An op is a module here with
 * `cases(quick) -> list[Case]`;
 * `tunes(case) -> list[Any]`, the block sizes worth trying on the present device, empty if its backend
   has none to choose;
-* `save(best) -> Path`, which keeps what was found for each case where the backend looks for it.
+* where it has some, `describe(blocks) -> dict[str, int]` for the report, and `save(best) -> Path`, which
+  keeps what was found for each case where the backend looks for it.
 """
 
 import dataclasses

@@ -3,7 +3,6 @@ experts of which a row takes 2, one layer after another, which is more than the 
 
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -48,16 +47,6 @@ def cases(quick: bool) -> list[Case]:
 def tunes(case: Case) -> list[Any]:
     """None of them has block sizes."""
     return []
-
-
-def save(best: Any) -> Path:
-    """Never called: there is nothing to tune."""
-    raise NotImplementedError("mixtures have no block sizes")
-
-
-def describe(blocks: Any) -> dict[str, int]:
-    """Never called either."""
-    raise NotImplementedError("mixtures have no block sizes")
 
 
 def _served(

@@ -3,7 +3,6 @@ model, one layer after another, which is more than the caches hold."""
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,16 +38,6 @@ def cases(quick: bool) -> list[Case]:
 def tunes(case: Case) -> list[Any]:
     """None of them has block sizes."""
     return []
-
-
-def save(best: Any) -> Path:
-    """Never called: there is nothing to tune."""
-    raise NotImplementedError("projections have no block sizes")
-
-
-def describe(blocks: Any) -> dict[str, int]:
-    """Never called either."""
-    raise NotImplementedError("projections have no block sizes")
 
 
 def _case(name: str, form: Callable[..., jax.Array], rows: int, quick: bool) -> Case:

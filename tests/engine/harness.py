@@ -20,6 +20,15 @@ FIXTURES = Path(__file__).parent.parent / "fixtures"
 BASES = sorted(p.name for p in (FIXTURES / "hf").iterdir() if (p / "oracle.npz").exists())
 ADAPTERS = sorted(p.name for p in (FIXTURES / "peft").iterdir() if (p / "oracle.npz").exists())
 
+SMALL = EngineConfig(
+    max_num_seqs=4,
+    max_model_len=64,
+    page_size=16,
+    decode_sizes=(4,),
+    prefill_grids=((4, 16),),
+    kv_memory_mb=1,
+)
+
 
 def base_of(adapter: str) -> str:
     """Name of the fixture an adapter was made on."""

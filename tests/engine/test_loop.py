@@ -1,24 +1,16 @@
 """The loop's rules: admission, refusals, endings, and what it gives back."""
 
 import pytest
-from harness import Agent, oracle, request
+from harness import SMALL, Agent, oracle, request
 
 from jblock.engine.config import EngineConfig
 
 MODEL = "llama_gqa_untied"
-CONFIG = EngineConfig(
-    max_num_seqs=4,
-    max_model_len=64,
-    page_size=16,
-    decode_sizes=(4,),
-    prefill_grids=((4, 16),),
-    kv_memory_mb=1,
-)
 
 
 @pytest.fixture(scope="module")
 def agent(zoo) -> Agent:
-    return Agent.make(zoo, [MODEL], CONFIG)
+    return Agent.make(zoo, [MODEL], SMALL)
 
 
 @pytest.fixture(autouse=True)

@@ -3,22 +3,14 @@
 import threading
 
 import pytest
+from harness import SMALL
 
 from jblock.engine import agent, watch
 from jblock.engine.agent import ThreadEngine
 from jblock.engine.api import EngineDied, Request, SamplingParams
-from jblock.engine.config import EngineConfig
 from jblock.zoo.store import Zoo
 
 MODEL = "llama_gqa_untied"
-CONFIG = EngineConfig(
-    max_num_seqs=4,
-    max_model_len=64,
-    page_size=16,
-    decode_sizes=(4,),
-    prefill_grids=((4, 16),),
-    kv_memory_mb=1,
-)
 
 
 class Time:
@@ -57,7 +49,7 @@ def test_counts_one_round_only_and_only_while_the_process_runs(clock):
 
 def test_an_engine_whose_device_does_not_answer_dies_and_says_so(zoo, monkeypatch):
     store = Zoo.open(zoo)
-    engine = ThreadEngine(store, {MODEL: store.chain(MODEL)}, CONFIG)
+    engine = ThreadEngine(store, {MODEL: store.chain(MODEL)}, SMALL)
     back = threading.Event()
     try:
         assert engine.poll(0.01) == []
