@@ -5,7 +5,7 @@
   make serve                                 # only serve the family, on port 8470, until Ctrl-C
 
 Exit codes: 0 every request was answered as transformers answers it, 1 something was not,
-2 the demo could not run, 130 Ctrl-C.
+2 the demo could not run, 130 Ctrl-C (128 + the signal that ended it).
 """
 
 import asyncio
@@ -141,16 +141,26 @@ def main(argv: list[str]) -> int:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     # A log is no terminal, and rich would break the table at 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 110)
+    stopped_by = signal.SIGINT
+
+    def stop(number: int, _frame: object) -> None:
+        # As Ctrl-C, which asyncio makes a cancelled task: an exception raised right here is lost
+        # where the signal comes while one of grpc's callbacks runs.
+        nonlocal stopped_by
+        stopped_by = signal.Signals(number)
+        signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda n, _: sys.exit(128 + n))
+        signal.signal(number, stop)
     try:
         return serve(console) if _SERVE_ONLY.value else run(console)
     except DemoError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("demo: stopped by Ctrl-C; the server is gone too", file=sys.stderr)
-        return 130
+        print(f"demo: stopped by {stopped_by.name}; the server is gone too", file=sys.stderr)
+        return 128 + stopped_by
 
 
 if __name__ == "__main__":
