@@ -1,5 +1,4 @@
-"""The TPU kernels of both grouped matmuls in jax's TPU interpreter (copies as late as may be, memory
-nobody wrote full of NaN, races detected), and what they move and multiply.
+"""The TPU kernels of both grouped matmuls in jax's TPU interpreter, and what they move and multiply.
 
 `make test` takes a spread of the tables, `make test-long` all, with small blocks and the heuristic's.
 """
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental.pallas import tpu as pltpu
 
 from jblock.pallas_kernels.grouped_block_matmul import shapes as block_shapes
 from jblock.pallas_kernels.grouped_block_matmul import tpu as block_tpu
@@ -26,12 +24,11 @@ from tests.pallas_kernels.grouped_cases import (
     hold_block,
     hold_delta,
 )
+from tests.pallas_kernels.tpu_interpreter import INTERPRET, RACE
 from tests.pallas_kernels.traffic import count
 
 SMALL_BLOCK = block_tpu.Blocks(rows=16, columns=128)
 SMALL_DELTA = delta_tpu.Blocks(rows=16, pieces=2)
-RACE = "RACE DETECTED"
-INTERPRET = pltpu.InterpretParams(detect_races=True)
 
 
 @functools.partial(jax.jit, static_argnames="blocks")

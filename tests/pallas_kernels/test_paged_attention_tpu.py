@@ -18,10 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jblock.pallas_kernels.paged_attention import shapes, tpu, tpu_blocks
 from jblock.pallas_kernels.paged_attention.tpu_blocks import Blocks, Shape
 from tests.pallas_kernels.attention_cases import CASES, FORMS, Case, check, run
+from tests.pallas_kernels.tpu_interpreter import INTERPRET, RACE
 
-INTERPRET = pltpu.InterpretParams(detect_races=True)
 SPREAD = list(dict.fromkeys([*CASES[22::24], *{(c.kv, c.q): c for c in CASES}.values()]))
-RACE = "RACE DETECTED"
 
 
 @functools.partial(jax.jit, static_argnames=("sliding_window", "softcap", "scale", "blocks"))
