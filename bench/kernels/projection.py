@@ -14,7 +14,7 @@ from jblock.blocks import linear
 from jblock.blocks.platform import here
 from jblock.pallas_kernels.native import matmul as native
 
-ROWS = (1, 4, 8, 16, 32, 64)
+ROWS = (1, 4, 8, 16, 24, 32, 64)
 
 
 def backend() -> str:

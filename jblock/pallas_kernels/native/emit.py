@@ -182,6 +182,20 @@ class Function:
         """float32 element `index`, `width` times."""
         return self.splat(self.b.load(self.at(base, index, 4), typ=F32), width)
 
+    def load_repeated(self, base: Value, index: Value | int, width: int, times: int) -> Value:
+        """float32 elements [index, index + width), one after the other `times` times."""
+        x = self.load(base, index, width)
+        mask = ir.Constant(ir.VectorType(I32, width * times), list(range(width)) * times)
+        return self.b.shuffle_vector(x, x, mask)
+
+    def fetch(self, pointer: Value) -> None:
+        """Asks for a cache line, to the second cache; nothing happens where there is no memory."""
+        name = "llvm.prefetch.p0"
+        module = self.function.module
+        if name not in module.globals:
+            ir.Function(module, ir.FunctionType(VOID, [PTR, I32, I32, I32]), name)
+        self.call(module.globals[name], pointer, I32(0), I32(2), I32(1))
+
     def put(self, x: Value, base: Value, index: Value | int, dtype: str = "float32") -> None:
         """Stores a float32 vector from element `index` of a dtype on, rounded to nearest even.
 

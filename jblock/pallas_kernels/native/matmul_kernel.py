@@ -9,6 +9,8 @@ from llvmlite import ir
 
 from jblock.pallas_kernels.native import ffi, matmul_items, targets
 from jblock.pallas_kernels.native.matmul_lanes import Lanes
+from jblock.pallas_kernels.native.matmul_quads import MOST_ROWS as QUADS_ROWS
+from jblock.pallas_kernels.native.matmul_quads import Quads
 from jblock.pallas_kernels.native.matmul_tiles import Tiles
 
 MOST_ROWS = {"bfloat16": 64, "float32": 32}
@@ -27,7 +29,8 @@ def emit(module: ir.Module, name: str, fields: Sequence[str]) -> None:
         raise RuntimeError(
             f"what products by {dtype} weights take is not to be had in this process"
         )
-    kernel = (Tiles if dtype == "bfloat16" else Lanes)(count)
+    few = Quads if count <= QUADS_ROWS else Lanes
+    kernel = (Tiles if dtype == "bfloat16" else few)(count)
 
     def body(f, args: ffi.Buffers, results: ffi.Buffers, pool: ffi.Pool) -> None:
         matmul_items.run(f, kernel, args, results, pool)

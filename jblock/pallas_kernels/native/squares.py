@@ -26,11 +26,6 @@ def turn(
     )
 
 
-def fold(f: Function, source: Value, target: Value) -> None:
-    """target[i] = the sum of source[i, :]: 16 lines that follow each other, halves first."""
-    f.call(_fold(f.function.module), source, target)
-
-
 def _turn(module: ir.Module) -> ir.Function:
     def emit(f: Function) -> None:
         source, source_stride, source_lines, target, target_stride, target_lines = f.args
@@ -48,18 +43,6 @@ def _turn(module: ir.Module) -> ir.Function:
             f.put(line, place(target, target_stride, i, target_lines), 0)
 
     return _once(module, "squares.turn", "pllpll", emit)
-
-
-def _fold(module: ir.Module) -> ir.Function:
-    def emit(f: Function) -> None:
-        source, target = f.args
-        lines = _transposed(f, [f.load(source, 16 * i, 16) for i in range(16)])
-        while len(lines) > 1:
-            half = len(lines) // 2
-            lines = [f.b.fadd(lines[i], lines[i + half]) for i in range(half)]
-        f.put(lines[0], target, 0)
-
-    return _once(module, "squares.fold", "pp", emit)
 
 
 def _once(module: ir.Module, name: str, args: str, emit: Callable[[Function], None]) -> ir.Function:

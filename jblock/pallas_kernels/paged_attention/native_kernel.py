@@ -396,6 +396,7 @@ class _Kernel:
             def along(i: Value, *sums: Value) -> list[Value]:
                 at = b.add(b.mul(i, I64(page)), b.mul(first, I64(tw)))
                 keys = [f.load(k, b.add(at, I64(tw * c)), tw, form.kv) for c in range(count)]
+                self._fetch_next(f, k, at, tw * count)
                 out = list(sums)
                 for r in range(rows):
                     one = f.load_splat(q, b.add(i, I64(r * d)), tw)
@@ -426,8 +427,12 @@ class _Kernel:
         most = min(self.vectors, page // tw)
         whole = b.udiv(vectors, I64(most))
         f.loop(whole, lambda i: scores(b.mul(i, I64(most)), most))
-        if most > 1:
-            f.loop(vectors, lambda i: scores(i, 1), first=b.mul(whole, I64(most)))
+        done, count = b.mul(whole, I64(most)), most
+        while count > 1:
+            count //= 2
+            more = b.udiv(b.sub(vectors, done), I64(count))
+            f.loop(more, lambda i, done=done, n=count: scores(b.add(done, b.mul(i, I64(n))), n))
+            done = b.add(done, b.mul(more, I64(count)))
 
         maxnum = lambda x, y: f.math("maxnum", x, y)
         keeps = []
@@ -474,6 +479,7 @@ class _Kernel:
             def along(t: Value, *sums: Value, part=part) -> list[Value]:
                 row = b.mul(t, I64(d))
                 values = [f.load(v, b.add(row, I64(x)), hw, form.kv) for x in part]
+                self._fetch_next(f, v, b.add(row, I64(part[0])), hw * len(part))
                 out = list(sums)
                 for r in range(rows):
                     one = f.load_splat(weights, b.add(t, I64(r * page)), hw)
@@ -488,3 +494,11 @@ class _Kernel:
                 f.put(x, acc, r * d + part[c])
         f.end()
         return f.function
+
+    def _fetch_next(self, f: Function, base: Value, index: Value, count: int) -> None:
+        """Asks for what the next KV head of a page has where this one has `count` elements from `index`
+        on: without it memory waits while a head is computed."""
+        size = _DTYPES[self.form.kv]
+        place = f.at(f.at(base, index, size), self.form.page * self.form.d * size)
+        for at in range(0, count * size, 64):
+            f.fetch(f.at(place, at))
