@@ -110,6 +110,7 @@ class Device:
             ]
             for group, shape in self.pool_shapes.items()
         }
+        self._unclean: dict[KvGroup, list[int]] = {}
         widths = _widths(assembly)
         self._registers = {d: self._zeros((self.num_rows, d), jnp.float32) for d in widths}
         self._positions: dict[int, jax.Array] = {}  # Of stitches, as scalars.
@@ -233,18 +234,25 @@ class Device:
         self._arrays.clear()
 
     def scrub(self, group: KvGroup, pages: Sequence[int]) -> None:
-        """Zeroes pages that were just handed to a new owner."""
-        shape = self.pool_shapes[group]
-        program = self.executables.get(ProgramKey(kind="scrub", pool=shape))
-        for begin in range(0, len(pages), SCRUB_PAGES):
-            ids = np.full(SCRUB_PAGES, shape.num_pages, np.int32)
-            part = pages[begin : begin + SCRUB_PAGES]
-            ids[: len(part)] = part
-            self._pools[group] = list(program(tuple(self._pools[group]), self._put(ids)))
+        """Has pages zeroed that were just handed to a new owner, before anything else is done to pages: many
+        in a call, for a burst of requests takes a page or two each."""
+        self._unclean.setdefault(group, []).extend(pages)
+
+    def _clean(self) -> None:
+        for group, pages in self._unclean.items():
+            shape = self.pool_shapes[group]
+            program = self.executables.get(ProgramKey(kind="scrub", pool=shape))
+            for begin in range(0, len(pages), SCRUB_PAGES):
+                ids = np.full(SCRUB_PAGES, shape.num_pages, np.int32)
+                part = pages[begin : begin + SCRUB_PAGES]
+                ids[: len(part)] = part
+                self._pools[group] = list(program(tuple(self._pools[group]), self._put(ids)))
+        self._unclean.clear()
 
     def copy_out(self, group: KvGroup, pages: Sequence[int]) -> list[Any]:
         """Begins to copy pages to the host. What comes back is for `copy_in`, as it is or with its
         arrays taken to the host."""
+        self._clean()
         program = self.executables.get(
             ProgramKey(kind="gather_pages", pool=self.pool_shapes[group])
         )
@@ -263,6 +271,7 @@ class Device:
         self, group: KvGroup, pages: Sequence[int], copies: Sequence[Any], skip: int = 0
     ) -> None:
         """Overwrites pages with the copies of as many pages; the first `skip` stay as they are."""
+        self._clean()
         shape = self.pool_shapes[group]
         program = self.executables.get(ProgramKey(kind="scatter_pages", pool=shape))
         for begin in range(skip // SWAP_PAGES * SWAP_PAGES, len(pages), SWAP_PAGES):
@@ -314,6 +323,7 @@ class Device:
     ) -> Sampled | None:
         """Enqueues one batch through a block, or through its calls `first` to `last` alone; a head
         samples too and returns its tokens."""
+        self._clean()
         index = self._index(batch)
         with tracing.block(instance.name, batch):
             calls = self._calls(instance, batch.bucket)
