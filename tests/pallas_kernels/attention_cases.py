@@ -1,7 +1,8 @@
 """The cases every paged attention backend must get right, and how one is put to it.
 
 `run` writes the cached tokens by a first call of the backend and attends in a second, so the write is
-tested too; the first call has rounded sizes, so that cases share its program. Pages nobody owns and
+tested too; the first call has rounded sizes, so that cases share its program. The second can be `rounded`
+as well: with unused sequences, rows and pages up to sizes that many cases have. Pages nobody owns and
 rows that are padding hold NaN (8-bit values: their largest, with NaN scales) before, and the pages
 are checked to be untouched after.
 """
@@ -163,7 +164,11 @@ Attend = Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
 
 
 def run(
-    case: Case, abstract_pages: Callable[..., tuple[Any, ...]], attend: Attend, seed: int = 0
+    case: Case,
+    abstract_pages: Callable[..., tuple[Any, ...]],
+    attend: Attend,
+    seed: int = 0,
+    rounded: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Puts a case to a backend.
 
@@ -172,13 +177,18 @@ def run(
       abstract_pages: as api.abstract_pages, for the backend.
       attend: as api.paged_attention, for the backend.
       seed: of the random numbers.
+      rounded: whether to add to it what makes cases share a program.
 
     Returns:
       output of the backend and of the reference, real rows only, float32 [rows, heads, d].
     """
     rng = np.random.default_rng(seed)
+    if rounded:
+        unused = ((0, 0),) * (-len(case.sequences) % 4)
+        slack = _power(case.max_q_len) - max(n for _, n in case.sequences)
+        case = dataclasses.replace(case, sequences=case.sequences + unused, slack=slack)
     lengths = [cached + new for cached, new in case.sequences]
-    table, mine = _give_pages(case, lengths, rng)
+    table, mine = _give_pages(case, lengths, rng, rounded)
     pages = tuple(
         jnp.asarray(_poisoned(a.shape, a.dtype, mine))
         for a in abstract_pages(
@@ -226,10 +236,11 @@ def run(
 
     cached = [c for c, _ in case.sequences]
     if any(cached):
-        rows, longest = (2 ** (int(n) - 1).bit_length() for n in (sum(cached), max(cached)))
+        rows, longest = _power(sum(cached)), _power(max(cached))
         _, pages = call([0] * len(lengths), cached, "packed", longest, pages, rows)
     new = [n for _, n in case.sequences]
-    got, pages = call(cached, new, case.form, case.max_q_len, pages)
+    least = max(16, _power(len(new) * case.max_q_len)) if rounded and case.form != "grid" else 1
+    got, pages = call(cached, new, case.form, case.max_q_len, pages, least)
     for old, now in zip(before, pages, strict=True):
         untouched = ~mine
         untouched[0] = True
@@ -274,13 +285,20 @@ def _poisoned(shape: tuple[int, ...], dtype: Any, mine: np.ndarray) -> np.ndarra
     return pages
 
 
+def _power(n: int) -> int:
+    """The least power of two that is no less."""
+    return 1 << (int(n) - 1).bit_length()
+
+
 def _give_pages(
-    case: Case, lengths: list[int], rng: np.random.Generator
+    case: Case, lengths: list[int], rng: np.random.Generator, rounded: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """A page table int32 [S, max_pages] of pages in random order, and bool [num_pages] of those owned."""
     counts = [-(-n // case.page_size) for n in lengths]
     max_pages = 4 * -(-(1 + max(counts)) // 4)
     num_pages = 8 * -(-(1 + sum(counts) + 3) // 8)
+    if rounded:
+        max_pages, num_pages = max(8, _power(max_pages)), max(16, _power(num_pages))
     free = list(rng.permutation(np.arange(1, num_pages)))
     table = np.zeros((len(lengths), max_pages), np.int32)
     mine = np.zeros(num_pages, bool)

@@ -1,4 +1,9 @@
-"""The cases every backend of the two grouped matmuls must get right, and how one is put to it."""
+"""The cases every backend of the two grouped matmuls must get right, and how one is put to it.
+
+A case can be put as it is or `rounded`: with rows of no group, groups without rows and pieces of nobody added
+up to sizes that many cases have, which then share a program. Where compiling one takes most of a case's
+time, as in the interpreters, the tables take minutes otherwise.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -76,7 +81,25 @@ BLOCK_CASES = [
     *(BlockCase((0, 1, 0, 0, 3, 0, 2, 0) * 4, dtype=dtype, padding=9) for dtype in BOTH),
     BlockCase((130, 61, 0, 65), 128, 256, "bfloat16"),
     BlockCase((64, 64, 64), 128, 128, "bfloat16"),
+    BlockCase((300, 0, 9), 128, 128, "bfloat16", padding=5),
 ]
+
+
+def round_up(n: int, *sizes: int) -> int:
+    """The least of these sizes, ascending, that is no less than n; behind the last, whole multiples of it."""
+    return next((s for s in sizes if s >= n), -(-n // sizes[-1]) * sizes[-1])
+
+
+_ROWS = 16, 48, 96, 192, 256
+_GROUPS = 4, 8, 32
+
+
+def rounded_block(case: BlockCase) -> BlockCase:
+    """The case with rows of no variant and variants without rows up to sizes that many have."""
+    rows = sum(case.sizes)
+    none = (0,) * (round_up(len(case.sizes), *_GROUPS) - len(case.sizes))
+    padding = round_up(rows + case.padding, *_ROWS) - rows
+    return dataclasses.replace(case, sizes=case.sizes + none, padding=padding)
 
 
 def make_block(case: BlockCase, seed: int = 0) -> tuple[Any, Any, Any]:
@@ -94,8 +117,11 @@ def make_block(case: BlockCase, seed: int = 0) -> tuple[Any, Any, Any]:
     return jnp.asarray(x, case.dtype), arrays, jnp.asarray(case.sizes, jnp.int32)
 
 
-def hold_block(case: BlockCase, multiply: Callable[..., Any], seed: int = 0) -> None:
+def hold_block(
+    case: BlockCase, multiply: Callable[..., Any], seed: int = 0, rounded: bool = False
+) -> None:
     """Fails unless `multiply`, as api.grouped_block_matmul, agrees with the reference."""
+    case = rounded_block(case) if rounded else case
     x, weights, sizes = make_block(case, seed)
     got = multiply(x, weights, sizes)
     assert got.shape == (x.shape[0], case.out) and got.dtype == jnp.float32
@@ -183,11 +209,21 @@ DELTA_CASES = [
 ]
 
 
+def rounded_delta(case: DeltaCase) -> DeltaCase:
+    """The case with rows of no group, groups without rows and unused columns of the table of pieces up to
+    sizes that many have."""
+    rows, most = sum(n for n, _ in case.groups), max(p for _, p in case.groups)
+    none = ((0, 0),) * (round_up(len(case.groups), *_GROUPS) - len(case.groups))
+    padding = round_up(rows + case.padding, *_ROWS) - rows
+    slack = round_up(most + case.slack, 4, 8) - most
+    return dataclasses.replace(case, groups=case.groups + none, padding=padding, slack=slack)
+
+
 def make_delta(case: DeltaCase, seed: int = 0) -> tuple[Any, ...]:
     """y, x, a, b, pieces and group_sizes of a case. Piece 0 is zeros, pieces nobody has are NaN."""
     rng = np.random.default_rng(seed)
     total = sum(n for n, _ in case.groups)
-    count = sum(p for _, p in case.groups) + 4
+    count = round_up(sum(p for _, p in case.groups) + 4, 16, 64)
     y = rng.standard_normal((total + case.padding, case.out), np.float32)
     x = rng.standard_normal((total + case.padding, case.width), np.float32)
     x[total:] = y[total:] = np.nan
@@ -211,8 +247,11 @@ def make_delta(case: DeltaCase, seed: int = 0) -> tuple[Any, ...]:
     )
 
 
-def hold_delta(case: DeltaCase, multiply: Callable[..., Any], seed: int = 0) -> None:
+def hold_delta(
+    case: DeltaCase, multiply: Callable[..., Any], seed: int = 0, rounded: bool = False
+) -> None:
     """Fails unless `multiply`, as api.grouped_delta_matmul, agrees with the reference."""
+    case = rounded_delta(case) if rounded else case
     y, x, a, b, pieces, sizes = make_delta(case, seed)
     wanted = delta_reference.grouped_delta_matmul(
         y, *(v.astype(jnp.float32) for v in (x, a, b)), np.asarray(pieces), np.asarray(sizes)

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
@@ -109,18 +109,49 @@ def run(
     case: Case,
     plan: dict[str, Any] | None = None,
     detect_races: bool = False,
-    fill: bool = False,
+    rounded: bool = False,
 ) -> Result:
-    """In the worker: puts a case to the kernel, and counts what its last call did.
+    """In the worker: puts a case to the kernel, and counts what its call did.
+
+    Cached tokens are written without the kernel; that the kernel writes new ones where they belong, and
+    nothing else, is seen in the pages after its call.
 
     Args:
       case: what to compute; see `served`.
       plan: fields of gpu_kernel.Plan to set otherwise than make_plan does.
       detect_races: whether to look for races.
-      fill: write the cached tokens without the kernel, which saves most of the time.
+      rounded: as of attention_cases.run.
     """
     import jax
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    from jblock.pallas_kernels.paged_attention import mosaic_gpu
+
+    attend = _attend(tuple(sorted((plan or {}).items())), detect_races)
+    to_fill = any(cached for cached, _ in case.sequences)
+
+    def counted(q, k, v, pages, ragged, **options):
+        nonlocal to_fill
+        wanted = _written(k, v, pages, ragged)
+        if to_fill:
+            to_fill = False
+            return q, wanted
+        _COUNTS.update(read=0, written=0, flops=0)
+        # The kernel does not read is_grid, which would be another program.
+        ragged = dataclasses.replace(ragged, is_grid=False)
+        out, pages = jax.block_until_ready(attend(q, k, v, pages, ragged, **options))
+        _check_pages(pages, wanted)
+        return out, pages
+
+    got, wanted = attention_cases.run(case, mosaic_gpu.abstract_pages, counted, rounded=rounded)
+    races = gpu_callbacks.get_races().races_found if detect_races else None
+    return Result(got, wanted, races, **_COUNTS)
+
+
+@functools.cache
+def _attend(plan: tuple[tuple[str, Any], ...], detect_races: bool) -> Callable[..., Any]:
+    """The op in the interpreter, with some fields of its plan set."""
+    import jax
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
     from jblock.pallas_kernels.paged_attention import mosaic_gpu
@@ -133,36 +164,24 @@ def run(
     def attend(q, k, v, pages, ragged, *, scale, **options):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         made = mosaic_gpu.plan_of(q, k, pages, ragged, scale=scale, **options)
-        made = dataclasses.replace(made, **plan or {})
+        made = dataclasses.replace(made, **dict(plan))
         return mosaic_gpu.run(made, q, k, v, pages, ragged, interpret=params)
 
-    to_fill = fill and any(cached for cached, _ in case.sequences)
-
-    def counted(*args, **kwargs):
-        nonlocal to_fill
-        if to_fill:
-            to_fill = False
-            return _fill(*args)
-        _COUNTS.update(read=0, written=0, flops=0)
-        return jax.block_until_ready(attend(*args, **kwargs))
-
-    got, wanted = attention_cases.run(case, mosaic_gpu.abstract_pages, counted)
-    races = gpu_callbacks.get_races().races_found if detect_races else None
-    return Result(got, wanted, races, **_COUNTS)
+    return attend
 
 
-def run_op(op: str, case: Any, plan: dict[str, Any] | None = None) -> dict[str, int]:
+def run_op(
+    op: str, case: Any, plan: dict[str, Any] | None = None, **options: Any
+) -> dict[str, int]:
     """In the worker: holds the Mosaic GPU backend of another op to a case; returns what was counted.
 
     Args:
       op: one that `holds` knows.
       case: of that op's table, in bfloat16.
       plan: fields of the op's Plan to set otherwise than its make_plan does.
+      options: of what holds it.
     """
-    import importlib
-
     import jax
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
     from tests.pallas_kernels import grouped_cases, quantised_cases
 
@@ -171,56 +190,94 @@ def run_op(op: str, case: Any, plan: dict[str, Any] | None = None) -> dict[str, 
         "grouped_delta_matmul": grouped_cases.hold_delta,
         "quantised_matmul": quantised_cases.hold,
     }
-    module = importlib.import_module(f"jblock.pallas_kernels.{op}.mosaic_gpu")
-    params = InterpretGPUParams(uninitialized_memory="nan", out_of_bounds_reads="uninitialized")
-    if plan:
-        made = module.make_plan
-        module.make_plan = lambda **shape: dataclasses.replace(made(**shape), **plan)
-
-    @jax.jit
-    def multiply(*args):
-        return getattr(module, op)(*args, interpret=params)
+    multiply = _multiply(op, tuple(sorted((plan or {}).items())))
 
     def counted(*args):
         _COUNTS.update(read=0, written=0, flops=0)
         return jax.block_until_ready(multiply(*args))
 
-    try:
-        holds[op](case, counted)
-    finally:
-        if plan:
-            module.make_plan = made
+    holds[op](case, counted, **options)
     return dict(_COUNTS)
 
 
-def _fill(q: Any, k: Any, v: Any, pages: Any, ragged: Any) -> tuple[Any, tuple[Any, ...]]:
-    """As the op, for sequences that had nothing cached, but without attending."""
+@functools.cache
+def _multiply(op: str, plan: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    """A matmul in the interpreter, with some fields of its plan set."""
+    import importlib
+
+    import jax
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    module = importlib.import_module(f"jblock.pallas_kernels.{op}.mosaic_gpu")
+    params = InterpretGPUParams(uninitialized_memory="nan", out_of_bounds_reads="uninitialized")
+
+    @jax.jit
+    def multiply(*args):
+        if not plan:
+            return getattr(module, op)(*args, interpret=params)
+        made = module.make_plan
+        module.make_plan = lambda **shape: dataclasses.replace(made(**shape), **dict(plan))
+        try:
+            return getattr(module, op)(*args, interpret=params)
+        finally:
+            module.make_plan = made
+
+    return multiply
+
+
+def _written(k: Any, v: Any, pages: Any, ragged: Any) -> tuple[np.ndarray, ...]:
+    """Pages with the rows of a call's new tokens in their places, written one by one."""
+    import jax
+
     from jblock.pallas_kernels.paged_attention.quantize import quantize
 
     filled, stored = [], (k, v)
     if len(pages) > 2:
-        (k, k_scale), (v, v_scale) = (quantize(a, pages[0].dtype) for a in stored)
+        split = jax.jit(quantize, static_argnums=1)
+        (k, k_scale), (v, v_scale) = (split(a, pages[0].dtype) for a in stored)
         stored = (k, v, k_scale, v_scale)
     table = np.asarray(ragged.page_table)
+    starts = np.asarray(ragged.row_starts), np.asarray(ragged.kv_lens - ragged.q_lens)
     for rows, old in zip(stored, pages, strict=True):
-        rows, new = np.asarray(rows), np.array(old)
-        for s, (row, n) in enumerate(
-            zip(ragged.row_starts.tolist(), ragged.q_lens.tolist(), strict=True)
-        ):
+        new = np.array(old)
+        rows = np.asarray(rows).astype(new.dtype)
+        for s, n in enumerate(ragged.q_lens.tolist()):
             for i in range(n):
-                new[table[s, i // new.shape[2]], :, i % new.shape[2]] = rows[row + i]
+                page, slot = divmod(starts[1][s] + i, new.shape[2])
+                new[table[s, page], :, slot] = rows[starts[0][s] + i]
         filled.append(new)
-    return q, tuple(filled)
+    return tuple(filled)
+
+
+def _check_pages(got: Any, wanted: tuple[np.ndarray, ...]) -> None:
+    """Fails unless a call left these pages. Values of 8 bits may be one step off in one of a hundred: a scale
+    rounded apart by an ulp decides between two."""
+    for a, b in zip(map(np.asarray, got), wanted, strict=True):
+        if a.itemsize > 1:
+            tolerance = 1e-6 if a.dtype == np.float32 else 0
+            np.testing.assert_allclose(
+                a.astype(np.float32), b.astype(np.float32), rtol=tolerance, err_msg="pages"
+            )
+            continue
+        steps = np.abs(a.view(np.int8).astype(int) - b.view(np.int8).astype(int))
+        assert steps.max() <= 1 and (steps > 0).mean() <= 0.01, "pages"
 
 
 def _prepare() -> None:
     """Puts plain array operations in the place of what the interpreter lacks."""
     import jax
     import jax.numpy as jnp
+    from jax._src import callback
     from jax._src.pallas.mosaic.interpret import thread_map
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
     from jblock.pallas_kernels import hopper
+
+    # Its callbacks take a dozen numbers apart one by one. With jax arrays, as they come, each of these is a
+    # program that is run: most of the time of a block.
+    callback.io_callback_impl = lambda *args, callback, **_: [
+        np.asarray(r) for r in callback(*map(np.asarray, args))
+    ]
 
     lock, adding = threading.Lock(), threading.Lock()
 

@@ -122,8 +122,8 @@ def test_bad_arguments_of_block_are_refused(change, says):
     [
         ({"y": jnp.zeros((7, 96))}, "do not fit"),
         ({"y": jnp.zeros((7, 128), jnp.bfloat16)}, "y has dtype bfloat16; give float32"),
-        ({"a": jnp.zeros((7, 4, 128))}, "do not fit"),
-        ({"a": jnp.zeros((7, 8, 128), jnp.bfloat16)}, "dtypes bfloat16, float32"),
+        ({"a": jnp.zeros((16, 4, 128))}, "do not fit"),
+        ({"a": jnp.zeros((16, 8, 128), jnp.bfloat16)}, "dtypes bfloat16, float32"),
         ({"pieces": jnp.zeros((3, 2), jnp.int32)}, r"want \[G, K\], \[G\]"),
     ],
 )

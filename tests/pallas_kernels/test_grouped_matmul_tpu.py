@@ -1,6 +1,7 @@
 """The TPU kernels of both grouped matmuls in jax's TPU interpreter, and what they move and multiply.
 
-`make test` takes a spread of the tables, `make test-long` all, with small blocks and the heuristic's.
+`make test` takes a spread of the tables, `make test-long` all: with small blocks and, rounded to sizes that
+many cases share, with the heuristic's.
 """
 
 import functools
@@ -24,21 +25,21 @@ from tests.pallas_kernels.grouped_cases import (
     hold_block,
     hold_delta,
 )
-from tests.pallas_kernels.tpu_interpreter import INTERPRET, RACE
+from tests.pallas_kernels.tpu_interpreter import FAST, INTERPRET, RACE
 from tests.pallas_kernels.traffic import count
 
 SMALL_BLOCK = block_tpu.Blocks(rows=16, columns=128)
 SMALL_DELTA = delta_tpu.Blocks(rows=16, pieces=2)
 
 
-@functools.partial(jax.jit, static_argnames="blocks")
+@functools.partial(jax.jit, static_argnames="blocks", compiler_options=FAST)
 def block(*args, blocks=None):
     return block_tpu.grouped_block_matmul(
         *args, blocks=blocks, device_kind="none", interpret=INTERPRET
     )
 
 
-@functools.partial(jax.jit, static_argnames="blocks")
+@functools.partial(jax.jit, static_argnames="blocks", compiler_options=FAST)
 def delta(*args, blocks=None):
     return delta_tpu.grouped_delta_matmul(
         *args, blocks=blocks, device_kind="none", interpret=INTERPRET
@@ -61,7 +62,7 @@ def test_delta_matches_reference(case, capfd):
 @pytest.mark.parametrize("case", BLOCK_CASES, ids=str)
 @pytest.mark.parametrize("blocks", [SMALL_BLOCK, None], ids=["small", "heuristic"])
 def test_block_matches_reference_on_every_case(case, blocks, capfd):
-    hold_block(case, functools.partial(block, blocks=blocks))
+    hold_block(case, functools.partial(block, blocks=blocks), rounded=blocks is None)
     assert RACE not in "".join(capfd.readouterr())
 
 
@@ -69,7 +70,7 @@ def test_block_matches_reference_on_every_case(case, blocks, capfd):
 @pytest.mark.parametrize("case", DELTA_CASES, ids=str)
 @pytest.mark.parametrize("blocks", [SMALL_DELTA, None], ids=["small", "heuristic"])
 def test_delta_matches_reference_on_every_case(case, blocks, capfd):
-    hold_delta(case, functools.partial(delta, blocks=blocks))
+    hold_delta(case, functools.partial(delta, blocks=blocks), rounded=blocks is None)
     assert RACE not in "".join(capfd.readouterr())
 
 

@@ -1,7 +1,8 @@
 """The Hopper kernels of the matmuls in the Mosaic GPU interpreter, on the shared cases in bfloat16.
 
 What of the kernels the interpreter cannot run is in `mosaic_gpu_worker.py`. That they compile for an H200 is
-shown by `test_mosaic_gpu_compiles`. `make test` runs a few cases, `make test-long` all.
+shown by `test_mosaic_gpu_compiles`. `make test` runs a few cases, `make test-long` all, rounded to sizes that
+many share (`grouped_cases`), and some in their own.
 """
 
 import dataclasses
@@ -40,8 +41,8 @@ def pool():
         yield pool
 
 
-def put(pool, op, case, **plan):
-    return pool.submit(worker.run_op, op, case, plan).result(timeout=900)
+def put(pool, op, case, plan=None, **options):
+    return pool.submit(worker.run_op, op, case, plan, **options).result(timeout=900)
 
 
 QUICK_BLOCK = BlockCase((3, 0, 70), 192, 64, "bfloat16", padding=2)
@@ -54,6 +55,12 @@ def test_block_matches_reference(pool):
 @pytest.mark.long
 @pytest.mark.parametrize("case", worker.served_grouped(BLOCK_CASES), ids=str)
 def test_block_matches_reference_on_every_case(pool, case):
+    put(pool, "grouped_block_matmul", case, rounded=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", worker.served_grouped(BLOCK_CASES)[::6], ids=str)
+def test_block_matches_reference_in_sizes_of_its_own(pool, case):
     put(pool, "grouped_block_matmul", case)
 
 
@@ -63,7 +70,7 @@ FUSED = {"input_parts": 1, "column_parts": 1}
 
 @pytest.mark.parametrize("plan", [{"input_parts": 2, "column_parts": 2}, FUSED], ids=str)
 def test_delta_matches_reference_and_moves_what_it_must(pool, plan):
-    counted = put(pool, "grouped_delta_matmul", QUICK_DELTA, **plan)
+    counted = put(pool, "grouped_delta_matmul", QUICK_DELTA, plan)
     items = (
         3  # rows 0 to 2 of block 0 with two pieces, row 7 and block 1 with three, in runs of two
     )
@@ -80,13 +87,19 @@ def test_delta_matches_reference_and_moves_what_it_must(pool, plan):
 @pytest.mark.parametrize("plan", [{}, FUSED], ids=str)
 @pytest.mark.parametrize("case", worker.served_grouped(DELTA_CASES), ids=str)
 def test_delta_matches_reference_on_every_case(pool, case, plan):
-    put(pool, "grouped_delta_matmul", case, **plan)
+    put(pool, "grouped_delta_matmul", case, plan, rounded=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", worker.served_grouped(DELTA_CASES)[::6], ids=str)
+def test_delta_matches_reference_in_sizes_of_its_own(pool, case):
+    put(pool, "grouped_delta_matmul", case)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantised_matches_reference(pool, bits):
     case = QuantisedCase(5, 128, 512, bits=bits, x="bfloat16", zeros=bits == 4, padding=3)
-    counted = put(pool, "quantised_matmul", case, parts=2 if bits == 8 else 1)
+    counted = put(pool, "quantised_matmul", case, {"parts": 2 if bits == 8 else 1})
     if bits == 8:  # numpy has a byte for each int4
         assert counted["read"] == 128 * 512 + 2 * 8 * 512, "weights and rows once"
         assert counted["written"] == 2 * 4 * 8 * 128, "two parts of the result"

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jblock.pallas_kernels.quantised_matmul import shapes, tpu
 from jblock.pallas_kernels.quantised_matmul.tpu import Blocks
 from tests.pallas_kernels.quantised_cases import CASES, Case, hold
+from tests.pallas_kernels.tpu_interpreter import FAST
 from tests.pallas_kernels.traffic import Traffic, count
 
 SMALL = Blocks(rows=16, columns=128)
@@ -24,7 +25,7 @@ SPREAD = CASES[1::7]
 LEFT = [c for c in CASES if c.width % 128 or (c.group and 128 % c.group and c.group % 128)]
 
 
-@functools.partial(jax.jit, static_argnames="blocks")
+@functools.partial(jax.jit, static_argnames="blocks", compiler_options=FAST)
 def interpreted(x, w_q, scales, zeros, *, blocks=None):
     return tpu.quantised_matmul(
         x,

@@ -14,6 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 INTERPRET = pltpu.InterpretParams(detect_races=True)
 RACE = "RACE DETECTED"
+FAST = {"xla_backend_optimization_level": 0}
+"""Compiler options for interpreted programs, which take far longer to compile than to run."""
 
 
 def sized(interpret: Any) -> Any:
