@@ -7,9 +7,10 @@ than its answer.
 
 import asyncio
 import collections
+import dataclasses
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 
 import grpc
@@ -23,6 +24,8 @@ from serving.validation import ServedModel
 
 # Seconds the reader waits for outputs before it looks whether it is to end.
 _POLL_SECONDS = 0.2
+# Outputs that a client has not yet taken are merged once there are so many.
+_MOST_APART = 64
 
 
 class Dispatcher:
@@ -96,8 +99,8 @@ class Dispatcher:
             )
         return model
 
-    def admit(self, tenant: Tenant = ANONYMOUS) -> "Ticket":
-        """A place for one request; use it as a context.
+    def admit(self, arrived: asyncio.Event, tenant: Tenant = ANONYMOUS) -> "Ticket":
+        """A place for one request; use it as a context. `arrived` is set when something came for it.
 
         Raises:
           RequestError: the engine is not there, or all places, or all of this tenant's, are taken.
@@ -116,7 +119,7 @@ class Dispatcher:
                 f"queue: {len(self._open)} requests are open, which is all this server admits; "
                 "try again later, or raise --max_queue",
             )
-        ticket = Ticket(self, str(next(self._numbers)), tenant)
+        ticket = Ticket(self, str(next(self._numbers)), tenant, arrived)
         self._open[ticket.request_id] = ticket
         self._open_by_tenant[tenant.name] += 1
         self._held.add(ticket.request_id)
@@ -202,18 +205,16 @@ class Dispatcher:
 class Ticket:
     """One admitted request. Leaving its context cancels it in the engine unless it has ended."""
 
-    def __init__(self, dispatcher: Dispatcher, request_id: str, tenant: Tenant):
+    def __init__(
+        self, dispatcher: Dispatcher, request_id: str, tenant: Tenant, arrived: asyncio.Event
+    ):
         self.request_id, self.tenant = request_id, tenant
         self._dispatcher = dispatcher
         self._submitted = False
         self._ended = False
         self._error: errors.RequestError | None = None
-        self._arrived = asyncio.Event()
-        self._token_ids: list[int] = []
-        self._logprobs: list[float] = []
-        self._top_logprobs: list[tuple[tuple[int, float], ...]] = []
-        self._prompt_logprobs: tuple[float, ...] = ()
-        self._last: api.Output | None = None
+        self._arrived = arrived
+        self._outputs: list[api.Output] = []
 
     def __enter__(self) -> "Ticket":
         return self
@@ -237,43 +238,32 @@ class Ticket:
         self._dispatcher.engine.submit(request)
         self._submitted = True
 
-    async def next(self) -> api.Output:
-        """All that came since the last call, merged; the one with a finish_reason is the last.
+    def take(self) -> api.Output | None:
+        """All that came since the last call, merged; the one with a finish_reason is the last. None: nothing
+        came.
 
         Raises:
           RequestError: the engine failed the request, or died.
         """
-        await self._arrived.wait()
-        self._arrived.clear()
         if self._error is not None:
             raise self._error
-        last = self._last
-        if last is not None and last.finish_reason == "error":
+        if not self._outputs:
+            return None
+        last = self._outputs[-1]
+        if last.finish_reason == "error":
             raise errors.from_engine(last.error_code, last.error_message)
-        if last is not None and last.finish_reason == "cancelled":
+        if last.finish_reason == "cancelled":
             raise errors.unavailable("engine: cancelled this request; try again")
-        merged = api.Output(
-            request_id=self.request_id,
-            token_ids=tuple(self._token_ids),
-            logprobs=tuple(self._logprobs),
-            top_logprobs=tuple(self._top_logprobs),
-            prompt_logprobs=self._prompt_logprobs,
-            finish_reason=last.finish_reason if last else None,
-        )
-        self._token_ids.clear()
-        self._logprobs.clear()
-        self._top_logprobs.clear()
-        self._prompt_logprobs = ()
-        return merged
+        output = _merged(self._outputs)
+        self._outputs.clear()
+        return output
 
     def put(self, output: api.Output) -> None:
         """Takes what the engine brought."""
-        self._token_ids.extend(output.token_ids)
-        self._logprobs.extend(output.logprobs)
-        self._top_logprobs.extend(output.top_logprobs)
-        self._prompt_logprobs += output.prompt_logprobs
+        self._outputs.append(output)
+        if len(self._outputs) == _MOST_APART:
+            self._outputs = [_merged(self._outputs)]
         if output.finish_reason is not None:
-            self._last = output
             self._ended = True
         self._arrived.set()
 
@@ -282,6 +272,19 @@ class Ticket:
         self._error = error
         self._ended = True
         self._arrived.set()
+
+
+def _merged(outputs: Sequence[api.Output]) -> api.Output:
+    """Consecutive outputs of one request as one."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return dataclasses.replace(
+        outputs[-1],
+        token_ids=tuple(i for o in outputs for i in o.token_ids),
+        logprobs=tuple(p for o in outputs for p in o.logprobs),
+        top_logprobs=tuple(t for o in outputs for t in o.top_logprobs),
+        prompt_logprobs=tuple(p for o in outputs for p in o.prompt_logprobs),
+    )
 
 
 def load_models(

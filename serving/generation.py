@@ -3,7 +3,7 @@
 import asyncio
 import collections
 import dataclasses
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 from jblock.engine import api
 from serving.dispatcher import Ticket
@@ -34,7 +34,13 @@ class Answer:
     def __init__(self, index: int, ticket: Ticket, stream: TextStream, info: api.ModelInfo):
         self.ticket = ticket
         self.finished = False
-        self._index, self._stream, self._info = index, stream, info
+        self._stream = stream
+        self._fields = {
+            "policy": pb.Policy.Value(f"POLICY_{info.policy.upper()}"),
+            "model": info.name,
+            "model_version": info.version,
+            "index": index,
+        }
 
     def part(self, output: api.Output) -> pb.GenerateStreamResponse:
         """The message of an output: text up to a stop string, and as many ids as belong to it."""
@@ -51,10 +57,7 @@ class Answer:
             logprobs=output.logprobs[:count],
             top_logprobs=[_top(tokens) for tokens in output.top_logprobs[:count]],
             prompt_logprobs=output.prompt_logprobs,
-            policy=pb.Policy.Value(f"POLICY_{self._info.policy.upper()}"),
-            model=self._info.name,
-            model_version=self._info.version,
-            index=self._index,
+            **self._fields,
         )
         if finish_reason:
             self.finished = True
@@ -62,33 +65,32 @@ class Answer:
         return part
 
 
-async def merged(answers: Sequence[Answer]) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
-    """The parts of all answers as they come, each to its end.
+class Answers:
+    """The samples of one request.
 
-    Raises:
-      RequestError: one of them failed.
+    Attributes:
+      finished: the last part of the last of them was made.
     """
-    if len(answers) == 1:
-        (answer,) = answers
-        while not answer.finished:
-            yield answer.part(await answer.ticket.next())
-        return
-    waits = {asyncio.create_task(answer.ticket.next()): answer for answer in answers}
-    try:
-        while waits:
-            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            # One that failed must be seen before the parts of others are sent.
-            outputs = [(task, task.result()) for task in done]
-            for task, output in outputs:
-                answer = waits.pop(task)
-                part = answer.part(output)
-                if not answer.finished:
-                    waits[asyncio.create_task(answer.ticket.next())] = answer
-                yield part
-    finally:
-        for task in waits:
-            task.cancel()
-        await asyncio.gather(*waits, return_exceptions=True)
+
+    def __init__(self, answers: Sequence[Answer], arrived: asyncio.Event):
+        """`arrived` is that of their tickets."""
+        self._answers, self._arrived = answers, arrived
+
+    @property
+    def finished(self) -> bool:
+        return all(answer.finished for answer in self._answers)
+
+    async def parts(self) -> Iterator[pb.GenerateStreamResponse]:
+        """Waits for the next outputs; their messages, each made when it is asked for.
+
+        Raises:
+          RequestError: one of the samples failed.
+        """
+        await self._arrived.wait()
+        self._arrived.clear()
+        # One that failed must be seen before the parts of others are sent.
+        outputs = [(a, a.ticket.take()) for a in self._answers if not a.finished]
+        return (answer.part(output) for answer, output in outputs if output is not None)
 
 
 async def collect(parts: AsyncIterator[pb.GenerateStreamResponse]) -> pb.GenerateResponse:

@@ -12,7 +12,7 @@ from jblock.engine import api
 from serving.changes import Changes
 from serving.dispatcher import Dispatcher
 from serving.errors import RequestError
-from serving.generation import Answer, collect, merged, sample
+from serving.generation import Answer, Answers, collect, sample
 from serving.metrics import Metrics
 from serving.tenants import Tenant, Tenants
 from serving.text import TextStream
@@ -66,7 +66,7 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
         begin = time.monotonic()
         try:
             tenant = self._tenants.find(context.invocation_metadata())
-            async with contextlib.aclosing(self._answer(request, tenant, begin)) as parts:
+            async with contextlib.aclosing(self._parts(request, tenant, begin)) as parts:
                 yield parts
         except RequestError as error:
             code, message = error.code, error.message
@@ -87,61 +87,61 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
         if code is not grpc.StatusCode.OK:
             await context.abort(code, message)  # Last, so that who sees the status is counted.
 
-    async def _answer(
+    async def _parts(
         self, request: pb.GenerateRequest, tenant: Tenant, begin: float
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
-        """Runs one request; once more where its model was swapped between our look and the engine's."""
+        """Runs one request; once more where its model was swapped between our look and the engine's.
+        Leaving early cancels it in the engine."""
         for is_last in (False, True):
             try:
-                async with contextlib.aclosing(self._parts(request, tenant, begin)) as parts:
-                    async for part in parts:
-                        yield part
+                with contextlib.ExitStack() as admitted:
+                    answers, usage = await self._submit(request, tenant, admitted)
+                    while not answers.finished:
+                        for part in await answers.parts():
+                            if part.token_ids and not usage.completion_tokens:
+                                usage.time_to_first_token = time.monotonic() - begin
+                            usage.completion_tokens += len(part.token_ids)
+                            if part.finish_reason and answers.finished:
+                                usage.total_time = time.monotonic() - begin
+                                part.usage.CopyFrom(usage)
+                                self._count(request.model, usage)
+                            yield part
                 return
             except RequestError as error:
                 if error.code is not grpc.StatusCode.ABORTED or is_last:
                     raise
             await self._changes.settled()
 
-    async def _parts(
-        self, request: pb.GenerateRequest, tenant: Tenant, begin: float
-    ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
-        """Runs one request; leaving early cancels it in the engine."""
+    async def _submit(
+        self, request: pb.GenerateRequest, tenant: Tenant, admitted: contextlib.ExitStack
+    ) -> tuple[Answers, pb.Usage]:
+        """Hands a request to the engine; it has its places until `admitted` is left."""
         model = self._dispatcher.find("model", request.model)
         info = model.info
         check_policy(request, info)
         stops = stop_strings(request, model)
-        samples = num_samples(request)
-        with contextlib.ExitStack() as admitted:
-            tickets = [
-                admitted.enter_context(self._dispatcher.admit(tenant)) for _ in range(samples)
-            ]
-            prompt = await prompt_ids(request, model)
-            sampling = sampling_params(request, model, len(prompt))
-            answers = []
-            for index, ticket in enumerate(tickets):
-                ticket.submit(
-                    api.Request(
-                        request_id=ticket.request_id,
-                        model=info.name,
-                        token_ids=prompt,
-                        sampling=sample(sampling, index),
-                        cache_salt=tenant.cache_salt,
-                        version=info.version,
-                    )
+        arrived = asyncio.Event()
+        tickets = [
+            admitted.enter_context(self._dispatcher.admit(arrived, tenant))
+            for _ in range(num_samples(request))
+        ]
+        prompt = await prompt_ids(request, model)
+        sampling = sampling_params(request, model, len(prompt))
+        answers = []
+        for index, ticket in enumerate(tickets):
+            ticket.submit(
+                api.Request(
+                    request_id=ticket.request_id,
+                    model=info.name,
+                    token_ids=prompt,
+                    sampling=sample(sampling, index),
+                    cache_salt=tenant.cache_salt,
+                    version=info.version,
                 )
-                stream = TextStream(model.codec, stops, sampling.min_tokens)
-                answers.append(Answer(index, ticket, stream, info))
-            usage = pb.Usage(prompt_tokens=len(prompt))
-            async with contextlib.aclosing(merged(answers)) as parts:
-                async for part in parts:
-                    if part.token_ids and not usage.completion_tokens:
-                        usage.time_to_first_token = time.monotonic() - begin
-                    usage.completion_tokens += len(part.token_ids)
-                    if all(answer.finished for answer in answers):
-                        usage.total_time = time.monotonic() - begin
-                        part.usage.CopyFrom(usage)
-                        self._count(info.name, usage)
-                    yield part
+            )
+            stream = TextStream(model.codec, stops, sampling.min_tokens)
+            answers.append(Answer(index, ticket, stream, info))
+        return Answers(answers, arrived), pb.Usage(prompt_tokens=len(prompt))
 
     def _count(self, model: str, usage: pb.Usage) -> None:
         self._metrics.tokens.labels(model, "prompt").inc(usage.prompt_tokens)

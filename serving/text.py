@@ -2,9 +2,9 @@
 
 import asyncio
 import concurrent.futures
-import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -61,8 +61,7 @@ class TextCodec:
         return tuple(self._tokenizer.encode_batch_fast([text])[0].ids)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Piece:
+class Piece(NamedTuple):
     """What some ids brought.
 
     Attributes:

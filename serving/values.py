@@ -53,6 +53,14 @@ class Sampling(TypedDict, total=False):
     policy: Literal["exact", "near", "adaptive"]
 
 
+def _names(enum: Any, prefix: str) -> Mapping[int, str]:
+    """ "stop" for FINISH_REASON_STOP, and so on. A number newer than this client goes as text."""
+    return {v.number: v.name.removeprefix(prefix).lower() for v in enum.DESCRIPTOR.values}
+
+
+_POLICIES = _names(pb.Policy, "POLICY_")
+_FINISH_REASONS = _names(pb.FinishReason, "FINISH_REASON_")
+
 TopLogprobs = tuple[tuple[int, float], ...]
 """(id, log-probability) pairs, best first."""
 
@@ -165,15 +173,16 @@ def to_chunk(message: pb.GenerateResponse | pb.GenerateStreamResponse) -> Chunk:
     usage = None
     if message.HasField("usage"):
         usage = Usage(**{f.name: getattr(message.usage, f.name) for f in dataclasses.fields(Usage)})
+    policy = message.policy
     return Chunk(
         **_answer(message),
         usage=usage,
-        policy=_enum(pb.Policy, "POLICY_", message.policy),
+        policy=_POLICIES.get(policy) or str(policy),
         model=message.model,
         model_version=message.model_version,
         prompt_logprobs=tuple(message.prompt_logprobs),
         index=getattr(message, "index", 0),
-        choices=tuple(Choice(**_answer(c)) for c in getattr(message, "choices", ())),
+        choices=tuple([Choice(**_answer(c)) for c in getattr(message, "choices", ())]),
     )
 
 
@@ -184,9 +193,9 @@ def _answer(message: pb.GenerateResponse | pb.GenerateStreamResponse | pb.Choice
         "text": message.text,
         "token_ids": tuple(message.token_ids),
         "logprobs": tuple(message.logprobs),
-        "finish_reason": _enum(pb.FinishReason, "FINISH_REASON_", reason) if reason else None,
+        "finish_reason": (_FINISH_REASONS.get(reason) or str(reason)) if reason else None,
         "top_logprobs": tuple(
-            tuple((t.token_id, t.logprob) for t in top.tokens) for top in message.top_logprobs
+            [tuple([(t.token_id, t.logprob) for t in top.tokens]) for top in message.top_logprobs]
         ),
     }
 
@@ -194,9 +203,3 @@ def _answer(message: pb.GenerateResponse | pb.GenerateStreamResponse | pb.Choice
 def to_model(message: pb.Model) -> Model:
     """The values of a model."""
     return Model(**{f.name: getattr(message, f.name) for f in dataclasses.fields(Model)})
-
-
-def _enum(enum: Any, prefix: str, number: int) -> str:
-    """ "stop" of FINISH_REASON_STOP; the number, as text, of one newer than this client."""
-    value = enum.DESCRIPTOR.values_by_number.get(number)
-    return value.name.removeprefix(prefix).lower() if value else str(number)

@@ -5,6 +5,7 @@ the server needs no jax, and a crash of the engine is a status code instead of a
 """
 
 import collections
+import contextlib
 import itertools
 import os
 import queue
@@ -45,7 +46,8 @@ class ProcessEngine(api.Engine):
         self._models: tuple[api.ModelInfo, ...] | None = None
         self._numbers = itertools.count()
         self._served: dict[int, tuple[str, Any]] = {}  # answers to `serve`, by its number
-        self._outputs: list[api.Output] = []
+        # What each step brought; an empty list when there will be no more.
+        self._steps: queue.SimpleQueue[list[api.Output]] = queue.SimpleQueue()
         self._stats = api.EngineStats()
         self._invalid: str | None = None
         self._died: str | None = None
@@ -100,12 +102,14 @@ class ProcessEngine(api.Engine):
         Raises:
           EngineDied: the child is gone, with its exit code and the last line of its stderr.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: self._outputs or self._ended(), timeout)
-            outputs, self._outputs = self._outputs, []
-            if not outputs and self._died is not None and not self._closed:
-                raise api.EngineDied(self._died)
-            return outputs
+        outputs: list[api.Output] = []
+        with contextlib.suppress(queue.Empty):
+            outputs += self._steps.get(timeout=0.0 if self._ended() else timeout)
+            while True:
+                outputs += self._steps.get_nowait()
+        if not outputs and self._died is not None and not self._closed:
+            raise api.EngineDied(self._died)
+        return outputs
 
     def serve(self, models: Sequence[str]) -> tuple[api.ModelInfo, ...]:
         """Has the child serve exactly these chains, and waits until it does.
@@ -128,8 +132,7 @@ class ProcessEngine(api.Engine):
 
     def stats(self) -> api.EngineStats:
         """The counters that came with the last step."""
-        with self._changed:
-            return self._stats
+        return self._stats
 
     def close(self) -> None:
         """Asks the child to end, and makes it end if it does not."""
@@ -138,6 +141,7 @@ class ProcessEngine(api.Engine):
                 return
             self._closed = True
             self._changed.notify_all()
+        self._steps.put([])
         self._outbox.put(wire.pack("close"))
         self._outbox.put(None)
         try:
@@ -169,11 +173,14 @@ class ProcessEngine(api.Engine):
                 self._told = str(error)
                 self._process.kill()  # It speaks another language; nothing it says can be used.
                 break
+            if kind == "step":
+                outputs, stats = body
+                self._stats = wire.from_plain(api.EngineStats, stats)
+                if outputs:
+                    self._steps.put([wire.from_plain(api.Output, o) for o in outputs])
+                continue
             with self._changed:
-                if kind == "step":
-                    self._outputs.extend(wire.from_plain(api.Output, o) for o in body[0])
-                    self._stats = wire.from_plain(api.EngineStats, body[1])
-                elif kind == "models":
+                if kind == "models":
                     self._models = tuple(wire.from_plain(api.ModelInfo, m) for m in body)
                 elif kind == "served":
                     number, refused, answer = body
@@ -189,6 +196,7 @@ class ProcessEngine(api.Engine):
         with self._changed:
             self._died = died
             self._changed.notify_all()
+        self._steps.put([])
 
     def _how_it_died(self) -> str:
         """Exit code, then what the child said last."""

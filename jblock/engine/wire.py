@@ -16,6 +16,11 @@ T = TypeVar("T")
 
 # Fields that hold a dataclass of their own.
 _NESTED: Mapping[str, type] = {"sampling": api.SamplingParams}
+_MESSAGES = (api.Request, api.SamplingParams, api.Output, api.ModelInfo, api.EngineStats)
+# Of every field; what equals nothing where a field has none.
+_DEFAULTS: Mapping[type, Mapping[str, Any]] = {
+    cls: {field.name: field.default for field in dataclasses.fields(cls)} for cls in _MESSAGES
+}
 # Errors that are raised again on the other side, the special before the general.
 ERRORS: Mapping[str, type[Exception]] = {"unknown": api.UnknownChain, "invalid": ValueError}
 
@@ -26,13 +31,13 @@ def pack(kind: str, body: Any = None) -> bytes:
 
 
 def unpack(frame: bytes) -> tuple[str, Any]:
-    """The kind and body of a frame.
+    """The kind and body of a frame; lists come back as tuples.
 
     Raises:
       ValueError: the bytes are no frame.
     """
     try:
-        kind, body = msgpack.unpackb(frame, raw=False)
+        kind, body = msgpack.unpackb(frame, raw=False, use_list=False)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise ValueError(
             f"frame of {len(frame)} bytes is not [kind, body] in msgpack ({error}); "
@@ -43,29 +48,16 @@ def unpack(frame: bytes) -> tuple[str, Any]:
 
 def to_plain(message: Any) -> dict[str, Any]:
     """The map of a dataclass of `jblock.engine.api`: its fields that differ from their defaults."""
-    plain: dict[str, Any] = {}
-    for field in dataclasses.fields(message):
-        value = getattr(message, field.name)
-        if value == field.default:
-            continue
-        plain[field.name] = to_plain(value) if dataclasses.is_dataclass(value) else value
+    defaults = _DEFAULTS[type(message)]
+    plain = {name: value for name, value in vars(message).items() if value != defaults[name]}
+    for name in _NESTED.keys() & plain.keys():
+        plain[name] = to_plain(plain[name])
     return plain
 
 
 def from_plain(cls: type[T], plain: Mapping[str, Any]) -> T:
-    """The dataclass that `to_plain` took apart; lists come back as tuples."""
-    values: dict[str, Any] = {}
-    for name, value in plain.items():
-        if name in _NESTED:
-            value = from_plain(_NESTED[name], value)
-        elif isinstance(value, list):
-            value = _tuples(value)
-        values[name] = value
-    return cls(**values)
-
-
-def _tuples(value: list[Any]) -> tuple[Any, ...]:
-    """A list as a tuple, lists in it too; lists are of one kind throughout."""
-    if value and isinstance(value[0], list):
-        return tuple(_tuples(v) for v in value)
-    return tuple(value)
+    """The dataclass that `to_plain` took apart."""
+    nested: dict[str, Any] = {
+        name: from_plain(_NESTED[name], plain[name]) for name in _NESTED.keys() & plain.keys()
+    }
+    return cls(**{**plain, **nested})

@@ -80,11 +80,11 @@ def test_every_engine_flag_reaches_the_engine(start_server):
         "kv_memory_mb": 5,
         "max_model_len": 7,
         "max_num_seqs": 8,
-        "models": ["a", "b"],
+        "models": ("a", "b"),
         "page_size": 9,
         "profiler_port": 6,
     }
-    given = [f"--{k}={','.join(v) if isinstance(v, list) else v}" for k, v in flags.items()]
+    given = [f"--{k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in flags.items()]
     server = start_server("--zoo=show", "--port=0", "--noshare", *given)
     _, err = server.communicate(timeout=20)
     assert server.returncode == 2

@@ -164,7 +164,7 @@ def test_a_slow_reader_gets_everything_in_few_messages(slow):
 
 def test_outputs_that_nobody_reads_are_merged(slow):
     async def run():
-        with slow.server._dispatcher.admit() as ticket:
+        with slow.server._dispatcher.admit(asyncio.Event()) as ticket:
             from jblock.engine import api
 
             sampling = api.SamplingParams(max_tokens=20)
@@ -174,7 +174,7 @@ def test_outputs_that_nobody_reads_are_merged(slow):
                 )
             )
             await asyncio.sleep(0.6)
-            return await ticket.next()
+            return ticket.take()
 
     output = slow.call(run())
     assert len(output.token_ids) == 20
