@@ -15,6 +15,7 @@
 Reading needs no lock: everything under a final name is complete.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -324,16 +325,24 @@ class Zoo:
         """One version of a model, by default the live one.
 
         Raises:
-          ZooError: no such model or version (the known ones are named), or a damaged record.
+          GoneError: no such model or version (the known ones are named).
+          ZooError: a damaged record.
         """
         folder = self._inside(self.path / "chains" / check_name(name))
-        if version is None and (folder / "current").is_file():
-            version = self.current(name)
-        if version is None or version not in self.versions(name):
-            what, known = name if version is None else f"{name}@{version}", self.chains()
-            raise ZooError(f"no model {what!r} in {self.path}; known: {', '.join(known) or 'none'}")
+        if version is None:
+            with contextlib.suppress(GoneError):
+                version = self.current(name)
         path = folder / f"{version}.json"
-        chain = Chain.from_json(codec.read_json(self._inside(path)))
+        # Another process may remove it at any moment.
+        try:
+            chain = Chain.from_json(codec.read_json(self._inside(path)))
+        except ZooError:
+            if path.exists():
+                raise
+            what, known = name if version is None else f"{name}@{version}", self.chains()
+            raise GoneError(
+                f"no model {what!r} in {self.path}; known: {', '.join(known) or 'none'}"
+            ) from None
         if (chain.name, chain.version) != (name, version):
             raise ZooError(f"{path} describes {chain.name}@{chain.version}: the zoo is damaged")
         return chain
@@ -342,11 +351,16 @@ class Zoo:
         """The live version of a model.
 
         Raises:
-          ZooError: there is none, or its record is damaged.
+          GoneError: there is none.
+          ZooError: its record is damaged.
         """
         path = self._inside(self.path / "chains" / check_name(name) / "current")
         try:
             return int(path.read_bytes().decode())
+        except FileNotFoundError as e:
+            raise GoneError(
+                f"{self.path} has no model {name}: it was removed or never added"
+            ) from e
         except (OSError, ValueError) as e:
             raise ZooError(f"{path} does not name the live version ({e}); run fsck") from e
 

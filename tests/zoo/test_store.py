@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +16,7 @@ from zoos import EMBEDDING, FFN, HEAD, LORA, NORM
 from jblock.blocks.spec import NormSpec
 from jblock.zoo import ids
 from jblock.zoo.fsck import fsck
-from jblock.zoo.records import Chain, Step, ZooError
+from jblock.zoo.records import Chain, GoneError, Step, ZooError
 from jblock.zoo.store import Zoo
 
 
@@ -146,6 +147,21 @@ def test_chains_have_versions(zoo):
     for name, version in (("x", None), ("m", 3)):
         with pytest.raises(ZooError, match="known: m, n"):
             zoo.chain(name, version)
+
+
+@pytest.mark.parametrize("gone", ["current", "1.json"])
+def test_a_model_removed_while_it_is_read_is_gone_and_no_damage(zoo, monkeypatch, gone):
+    zoos.fill(zoo)
+    read = Path.read_bytes
+
+    def removed_first(path):
+        if path.name == gone:
+            shutil.rmtree(path.parent)
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", removed_first)
+    with pytest.raises(GoneError, match="no model 'm"):
+        zoo.chain("m")
 
 
 def test_a_version_number_taken_by_another_writer_is_left_alone(zoo, monkeypatch):
