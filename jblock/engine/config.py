@@ -40,7 +40,7 @@ class EngineConfig:
       kv_pages: pages of every KV group at most, where fewer than the memory allows are wanted.
       decode_sizes: batch sizes decode programs are compiled for. On CPU a call of twice the rows takes 1.1 to
         1.5 times as long (250M model), so each doubling is worth its programs; 24 because its products take
-        nine tenths of the time of 32.
+        five sixths of the time of 32.
       prefill_grids: (sequences, tokens) grids prefill programs are compiled for; the token counts are
         the chunk lengths a prompt is cut into.
       share: blocks with equal contents are held and run once; off, every chain has its own.

@@ -151,7 +151,7 @@ def _finish(logits, tokens, last_tokens, meta):
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
     total = jax.nn.logsumexp(logits, axis=1)
     logprobs = chosen - total
-    # NaN and inf reach the total. To ask every logit takes three times as long.
+    # NaN and inf reach the total, -inf the least; to ask every logit takes passes of its own.
     finite = jnp.isfinite(total) & jnp.isfinite(logits.min(axis=1))
     seq_slots = jnp.where(meta[:, 1] > 0, meta[:, 3], last_tokens.shape[0])
     last_tokens = last_tokens.at[seq_slots].set(tokens, mode="drop")

@@ -84,9 +84,8 @@ def test_attention_compiles_for_h200(h200, model, batch, dtype, monkeypatch, cap
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     fn, args = shapes.program("mosaic_gpu", model, batch, dtype)
     program, spilled = compiled(h200, fn, args, 3, capfd)
-    # Heads of 256 do not fit the registers whole: Gemma 2's spill up to 1680 bytes, and what that costs was
-    # never measured. A spill of a few words is outside the loops.
-    assert spilled <= (1792 if model.head_dim > 128 else 256)
+    # Heads of 256 do not fit the registers whole; a spill of a few words is outside the loops.
+    assert spilled <= (1024 if model.head_dim > 128 else 256)
     pages = sum(a.size * a.dtype.itemsize for a in args[3])
     assert program.memory_analysis().alias_size_in_bytes == pages, "pages are updated in place"
 

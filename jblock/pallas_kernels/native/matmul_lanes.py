@@ -1,7 +1,7 @@
-"""Products of 25 rows and more by float32 weights in AVX-512; see `matmul_kernel`.
+"""Products of 25 to 32 rows by float32 weights in AVX-512; see `matmul_kernel`.
 
-x lies transposed, a vector is 16 of its rows, and every element of a weight is multiplied with two to four of
-them: fewer reads than `matmul_quads` needs, but 16 rows are the least that counts.
+x lies transposed, its rows make two vectors of 16, and every element of a weight is multiplied with both:
+fewer reads than `matmul_quads` needs, but 16 rows are the least that counts.
 
 No more than 8 rows of a weight are read side by side: they are often a multiple of 4 KiB apart, and lie in
 one set of the first cache then, which has 12 places.
