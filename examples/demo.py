@@ -141,26 +141,24 @@ def main(argv: list[str]) -> int:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     # A log is no terminal, and rich would break the table at 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 110)
-    stopped_by = signal.SIGINT
-
-    def stop(number: int, _frame: object) -> None:
-        # As Ctrl-C, which asyncio makes a cancelled task: an exception raised right here is lost
-        # where the signal comes while one of grpc's callbacks runs.
-        nonlocal stopped_by
-        stopped_by = signal.Signals(number)
-        signal.raise_signal(signal.SIGINT)
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
     try:
         return serve(console) if _SERVE_ONLY.value else run(console)
     except DemoError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"demo: stopped by {stopped_by.name}; the server is gone too", file=sys.stderr)
-        return 128 + stopped_by
+
+
+def _end(number: int, _frame: object) -> None:
+    """Ends the demo upon a signal, right here: an exception out of a signal's handler is lost where
+    it meets one of grpc's callbacks, or a library's bare `except:`, and the demo would go on."""
+    demo_server.stop_all()
+    if sys.stdout.isatty():
+        os.write(1, b"\x1b[?25h\n")  # The cursor, which bars hide.
+    name = signal.Signals(number).name
+    os.write(2, f"demo: stopped by {name}; the server is gone too\n".encode())
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ _START_SECONDS = 600
 # After SIGTERM: what open requests get, and what the whole process gets before it is killed.
 _DRAIN_SECONDS = 2
 _STOP_SECONDS = 20
+_running: list[subprocess.Popen] = []
 
 
 class Server:
@@ -115,9 +116,17 @@ def start(zoo: pathlib.Path, models: Sequence[str], log: pathlib.Path) -> Iterat
             # Ctrl-C reaches a terminal's whole group; the server is to hear of it from us.
             start_new_session=True,
         )
+        _running.append(process)
     try:
         yield Server(process, log)
     finally:
+        _stop(process)
+        _running.remove(process)
+
+
+def stop_all() -> None:
+    """Ends every server that `start` started, for one who will not leave its block."""
+    for process in _running:
         _stop(process)
 
 
@@ -142,9 +151,9 @@ def _stop(process: subprocess.Popen) -> None:
             process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
             # The engine notices the end of its pipe and ends too.
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+                process.wait(_STOP_SECONDS)
     finally:
         for number, handler in ignored.items():
             signal.signal(number, handler)
