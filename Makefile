@@ -20,7 +20,7 @@ test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -n 2 -m 'not long' tests
 
 test-long: $(VENV)/.installed
-	$(BIN)/python -m pytest -m long tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m long tests
 
 serve: $(VENV)/.installed
 	$(BIN)/python -m examples.demo --serve_only

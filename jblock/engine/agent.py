@@ -240,7 +240,7 @@ class ThreadEngine:
         no more than this call. False: nothing to time, or not now."""
         if self._measured.is_set() or not self._keeper.settled:
             return False
-        if self._loop.measure():
+        if self._loop.measure() or self._loop.measure_again():
             return True
         self._measured.set()
         return False

@@ -98,10 +98,11 @@ class Device:
         self.plain_only = False
         self.rates: Rates | None = None
         groups = sorted({g for route in assembly.routes.values() for g in route.groups})
-        budget = config.kv_memory_mb * 10**6 or memory.kv_budget(*self.placement.devices[:1])
+        ways = self.placement.rules.ways("heads")
+        budget = config.kv_memory_mb * 10**6 or ways * memory.kv_budget(self.placement.devices)
         self.pool_shapes = self._pool_shapes(groups, budget)
         if not config.kv_memory_mb:
-            budget -= self._workspace(assembly)
+            budget -= ways * self._workspace(assembly)
             self.pool_shapes = self._pool_shapes(groups, budget)
         self._pools = {
             group: [
@@ -125,9 +126,9 @@ class Device:
         }
 
     def _workspace(self, assembly: Assembly) -> int:
-        """Bytes to keep free beside the pools: what the largest programs need, for two steps are
-        enqueued at a time, and copies of one sequence's pages on their way to the host. The programs
-        are made here; unless the pools shrink for it they are those that serve."""
+        """Bytes to keep free on each device beside its part of the pools: what the largest programs
+        need, for two steps are enqueued at a time, and copies of one sequence's pages on their way to
+        the host. The programs are made here; unless the pools shrink for it they are those that serve."""
         config = self.config
         largest = (
             max(config.decode_buckets),
@@ -139,7 +140,8 @@ class Device:
             if key.kind in ("layer", "head", "prompt_logprobs")
         ]
         self.executables.warm(keys, config.compile_workers)
-        return 2 * self.executables.workspace(keys) + self.longest_bytes
+        copies = self.longest_bytes // self.placement.rules.ways("heads")
+        return 2 * self.executables.workspace(keys) + copies
 
     @property
     def longest_bytes(self) -> int:

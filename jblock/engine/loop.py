@@ -211,6 +211,11 @@ class Loop:
         self.profile.measure_one()
         return True
 
+    def measure_again(self) -> bool:
+        """Times one call once more that an earlier start measured. Call it when idle, after `measure`;
+        False: none is left."""
+        return self.profile.measure_again()
+
     def _enqueue(self) -> Step | None:
         """Plans a step and sends it to the device; None when there is nothing to do."""
         sequences = self._sequences

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -13,25 +14,30 @@ CPU_MOST_BYTES = 10**9
 DEVICE_FRACTION = 0.9
 
 
-def kv_budget(device: jax.Device | None = None) -> int:
-    """Bytes for KV pools and what programs need beside them, of the memory that is free now.
+def kv_budget(devices: Sequence[jax.Device] = ()) -> int:
+    """Bytes on each device for its part of the KV pools and what programs need beside them, of the
+    memory that is free now.
 
     Args:
-      device: whose memory; None: jax's default one.
+      devices: whose memory; none: jax's default one's.
 
     Raises:
-      ValueError: the device does not say what it has.
+      ValueError: a device does not say what it has.
     """
-    device = device or jax.local_devices()[0]
-    if device.platform == "cpu":
-        return min(int(available_ram() * CPU_FRACTION), CPU_MOST_BYTES)
+    devices = devices or jax.local_devices()[:1]
+    if devices[0].platform == "cpu":
+        return min(int(available_ram() * CPU_FRACTION), CPU_MOST_BYTES) // len(devices)
+    return int(min(map(_free, devices)) * DEVICE_FRACTION)
+
+
+def _free(device: jax.Device) -> int:
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats or "bytes_in_use" not in stats:
         raise ValueError(
             f"{device.device_kind} does not report its free memory: give kv_memory_mb, the memory "
             "of the KV cache"
         )
-    return int((stats["bytes_limit"] - stats["bytes_in_use"]) * DEVICE_FRACTION)
+    return stats["bytes_limit"] - stats["bytes_in_use"]
 
 
 def available_ram(root: Path = Path("/")) -> int:

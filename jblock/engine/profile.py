@@ -1,4 +1,5 @@
-"""How long every program takes on every grid, measured once and kept for the next start."""
+"""How long every program takes on every grid, measured and kept for the next start, which measures again
+while it is idle."""
 
 import hashlib
 import json
@@ -34,8 +35,11 @@ class Profile:
         self._device = device
         self._path = _path(cache.folder) if cache else None
         self._seconds: dict[str, float] = _read(self._path) if self._path else {}
+        # Of these nothing is known about the machine when they were measured: it may have been busy.
+        self._kept = set(self._seconds)
         self._tries: dict[str, list[float]] = {}
         self._todo: list[tuple[str, list[Unit], Bucket]] | None = None
+        self._again: list[tuple[str, list[Unit], Bucket]] = []
         self._scope: tuple = ()
         self._memo: dict[tuple[int, Bucket], float | None] = {}
         self._covers: dict[tuple[int, int, int], tuple[int, ...]] = {}
@@ -49,13 +53,16 @@ class Profile:
             return
         self._scope, self._memo, self._covers = scope, {}, {}
         missing: dict[str, tuple[str, list[Unit], Bucket]] = {}
+        kept: dict[str, tuple[str, list[Unit], Bucket]] = {}
         for instance in instances:
             for unit in instance.units:
                 for bucket in self._device.buckets:
                     name = self._name(unit, bucket)
-                    if name not in self._seconds:
-                        missing.setdefault(name, (name, [], bucket))[1].append(unit)
-        self._todo = list(missing.values())
+                    if name in self._seconds and name not in self._kept:
+                        continue
+                    found = kept if name in self._kept else missing
+                    found.setdefault(name, (name, [], bucket))[1].append(unit)
+        self._todo, self._again = list(missing.values()), list(kept.values())
 
     @property
     def complete(self) -> bool:
@@ -68,21 +75,41 @@ class Profile:
         if not self._todo:
             return
         name, units, bucket = self._todo[-1]
-        units = [unit for unit in units if all(unit.params)]
-        if (
-            not units
-        ):  # Their weights are not there: until such blocks run, the policy does without.
+        tries = self._tries.setdefault(name, [])
+        seconds = self._time(units, bucket, len(tries))
+        if seconds is None:  # Until such blocks run, the policy does without.
             self._todo.pop()
             return
-        tries = self._tries.setdefault(name, [])
-        # Layers of one form in turn, so that no call finds its weights in the CPU's cache.
-        tries.append(self._device.time_unit(units[len(tries) % len(units)], bucket))
+        tries.append(seconds)
         if len(tries) == _REPEATS:
             self._seconds[name] = min(self._tries.pop(name))
             self._todo.pop()
             self._memo, self._covers = {}, {}
             if not self._todo and self._path:
                 _write(self._path, self._seconds)
+
+    def measure_again(self) -> bool:
+        """Times one call that an earlier start measured, once more, on an idle device; the least holds.
+        Blocks until it is done; False: each has been, as far as its weights are there."""
+        while self._again:
+            name, units, bucket = self._again.pop()
+            seconds = self._time(units, bucket, 0)
+            if seconds is None:
+                continue
+            self._kept.discard(name)
+            if seconds < self._seconds[name]:
+                self._seconds[name] = seconds
+                self._memo, self._covers = {}, {}
+            if not self._again and self._path:
+                _write(self._path, self._seconds)
+            return True
+        return False
+
+    def _time(self, units: Sequence[Unit], bucket: Bucket, turn: int) -> float | None:
+        """Seconds of one call; None where no unit has its weights."""
+        units = [unit for unit in units if all(unit.params)]
+        # Layers of one form in turn, so that no call finds its weights in the CPU's cache.
+        return self._device.time_unit(units[turn % len(units)], bucket) if units else None
 
     def forget(self) -> None:
         """Call it when other blocks are served."""

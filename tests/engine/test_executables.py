@@ -1,5 +1,6 @@
 """Programs: made once, kept on disk, rebuilt when what is there cannot be trusted to be whole."""
 
+import json
 import os
 
 import jax
@@ -146,7 +147,7 @@ def test_programs_are_renewed_while_a_request_runs(zoo, tmp_path):
     one.close()
 
 
-def test_the_profile_is_measured_once_and_kept(zoo, tmp_path):
+def test_the_profile_is_measured_kept_and_mended(zoo, tmp_path):
     folder = tmp_path / "cache"
     one = engine(zoo, ExecutableCache(folder))
     one.settle()
@@ -156,12 +157,18 @@ def test_the_profile_is_measured_once_and_kept(zoo, tmp_path):
     assert greedy(one) == oracle(MODEL)["greedy"].tolist()
     one.close()
 
+    (file,) = folder.glob("profile-*.json")
+    # As a machine leaves it that was busy at the time; what seems too fast holds.
+    names = sorted(measured)
+    file.write_text(json.dumps({n: 1e-9 if n == names[0] else 100.0 for n in names}))
     two = engine(zoo, ExecutableCache(folder))
     two.settle()
-    assert two._loop.profile._seconds == measured
+    mended = two._loop.profile._seconds
+    assert mended.keys() == measured.keys() and mended[names[0]] == 1e-9
+    assert all(mended[n] < 100.0 for n in names)
+    assert json.loads(file.read_text()) == mended
     two.close()
 
-    (file,) = folder.glob("profile-*.json")
     for damage in ("{", "[1]", '{"layer": "slow"}', '{"layer": -1.0}'):
         file.write_text(damage)
         assert Profile(two._loop.device)._seconds == {}

@@ -65,6 +65,8 @@ def test_the_budget_is_a_share_with_a_cap_on_cpu(monkeypatch):
     assert memory.kv_budget() == GB // 2
     monkeypatch.setattr(memory, "available_ram", lambda: 100 * GB)
     assert memory.kv_budget() == memory.CPU_MOST_BYTES
+    # Devices that XLA makes of one CPU share its memory.
+    assert memory.kv_budget(jax.local_devices()[:1] * 4) == memory.CPU_MOST_BYTES // 4
 
 
 def test_the_budget_is_most_of_what_a_device_has_free(monkeypatch):
@@ -74,6 +76,10 @@ def test_the_budget_is_most_of_what_a_device_has_free(monkeypatch):
     )
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert memory.kv_budget() == 45 * GB
+    fuller = types.SimpleNamespace(
+        platform="gpu", memory_stats=lambda: stats | {"bytes_in_use": 60 * GB}
+    )
+    assert memory.kv_budget([device, fuller]) == 18 * GB
     stats.clear()
     with pytest.raises(ValueError, match=r"some GPU.*kv_memory_mb"):
         memory.kv_budget()
@@ -97,7 +103,7 @@ def test_pools_take_what_is_free_and_no_more_than_can_be_used(zoo, monkeypatch):
     workspace = roomy.device._workspace(roomy.assembly)
     assert workspace > roomy.device.longest_bytes  # the programs' own memory was counted
     budget = workspace + 3 * shape.page_bytes
-    monkeypatch.setattr(memory, "kv_budget", lambda: budget)
+    monkeypatch.setattr(memory, "kv_budget", lambda devices: budget)
     tight = Agent.make(zoo, [MODEL], CONFIG)
     ((_, shape),) = tight.device.pool_shapes.items()
     assert shape.num_pages - 1 == 3
@@ -119,7 +125,7 @@ def test_pools_take_what_is_free_and_no_more_than_can_be_used(zoo, monkeypatch):
 
 
 def test_an_explicit_size_wins(zoo, monkeypatch):
-    monkeypatch.setattr(memory, "kv_budget", lambda: 1 / 0)
+    monkeypatch.setattr(memory, "kv_budget", lambda devices: 1 / 0)
     agent = Agent.make(zoo, [MODEL], EngineConfig(max_model_len=96, kv_memory_mb=1))
     ((_, shape),) = agent.device.pool_shapes.items()
     assert shape.num_pages - 1 == 10**6 // shape.page_bytes

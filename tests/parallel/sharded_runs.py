@@ -2,27 +2,32 @@
 so this is a process of its own: `python sharded_runs.py FOLDER [SET] MESH...` (of CHAINS) prints JSON."""
 
 import collections
+import dataclasses
 import json
 import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "engine")]
 
+import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from harness import FIXTURES, Agent, base_of, collect_tokens, oracle, request  # noqa: E402
 
 from checkpoints import hf, peft  # noqa: E402
 from checkpoints.progress import Progress  # noqa: E402
 from jblock.blocks.quant_spec import QuantSpec  # noqa: E402
+from jblock.engine import memory  # noqa: E402
 from jblock.engine.agent import ThreadEngine  # noqa: E402
 from jblock.engine.config import EngineConfig  # noqa: E402
 from jblock.engine.data_parallel import DataParallelEngine  # noqa: E402
+from jblock.engine.device import Device  # noqa: E402
 from jblock.zoo.quantised import quantise_chain  # noqa: E402
 from jblock.zoo.store import Zoo  # noqa: E402
 
@@ -46,6 +51,7 @@ ALL = (
     *("mixtral", "qwen2_moe", "gemma3"),
     *("lora_all_r8", "qwen3_lora_all_r8"),
 )
+KV_BYTES = 10**6
 CHAINS = {
     "groups": ("demo-1m", ADAPTER),
     "mixed groups": ("demo-1m", ADAPTER, "mixtral"),
@@ -156,7 +162,27 @@ def run(zoo: Path, names: Sequence[str], mesh: str) -> dict:
             if item.samples:
                 name = item.sequence.request.request_id
                 logits[name].setdefault(item.start + item.q_len, row.tolist())
-    return {"tokens": tokens, "logits": logits, "collectives": collectives(agent)}
+    return {
+        "tokens": tokens,
+        "logits": logits,
+        "collectives": collectives(agent),
+        "kv_bytes": kv_bytes(agent),
+    }
+
+
+def kv_bytes(agent: Agent) -> list[int]:
+    """What the KV pools take of each device where every device has KV_BYTES for them."""
+    config = dataclasses.replace(agent.device.config, kv_memory_mb=0)
+    with (
+        mock.patch.object(memory, "kv_budget", lambda devices: KV_BYTES),
+        mock.patch.object(Device, "_workspace", lambda *_: 0),
+    ):
+        device = Device(agent.assembly, config, agent.device.executables.cache)
+    taken: dict[int, int] = collections.Counter()
+    for leaf in jax.tree.leaves(device._pools):
+        for shard in leaf.addressable_shards:
+            taken[shard.device.id] += shard.data.nbytes
+    return list(taken.values())
 
 
 def swap(zoo: Path, mesh: str) -> list[int]:

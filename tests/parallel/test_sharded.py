@@ -54,6 +54,13 @@ def runs(tmp_path_factory) -> dict:
     return run(tmp_path_factory.mktemp("sharded"), "tp=2", "tp=8")
 
 
+@pytest.mark.parametrize("mesh", ["", "tp=2", "tp=8"])
+def test_the_kv_pools_use_what_every_device_has(runs, mesh):
+    """Less the part of a page that each pool leaves over, and with its null page."""
+    for taken in runs[mesh]["kv_bytes"]:
+        assert 0.6e6 < taken < 1.4e6
+
+
 @pytest.mark.parametrize("mesh", ["tp=2", "tp=8"])
 def test_tokens_and_logits_as_on_one_device(runs, mesh):
     check(runs[""], runs[mesh])
