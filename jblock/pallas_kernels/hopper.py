@@ -64,6 +64,17 @@ def matmul(
     return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 
+def add_product(total: jax.Array, a: jax.Array, b: Any) -> jax.Array:
+    """total + a @ b, summed where total lies: a product of its own would take as many registers again.
+
+    Args:
+      total: float32 [64, n] in the accumulator's layout.
+      a: [64, k] in registers, in that layout.
+      b: [k, n] in shared memory.
+    """
+    return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(total))
+
+
 def sum_of_products(
     shape: tuple[int, int],
     steps: Any,

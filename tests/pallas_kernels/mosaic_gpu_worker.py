@@ -344,6 +344,7 @@ def _prepare() -> None:
         return jax.lax.fori_loop(0, steps, step, jnp.zeros(shape, jnp.float32))
 
     hopper.matmul = matmul
+    hopper.add_product = lambda total, a, b: total + matmul(a, b)
     hopper.sum_of_products = sum_of_products
     hopper.accumulator = lambda shape, value: jnp.full(shape, value, jnp.float32)
     hopper.per_row = lambda rows, value: jnp.full((rows,), value, jnp.float32)

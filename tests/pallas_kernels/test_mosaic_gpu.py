@@ -284,3 +284,6 @@ def test_plans_fit_the_chip(kv):
             sizes = [np.prod(a.shape) * np.dtype(a.dtype).itemsize for a in memory]
             assert sum(sizes) <= 227 * 1024 - 2048, (model.name, batch.name)
             assert plan.stages >= 1 and plan.scaled == (kv != "bfloat16")
+            if plan.compute_warpgroups == 2:
+                compute, move = plan.registers
+                assert 2 * compute + move <= 3 * gpu_plan.LAUNCH_REGISTERS

@@ -43,14 +43,14 @@ def body(plan: Plan, refs: Any, s: Any) -> None:
 
     @pl.when((wg < plan.compute_warpgroups) & (count > 0))
     def _compute() -> None:
-        if plan.compute_warpgroups > 1:
-            plgpu.set_max_registers(200 if plan.scaled else 224, action="increase")
+        if plan.registers:
+            plgpu.set_max_registers(plan.registers[0], action="increase")
         _attend(plan, refs, s, walk, begin, steps, row, count, tile, head, split, wg)
 
     @pl.when((wg == plan.compute_warpgroups) & (count > 0))
     def _move() -> None:
-        if plan.compute_warpgroups > 1:
-            plgpu.set_max_registers(104 if plan.scaled else 64, action="decrease")
+        if plan.registers:
+            plgpu.set_max_registers(plan.registers[1], action="decrease")
         tile_of = gpu_fetch.Tile(walk, begin, steps, seq, row - first, head)
         gpu_fetch.fetch(plan, refs, s, tile_of)
 
@@ -76,8 +76,6 @@ def _attend(
     """One compute warpgroup: its rows' softmax over the steps, and their output."""
     groups, token_rows = plan.groups, plan.token_rows
     block_kv, d = plan.block_kv, plan.head_dim
-    # A product and the sum it is added to both lie in registers: too many for 256 columns at once.
-    columns = [(left, min(left + 128, d)) for left in range(0, d, 128)]
     pair = plan.compute_warpgroups == 2
     before = wg * plan.warpgroup_tokens
     tokens = gpu_walk.clip(count - before, 0, plan.warpgroup_tokens)
@@ -143,15 +141,12 @@ def _attend(
         weights = jnp.exp2(scores - lax.broadcast_in_dim(new_best, scores.shape, [0]))
         total = total * keep + weights.sum(axis=1)
         weights = weights.astype(jnp.bfloat16)
+        acc *= lax.broadcast_in_dim(keep, acc.shape, [0])
         if pair:
             rendezvous()
 
         plgpu.barrier_wait(s.v_full.at[slot])
-        acc = tuple(
-            part * lax.broadcast_in_dim(keep, part.shape, [0])
-            + hopper.matmul(weights, s.v_ring.at[slot, :, left:right])
-            for part, (left, right) in zip(acc, columns, strict=True)
-        )
+        acc = hopper.add_product(acc, weights, s.v_ring.at[slot])
         plgpu.barrier_arrive(s.v_free.at[slot])
         return acc, new_best, total
 
@@ -163,7 +158,7 @@ def _attend(
         steps,
         step,
         (
-            tuple(hopper.accumulator((ROWS, right - left), 0.0) for left, right in columns),
+            hopper.accumulator((ROWS, d), 0.0),
             hopper.per_row(ROWS, _MASKED),
             hopper.per_row(ROWS, 0.0),
         ),
@@ -173,9 +168,8 @@ def _attend(
 
     total = jnp.where(total > 0, total, 1.0)
     stage = s.q_rows if plan.splits == 1 else s.out_rows
-    for part, (left, right) in zip(acc, columns, strict=True):
-        part /= lax.broadcast_in_dim(total, part.shape, [0])
-        stage[wg, :, left:right] = part.astype(plan.out_dtype)
+    acc /= lax.broadcast_in_dim(total, acc.shape, [0])
+    stage[wg] = acc.astype(plan.out_dtype)
     if plan.splits > 1:
         s.lse_rows[...] = best + jnp.log(total) * _LOG2E
     plgpu.commit_smem()

@@ -12,6 +12,9 @@ from jblock.pallas_kernels import hopper
 ROWS = 64
 """Rows of a wgmma accumulator: what one compute warpgroup serves."""
 
+LAUNCH_REGISTERS = 168
+"""Of a thread, where a block is three warpgroups: all that a multiprocessor has, in whole eights."""
+
 _WRITE_ROWS = 16
 _EDGE_ROWS = 16  # of a page that is seen in part
 
@@ -111,6 +114,18 @@ class Plan:
     def scaled(self) -> bool:
         """Whether pages are of 8 bits, with scales."""
         return self.raw_stages > 0
+
+    @property
+    def registers(self) -> tuple[int, int] | None:
+        """Registers of a thread that computes, and of one that moves memory; None: as launched.
+
+        They are taken from what the launch gave, LAUNCH_REGISTERS a thread: asking for more waits for ever.
+        """
+        if self.compute_warpgroups == 1:
+            return None
+        if self.scaled:
+            return 200, 104  # pages are widened by those that move
+        return (232, 40) if self.head_dim > 128 else (224, 56)
 
     @property
     def out_dtype(self) -> Any:
