@@ -76,7 +76,8 @@ def compiled(h200, fn, args, donated=(), capfd=None):
     program = jax.jit(fn, donate_argnums=donated).lower(*args).compile()
     said = "".join(capfd.readouterr())
     assert "sm_90a" in said
-    return program, sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", said))
+    # Where something is spilled ptxas says so in a warning too, which is not to be counted again.
+    return program, sum(int(n) for n in re.findall(r"stack frame, (\d+) bytes spill stores", said))
 
 
 @pytest.mark.parametrize("model, batch, dtype", PROGRAMS)
@@ -84,8 +85,7 @@ def test_attention_compiles_for_h200(h200, model, batch, dtype, monkeypatch, cap
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     fn, args = shapes.program("mosaic_gpu", model, batch, dtype)
     program, spilled = compiled(h200, fn, args, 3, capfd)
-    # Heads of 256 do not fit the registers whole; a spill of a few words is outside the loops.
-    assert spilled <= (1024 if model.head_dim > 128 else 256)
+    assert spilled <= 128, "no more than a few words"
     pages = sum(a.size * a.dtype.itemsize for a in args[3])
     assert program.memory_analysis().alias_size_in_bytes == pages, "pages are updated in place"
 
