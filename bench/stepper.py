@@ -10,13 +10,13 @@ import jax
 import numpy as np
 
 from jblock.engine.api import EngineStats, Output, Request, SamplingParams
-from jblock.engine.assembly import assemble
 from jblock.engine.config import EngineConfig
 from jblock.engine.device import Device
 from jblock.engine.executable_cache import ExecutableCache
 from jblock.engine.executables import ProgramKey
 from jblock.engine.loop import Loop
 from jblock.engine.policy import NO_LIMIT
+from jblock.engine.wiring import assemble
 from jblock.zoo.records import Chain
 
 _GREEDY = {

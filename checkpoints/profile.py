@@ -39,11 +39,12 @@ def profile(
       ValueError: a model the engine cannot run.
     """
     from jblock.engine import executable_cache
-    from jblock.engine.assembly import Unit, assemble
+    from jblock.engine.assembly import Unit
     from jblock.engine.config import EngineConfig
     from jblock.engine.device import Device
     from jblock.engine.loading import Loads, weights_of
     from jblock.engine.profile import Profile
+    from jblock.engine.wiring import assemble
 
     zoo = Zoo.open(zoo_path)
     chains = {n: zoo.chain(n) for n in names or zoo.chains()}

@@ -20,7 +20,7 @@ from jblock.engine.api import (
     Request,
     UnknownChain,
 )
-from jblock.engine.assembly import Assembly, Route, assemble
+from jblock.engine.assembly import Assembly, Route
 from jblock.engine.config import EngineConfig
 from jblock.engine.device import Device
 from jblock.engine.executable_cache import ExecutableCache, default_folder
@@ -29,6 +29,7 @@ from jblock.engine.loading import Done, Loads, Targets, attempt, weights_of
 from jblock.engine.loop import Loop
 from jblock.engine.resident import Adapter, Lease
 from jblock.engine.watch import Watch
+from jblock.engine.wiring import assemble
 from jblock.parallel.placement import Placement
 from jblock.zoo.records import Chain, ZooError
 from jblock.zoo.store import Zoo

@@ -12,7 +12,7 @@ from jax.profiler import TraceAnnotation
 from jblock.engine import policy
 from jblock.engine.admission import Admission
 from jblock.engine.api import EngineStats, Output, Request
-from jblock.engine.assembly import Assembly, Route, assemble
+from jblock.engine.assembly import Assembly, Route
 from jblock.engine.config import EngineConfig
 from jblock.engine.device import Device
 from jblock.engine.kv_cache import KvCache
@@ -24,6 +24,7 @@ from jblock.engine.profile import Profile
 from jblock.engine.resident import Adapter
 from jblock.engine.sequence import Sequence
 from jblock.engine.sweep import Step, Sweeper
+from jblock.engine.wiring import assemble
 
 
 class Picked(NamedTuple):

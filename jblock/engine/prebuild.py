@@ -12,12 +12,13 @@ from typing import Any
 import jax
 
 from jblock.engine import roofline
-from jblock.engine.assembly import Assembly, assemble
+from jblock.engine.assembly import Assembly
 from jblock.engine.config import EngineConfig
 from jblock.engine.data_parallel import group_config, group_placements
 from jblock.engine.device import Device
 from jblock.engine.executable_cache import ExecutableCache
 from jblock.engine.executables import ProgramKey
+from jblock.engine.wiring import assemble
 from jblock.parallel.placement import Placement
 from jblock.parallel.targets import CHIPS, Target
 from jblock.zoo.records import Chain

@@ -6,8 +6,8 @@ import pytest
 import tiny_checkpoints as tiny
 from tiny_checkpoints import CONFIG
 
-from jblock.engine.assembly import assemble
 from jblock.engine.config import EngineConfig
+from jblock.engine.wiring import assemble
 from jblock.zoo import profiles
 from jblock.zoo.store import Zoo
 

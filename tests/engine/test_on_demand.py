@@ -13,9 +13,9 @@ from bench.models import TINY, MemoryZoo
 from checkpoints import hf
 from checkpoints.progress import Progress
 from jblock.engine.agent import ThreadEngine, build_engine
-from jblock.engine.assembly import assemble
 from jblock.engine.config import EngineConfig
 from jblock.engine.executable_cache import ExecutableCache
+from jblock.engine.wiring import assemble
 from jblock.zoo.records import Step
 from jblock.zoo.store import Zoo
 
