@@ -109,7 +109,7 @@ def keys(model: Model, dtype: str, placement: Placement) -> Iterator[ProgramKey]
     """The programs that serve a model: plain greedy requests on two grids."""
     ends = model.ends(dtype, placement.rules)
     layers = model.layer_signatures(dtype, placement.rules)
-    pool = pool_shape(model, placement)
+    pool = pool_shape(model, dtype, placement)
     vocab = model.unembedding.vocab_size
     for bucket in BUCKETS:
         for signature in ends:
@@ -125,8 +125,8 @@ def keys(model: Model, dtype: str, placement: Placement) -> Iterator[ProgramKey]
     yield ProgramKey(kind="scrub", pool=pool)
 
 
-def pool_shape(model: Model, placement: Placement) -> PoolShape:
-    """Pages for SEQUENCES x TOKENS tokens."""
+def pool_shape(model: Model, dtype: str, placement: Placement) -> PoolShape:
+    """Pages for SEQUENCES x TOKENS tokens, of the dtype of the weights."""
     attention = model.attention
     return PoolShape(
         num_pages=SEQUENCES * TOKENS // PAGE_SIZE + 1,
@@ -134,6 +134,7 @@ def pool_shape(model: Model, placement: Placement) -> PoolShape:
         num_kv_heads=len(kv_heads(attention.num_kv_heads, placement.rules.ways("heads"))),
         head_dim=attention.head_dim,
         layers=len(model.layers),
+        dtype=dtype,
         backend=backend_of(placement.platform.name),
     )
 
@@ -168,7 +169,7 @@ class Checker:
         weights = sum(map(self._share, model.ends(dtype, rules)))
         for signature, count in model.layer_signatures(dtype, rules).items():
             weights += count * self._share(signature)
-        pool = pool_shape(model, self.placement)
+        pool = pool_shape(model, dtype, self.placement)
         kv = pool.page_bytes * pool.num_pages // rules.ways("heads")
         temp = max((a.temp_size_in_bytes + _fresh_outputs(a) for a in analyses), default=0)
         chip = CHIPS[self.target.chip]

@@ -4,6 +4,8 @@ from typing import Any
 
 from absl import flags
 
+from jblock.engine.config import KV_DTYPES
+
 _FLAGS = (
     flags.DEFINE_string("zoo", None, "Folder of the zoo.", required=True),
     flags.DEFINE_list("models", None, "Chains to serve; default: all of the zoo that are exact."),
@@ -12,7 +14,10 @@ _FLAGS = (
     flags.DEFINE_integer("max_model_len", None, "Most tokens of prompt and output together."),
     flags.DEFINE_integer("page_size", None, "Tokens a KV page holds."),
     flags.DEFINE_enum(
-        "kv_dtype", None, ["float32", "int8"], "Type of the KV cache; int8 is approximate."
+        "kv_dtype",
+        None,
+        list(KV_DTYPES),
+        "Type of the KV cache; all but float32 are approximate.",
     ),
     flags.DEFINE_integer(
         "kv_memory_mb", None, "Memory of the KV cache; default: a share of what is free."

@@ -5,7 +5,7 @@ import dataclasses
 from jblock.parallel.rules import MeshShape, ShardingRules
 
 DTYPES = ("float32", "bfloat16")
-KV_DTYPES = ("float32", "int8")
+KV_DTYPES = ("float32", "bfloat16", "int8")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -31,8 +31,8 @@ class EngineConfig:
       max_num_seqs: most sequences in flight.
       max_model_len: most tokens of prompt and output of one sequence.
       page_size: tokens in a KV page. 64 measured best on CPU.
-      kv_dtype: of the KV pages: "float32", or "int8" with a scale a token and head, which holds over
-        three times the tokens and changes outputs a little.
+      kv_dtype: of the KV pages: "float32", "bfloat16", which holds twice the tokens, or "int8" with a
+        scale a token and head, which holds over three times as many. Both change outputs a little.
       kv_memory_mb: memory of all KV pools together, in 10^6 bytes; 0 takes a share of what is free
         after the parameters were loaded (memory.py).
       host_kv_memory_mb: host memory for pages of sequences that gave way to others, in 10^6 bytes,

@@ -197,7 +197,8 @@ def _estimates(
     signatures = [u.signature for i in route.instances for u in i.units]
     head_dims = [a.head_dim for s in signatures for a in s.attentions]
     # 8 bits carry a float32 scale a token and head.
-    kv_item = 1 + 4 / max(head_dims, default=1) if config.kv_dtype == "int8" else 4.0
+    eight = 1 + 4 / max(head_dims, default=1)
+    kv_item = {"float32": 4.0, "bfloat16": 2.0, "int8": eight}[config.kv_dtype]
     return tuple(
         roofline.decode_step(
             signatures,

@@ -32,7 +32,7 @@ KEYS = {
     "hotswap": {"failed", "gap_ratio"},
     "coldstart": {"cached_ratio", "first_token_full_s", "first_token_empty_s"},
     "peers": {"vllm", "openvino", "transformers", "jblock"},
-    "kv": {"bytes_ratio", "tokens_per_second_ratio", "top1_agreement", "accuracy_delta"},
+    "kv": {"bfloat16", "int8"},
     "oversubscription": {
         "offered",
         "finished",
@@ -200,11 +200,12 @@ def test_oversubscribed_all_finish(quick):
 
 
 @pytest.mark.long
-def test_int8_pages_are_small_and_change_little(quick):
-    figures = quick("kv")["kv"]
-    assert figures["bytes_ratio"] < 0.4
-    assert figures["top1_agreement"] > 0.9
-    assert abs(figures["accuracy_delta"]) <= 0.1
+def test_smaller_pages_change_little(quick):
+    for dtype, figures in quick("kv")["kv"].items():
+        assert figures["bytes_ratio"] <= {"bfloat16": 0.5, "int8": 0.4}[dtype]
+        assert figures["top1_agreement"] > 0.9
+        assert abs(figures["accuracy_delta"]) <= 0.1
+        assert figures["tokens_per_second_ratio"] > 0
 
 
 def test_a_prefix_seen_before_is_not_computed_again(quick):

@@ -158,6 +158,17 @@ CASES = [
     Case(((30, 40),), kv="bfloat16", q="bfloat16", heads=8, kv_heads=8, head_dim=128, page_size=16),
     Case(MIXED, kv="float32", q="bfloat16"),
     Case(RAGGED, "scattered", kv="int8", softcap=3.0, heads=6, kv_heads=3),
+    # The widest heads, with rows enough for all of a kernel's computing threads.
+    Case(
+        ((0, 40), (33, 25)),
+        heads=8,
+        head_dim=256,
+        page_size=16,
+        window=20,
+        softcap=5.0,
+        kv="bfloat16",
+        q="bfloat16",
+    ),
 ]
 
 Attend = Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]

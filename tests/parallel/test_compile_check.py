@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 
+import jax.numpy as jnp
 import pytest
 
 from jblock import compile_check, compile_matrix
@@ -94,7 +95,7 @@ def test_what_should_fit_follows_from_weights_and_kv():
         heads = len(kv_heads(attention.num_kv_heads, chips)) // chips
         tokens = compile_matrix.SEQUENCES * compile_matrix.TOKENS
         width = max(attention.head_dim, 128) if target.platform == "tpu" else attention.head_dim
-        kv = tokens * len(MODELS[name].layers) * 2 * heads * width * 4
+        kv = tokens * len(MODELS[name].layers) * 2 * heads * width * jnp.dtype(dtype).itemsize
         needed = sizes[name, dtype] / chips + kv + 2**27
         fits = needed <= CHIPS[target.chip].memory * compile_matrix.USABLE
         smallest = compile_matrix.SMALLEST[name, dtype][target.chip]
