@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jblock.pallas_kernels.paged_attention import shapes, tpu, tpu_blocks
 from jblock.pallas_kernels.paged_attention.tpu_blocks import Blocks, Shape
 from tests.pallas_kernels.attention_cases import CASES, FORMS, Case, check, run
-from tests.pallas_kernels.tpu_interpreter import FAST, INTERPRET, RACE
+from tests.pallas_kernels.tpu_interpreter import FAST, INTERPRET, RACE, bound_mappings
 
 SPREAD = list(dict.fromkeys([*CASES[22::24], *{(c.kv, c.q): c for c in CASES}.values()]))
 
@@ -116,6 +116,7 @@ def test_matches_reference_on_random_batches(sequences, seed):
 def test_matches_reference_on_many_random_batches(sequences, form, window, kv, seed):
     case = random_case(sequences, form, window, kv)
     put(case, small(case), seed)
+    bound_mappings()
 
 
 def test_races_would_be_detected(capfd):

@@ -7,11 +7,16 @@ the array's end stays NaN in the interpreter's memory, as it is for the others.
 """
 
 import functools
+import gc
+from pathlib import Path
 from typing import Any
 
+import jax
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 
+# Of 65,530 that Linux allows by default; the compilation that needs one more ends the process.
+MOST_MAPPINGS = 20_000
 INTERPRET = pltpu.InterpretParams(detect_races=True)
 RACE = "RACE DETECTED"
 FAST = {"xla_backend_optimization_level": 0}
@@ -33,3 +38,11 @@ def sized(interpret: Any) -> Any:
 
 
 interpreter.interpret_pallas_call = sized(interpreter.interpret_pallas_call)
+
+
+def bound_mappings() -> None:
+    """Drops all compiled programs when they take many mappings of memory, an interpreted kernel hundreds."""
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
