@@ -81,13 +81,14 @@ class Finder:
     ) -> bool:
         if any(record.tensors[n].dtype != tensors[n].dtype.name for n in matrices):
             return False
-        folder = self._zoo.folder("components", record.id) / "params"
-        for name in matrices:
-            flat = tensors[name].reshape(-1)
-            head = flat[: min(_HEAD, flat.size)].astype(np.float32)
-            there = params.read_runs(folder / name, record.tensors[name], [0], len(head))
-            if not np.array_equal(head, there):
-                return False
+        with self._zoo.reading("components", record.id) as folder:
+            for name in matrices:
+                flat = tensors[name].reshape(-1)
+                head = flat[: min(_HEAD, flat.size)].astype(np.float32)
+                file = folder / "params" / name
+                there = params.read_runs(file, record.tensors[name], [0], len(head))
+                if not np.array_equal(head, there):
+                    return False
         return all(_equal(self._zoo.load_tensor(record.id, n), tensors[n]) for n in matrices)
 
     def _changed(self, id_: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

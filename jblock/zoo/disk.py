@@ -42,6 +42,15 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def identity(path: Path) -> tuple[int, int] | None:
+    """What tells a folder from one that came in its place; None if there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 def fsync_path(path: Path) -> None:
     """Forces one file or directory to the disk."""
     fd = os.open(path, os.O_RDONLY)

@@ -44,8 +44,8 @@ def sketch(zoo: Zoo, record: ComponentRecord) -> np.ndarray:
             starts, length = np.zeros(1, np.int64), size
         else:
             starts, length = np.sort(rng.integers(0, size - _RUN, runs)), _RUN
-        folder = zoo.folder("components", record.id) / "params"
-        part = params.read_runs(folder / name, tensor, starts, length)
+        with zoo.reading("components", record.id) as folder:
+            part = params.read_runs(folder / "params" / name, tensor, starts, length)
         # A tensor counts as much as it does in the whole.
         parts.append(part * np.float32((size / part.size) ** 0.5))
     return np.concatenate(parts)

@@ -244,17 +244,17 @@ class Zoo:
         Raises:
           ZooError: none of that id, or it is damaged.
         """
-        folder = self.folder(kind, id)
         files = {}
-        for name in sorted(os.listdir(folder)):
-            path = folder / name
-            if path.is_symlink() or not path.is_file():
-                raise ZooError(f"{path} is no regular file: remove it")
-            files[name] = path.read_bytes()
-        if ids.files_id(files) != id:
-            raise ZooError(
-                f"{folder} holds other content than its id says: convert the model again"
-            )
+        with self.reading(kind, id) as folder:
+            for name in sorted(os.listdir(folder)):
+                path = folder / name
+                if path.is_symlink() or not path.is_file():
+                    raise ZooError(f"{path} is no regular file: remove it")
+                files[name] = path.read_bytes()
+            if ids.files_id(files) != id:
+                raise ZooError(
+                    f"{folder} holds other content than its id says: convert the model again"
+                )
         return files
 
     def tokenizer_path(self, id: str) -> Path:
@@ -377,20 +377,44 @@ class Zoo:
             raise GoneError(f"{self.path} has no {kind[:-1]} {id}: it was removed or never added")
         return path
 
+    @contextmanager
+    def reading(self, kind: str, id: str) -> Iterator[Path]:
+        """The folder of something of a kind for as long as files in it are read.
+
+        Raises:
+          GoneError: the zoo does not hold it, or another process removed it meanwhile.
+          ZooError, OSError: what the block raises, of a folder that is still there.
+        """
+        folder = self.folder(kind, id)
+        before = disk.identity(folder)
+        try:
+            yield folder
+        except GoneError:
+            raise
+        except (ZooError, OSError) as e:
+            # Removed by one rename, and perhaps added again.
+            if before is None or disk.identity(folder) != before:
+                raise GoneError(
+                    f"{self.path} has no {kind[:-1]} {id} any more: it was removed while it was read"
+                ) from e
+            raise
+
     def _inside(self, path: Path) -> Path:
         if Path(os.path.realpath(path)) != path:
             raise ZooError(f"{path} is a link: a zoo holds everything itself; replace it by a copy")
         return path
 
     def _record(self, kind: str, id: str) -> dict[str, Any]:
-        return codec.read_json(self._inside(self.folder(kind, id) / "spec.json"))
+        with self.reading(kind, id) as folder:
+            return codec.read_json(self._inside(folder / "spec.json"))
 
     def _load(
         self, kind: str, id: str, records: Mapping[str, TensorRecord]
     ) -> dict[str, np.ndarray]:
         if not records:
             return {}
-        return params.load(self._inside(self.folder(kind, id) / "params"), records)
+        with self.reading(kind, id) as folder:
+            return params.load(self._inside(folder / "params"), records)
 
     def _verify(self, id: str, header: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
         found = ids.content_id(header, tensors)

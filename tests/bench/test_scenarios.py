@@ -95,8 +95,8 @@ def test_quick_run(name, quick):
         assert line["compiles_on_serving_path"] == 0
     figures = line[name]
     assert KEYS[name] <= set(figures)
-    if name in ("peers", "kernels", "gpu"):
-        return  # One object an engine, which test_peers.py knows, or an op: see below.
+    if name in ("peers", "kernels", "gpu", "kv"):
+        return  # One object an engine, which test_peers.py knows, an op or a dtype: see below.
     signed = ("accuracy_delta", "accuracy_change_at_8x")
     assert all(value >= 0 for key, value in figures.items() if key not in signed)
     if name in ("block_tax", "roofline", "lora"):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from zoos import EMBEDDING, FFN, HEAD, LORA, NORM
 
 from jblock.blocks.spec import NormSpec
-from jblock.zoo import ids
+from jblock.zoo import ids, params
 from jblock.zoo.fsck import fsck
 from jblock.zoo.records import Chain, GoneError, Step, ZooError
 from jblock.zoo.store import Zoo
@@ -162,6 +162,39 @@ def test_a_model_removed_while_it_is_read_is_gone_and_no_damage(zoo, monkeypatch
     monkeypatch.setattr(Path, "read_bytes", removed_first)
     with pytest.raises(GoneError, match="no model 'm"):
         zoo.chain("m")
+
+
+@pytest.mark.parametrize("what", ["spec.json", ".zarray"])
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_a_component_removed_while_it_is_read_is_gone_and_no_damage(
+    zoo, tmp_path, monkeypatch, what, comes_back
+):
+    id_ = zoo.put_component(zoos.FFN, zoos.tensors(zoos.FFN))
+    folder = zoo.folder("components", id_)
+
+    def removed_first(path, read):
+        if path.name == what and not (tmp_path / "away").exists():
+            os.rename(folder, tmp_path / "away")
+            if comes_back:
+                folder.mkdir()  # as another writer adds it, who has got no further
+        return read()
+
+    read_bytes, read_regular = Path.read_bytes, params._read_regular
+    monkeypatch.setattr(Path, "read_bytes", lambda p: removed_first(p, lambda: read_bytes(p)))
+    monkeypatch.setattr(
+        params, "_read_regular", lambda p, n: removed_first(p, lambda: read_regular(p, n))
+    )
+    with pytest.raises(GoneError, match=f"no component {id_} any more: it was removed"):
+        zoo.load_component(id_)
+
+
+def test_a_component_that_lacks_a_file_is_damaged(zoo):
+    tensors = zoos.tensors(zoos.FFN)
+    id_ = zoo.put_component(zoos.FFN, tensors)
+    shutil.rmtree(zoo.folder("components", id_) / "params" / next(iter(tensors)))
+    with pytest.raises(ZooError, match="the zoo is damaged") as caught:
+        zoo.load_component(id_)
+    assert not isinstance(caught.value, GoneError)
 
 
 def test_a_version_number_taken_by_another_writer_is_left_alone(zoo, monkeypatch):
