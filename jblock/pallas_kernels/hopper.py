@@ -43,6 +43,17 @@ def swizzled(shape: tuple[int, ...], dtype: Any, columns: int | None = None) -> 
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
+def whole_tiles(x: jax.Array) -> jax.Array:
+    """x [rows, ...] as copies into `swizzled` memory can read it, with rows added at the end.
+
+    TMA reads device memory in tiles of 8 rows, so of more than 8 there have to be whole tiles. A copy has to
+    begin at a tile: one that begins inside brings the tile's last rows, and zeros for those of the next.
+    The interpreter knows nothing of this.
+    """
+    missing = -x.shape[0] % 8 if x.shape[0] > 8 else 0
+    return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) if missing else x
+
+
 def matmul(
     a: Any, b: Any, *, transpose_b: bool = False, then: Callable[[], None] | None = None
 ) -> jax.Array:

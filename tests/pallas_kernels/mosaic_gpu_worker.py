@@ -137,7 +137,7 @@ def run(
             to_fill = False
             return q, wanted
         _COUNTS.update(read=0, written=0, flops=0)
-        # The kernel does not read is_grid, which would be another program.
+        # A grid, whose new rows may stay where they are, would be another program.
         ragged = dataclasses.replace(ragged, is_grid=False)
         out, pages = jax.block_until_ready(attend(q, k, v, pages, ragged, **options))
         _check_pages(pages, wanted)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jblock.pallas_kernels.grouped_block_matmul import mosaic_gpu as block_gpu
 from jblock.pallas_kernels.grouped_block_matmul import shapes as block_shapes
 from jblock.pallas_kernels.grouped_delta_matmul import mosaic_gpu as delta_gpu
 from jblock.pallas_kernels.grouped_delta_matmul import shapes as delta_shapes
@@ -169,3 +170,26 @@ def test_matmuls_compile_for_h200(h200, op, fn, args, monkeypatch, capfd):
         # The results of several parts are added up outside the kernel.
         temporary = memory.temp_size_in_bytes - (sums if plan.parts > 1 else 0)
         assert temporary < codes, "no copy of the weights"
+
+
+def test_any_number_of_rows_is_taken_apart_into_tiles(h200):
+    """12 rows, which tiles of 8 do not divide: the kernels are made, and not compiled, for an H200."""
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=h200)
+
+    f32, bf16, i32 = jnp.float32, jnp.bfloat16, jnp.int32
+    x, weight, sizes = array(bf16, 12, 256), array(bf16, 256, 256), array(i32, 2)
+    jax.jit(block_gpu.grouped_block_matmul).lower(x, (weight, weight), sizes)
+    jax.jit(quantised_gpu.quantised_matmul).lower(
+        x, array(jnp.int8, 256, 256), array(f32, 256, 2), None
+    )
+    table = array(bf16, 5, 8, 256)
+    jax.jit(delta_gpu.grouped_delta_matmul).lower(
+        array(f32, 12, 256), x, table, table, array(i32, 2, 2), sizes
+    )
+    model = shapes.Model(name="", heads=4, kv_heads=2, head_dim=64)
+    batch = shapes.Batch(name="", num_seqs=3, rows=12, max_q_len=6, max_len=256)
+    fn, args = shapes.program("mosaic_gpu", model, batch, "bfloat16")
+    args = jax.tree.map(lambda a: array(a.dtype, *a.shape), args)
+    jax.jit(fn).lower(*args)

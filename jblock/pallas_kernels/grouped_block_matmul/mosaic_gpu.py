@@ -109,6 +109,7 @@ def _call(
         interpret=interpret,
         name="grouped_block_matmul",
     )
+    x = hopper.whole_tiles(x)
     return kernel(table, x, *weights, *(() if result is None else (result,)))
 
 

@@ -169,6 +169,7 @@ def _add(
     used = jnp.arange(todo.group.size) < todo.count
     runs = jnp.where(used, -(-counts[todo.group] // plan.run), 0)
     fields = todo.block, todo.first, todo.last, runs
+    x = hopper.whole_tiles(x)
     table = jnp.concatenate([jnp.stack(fields, axis=1), pieces[todo.group]], axis=1)
     if plan.fused:
         _call(plan, table, {"x": x, "a": a, "b": b, "y": result}, interpret)

@@ -31,7 +31,7 @@ class Tile:
       begin: first of its steps.
       steps: how many it has.
       seq: the tile's sequence.
-      seq_row: flat row of the sequence's first new token.
+      start: row of the sequence's first new token in k_new and v_new.
       head: KV head.
     """
 
@@ -39,7 +39,7 @@ class Tile:
     begin: Any
     steps: Any
     seq: Any
-    seq_row: Any
+    start: Any
     head: Any
 
 
@@ -90,7 +90,7 @@ def fetch(plan: Plan, refs: Any, s: Any, tile: Tile) -> None:
         return lax.rem(block.position, plan.page_size) if plan.pieces == 1 else 0
 
     def from_new(way: _Way, ready: Any, block: gpu_walk.Block, slot: Any) -> None:
-        rows = pl.ds(tile.seq_row + block.position - walk.cached, plan.new_piece)
+        rows = pl.ds(tile.start + block.position - walk.cached, plan.new_piece)
         to = way.ring.at[slot, pl.ds(0, plan.new_piece)]
         plgpu.copy_gmem_to_smem(way.new.at[rows, head], to, ready)
         for _ in range(plan.arrivals - 1):

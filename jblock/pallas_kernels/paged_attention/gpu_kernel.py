@@ -28,10 +28,11 @@ def body(plan: Plan, refs: Any, s: Any) -> None:
 
     Args:
       plan: what is static.
-      refs: q [T, heads, d]; k_new, v_new [T, kv_heads, d]; tiles (gpu_walk.tile_table); page_table [S,
-        max_pages]; k_pages, v_pages [pages, kv_heads, page_size, d]; out [splits, T, heads, d]; with
-        several splits lse [splits, tiles, kv_heads, 64], base 2; with 8-bit pages also the new rows as they
-        go into them, k_rows, v_rows [T, kv_heads, d], and k_scales, v_scales [pages, kv_heads, page_size].
+      refs: q [T, heads, d]; k_new, v_new [R, kv_heads, d] and starts [S], the new rows as they are attended
+        to (gpu_walk.new_rows); k_rows, v_rows [T, kv_heads, d], as they go into the pages; tiles
+        (gpu_walk.tile_table); page_table [S, max_pages]; k_pages, v_pages [pages, kv_heads, page_size, d];
+        out [splits, T, heads, d]; with several splits lse [splits, tiles, kv_heads, 64], base 2; with 8-bit
+        pages also k_scales, v_scales [pages, kv_heads, page_size].
       s: what `gpu_plan.scratch` lists.
     """
     tile, head, split = (lax.axis_index(a) for a in ("tile", "head", "split"))
@@ -51,7 +52,7 @@ def body(plan: Plan, refs: Any, s: Any) -> None:
     def _move() -> None:
         if plan.registers:
             plgpu.set_max_registers(plan.registers[1], action="decrease")
-        tile_of = gpu_fetch.Tile(walk, begin, steps, seq, row - first, head)
+        tile_of = gpu_fetch.Tile(walk, begin, steps, seq, refs.starts[seq], head)
         gpu_fetch.fetch(plan, refs, s, tile_of)
 
         @pl.when(split == 0)

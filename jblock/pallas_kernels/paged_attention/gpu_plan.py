@@ -15,7 +15,9 @@ ROWS = 64
 LAUNCH_REGISTERS = 168
 """Of a thread, where a block is three warpgroups: all that a multiprocessor has, in whole eights."""
 
-_WRITE_ROWS = 16
+WRITE_ROWS = 16
+"""New rows that are staged at a time at most."""
+
 _EDGE_ROWS = 16  # of a page that is seen in part
 
 
@@ -103,7 +105,7 @@ class Plan:
     @property
     def write_rows(self) -> int:
         """New rows staged at a time on their way into the pages."""
-        return min(_WRITE_ROWS, self.max_q_len)
+        return min(WRITE_ROWS, self.max_q_len)
 
     @property
     def write_pad(self) -> int:

@@ -84,6 +84,31 @@ def tile_table(ragged: Ragged, rows: int, tile_tokens: int) -> jax.Array:
     return jnp.stack([seq, ragged.row_starts[seq] + first, count, cached, first], axis=1)
 
 
+def new_rows(ragged: Ragged, rows: int) -> tuple[jax.Array, jax.Array | None]:
+    """How new keys and values have to lie for TMA, which brings them in tiles of 8 rows: a sequence's begin
+    at a multiple of 8, unless they all lie in one tile (`hopper.whole_tiles`).
+
+    Args:
+      ragged: the batch.
+      rows: T.
+
+    Returns:
+      int32 [S], where each sequence's first one is, and int32 [R], which of the T rows to put at each of R
+      places; None: they can stay where they are.
+    """
+    bound = ragged.max_q_len
+    in_tiles = ragged.is_grid and (bound % 8 == 0 or 8 % bound == 0)
+    if bound == 1 or rows <= 8 or in_tiles:
+        return ragged.row_starts, None
+    sizes = cdiv(ragged.q_lens, 8) * 8
+    ends = jnp.cumsum(sizes, dtype=jnp.int32)
+    starts, seqs = ends - sizes, ragged.num_seqs
+    place = jnp.arange(min(seqs * cdiv(bound, 8), (rows + 7 * seqs) // 8) * 8, dtype=jnp.int32)
+    seq = jnp.searchsorted(ends, place, side="right", method="compare_all").astype(jnp.int32)
+    seq = jnp.minimum(seq, seqs - 1)
+    return starts, jnp.clip((ragged.row_starts - starts)[seq] + place, 0, rows - 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Walk:
     """The steps of one tile.

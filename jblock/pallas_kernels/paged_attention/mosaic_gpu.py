@@ -17,9 +17,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jblock.pallas_kernels import hopper
 from jblock.pallas_kernels.paged_attention import gpu_kernel, gpu_walk, xla
-from jblock.pallas_kernels.paged_attention.gpu_plan import ROWS, Plan, scratch, token_rows
+from jblock.pallas_kernels.paged_attention.gpu_plan import (
+    ROWS,
+    WRITE_ROWS,
+    Plan,
+    scratch,
+    token_rows,
+)
 from jblock.pallas_kernels.paged_attention.quantize import is_scaled, quantize
 from jblock.pallas_kernels.paged_attention.ragged import Ragged
+
+_SCRATCH = 2048
+"""Bytes of shared memory that the reductions take."""
 
 
 def abstract_pages(
@@ -73,18 +82,24 @@ def make_plan(
     long = max_q_len > tokens
     # Values of 8 bits lie in shared memory twice, and the wide ones of large heads leave little of it.
     block_kv = 128 if long and head_dim <= 128 and not scaled else 64
-    warpgroups = 2 if long and not (scaled and head_dim > 128) else 1
-    fixed = 2 * warpgroups * ROWS * head_dim * 2 + 2 * 16 * head_dim * 2
+    block = 2 * block_kv * head_dim
+    queries = 4 * ROWS * head_dim  # of a warpgroup
+    item = kv_dtype.itemsize
+    write_row = token_rows(1, head_dim, item) * head_dim * item
+    room = hopper.SHARED_MEMORY - _SCRATCH - 2 * WRITE_ROWS * write_row
+    pair = not (scaled and head_dim > 128) and room >= 2 * queries + 2 * block
+    warpgroups = 2 if long and pair else 1
+    room -= warpgroups * queries
     tiles = gpu_walk.num_tiles(rows, num_seqs, max_q_len, warpgroups * tokens)
     splits = 1
     if not long:
         fill = -(-2 * hopper.MULTIPROCESSORS // (tiles * kv_heads))
-        if scaled and head_dim > 128:
+        part = ROWS * (head_dim + 1) * 4
+        if (scaled and head_dim > 128) or room < part + 2 * block:
             fill = 1  # no room for parts
         visible = min(max_pages * page_size, sliding_window or max_pages * page_size)
         splits = max(1, min(fill, visible // 256))
-        fixed += (splits > 1) * ROWS * (head_dim + 1) * 4
-    block, room = 2 * block_kv * head_dim, hopper.SHARED_MEMORY - fixed
+        room -= (splits > 1) * part
     stages = max(1, min(2, room // (3 * block))) if scaled else min(4, room // (2 * block))
     raw_stages = min(4, room // block - 2 * stages) if scaled else 0
     return Plan(
@@ -176,10 +191,16 @@ def run(
             write_scales(scales[0], k_scale, ragged),
             write_scales(scales[1], v_scale, ragged),
         )
-        arrays |= {"k_rows": k_rows, "v_rows": v_rows}
         arrays |= {"k_scales": scales[0], "v_scales": scales[1]}
-    arrays |= {"k_new": k.astype(bf16), "v_new": v.astype(bf16)}
-    arrays |= {"tiles": tiles, "page_table": ragged.page_table}
+    k, v = k.astype(bf16), v.astype(bf16)
+    if not plan.scaled:
+        k_rows, v_rows = k, v
+    arrays |= {"k_rows": k_rows, "v_rows": v_rows}
+    starts, order = gpu_walk.new_rows(ragged, rows)
+    if order is not None:
+        k, v = k[order], v[order]
+    arrays |= {"k_new": hopper.whole_tiles(k), "v_new": hopper.whole_tiles(v)}
+    arrays |= {"starts": starts, "tiles": tiles, "page_table": ragged.page_table}
     pages = tuple(jax.new_ref(p, memory_space=plgpu.GMEM) for p in kv_pages[:2])
     arrays |= {"k_pages": pages[0], "v_pages": pages[1]}
     out_type = [jax.ShapeDtypeStruct((plan.splits, rows, heads, d), plan.out_dtype)]
@@ -191,8 +212,6 @@ def run(
 
     def ragged_paged_attention(*refs: Any) -> None:
         named = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
-        if not plan.scaled:
-            named.k_rows, named.v_rows = named.k_new, named.v_new
         pl.run_scoped(
             lambda **s: gpu_kernel.body(plan, named, types.SimpleNamespace(**s)),
             collective_axes="wg",

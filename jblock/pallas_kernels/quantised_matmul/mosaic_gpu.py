@@ -144,7 +144,7 @@ def _call(plan: Plan, x: jax.Array, w_q: jax.Array, scales: jax.Array, interpret
         interpret=interpret,
         name="quantised_matmul",
     )
-    parts = kernel(x, w_q, scales)
+    parts = kernel(hopper.whole_tiles(x), w_q, scales)
     return (parts[0] if plan.parts == 1 else parts.sum(axis=0))[: x.shape[0]]
 
 
