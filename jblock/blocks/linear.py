@@ -24,7 +24,8 @@ def matmul(
     """`x [T, in] @ weight` in the weight's dtype, accumulated and returned in float32.
 
     The accumulation type is stated because XLA's CPU backend takes its bf16 path only then, and there
-    fewer than 8 bf16 rows are padded to 8, because below it falls back to a far slower loop.
+    fewer than 8 bf16 rows are padded to 8, because below it falls back to a far slower loop. The precision
+    is stated because otherwise TPUs multiply float32 as bfloat16, and GPUs as TensorFloat-32.
 
     Args:
       x: [T, in].
@@ -57,6 +58,7 @@ def _rows_first(x: jax.Array, weight: jax.Array, transposed: bool, least: int) -
         x.astype(weight.dtype),
         weight,
         (((1,), (1 if transposed else 0,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
     return y[:count]

@@ -16,6 +16,7 @@ So rows of every kind of delta, and of none, go through one matmul of the shared
 computes depends on its own slot alone.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -78,7 +79,7 @@ class Slots:
             pieces = self._tables["pieces"]
             return grouped.add_pairs(y, x, a, self._tables[f"{name}.b"], pieces, rows)
         xs = rows.by_sequence(x)
-        return self._add(name, y, rows, lambda piece: jnp.einsum("sqi,sri->sqr", xs, a[piece]))
+        return self._add(name, y, rows, lambda piece: _product("sqi,sri->sqr", xs, a[piece]))
 
     @jax.named_scope("bottleneck")
     def add_residual(self, x: jax.Array, out: jax.Array, rows: Rows | None) -> jax.Array:
@@ -93,7 +94,7 @@ class Slots:
             a, a_bias = self._tables[f"{name}.a"], self._tables[f"{name}.a_bias"]
 
             def inner(piece: jax.Array, zs=zs, act=act, a=a, a_bias=a_bias) -> jax.Array:
-                return act(jnp.einsum("sqi,sri->sqr", zs, a[piece]) + a_bias[piece][:, None, :, 0])
+                return act(_product("sqi,sri->sqr", zs, a[piece]) + a_bias[piece][:, None, :, 0])
 
             y = self._add(name, y, rows, inner)
             y = y + self._rows_of(f"{name}.b_bias", None, rows)
@@ -193,10 +194,14 @@ class Slots:
             if rows.q_len == 1:
                 # One row a sequence: a fused sum beats a batch of tiny matmuls.
                 return ys + jnp.sum(inner[:, 0, :, None] * b[piece], axis=1)[:, None, :]
-            return ys + jnp.einsum("sqr,sro->sqo", inner, b[piece])
+            return ys + _product("sqr,sro->sqo", inner, b[piece])
 
         turns = jnp.max(jnp.sum(pieces > 0, axis=1))
         return rows.flat(jax.lax.fori_loop(0, turns, add, rows.by_sequence(y)))
+
+
+# What is a row's own is float32, and stays so: by default TPUs and GPUs round it before they multiply.
+_product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def _known(rows: Rows | None) -> Rows:

@@ -230,7 +230,8 @@ def _attend(spec: AttentionSpec, q: jax.Array, k: jax.Array, v: jax.Array) -> ja
     batch, length, heads, dim = q.shape
     q = q.reshape(batch, length, spec.num_kv_heads, heads // spec.num_kv_heads, dim)
     scale = spec.scale if spec.scale is not None else dim**-0.5
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, k) * scale
+    exact = jax.lax.Precision.HIGHEST
+    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, precision=exact) * scale
     if spec.softcap is not None:
         scores = spec.softcap * jnp.tanh(scores / spec.softcap)
     behind = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
@@ -238,4 +239,5 @@ def _attend(spec: AttentionSpec, q: jax.Array, k: jax.Array, v: jax.Array) -> ja
     if spec.sliding_window is not None:
         seen &= behind < spec.sliding_window
     weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, length, heads, dim)
+    out = jnp.einsum("bkgts,bskd->btkgd", weights, v, precision=exact)
+    return out.reshape(batch, length, heads, dim)

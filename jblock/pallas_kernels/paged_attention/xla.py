@@ -103,6 +103,8 @@ def _attend(
     num_seqs, q_len, heads, _ = q.shape
     groups = heads // kv_heads
     starts = ragged.kv_lens - ragged.q_lens
+    # By default TPUs and GPUs round float32 before they multiply.
+    precision = jax.lax.Precision.HIGHEST if k_pages.dtype == jnp.float32 else None
 
     # q: (S, K, Q * G, d), so that a page's scores are one batched matmul.
     q = q.reshape(num_seqs, q_len, kv_heads, groups, d)
@@ -115,7 +117,13 @@ def _attend(
         k_page, v_page = k_pages[ids], v_pages[ids]  # (S, K, d, P), (S, K, P, d)
         if scales:
             k_page, v_page = k_page.astype(jnp.float32), v_page.astype(jnp.float32)
-        scores = jnp.einsum("skqd,skdp->skqp", q, k_page, preferred_element_type=jnp.float32)
+        scores = jnp.einsum(
+            "skqd,skdp->skqp",
+            q,
+            k_page,
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
         if scales:
             scores *= scales[0][ids][:, :, None, :]
         if softcap is not None:
@@ -132,7 +140,11 @@ def _attend(
         if scales:
             weights *= scales[1][ids][:, :, None, :]
         acc = acc * keep + jnp.einsum(
-            "skqp,skpd->skqd", weights, v_page, preferred_element_type=jnp.float32
+            "skqp,skpd->skqd",
+            weights,
+            v_page,
+            precision=precision,
+            preferred_element_type=jnp.float32,
         )
         return new_best, total, acc
 
