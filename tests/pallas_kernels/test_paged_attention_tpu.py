@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jblock.pallas_kernels.paged_attention import shapes, tpu, tpu_blocks
+from jblock.pallas_kernels.paged_attention.ragged import Ragged
 from jblock.pallas_kernels.paged_attention.tpu_blocks import Blocks, Shape
 from tests.pallas_kernels.attention_cases import CASES, FORMS, Case, check, run
 from tests.pallas_kernels.tpu_interpreter import FAST, INTERPRET, RACE, bound_mappings
@@ -87,6 +88,40 @@ def test_matches_reference(case, capfd):
 @pytest.mark.parametrize("cut", ["small", "heuristic"])
 def test_every_case_matches_reference(case, cut, capfd):
     hold(case, small(case) if cut == "small" else None, capfd, rounded=True)
+
+
+def test_a_batch_without_tokens_has_an_item_of_one():
+    zeros = jnp.zeros(3, jnp.int32)
+    lens = jnp.array([9, 0, 16], jnp.int32)
+    table = jnp.arange(6, dtype=jnp.int32).reshape(3, 2)
+    ragged = Ragged(row_starts=zeros, q_lens=zeros, kv_lens=lens, page_table=table, max_q_len=4)
+    blocks = Blocks(q_tokens=4, q_tiles=2, kv_pages=4, chunk_pages=2)
+    plan = tpu._plan(ragged, 12, blocks, 8, 8, scaled=True)
+    seq, tile, tiles, first, end = (int(a[0]) for a in plan.items)
+    assert (plan.num_items, plan.tiles.count, plan.scales.count) == (1, 0, 0)
+    assert (tile, tiles, first, end) == (0, 1, 0, 1) and seq in range(3)
+
+
+@pytest.mark.parametrize("max_pages, fits", [(3900, True), (4096, False)])
+def test_a_page_table_over_scalar_memory_is_refused(max_pages, fits):
+    pages = pages_of(9, 64, 2, 128, dtype=jnp.dtype("bfloat16"))
+    ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    row = jax.ShapeDtypeStruct((64, 2, 128), jnp.float32)
+    table = ints((64, max_pages))
+
+    def attend(q, k, v, pages, lens, table):
+        ragged = Ragged.grid(lens, lens, table, 1)
+        options = {"sliding_window": None, "softcap": None, "scale": 1.0, "device_kind": "none"}
+        return tpu.paged_attention(q, k, v, pages, ragged, **options)
+
+    trace = functools.partial(jax.eval_shape, attend, row, row, row, pages, ints((64,)), table)
+    if fits:
+        trace()
+    else:
+        with pytest.raises(
+            ValueError, match=r"64 sequences by 4096 pages.*give a larger page_size"
+        ):
+            trace()
 
 
 LENGTHS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), min_size=3, max_size=3)

@@ -13,6 +13,7 @@ which has to move the heads forward anyway.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ LEAST_ROWS = 4
 """Rows of a query tile are a multiple of it: half a register tile of bfloat16, as decoding has few."""
 
 _VMEM_BYTES = 64 * 2**20
+_SMEM_BYTES = 2**20 - 2**14  # of every TPU, less what the compiler puts beside the scalars
 _WRITES_IN_FLIGHT = 8
 
 
@@ -37,12 +39,15 @@ def abstract_pages(
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
     """(pages,) of one layer, or (pages, scales) if the dtype has scales."""
     rows = tile_rows(page_size, dtype)
-    d = -(-head_dim // tpu_kernel.LANES) * tpu_kernel.LANES
-    pages = (num_pages, 2, num_kv_heads, page_size // rows, rows, d)
+    pages = (num_pages, 2, num_kv_heads, page_size // rows, rows, _lanes(head_dim))
     scales = (num_pages, 2 * num_kv_heads, page_size)
     if not is_scaled(dtype):
         return (jax.ShapeDtypeStruct(pages, dtype),)
     return jax.ShapeDtypeStruct(pages, dtype), jax.ShapeDtypeStruct(scales, jnp.float32)
+
+
+def _lanes(count: int) -> int:
+    return -(-count // tpu_kernel.LANES) * tpu_kernel.LANES
 
 
 def tile_rows(page_size: int, dtype: jnp.dtype) -> int:
@@ -151,7 +156,9 @@ def _plan(
     tiles = (ragged.q_lens + blocks.q_tokens - 1) // blocks.q_tokens
     before = jnp.cumsum(tiles) - tiles
     left = ragged.q_lens[seq] - number * size
-    first = starts[seq] + number * size
+    # An empty grid is nowhere promised to run nothing. Without any item there is one of the first token of
+    # some page, whose result no row takes.
+    first = jnp.where(num_items > 0, starts[seq] + number * size, 0)
     items = (
         seq,
         before[seq] + number * blocks.q_tiles,
@@ -180,7 +187,7 @@ def _plan(
         )
 
     return tpu_kernel.Plan(
-        num_items=num_items,
+        num_items=jnp.maximum(num_items, 1),
         items=items,
         tiles=writes(tile),
         scales=writes(page_size) if scaled else None,
@@ -238,6 +245,7 @@ def _call(
     for writes in (plan.tiles, plan.scales):
         if writes is not None:
             scalars += [writes.count[None], writes.page, writes.part, writes.first]
+    _check_scalars(scalars, ragged.page_table.shape)
     destinations = [(2, kv_heads, tile, d), *(a.shape[1:] for a in kv_pages[1:])]
     q_buffer = (2, blocks.q_tiles, kv_heads, rows, d)
     state = (blocks.q_tiles, kv_heads, rows)
@@ -292,3 +300,14 @@ def _call(
         interpret=interpret,
         name="ragged_paged_attention",
     )(*scalars, queries, *new, *kv_pages)
+
+
+def _check_scalars(scalars: Sequence[jax.Array], page_table: tuple[int, ...]) -> None:
+    """Raises ValueError where they, int32, do not fit a TPU's scalar memory."""
+    taken = sum(4 * _lanes(a.size) for a in scalars)
+    if taken > _SMEM_BYTES:
+        raise ValueError(
+            f"a page table of {page_table[0]} sequences by {page_table[1]} pages, and what goes with it, "
+            f"takes {taken} bytes of a TPU's scalar memory, which has room for {_SMEM_BYTES}: give a "
+            "larger page_size, a smaller max_model_len, or a smaller max_num_seqs"
+        )

@@ -54,7 +54,7 @@ class Plan:
     """What the kernel is to do.
 
     Attributes:
-      num_items: int32 [], its grid.
+      num_items: int32 [], its grid; at least 1.
       items: int32 [N] each: sequence, first query tile, query tiles, position of the first token, and
         position after the last.
       tiles: destinations of the values.
