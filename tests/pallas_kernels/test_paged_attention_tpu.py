@@ -102,6 +102,13 @@ def test_a_batch_without_tokens_has_an_item_of_one():
     assert (tile, tiles, first, end) == (0, 1, 0, 1) and seq in range(3)
 
 
+@pytest.mark.parametrize("page_size", [16, 64, 128, 192])
+def test_pages_are_whole_lanes(page_size):
+    """Else XLA lays them otherwise, and copies the pool to the kernel's layout and back in every call."""
+    for array in pages_of(5, page_size, 2, 80, dtype=jnp.dtype("int8")):
+        assert array.shape[-1] % 128 == 0 and array.shape[-1] >= min(page_size, 128)
+
+
 @pytest.mark.parametrize("max_pages, fits", [(3900, True), (4096, False)])
 def test_a_page_table_over_scalar_memory_is_refused(max_pages, fits):
     pages = pages_of(9, 64, 2, 128, dtype=jnp.dtype("bfloat16"))

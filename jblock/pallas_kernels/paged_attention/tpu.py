@@ -5,7 +5,8 @@ float32, 16 of bfloat16, 32 of 8 bits): a page is one copy for both and all head
 the matrix unit wants them, and since the two last dimensions are exactly one tile, a copy may
 begin and end at any tile of a page. d is the head's width rounded up to 128 lanes, which it takes in
 memory anyway: said in the shape, it keeps XLA from copying the pool into another layout. Scales are
-`[page, 2 * kv_heads, page_size]` float32, tokens along lanes like the scores they multiply.
+`[page, 2 * kv_heads, page_size]` float32, tokens along lanes like the scores they multiply, rounded up
+to whole 128 for the same reason.
 
 Queries are cut into tiles of a few tokens by all query heads of a kv head, and runs of tiles of one
 sequence are the kernel's items; new KV is laid out by destination tile. Both are one gather by XLA,
@@ -40,7 +41,7 @@ def abstract_pages(
     """(pages,) of one layer, or (pages, scales) if the dtype has scales."""
     rows = tile_rows(page_size, dtype)
     pages = (num_pages, 2, num_kv_heads, page_size // rows, rows, _lanes(head_dim))
-    scales = (num_pages, 2 * num_kv_heads, page_size)
+    scales = (num_pages, 2 * num_kv_heads, _lanes(page_size))
     if not is_scaled(dtype):
         return (jax.ShapeDtypeStruct(pages, dtype),)
     return jax.ShapeDtypeStruct(pages, dtype), jax.ShapeDtypeStruct(scales, jnp.float32)
@@ -198,8 +199,8 @@ def _new_tiles(
     k: jax.Array, v: jax.Array, dtype: jnp.dtype, ragged: Ragged, plan: tpu_kernel.Plan
 ) -> tuple[jax.Array, ...]:
     """New KV by destination: [N, 2, kv_heads, R, d] and, scaled, [M, 2 * kv_heads, page_size]; zeros
-    where a destination holds nothing new. In decoding, where it holds one new token, only that, in
-    float32: [N, 2, kv_heads, 1, d] and [M, 2 * kv_heads, 1]."""
+    where a destination holds nothing new (page_size in whole lanes). In decoding, where it holds one new
+    token, only that, in float32: [N, 2, kv_heads, 1, d] and [M, 2 * kv_heads, 1]."""
     starts = ragged.kv_lens - ragged.q_lens
     alone = ragged.max_q_len == 1
 
@@ -218,10 +219,10 @@ def _new_tiles(
         return (gather(both.astype(dtype), plan.tiles).transpose(0, 2, 3, 1, 4),)
     values, scales = quantize(both, dtype)
     pages = gather(scales, plan.scales)  # (M, page_size, 2, K)
-    return (
-        gather(values, plan.tiles).transpose(0, 2, 3, 1, 4),
-        pages.reshape(*pages.shape[:2], -1).transpose(0, 2, 1),
-    )
+    laid = pages.reshape(*pages.shape[:2], -1).transpose(0, 2, 1)
+    if not alone:
+        laid = jnp.pad(laid, ((0, 0), (0, 0), (0, -plan.scales.size % tpu_kernel.LANES)))
+    return gather(values, plan.tiles).transpose(0, 2, 3, 1, 4), laid
 
 
 def _call(

@@ -244,7 +244,10 @@ def kernel(
         """float32 [1, num * half]."""
         pages = blocks.chunk_pages // halves
         return jnp.concatenate(
-            [scale_buf[slot, first_half * pages + p, pl.ds(row, 1)] for p in range(num * pages)],
+            [
+                scale_buf[slot, first_half * pages + p, pl.ds(row, 1), pl.ds(0, page_size)]
+                for p in range(num * pages)
+            ],
             axis=1,
         )
 
