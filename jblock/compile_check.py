@@ -34,26 +34,19 @@ def run(targets: Sequence[str], quick: bool) -> list[Result]:
       ValueError: a target's compiler is not installed.
     """
     results: list[Result] = []
+    cases = matrix.QUICK if quick else matrix.CASES
     for name in targets:
-        target = Target.parse(name)
-        checker = Checker(target)
-
-        def report(result: Result) -> None:
-            results.append(result)
-            print(_line(result), f"{result.compile_seconds} s", file=sys.stderr, flush=True)
-            for failure in result.failures:
-                print(f"  FAILED {failure}", file=sys.stderr, flush=True)
-
-        cases = matrix.QUICK if quick else matrix.CASES
-        for model, dtype in [case[:2] for case in cases if case[2] == name]:
-            report(checker.check(model, dtype))
-        if quick and name == matrix.QUICK_KERNELS:
-            for op in matrix.ops(target):
-                report(checker.kernels(op, matrix.KERNEL_MODELS, most=1))
-        elif not quick and name in matrix.KERNEL_TARGETS:
-            models = None if name == matrix.KERNEL_TARGETS[0] else matrix.KERNEL_MODELS
-            for op in matrix.ops(target):
-                report(checker.kernels(op, models))
+        with Checker(Target.parse(name)) as checker:
+            queued = [checker.model(*case[:2]) for case in cases if case[2] == name]
+            if name == matrix.QUICK_KERNELS if quick else name in matrix.KERNEL_TARGETS:
+                for op in matrix.ops(checker.target):
+                    models = matrix.KERNEL_TARGETS[name]
+                    queued.append(checker.kernels(op, models, most=1 if quick else None))
+            for result in queued:
+                results.append(result())
+                print(_line(results[-1]), f"{results[-1].compile_seconds} s", file=sys.stderr)
+                for failure in results[-1].failures:
+                    print(f"  FAILED {failure}", file=sys.stderr)
     return results
 
 

@@ -2,7 +2,8 @@
 
 Two parts. Whole models: the programs of every form of block under the sharding rules, `tp` over all chips of
 a target, and the model's memory against a chip's. Kernels: what each op's `shapes.programs` lists, for one
-chip of a kind. Each distinct program of a target is compiled once, two at a time.
+chip of a kind. Each distinct program of a target is compiled once, two at a time; all of them are queued
+before a result is waited for, so that no worker idles while the other ends a model.
 """
 
 import concurrent.futures
@@ -52,15 +53,27 @@ SMALLEST = {
     ("mixtral-8x7b", "bfloat16"): {"v5e": 8, "v6e": 4, "v5p": 4, "h200": 1},
     ("llama3-70b", "bfloat16"): {"v5e": 9, "v6e": 8, "v5p": 4, "h200": 2},
 }
-CASES = tuple((model, dtype, target) for target in TARGETS for model, dtype in SMALLEST)
+# TPUs multiply float32 in six passes, and such a program takes three times as long to compile: a large model
+# in it is checked on these targets only. demo-1m is float32 on all.
+LARGE_FLOAT32 = ("llama3-8b", "float32"), ("tpu:v5e:2x2", "cuda:h200")
+CASES = tuple(
+    (*model, target)
+    for target in TARGETS
+    for model in SMALLEST
+    if model != LARGE_FLOAT32[0] or target in LARGE_FLOAT32[1]
+)
 QUICK = (
     ("llama3-8b", "bfloat16", "tpu:v6e:1x1"),
     ("mixtral-8x7b", "bfloat16", "cuda:h200:2"),
 )
 
-# One chip of each kind compiles kernels: all the models' on the first, there those named on the others.
-KERNEL_TARGETS = ("tpu:v5e:1x1", "tpu:v6e:1x1", "tpu:v5p:1x1x1", "cuda:h200")
-KERNEL_MODELS = ("llama-3-8b", "gemma-3-27b-local", "gemma-3-27b", "mixtral-8x7b", "demo")
+# One chip of each kind compiles kernels, on the shapes of these models; None: of all.
+KERNEL_TARGETS: dict[str, tuple[str, ...] | None] = {
+    "tpu:v5e:1x1": None,
+    "tpu:v6e:1x1": ("llama-3-8b", "mixtral-8x7b"),
+    "tpu:v5p:1x1x1": ("llama-3-8b", "mixtral-8x7b"),
+    "cuda:h200": ("llama-3-8b", "gemma-3-27b-local", "gemma-3-27b", "mixtral-8x7b", "demo"),
+}
 QUICK_KERNELS = "tpu:v6e:1x1"  # one program of each op
 # By op: the arguments that a program updates in place.
 _DONATED = {"paged_attention": (3,), "grouped_delta_matmul": (0,)}
@@ -83,7 +96,7 @@ class Result:
       fits: whether all of that is in the chip's memory.
       expected: whether it should be.
       failures: programs that did not compile, each with what the compiler said.
-      compile_seconds: of the programs that no earlier case had.
+      compile_seconds: of the programs that no earlier case had, added up.
     """
 
     model: str
@@ -139,8 +152,17 @@ def pool_shape(model: Model, dtype: str, placement: Placement) -> PoolShape:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Compiled:
+    """What became of one program: XLA's memory analysis, or what the compiler said."""
+
+    analysis: Any
+    failure: str
+    seconds: float
+
+
 class Checker:
-    """Compiles for one target, each program once.
+    """Compiles for one target, each program once. A context: what was not begun at its end is dropped.
 
     Attributes:
       target: what for.
@@ -154,80 +176,97 @@ class Checker:
             num_rows=256 + SEQUENCES, max_num_seqs=16, max_pages=TOKENS // PAGE_SIZE
         )
         self._executables = Executables(geometry, placement=self.placement)
-        self._compiled: dict[Any, Any] = {}
+        self._pool = concurrent.futures.ThreadPoolExecutor(WORKERS)
+        self._queued: dict[Any, concurrent.futures.Future[_Compiled]] = {}
 
-    def check(self, name: str, dtype: str) -> Result:
-        """Compiles a model's programs and adds up its memory."""
-        model, began = MODELS[name], time.monotonic()
-        rules = self.placement.rules
+    def __enter__(self) -> "Checker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def model(self, name: str, dtype: str) -> Callable[[], Result]:
+        """Queues a model's programs; returns what waits for them and adds up its memory."""
+        model, rules = MODELS[name], self.placement.rules
         needed = list(dict.fromkeys(keys(model, dtype, self.placement)))
         lower = self._executables.lower
         # Layers that differ in their window have one name.
-        work = {f"{k.name} #{i}": (k, functools.partial(lower, k)) for i, k in enumerate(needed)}
-        failures = self._compile(work)
-        analyses = [self._compiled[key] for key in needed if key in self._compiled]
-        weights = sum(map(self._share, model.ends(dtype, rules)))
-        for signature, count in model.layer_signatures(dtype, rules).items():
-            weights += count * self._share(signature)
-        pool = pool_shape(model, dtype, self.placement)
-        kv = pool.page_bytes * pool.num_pages // rules.ways("heads")
-        temp = max((a.temp_size_in_bytes + _fresh_outputs(a) for a in analyses), default=0)
-        chip = CHIPS[self.target.chip]
-        return Result(
-            model=name,
-            dtype=dtype,
-            target=str(self.target),
-            programs=len(needed),
-            code_bytes=sum(a.generated_code_size_in_bytes for a in analyses),
-            weight_bytes=weights,
-            kv_bytes=kv,
-            temp_bytes=temp,
-            fits=weights + kv + temp <= chip.memory * USABLE,
-            expected=self.target.chips >= SMALLEST[name, dtype][self.target.chip],
-            failures=failures,
-            compile_seconds=round(time.monotonic() - began, 1),
+        outcome = self._queue(
+            {f"{k.name} #{i}": (k, functools.partial(lower, k)) for i, k in enumerate(needed)}
         )
+
+        def result() -> Result:
+            weights = sum(map(self._share, model.ends(dtype, rules)))
+            for signature, count in model.layer_signatures(dtype, rules).items():
+                weights += count * self._share(signature)
+            pool = pool_shape(model, dtype, self.placement)
+            kv = pool.page_bytes * pool.num_pages // rules.ways("heads")
+            analyses, reported = outcome()
+            temp = max((a.temp_size_in_bytes + _fresh_outputs(a) for a in analyses), default=0)
+            chip = CHIPS[self.target.chip]
+            return Result(
+                model=name,
+                dtype=dtype,
+                weight_bytes=weights,
+                kv_bytes=kv,
+                temp_bytes=temp,
+                fits=weights + kv + temp <= chip.memory * USABLE,
+                expected=self.target.chips >= SMALLEST[name, dtype][self.target.chip],
+                **reported,
+            )
+
+        return result
 
     def kernels(
         self, op: str, models: Sequence[str] | None = None, most: int | None = None
-    ) -> Result:
-        """Compiles what an op lists for these models, or for all: each distinct program once, and the first
-        `most` of them if given."""
-        began = time.monotonic()
+    ) -> Callable[[], Result]:
+        """Queues what an op lists for these models, or for all: each distinct program once, and the first
+        `most` of them if given; returns what waits for them."""
         made: dict[str, tuple[str, Callable[[], Any]]] = {}
         for name, function, arguments in _programs(op, self.placement, models):
             lower = _lowering(op, self.placement, function, arguments)
             # Models of one shape have one program.
             made.setdefault(repr((getattr(function, "keywords", None), arguments)), (name, lower))
         chosen = list(made.values())[:most]
-        work = {name: ((op, name), lower) for name, lower in chosen}
-        failures = self._compile(work)
-        analyses = [self._compiled[key] for key, _ in work.values() if key in self._compiled]
-        return Result(
-            model=op,
-            dtype="",
-            target=str(self.target),
-            programs=len(work),
-            code_bytes=sum(a.generated_code_size_in_bytes for a in analyses),
-            temp_bytes=max((a.temp_size_in_bytes for a in analyses), default=0),
-            failures=failures,
-            compile_seconds=round(time.monotonic() - began, 1),
-        )
+        outcome = self._queue({name: ((op, name), lower) for name, lower in chosen})
 
-    def _compile(self, work: Mapping[str, tuple[Any, Callable[[], Any]]]) -> tuple[str, ...]:
-        """Compiles {name: (key, what lowers it)}; returns what failed."""
+        def result() -> Result:
+            analyses, reported = outcome()
+            temp = max((a.temp_size_in_bytes for a in analyses), default=0)
+            return Result(model=op, dtype="", temp_bytes=temp, **reported)
 
-        def one(name: str) -> str | None:
-            key, lower = work[name]
+        return result
+
+    def _queue(
+        self, work: Mapping[str, tuple[Any, Callable[[], Any]]]
+    ) -> Callable[[], tuple[list[Any], dict[str, Any]]]:
+        """Queues {name: (key, what lowers it)}; returns what waits for it, and gives the memory analyses and
+        what every Result has."""
+
+        def compile_one(name: str, lower: Callable[[], Any]) -> _Compiled:
+            began, analysis, failure = time.monotonic(), None, ""
             try:
-                self._compiled[key] = lower().compile().memory_analysis()
-                return None
+                analysis = lower().compile().memory_analysis()
             except Exception as e:  # a compiler's own, of any kind
-                return f"{name}: {str(e).strip()[:500]}"
+                failure = f"{name}: {str(e).strip()[:500]}"
+            return _Compiled(analysis, failure, time.monotonic() - began)
 
-        missing = [name for name, (key, _) in work.items() if key not in self._compiled]
-        with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
-            return tuple(filter(None, pool.map(one, missing)))
+        new = {key: name for name, (key, _) in work.items() if key not in self._queued}
+        for key, name in new.items():
+            self._queued[key] = self._pool.submit(compile_one, name, work[name][1])
+
+        def outcome() -> tuple[list[Any], dict[str, Any]]:
+            done = {key: self._queued[key].result() for key, _ in work.values()}
+            analyses = [d.analysis for d in done.values() if not d.failure]
+            return analyses, {
+                "target": str(self.target),
+                "programs": len(work),
+                "code_bytes": sum(a.generated_code_size_in_bytes for a in analyses),
+                "failures": tuple(d.failure for d in done.values() if d.failure),
+                "compile_seconds": round(sum(done[key].seconds for key in new), 1),
+            }
+
+        return outcome
 
     def _share(self, signature) -> int:
         """Bytes of a unit's weights on each chip."""

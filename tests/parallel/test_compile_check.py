@@ -1,6 +1,7 @@
 """Programs compile for accelerators that are not here, where their compilers are installed."""
 
 import importlib.metadata
+import itertools
 import os
 import subprocess
 import sys
@@ -68,6 +69,11 @@ def test_the_table_names_every_case():
     for smallest in compile_matrix.SMALLEST.values():
         assert set(smallest) == set(CHIPS) - {"cpu"}
     assert set(compile_matrix.QUICK) <= set(compile_matrix.CASES)
+    large, targets = compile_matrix.LARGE_FLOAT32
+    every = set(itertools.product(compile_matrix.SMALLEST, compile_matrix.TARGETS))
+    left_out = every - {((model, dtype), target) for model, dtype, target in compile_matrix.CASES}
+    assert left_out == {(large, t) for t in compile_matrix.TARGETS if t not in targets}
+    assert {model for model, _ in left_out} == {large}
 
 
 class Tpu(Placement):
@@ -89,7 +95,7 @@ def test_what_should_fit_follows_from_weights_and_kv():
             for part in abstract_params(signature, Tpu())
             for a in part.values()
         )
-    for name, dtype, target_name in compile_matrix.CASES:
+    for (name, dtype), target_name in itertools.product(sizes, compile_matrix.TARGETS):
         target = Target.parse(target_name)
         attention, chips = MODELS[name].attention, target.chips
         heads = len(kv_heads(attention.num_kv_heads, chips)) // chips
