@@ -21,6 +21,9 @@ from jblock.engine import api, wire
 
 # Seconds a child gets to end by itself once told to.
 _CLOSE_SECONDS = 10.0
+# A step on CPU reads weights and KV from end to end. glibc then asks Linux for pages of 2 MB for them, which
+# most systems give only where asked (transparent_hugepage "madvise"); other C libraries ignore it.
+_HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 class ProcessEngine(api.Engine):
@@ -228,7 +231,7 @@ def _spawn(theirs: Connection) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(p or os.getcwd() for p in sys.path)
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "jblock.engine.process_main", str(theirs.fileno())],
-        env={**os.environ, "PYTHONPATH": path},
+        env={**_HUGE_PAGES, **os.environ, "PYTHONPATH": path},
         pass_fds=(theirs.fileno(),),
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -155,6 +155,21 @@ def test_sigint_and_sigterm_are_the_parents_business(engine):
     assert collect(engine, "5")[-1].finish_reason == "length"
 
 
+@pytest.mark.parametrize("operators", [None, "glibc.malloc.hugetlb=0"])
+def test_the_child_asks_for_huge_pages_unless_the_operator_has_a_say(operators, monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if operators is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", operators)
+    engine = ProcessEngine(MOCK)
+    try:
+        engine.models()
+        with open(f"/proc/{engine.pid}/environ") as file:
+            environ = dict(entry.split("=", 1) for entry in file.read().split("\0") if entry)
+    finally:
+        engine.close()
+    assert environ["GLIBC_TUNABLES"] == (operators or "glibc.malloc.hugetlb=1")
+
+
 def test_a_refusal_of_the_factory_is_raised_by_models():
     engine = ProcessEngine(MOCK, {"fail_at_start": "models: 'x' is not in the zoo"})
     with pytest.raises(ValueError, match="models: 'x' is not in the zoo"):
