@@ -53,6 +53,15 @@ def test_matches_reference_on_random_batches(sequences, form, window, kv, seed):
     check(case, got, wanted, 2e-5)
 
 
+@pytest.mark.parametrize("kv", ["float32", "int8"])
+@pytest.mark.parametrize("page", [48, 64, 128])
+def test_matches_reference_with_any_number_of_vectors_in_the_last_page(page, kv):
+    cached = range(5, 2 * page, 16)
+    case = Case(tuple((n, 1) for n in cached), FORMS[0], kv=kv, page_size=page, head_dim=32)
+    got, wanted = run(case, PAGES, ATTEND)
+    check(case, got, wanted, 2e-5)
+
+
 class Batch:
     """Eight sequences, decoding or not, of a context long enough for XLA's other threads to help."""
 

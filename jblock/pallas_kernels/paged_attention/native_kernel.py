@@ -424,15 +424,16 @@ class _Kernel:
                     x = b.select(seen, x, f.splat(_MASKED, tw))
                     f.put(x, weights, b.add(token, I64(r * page)))
 
-        most = min(self.vectors, page // tw)
-        whole = b.udiv(vectors, I64(most))
-        f.loop(whole, lambda i: scores(b.mul(i, I64(most)), most))
-        done, count = b.mul(whole, I64(most)), most
-        while count > 1:
-            count //= 2
-            more = b.udiv(b.sub(vectors, done), I64(count))
+        most = count = min(self.vectors, page // tw)
+        done: Value = I64(0)
+        while count:
+            # One vector too many is masked and costs less than two passes over the page.
+            spare = int(count > 2 and page // tw % most == 0)
+            rest = f.larger(b.sub(vectors, done), I64(0))
+            more = b.udiv(b.add(rest, I64(spare)), I64(count))
             f.loop(more, lambda i, done=done, n=count: scores(b.add(done, b.mul(i, I64(n))), n))
             done = b.add(done, b.mul(more, I64(count)))
+            count //= 2
 
         maxnum = lambda x, y: f.math("maxnum", x, y)
         keeps = []
