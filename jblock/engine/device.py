@@ -83,8 +83,11 @@ class Device:
         self.config = config
         self.placement = placement or Placement.on(config.sharding)
         self._on_host = not self.placement.devices and jax.default_backend() == "cpu"
-        prefill_rows = max(b.num_seqs * b.q_len for b in config.prefill_buckets)
-        self.num_rows = config.max_num_seqs + prefill_rows
+        # Chunks of prompts in a step: those of the largest grid; where steps may take longer, more.
+        grid = max(b.num_seqs * b.q_len for b in config.prefill_buckets)
+        most = config.max_num_seqs * max(b.q_len for b in config.prefill_buckets)
+        longer = max(1, config.step_ms // EngineConfig.step_ms)
+        self.num_rows = config.max_num_seqs + max(grid, min(longer * grid, most))
         self.executables = Executables(
             Geometry(
                 num_rows=self.num_rows,

@@ -1,5 +1,7 @@
 """Steps that end in time: what is held goes on, nobody waits for ever, and what was held can leave."""
 
+import dataclasses
+
 import pytest
 from harness import Agent, oracle, request
 
@@ -51,6 +53,15 @@ def test_a_long_prompt_never_holds_up_a_stream_by_more_than_a_layer_a_step(agent
     assert all(counts[1:])
     units = sum(len(i.units) for i in agent.assembly.routes[MODELS[1]].instances)
     assert 3 * (units - 2) <= len(counts) <= 3 * units + 3
+
+
+@pytest.mark.parametrize("step_ms, prompts", [(10, 4), (2000, 8)])
+def test_a_step_that_may_take_longer_reads_more_prompts(zoo, step_ms, prompts):
+    agent = Agent.make(zoo, MODELS, dataclasses.replace(CONFIG, step_ms=step_ms))
+    for i in range(8):
+        agent.loop.submit(request(str(i), MODELS[0], prompt(MODELS[0], 16), max_tokens=2))
+    agent.loop.step()
+    assert agent.loop.stats().prompt_tokens == prompts * 16
 
 
 def test_new_prompts_do_not_overtake_an_older_one(agent):
