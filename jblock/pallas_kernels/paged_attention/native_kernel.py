@@ -290,10 +290,16 @@ class _Kernel:
                 visible = f.smaller(b.sub(b.add(last_pos, I64(1)), from_), I64(page))
                 cell0 = b.add(b.mul(page_id(j), kv_heads), h0)
 
+                following = b.add(b.mul(page_id(b.add(j, I64(1))), kv_heads), h0)
+
                 def head(h: Value) -> None:
                     cell = b.add(cell0, h)
+                    more = b.icmp_signed("<", b.add(h, I64(1)), run)
+                    then = b.select(more, b.add(cell, I64(1)), following)
                     size = page * d * _DTYPES[form.kv]
-                    pages = [f.at(got[n], cell, size) for n in ("k_pages", "v_pages")]
+                    pages = [
+                        f.at(got[n], c, size) for c in (cell, then) for n in ("k_pages", "v_pages")
+                    ]
                     scales = [f.at(got[n], cell, 4 * page) for n in ("k_scale", "v_scale")]
 
                     def rows(block: Value) -> None:
@@ -384,9 +390,10 @@ class _Kernel:
         """A page's visible tokens for `rows` rows of one KV head: scores, softmax so far, weighted sum."""
         form, d, rows, page = self.form, self.form.d, self.form.rows, self.form.page
         tw, hw = self.token_width, self.head_width
-        f = Function(self.module, "block", "ppppppppppll")
+        f = Function(self.module, "block", "ppppppppppppll")
         b = f.b
-        k, v, k_scale, v_scale, q, acc, weights, best, total, position, from_, visible = f.args
+        k, v, next_k, next_v, k_scale, v_scale, q, acc, weights = f.args[:9]
+        best, total, position, from_, visible = f.args[9:]
         vectors = f.up(visible, tw)
 
         def scores(first: Value, count: int) -> None:
@@ -396,7 +403,7 @@ class _Kernel:
             def along(i: Value, *sums: Value) -> list[Value]:
                 at = b.add(b.mul(i, I64(page)), b.mul(first, I64(tw)))
                 keys = [f.load(k, b.add(at, I64(tw * c)), tw, form.kv) for c in range(count)]
-                self._fetch_next(f, k, at, tw * count)
+                self._fetch(f, next_k, at, tw * count)
                 out = list(sums)
                 for r in range(rows):
                     one = f.load_splat(q, b.add(i, I64(r * d)), tw)
@@ -480,7 +487,7 @@ class _Kernel:
             def along(t: Value, *sums: Value, part=part) -> list[Value]:
                 row = b.mul(t, I64(d))
                 values = [f.load(v, b.add(row, I64(x)), hw, form.kv) for x in part]
-                self._fetch_next(f, v, b.add(row, I64(part[0])), hw * len(part))
+                self._fetch(f, next_v, b.add(row, I64(part[0])), hw * len(part))
                 out = list(sums)
                 for r in range(rows):
                     one = f.load_splat(weights, b.add(t, I64(r * page)), hw)
@@ -496,10 +503,10 @@ class _Kernel:
         f.end()
         return f.function
 
-    def _fetch_next(self, f: Function, base: Value, index: Value, count: int) -> None:
-        """Asks for what the next KV head of a page has where this one has `count` elements from `index`
-        on: without it memory waits while a head is computed."""
+    def _fetch(self, f: Function, base: Value, index: Value, count: int) -> None:
+        """Asks for `count` elements from `index` on of what comes after a page, while that is computed:
+        without it memory waits meanwhile."""
         size = _DTYPES[self.form.kv]
-        place = f.at(f.at(base, index, size), self.form.page * self.form.d * size)
+        place = f.at(base, index, size)
         for at in range(0, count * size, 64):
             f.fetch(f.at(place, at))
