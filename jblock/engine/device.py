@@ -21,7 +21,6 @@ from jblock.engine.executables import (
     SWAP_PAGES,
     Executables,
     Geometry,
-    PoolShape,
     ProgramKey,
     vocab_size,
 )
@@ -29,9 +28,7 @@ from jblock.engine.signature import Signature, TableForm
 from jblock.engine.swap import Rates
 from jblock.engine.table_layout import piece_widths, slot_tables
 from jblock.engine.tables import WRITE_SIZES
-from jblock.pallas_kernels.paged_attention.api import backend_of
 from jblock.parallel.placement import Placement
-from jblock.parallel.spread import kv_heads
 
 Calls = Sequence[tuple[tuple[Unit, ...], Any]]
 
@@ -103,10 +100,10 @@ class Device:
         groups = sorted({g for route in assembly.routes.values() for g in route.groups})
         ways = self.placement.rules.ways("heads")
         budget = config.kv_memory_mb * 10**6 or ways * memory.kv_budget(self.placement.devices)
-        self.pool_shapes = self._pool_shapes(groups, budget)
+        self.pool_shapes = memory.pool_shapes(groups, budget, config, self.placement)
         if not config.kv_memory_mb:
             budget -= ways * self._workspace(assembly)
-            self.pool_shapes = self._pool_shapes(groups, budget)
+            self.pool_shapes = memory.pool_shapes(groups, budget, config, self.placement)
         self._pools = {
             group: [
                 tuple(self.placement.zeros(a) for a in shape.abstract_layer(self.placement))
@@ -121,12 +118,6 @@ class Device:
         self._last_tokens = self._zeros((config.max_num_seqs,), jnp.int32)
         self._counts: dict[int, jax.Array] = {}  # By vocabulary, once a request has penalties.
         self._arrays: dict[tuple, jax.Array | np.ndarray] = {}
-
-    def _pool_shapes(self, groups: Sequence[KvGroup], budget: int) -> dict[KvGroup, PoolShape]:
-        return {
-            g: _pool_shape(g, budget // len(groups), self.config, len(groups), self.placement)
-            for g in groups
-        }
 
     def _workspace(self, assembly: Assembly) -> int:
         """Bytes to keep free on each device beside its part of the pools: what the largest programs
@@ -480,32 +471,3 @@ def _scoring_key(unit: Unit, bucket: Bucket) -> ProgramKey:
 def _writing_key(kind: str, spec: ComponentSpec, form: TableForm, count: int) -> ProgramKey:
     signature = Signature(specs=(spec,), forms=(form,), dtype="float32")
     return ProgramKey(kind=kind, bucket=Bucket(count, 1), signatures=(signature,))
-
-
-def _pool_shape(
-    group: KvGroup, budget: int, config: EngineConfig, num_groups: int, placement: Placement
-) -> PoolShape:
-    """Pages for `budget` bytes, page 0 (the null page) beside them, and never more than max_num_seqs
-    sequences can fill."""
-    shape = PoolShape(
-        num_pages=1,
-        page_size=config.page_size,
-        num_kv_heads=len(kv_heads(group.num_kv_heads, config.sharding.ways("heads"))),
-        head_dim=group.head_dim,
-        layers=group.layers,
-        dtype=config.kv_dtype,
-        backend=backend_of(placement.platform.name),
-    )
-    pages = min(budget // shape.page_bytes, config.max_num_seqs * config.max_pages, config.kv_pages)
-    if config.kv_memory_mb and pages < config.max_pages:
-        needed = -(-config.max_pages * shape.page_bytes * num_groups // 10**6)
-        raise ValueError(
-            f"kv_memory_mb {config.kv_memory_mb} does not hold one sequence of max_model_len "
-            f"{config.max_model_len}: give at least {needed}, or a smaller max_model_len"
-        )
-    if pages < 1:
-        raise ValueError(
-            f"{max(budget, 0) // 10**6} MB of memory for the KV cache do not hold a page of "
-            f"{shape.page_bytes} bytes: serve fewer models, or free memory and start again"
-        )
-    return dataclasses.replace(shape, num_pages=pages + 1)

@@ -1,11 +1,19 @@
-"""How much memory the KV pools may take where nobody said: a share of what is free."""
+"""How large the KV pools are: as somebody said, or a share of what is free."""
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+
+from jblock.engine.assembly import KvGroup
+from jblock.engine.config import EngineConfig
+from jblock.engine.executables import PoolShape
+from jblock.pallas_kernels.paged_attention.api import backend_of
+from jblock.parallel.placement import Placement
+from jblock.parallel.spread import kv_heads
 
 # Of the free RAM of a machine others use too, and never more than a user would expect to miss.
 CPU_FRACTION = 0.5
@@ -38,6 +46,48 @@ def _free(device: jax.Device) -> int:
             "of the KV cache"
         )
     return stats["bytes_limit"] - stats["bytes_in_use"]
+
+
+def pool_shapes(
+    groups: Sequence[KvGroup], budget: int, config: EngineConfig, placement: Placement
+) -> dict[KvGroup, PoolShape]:
+    """A pool for each group, of an equal share of `budget` bytes on all devices together: its pages, page 0
+    (the null page) beside them, and never more than max_num_seqs sequences can fill.
+
+    Raises:
+      ValueError: a share does not hold one sequence of the longest length where the memory was given, or
+        not a page.
+    """
+    return {
+        g: _pool_shape(g, budget // len(groups), config, len(groups), placement) for g in groups
+    }
+
+
+def _pool_shape(
+    group: KvGroup, budget: int, config: EngineConfig, num_groups: int, placement: Placement
+) -> PoolShape:
+    shape = PoolShape(
+        num_pages=1,
+        page_size=config.page_size,
+        num_kv_heads=len(kv_heads(group.num_kv_heads, config.sharding.ways("heads"))),
+        head_dim=group.head_dim,
+        layers=group.layers,
+        dtype=config.kv_dtype,
+        backend=backend_of(placement.platform.name),
+    )
+    pages = min(budget // shape.page_bytes, config.max_num_seqs * config.max_pages, config.kv_pages)
+    if config.kv_memory_mb and pages < config.max_pages:
+        needed = -(-config.max_pages * shape.page_bytes * num_groups // 10**6)
+        raise ValueError(
+            f"kv_memory_mb {config.kv_memory_mb} does not hold one sequence of max_model_len "
+            f"{config.max_model_len}: give at least {needed}, or a smaller max_model_len"
+        )
+    if pages < 1:
+        raise ValueError(
+            f"{max(budget, 0) // 10**6} MB of memory for the KV cache do not hold a page of "
+            f"{shape.page_bytes} bytes: serve fewer models, or free memory and start again"
+        )
+    return dataclasses.replace(shape, num_pages=pages + 1)
 
 
 def available_ram(root: Path = Path("/")) -> int:

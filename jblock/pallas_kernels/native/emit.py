@@ -188,13 +188,14 @@ class Function:
         mask = ir.Constant(ir.VectorType(I32, width * times), list(range(width)) * times)
         return self.b.shuffle_vector(x, x, mask)
 
-    def fetch(self, pointer: Value) -> None:
-        """Asks for a cache line, to the second cache; nothing happens where there is no memory."""
+    def fetch(self, pointer: Value, cache: int = 2) -> None:
+        """Asks for a cache line, to the first or the second cache; nothing happens where there is no
+        memory."""
         name = "llvm.prefetch.p0"
         module = self.function.module
         if name not in module.globals:
             ir.Function(module, ir.FunctionType(VOID, [PTR, I32, I32, I32]), name)
-        self.call(module.globals[name], pointer, I32(0), I32(2), I32(1))
+        self.call(module.globals[name], pointer, I32(0), I32(4 - cache), I32(1))
 
     def put(self, x: Value, base: Value, index: Value | int, dtype: str = "float32") -> None:
         """Stores a float32 vector from element `index` of a dtype on, rounded to nearest even.

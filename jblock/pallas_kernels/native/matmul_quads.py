@@ -4,7 +4,8 @@ A vector is 4 rows of x by 4 of `in`, as rows lie anyway. Four elements of a wei
 multiplied with each such vector, and a row's four sums are added at the end: so a row of x costs a quarter of
 a vector, and its bits do not depend on how many others there are.
 
-x is taken piece by piece along `in`, so that it stays in the first cache while a unit of columns is read.
+x is taken piece by piece along `in`: a third of the first cache, where it stays while a unit of columns is
+read, beside the weights that come next.
 """
 
 from llvmlite import ir
@@ -14,7 +15,7 @@ from jblock.pallas_kernels.native.emit import F32, I64, Function, Value
 from jblock.pallas_kernels.native.matmul_items import UNIT, Item
 
 _STEP = 16  # Of `in` in a turn of the inner loop: a line of the cache.
-_PIECE = 6144  # Of `in` in a piece, over vectors of x.
+_PIECE = 1024  # Of `in` in a piece, over vectors of x.
 _SIDE_BY_SIDE = {1: 4, 2: 4, 3: 8, 4: 6, 5: 5, 6: 4}
 """Rows of a weight read side by side, by vectors of x: their sums stay in 24 to 25 registers of 32."""
 
@@ -105,7 +106,7 @@ class Quads:
             at, out = b.mul(k, I64(_STEP)), list(so_far)
             lines = [f.at(first, b.add(b.mul(I64(r), width), at), 4) for r in range(rows)]
             for line in lines:
-                f.fetch(f.at(line, next_rows, 4))
+                f.fetch(f.at(line, next_rows, 4), 1)
             x = f.at(item.x, b.mul(at, I64(16 * vectors)))
             for j in range(0, _STEP, 4):
                 load_x = lambda v, j=j: f.load(x, 4 * j * vectors + 16 * v, 16)
