@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from jblock.pallas_kernels.native import targets
-from jblock.pallas_kernels.paged_attention import native_kernel, xla
+from jblock.pallas_kernels.paged_attention import xla
+from jblock.pallas_kernels.paged_attention.native_form import BYTES, Form, rows_at_once
 from jblock.pallas_kernels.paged_attention.ragged import Ragged
 
 abstract_pages = xla.abstract_pages
-
-_DTYPES = ("float32", "bfloat16", "int8")
 
 
 def paged_attention(
@@ -30,7 +29,7 @@ def paged_attention(
     """See `api.paged_attention`."""
     k_pages = kv_pages[0]
     _, kv_heads, d, page_size = k_pages.shape
-    if k_pages.dtype.name not in _DTYPES or d % 4 or page_size % 4:
+    if k_pages.dtype.name not in BYTES or d % 4 or page_size % 4:
         return xla.paged_attention(
             q,
             k,
@@ -41,13 +40,13 @@ def paged_attention(
             softcap=softcap,
             scale=scale,
         )
-    form = native_kernel.Form(
+    form = Form(
         kv=k_pages.dtype.name,
         d=d,
         groups=q.shape[1] // kv_heads,
         page=page_size,
         grid=ragged.is_grid,
-        rows=native_kernel.rows_at_once(q.shape[1] // kv_heads, ragged.max_q_len),
+        rows=rows_at_once(q.shape[1] // kv_heads, ragged.max_q_len),
         window=sliding_window or 0,
         softcap=softcap or 0.0,
         scale=scale,

@@ -7,21 +7,14 @@ writes its sequence's new keys and values for its heads, then attends, so items 
 their own pages, and a row's bits on nothing but its own sequence.
 """
 
-import dataclasses
-import math
-import struct
 from collections.abc import Sequence
 
 from llvmlite import ir
 
-from jblock.pallas_kernels.native import ffi, targets, threads
+from jblock.pallas_kernels.native import ffi, threads
 from jblock.pallas_kernels.native.emit import F32, I32, I64, Function, Value, rounded
-
-TILE_ROWS = 64
-"""Rows (tokens x heads of a KV head) that pass over the pages together."""
-
-_MASKED = -1e30
-_DTYPES = {"float32": 4, "bfloat16": 2, "int8": 1}
+from jblock.pallas_kernels.paged_attention import native_block
+from jblock.pallas_kernels.paged_attention.native_form import BYTES, MASKED, TILE_ROWS, Form
 
 # Slots of what the items of a call share (int64 or pointer each).
 _SHARED = (
@@ -29,65 +22,6 @@ _SHARED = (
     *("k_pages", "v_pages", "k_scale", "v_scale", "out"),
     *("kv_heads", "max_pages", "num_pages", "heads_of_item", "chunks", "rows_of_seq"),
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Form:
-    """All that the machine code depends on.
-
-    Attributes:
-      kv: dtype of the pages, one of float32, bfloat16, int8.
-      d: width of a head, a multiple of 4.
-      groups: query heads of a KV head.
-      page: tokens of a page, a multiple of 4.
-      grid: whether rows are the engine's grid, so many for every sequence.
-      rows: of queries that are multiplied with a K or V vector while it is in a register.
-      window: tokens visible to a query; 0 all.
-      softcap: of the scores; 0 none.
-      scale: of the scores.
-    """
-
-    kv: str
-    d: int
-    groups: int
-    page: int
-    grid: bool
-    rows: int
-    window: int
-    softcap: float
-    scale: float
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """As they stand in a target's name."""
-        floats = (struct.pack(">f", x).hex() for x in (self.softcap, self.scale))
-        ints = (self.d, self.groups, self.page, int(self.grid), self.rows, self.window)
-        return (self.kv, *map(str, ints), *floats)
-
-    @classmethod
-    def parse(cls, fields: Sequence[str]) -> "Form":
-        """The inverse of `fields`."""
-        kv, d, groups, page, grid, rows, window, softcap, scale = fields
-        unpack = lambda x: struct.unpack(">f", bytes.fromhex(x))[0]
-        return cls(
-            kv=kv,
-            d=int(d),
-            groups=int(groups),
-            page=int(page),
-            grid=bool(int(grid)),
-            rows=int(rows),
-            window=int(window),
-            softcap=unpack(softcap),
-            scale=unpack(scale),
-        )
-
-
-def rows_at_once(groups: int, max_q_len: int) -> int:
-    """Form.rows for sequences of up to max_q_len new tokens: at most 6, which leaves registers for four
-    vectors of K or V each, and no more idle ones than needed."""
-    rows = min(max_q_len * groups, TILE_ROWS)
-    most = 6 if targets.accumulators() >= 24 else 3
-    return -(-rows // -(-rows // most))
 
 
 def emit(module: ir.Module, name: str, fields: Sequence[str]) -> None:
@@ -108,7 +42,7 @@ def emit(module: ir.Module, name: str, fields: Sequence[str]) -> None:
         threads_there = threads.num_threads(f, pool)
 
         # What there is to do: bytes of KV, and operations at about 8 in the time of a byte.
-        size = _DTYPES[form.kv]
+        size = BYTES[form.kv]
 
         def add(s: Value, work: Value, used: Value):
             new, total = f.int32(q_lens.data, s), f.int32(kv_lens.data, s)
@@ -155,18 +89,14 @@ class _Kernel:
 
     def __init__(self, module: ir.Module, form: Form):
         self.module, self.form = module, form
-        width = targets.vector_width()
-        self.token_width = math.gcd(form.page, width)
-        self.head_width = math.gcd(form.d, width)
-        self.vectors = max(1, targets.accumulators() // form.rows)
-        self.block = self._block()
+        self.block = native_block.block(module, form)
         self.item = self._item()
 
     def zero(self, f: Function, pointer: Value, count: Value) -> None:
         """Zeroes float32 values, a multiple of head_width."""
-        zero = f.splat(0.0, self.head_width)
-        steps = f.b.udiv(count, I64(self.head_width))
-        f.loop(steps, lambda i: f.put(zero, pointer, f.b.mul(i, I64(self.head_width))))
+        zero = f.splat(0.0, self.form.head_width)
+        steps = f.b.udiv(count, I64(self.form.head_width))
+        f.loop(steps, lambda i: f.put(zero, pointer, f.b.mul(i, I64(self.form.head_width))))
 
     def _item(self) -> ir.Function:
         form, g, d, page = self.form, self.form.groups, self.form.d, self.form.page
@@ -271,10 +201,10 @@ class _Kernel:
                 )
                 source = rows_of(got["q"], b.add(b.add(row0, token0), token), head, heads)
                 to = f.at(state["q"], b.mul(r, I64(d)), 4)
-                factor = f.splat(form.scale, self.head_width)
-                for x in range(0, d, self.head_width):
-                    f.put(b.fmul(f.load(source, x, self.head_width), factor), to, x)
-                f.b.store(F32(rounded(_MASKED)), f.at(state["best"], r, 4))
+                factor = f.splat(form.scale, self.form.head_width)
+                for x in range(0, d, self.form.head_width):
+                    f.put(b.fmul(f.load(source, x, self.form.head_width), factor), to, x)
+                f.b.store(F32(rounded(MASKED)), f.at(state["best"], r, 4))
                 f.b.store(F32(0.0), f.at(state["total"], r, 4))
                 position = b.trunc(b.add(first_pos, token), I32)
                 f.b.store(position, f.at(state["position"], r, 4))
@@ -296,7 +226,7 @@ class _Kernel:
                     cell = b.add(cell0, h)
                     more = b.icmp_signed("<", b.add(h, I64(1)), run)
                     then = b.select(more, b.add(cell, I64(1)), following)
-                    size = page * d * _DTYPES[form.kv]
+                    size = page * d * BYTES[form.kv]
                     pages = [
                         f.at(got[n], c, size) for c in (cell, then) for n in ("k_pages", "v_pages")
                     ]
@@ -329,11 +259,11 @@ class _Kernel:
                     )
                     to = rows_of(got["out"], b.add(b.add(row0, token0), token), head, heads)
                     source = f.at(state["acc"], b.mul(r, I64(d)), 4)
-                    total = f.load_splat(state["total"], r, self.head_width)
-                    empty = b.fcmp_ordered("==", total, f.splat(0.0, self.head_width))
-                    total = b.select(empty, f.splat(1.0, self.head_width), total)
-                    for x in range(0, d, self.head_width):
-                        f.put(b.fdiv(f.load(source, x, self.head_width), total), to, x)
+                    total = f.load_splat(state["total"], r, self.form.head_width)
+                    empty = b.fcmp_ordered("==", total, f.splat(0.0, self.form.head_width))
+                    total = b.select(empty, f.splat(1.0, self.form.head_width), total)
+                    for x in range(0, d, self.form.head_width):
+                        f.put(b.fdiv(f.load(source, x, self.form.head_width), total), to, x)
 
                 f.when(b.icmp_signed("<", token, tokens), store)
 
@@ -353,8 +283,8 @@ class _Kernel:
         self, f: Function, got: dict[str, Value], k: Value, v: Value, cell: Value, offset: Value
     ) -> None:
         """Puts one token's key and value (pointers to d float32) of one head into its page."""
-        form, b, width = self.form, f.b, self.head_width
-        size = _DTYPES[form.kv]
+        form, b, width = self.form, f.b, self.form.head_width
+        size = BYTES[form.kv]
         steps = range(0, form.d, width)
         k_page = f.at(got["k_pages"], cell, form.page * form.d * size)
         v_page = f.at(got["v_pages"], cell, form.page * form.d * size)
@@ -385,128 +315,3 @@ class _Kernel:
                 for e in range(width):
                     cell_at = b.add(offset, I64((x + e) * form.page))
                     b.store(b.extract_element(narrow, I32(e)), f.at(to, cell_at, size))
-
-    def _block(self) -> ir.Function:
-        """A page's visible tokens for `rows` rows of one KV head: scores, softmax so far, weighted sum."""
-        form, d, rows, page = self.form, self.form.d, self.form.rows, self.form.page
-        tw, hw = self.token_width, self.head_width
-        f = Function(self.module, "block", "ppppppppppppll")
-        b = f.b
-        k, v, next_k, next_v, k_scale, v_scale, q, acc, weights = f.args[:9]
-        best, total, position, from_, visible = f.args[9:]
-        vectors = f.up(visible, tw)
-
-        def scores(first: Value, count: int) -> None:
-            """Of `count` vectors of tokens from vector `first` on."""
-            zero = [f.splat(0.0, tw)] * (rows * count)
-
-            def along(i: Value, *sums: Value) -> list[Value]:
-                at = b.add(b.mul(i, I64(page)), b.mul(first, I64(tw)))
-                keys = [f.load(k, b.add(at, I64(tw * c)), tw, form.kv) for c in range(count)]
-                self._fetch(f, next_k, at, tw * count)
-                out = list(sums)
-                for r in range(rows):
-                    one = f.load_splat(q, b.add(i, I64(r * d)), tw)
-                    for c in range(count):
-                        out[r * count + c] = f.fma(one, keys[c], out[r * count + c])
-                return out
-
-            sums = f.loop(d, along, zero)
-            for c in range(count):
-                token = b.mul(b.add(first, I64(c)), I64(tw))
-                at_pos = f.splat(b.trunc(b.add(from_, token), I32), tw)
-                pos = b.add(at_pos, f.iota(tw))
-                for r in range(rows):
-                    x = sums[r * count + c]
-                    if form.kv == "int8":
-                        x = b.fmul(x, f.load(k_scale, token, tw))
-                    if form.softcap:
-                        cap = f.splat(form.softcap, tw)
-                        x = b.fmul(cap, f.tanh(b.fdiv(x, cap)))
-                    own = f.splat(b.load(f.at(position, r, 4), typ=I32), tw)
-                    seen = b.icmp_signed("<=", pos, own)
-                    if form.window:
-                        behind = b.sub(own, f.splat(I32(form.window), tw))
-                        seen = b.and_(seen, b.icmp_signed(">", pos, behind))
-                    x = b.select(seen, x, f.splat(_MASKED, tw))
-                    f.put(x, weights, b.add(token, I64(r * page)))
-
-        most = count = min(self.vectors, page // tw)
-        done: Value = I64(0)
-        while count:
-            # One vector too many is masked and costs less than two passes over the page.
-            spare = int(count > 2 and page // tw % most == 0)
-            rest = f.larger(b.sub(vectors, done), I64(0))
-            more = b.udiv(b.add(rest, I64(spare)), I64(count))
-            f.loop(more, lambda i, done=done, n=count: scores(b.add(done, b.mul(i, I64(n))), n))
-            done = b.add(done, b.mul(more, I64(count)))
-            count //= 2
-
-        maxnum = lambda x, y: f.math("maxnum", x, y)
-        keeps = []
-        for r in range(rows):
-            place = lambda i, r=r: b.add(b.mul(i, I64(tw)), I64(r * page))
-            old = f.load_splat(best, r, tw)
-            (top,) = f.loop(
-                vectors,
-                lambda i, m, place=place: [f.math("maxnum", m, f.load(weights, place(i), tw))],
-                [old],
-            )
-            new = f.splat(f.fold(top, maxnum), tw)
-            keep = f.exp(b.fsub(old, new))
-
-            def soften(i: Value, sums: Value, place=place, new=new) -> list[Value]:
-                x = f.load(weights, place(i), tw)
-                # NaN is no less than anything.
-                hidden = b.fcmp_ordered("<", x, f.splat(_MASKED / 2, tw))
-                w = b.select(hidden, f.splat(0.0, tw), f.exp(b.fsub(x, new)))
-                stored = w
-                if form.kv == "int8":
-                    stored = b.fmul(w, f.load(v_scale, b.mul(i, I64(tw)), tw))
-                    # A token nobody wrote may have any scale.
-                    stored = b.select(hidden, f.splat(0.0, tw), stored)
-                f.put(stored, weights, place(i))
-                return [b.fadd(sums, w)]
-
-            (added,) = f.loop(vectors, soften, [f.splat(0.0, tw)])
-            first = lambda x: b.extract_element(x, I32(0))
-            kept = b.fmul(b.load(f.at(total, r, 4), typ=F32), first(keep))
-            b.store(b.fadd(kept, f.fold(added, b.fadd)), f.at(total, r, 4))
-            b.store(first(new), f.at(best, r, 4))
-            keeps.append(first(keep))
-
-        columns = list(range(0, d, hw))
-        for at in range(0, len(columns), self.vectors):
-            part = columns[at : at + self.vectors]
-            sums = [
-                b.fmul(f.load(acc, r * d + x, hw), f.splat(keeps[r], hw))
-                for r in range(rows)
-                for x in part
-            ]
-
-            def along(t: Value, *sums: Value, part=part) -> list[Value]:
-                row = b.mul(t, I64(d))
-                values = [f.load(v, b.add(row, I64(x)), hw, form.kv) for x in part]
-                self._fetch(f, next_v, b.add(row, I64(part[0])), hw * len(part))
-                out = list(sums)
-                for r in range(rows):
-                    one = f.load_splat(weights, b.add(t, I64(r * page)), hw)
-                    for c, value in enumerate(values):
-                        at = r * len(part) + c
-                        out[at] = f.fma(one, value, out[at])
-                return out
-
-            sums = f.loop(visible, along, sums)
-            for n, x in enumerate(sums):
-                r, c = divmod(n, len(part))
-                f.put(x, acc, r * d + part[c])
-        f.end()
-        return f.function
-
-    def _fetch(self, f: Function, base: Value, index: Value, count: int) -> None:
-        """Asks for `count` elements from `index` on of what comes after a page, while that is computed:
-        without it memory waits meanwhile."""
-        size = _DTYPES[self.form.kv]
-        place = f.at(base, index, size)
-        for at in range(0, count * size, 64):
-            f.fetch(f.at(place, at))
