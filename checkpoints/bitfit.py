@@ -1,4 +1,4 @@
-"""Recognises components that differ from one of the zoo in biases and norms alone (BitFit, arXiv
+"""Recognizes components that differ from one of the zoo in biases and norms alone (BitFit, arXiv
 2106.10199; frozen matrices under trained norms), so that only those are stored, as a delta."""
 
 from collections.abc import Mapping, Sequence

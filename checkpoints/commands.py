@@ -62,8 +62,8 @@ def compress(args: argparse.Namespace) -> Outcome:
     return _lossy(made, "changed components", f"codecs: {codecs}")
 
 
-def quantise(args: argparse.Namespace) -> Outcome:
-    """Makes a quantised copy of a model."""
+def quantize(args: argparse.Namespace) -> Outcome:
+    """Makes a quantized copy of a model."""
     from jblock.blocks.quant_spec import QuantSpec
     from jblock.zoo.quantised import quantise_chain
     from jblock.zoo.store import Zoo

@@ -95,7 +95,7 @@ def _measure(
     changes: dict[str, dict[int, Step]],
     data: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Measures every change of one chain, each alone and neighbours together; then those to recommend."""
+    """Measures every change of one chain, each alone and neighbors together; then those to recommend."""
     provenance = {"command": "equivalence", "cosine": options.cosine}
     tried = [{i: step} for i, step in at.items()] + equivalence.runs(at)
     edges: list[Edge] = []

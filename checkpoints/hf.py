@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from checkpoints import prequantised
+from checkpoints import prequantized
 from checkpoints.bitfit import Finder, Shared
 from checkpoints.errors import CheckpointError
 from checkpoints.progress import Progress
@@ -57,11 +57,11 @@ def convert(source_path: Path, zoo_path: Path, name: str, progress: Progress) ->
     generation = read_json(source_path / "generation_config.json", required=False)
     family = family_for(config)
     source = open_source(source_path)
-    packing = prequantised.packing_of(config) if config.get(prequantised.FIELD) else None
-    described = {n: v for n, v in config.items() if n != prequantised.FIELD}
+    packing = prequantized.packing_of(config) if config.get(prequantized.FIELD) else None
+    described = {n: v for n, v in config.items() if n != prequantized.FIELD}
     plan = family.plan(described).fitting(source.tensors)
     if packing is not None:
-        plan, source = prequantised.unpacked(plan, source, packing)
+        plan, source = prequantized.unpacked(plan, source, packing)
     check_tensors(plan, source)
     eos = token_ids(generation, "eos_token_id", plan.vocab_size)
     bos = token_ids(generation, "bos_token_id", plan.vocab_size)
@@ -119,7 +119,7 @@ def convert(source_path: Path, zoo_path: Path, name: str, progress: Progress) ->
                 source=described,
                 # Packed weights are kept otherwise, so the same files cannot be written again.
                 source_files=writer.put_files("sources", small) if packing is None else None,
-                derived={} if packing is None else {"packed": config[prequantised.FIELD]},
+                derived={} if packing is None else {"packed": config[prequantized.FIELD]},
             )
             shared_steps = sum(bool(step.deltas) for step in chain.steps)
             if shared_steps:

@@ -39,7 +39,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ):
         more, example = _MORE[name]
         text = f"{help[0].upper()}{help[1:]}.\n\n{more}\n\nExample:\n  jblock-convert {example}"
-        sub = subs.add_parser(name, help=help, description=text, formatter_class=raw)
+        aliases = _ALIASES.get(name, ())
+        sub = subs.add_parser(
+            name, aliases=aliases, help=help, description=text, formatter_class=raw
+        )
         sub.set_defaults(run=does)
         sub.add_argument("--zoo", required=True, help="folder of the zoo")
         for field in fields:
@@ -91,10 +94,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="which codecs may be used; may be given several times (default: all)",
     )
     compress.add_argument("--name", dest="copy_name", help="name of the copy (default: NAME-small)")
-    quantise = command("quantise", commands.quantise, "make a copy of a model in few bits", "name")
-    quantise.add_argument("--bits", type=int, choices=(4, 8), default=4, help="of a weight")
-    quantise.add_argument("--group", type=int, default=64, help="inputs that share a scale")
-    quantise.add_argument(
+    quantize = command("quantize", commands.quantize, "make a copy of a model in few bits", "name")
+    quantize.add_argument("--bits", type=int, choices=(4, 8), default=4, help="of a weight")
+    quantize.add_argument("--group", type=int, default=64, help="inputs that share a scale")
+    quantize.add_argument(
         "--name", dest="copy_name", help="name of the copy (default: NAME-int4, NAME-int8)"
     )
     command(
@@ -211,6 +214,8 @@ _FIELDS = {
     "--out": "folder to write, new or empty",
     "--to": "folder of the other zoo; made when absent",
 }
+# Other spellings a command is known by.
+_ALIASES = {"quantize": ("quantise",)}
 # Command -> what a newcomer should know, and an example.
 _MORE = {
     "compress": (
@@ -219,11 +224,11 @@ _MORE = {
         "and norms are kept exactly. The copy has policy `near`; it shares the base's weights and matmuls.",
         "compress my-finetune --base llama --budget 0.125 --zoo ./zoo",
     ),
-    "quantise": (
+    "quantize": (
         "Attentions, ffns and experts get weights of 4 or 8 bits with a scale a group; norms, routers and\n"
         "both embeddings stay. The copy is a model of its own with policy `near`: it is served only where\n"
         "it is named, to requests that accept that. Edges tell how far each component is from its original.",
-        "quantise llama --zoo ./zoo --bits 4 --group 64",
+        "quantize llama --zoo ./zoo --bits 4 --group 64",
     ),
     "hf": (
         "The checkpoint is cut into components; those that the zoo has already are not stored again.\n"

@@ -145,7 +145,7 @@ def _tensor(path: Path, name: str, entry: Any, base: int, size: int | None) -> T
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise CheckpointError(
             f"{path}: tensor {name!r} has dtype {dtype!r}; served: {', '.join(_DTYPES)}: convert "
-            "the unquantised checkpoint"
+            "the unquantized checkpoint"
         )
     if size is not None and base + end > size:
         raise CheckpointError(

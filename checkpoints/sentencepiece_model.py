@@ -1,6 +1,6 @@
 """A SentencePiece model (`tokenizer.model`) as tokenizer.json, for checkpoints that have only that.
 
-Only what Llama and Mistral were published with is converted: BPE over unnormalised text, a dummy prefix,
+Only what Llama and Mistral were published with is converted: BPE over unnormalized text, a dummy prefix,
 spaces written as U+2581. Anything else is refused rather than approximated. The file is a protobuf
 (sentencepiece_model.proto); the few fields that matter are read here, so no package is needed.
 """
@@ -137,7 +137,7 @@ def _read(data: bytes) -> list[Piece]:
         ("a model type other than BPE", trainer.get(3, 1) != _BPE),
         ("user-defined pieces", any(p.type == _USER_DEFINED for p in pieces)),
         ("spaces as suffixes", trainer.get(24, 0)),
-        ("text normalisation", normalizer.get(2, b"")),
+        ("text normalization", normalizer.get(2, b"")),
         ("no dummy prefix", not normalizer.get(3, 1)),
         ("removal of extra spaces", normalizer.get(4, 1)),
         ("unescaped spaces", not normalizer.get(5, 1)),

@@ -1,4 +1,4 @@
-"""Models made from others: quantised copies, from the command line."""
+"""Models made from others: quantized copies, from the command line."""
 
 import json
 
@@ -19,8 +19,8 @@ def filled(cli, tmp_path):
     return cli
 
 
-def test_a_quantised_copy_is_a_model_with_edges_to_its_original(filled):
-    made = json.loads(filled.ok("quantise", "base", "--bits", 4, "--group", 8, "--json"))
+def test_a_quantized_copy_is_a_model_with_edges_to_its_original(filled):
+    made = json.loads(filled.ok("quantize", "base", "--bits", 4, "--group", 8, "--json"))
     assert (made["name"], made["policy"], made["chain"]) == ("base-int4", "near", "base@1")
     assert 0.02 < made["parameter_error"] < 0.15
     assert made["bytes_after"] < 0.4 * made["bytes_before"]
@@ -36,7 +36,7 @@ def test_a_quantised_copy_is_a_model_with_edges_to_its_original(filled):
     assert len(changed) == 2 * tiny.LAYERS
     for edge in found:
         assert edge.policy == "near" and 0.02 < edge.scores["parameter_error"].value < 0.15
-    # The same again is the same: no new version, no second edge.
+    # The same again, by the command's other spelling, is the same: no new version, no second edge.
     again = json.loads(filled.ok("quantise", "base", "--bits", 4, "--group", 8, "--json"))
     assert again["version"] == 1 and edges.edge_ids(zoo) == sorted(e.id for e in found)
     assert fsck(zoo) == []
@@ -44,7 +44,7 @@ def test_a_quantised_copy_is_a_model_with_edges_to_its_original(filled):
 
 
 def test_a_copy_of_an_adapter_keeps_its_deltas(filled):
-    filled.ok("quantise", "a", "--bits", 8, "--name", "a8")
+    filled.ok("quantize", "a", "--bits", 8, "--name", "a8")
     zoo = Zoo.open(filled.zoo)
     for old, new in zip(zoo.chain("a").steps, zoo.chain("a8").steps, strict=True):
         assert len(old.deltas) == len(new.deltas)
@@ -57,7 +57,7 @@ def test_a_copy_of_an_adapter_keeps_its_deltas(filled):
 
 
 def test_it_goes_to_another_zoo_and_no_export_pretends_to_be_its_source(filled, tmp_path):
-    filled.ok("quantise", "base", "--bits", 8)
+    filled.ok("quantize", "base", "--bits", 8)
     result = filled("export", "base-int8", "--out", tmp_path / "out")
     assert result.code == 2 and not (tmp_path / "out").exists()
     assert "was made from base@1 by 'quantise', which loses something" in result.err
@@ -78,10 +78,10 @@ def test_it_goes_to_another_zoo_and_no_export_pretends_to_be_its_source(filled, 
         (("nobody",), "no model 'nobody'"),
     ],
 )
-def test_what_cannot_be_quantised(filled, argv, said):
-    filled.ok("quantise", "base")
+def test_what_cannot_be_quantized(filled, argv, said):
+    filled.ok("quantize", "base")
     before = tiny.files_of(filled.zoo)
-    result = filled("quantise", *argv)
+    result = filled("quantize", *argv)
     assert result.code == 2 and said in result.err
     assert tiny.files_of(filled.zoo) == before
 

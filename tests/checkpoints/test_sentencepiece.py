@@ -1,6 +1,6 @@
 """A SentencePiece model becomes a tokenizer.json that gives the same ids, or is refused.
 
-data/bpe.model was trained by sentencepiece 0.2.3 (BPE, 400 pieces, byte fallback, no normalisation, spaces
+data/bpe.model was trained by sentencepiece 0.2.3 (BPE, 400 pieces, byte fallback, no normalization, spaces
 kept) on this project's documents; data/bpe_expected.json holds texts and the ids that package gives them.
 """
 
@@ -80,7 +80,7 @@ def test_the_smallest_model():
         ((), (), (), "other than BPE"),
         ((), ((3, 1),), (), "other than BPE"),
         ((), ((24, 1),), (), "suffixes"),
-        ((), (), ((2, b"map"),), "normalisation"),
+        ((), (), ((2, b"map"),), "normalization"),
         ((), (), ((3, 0),), "dummy prefix"),
         ((), (), ((4, 1),), "extra spaces"),
         ((), (), ((5, 0),), "unescaped"),

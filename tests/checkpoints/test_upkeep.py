@@ -157,7 +157,7 @@ def test_json_from_every_command(filled, tmp_path):
         "export": ["a", "--out", tmp_path / "out"],
         "copy": ["a", "--to", tmp_path / "other"],
         "equivalence": [],
-        "quantise": ["base", "--name", "base-int8"],
+        "quantize": ["base", "--name", "base-int8"],
         "compress": ["tuned", "--base", "base", "--budget", "0.5"],
         "merge": ["--adapter", "a=0.7", "--adapter", "b=0.3", "--name", "merged"],
         "rm": ["tuned"],

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ checkpoints: their packed weights as the zoo keeps quantised ones, value for value.
+"""GPTQ and AWQ checkpoints: their packed weights as the zoo keeps quantized ones, value for value.
 
 Layouts, as AutoGPTQ (checkpoint_format "gptq"), GPTQModel ("gptq_v2") and AutoAWQ ("gemm") document and
 write them, with n = 32 / bits codes to an int32, the first in its lowest bits:
@@ -46,7 +46,7 @@ class Packing:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Module:
     """One packed projection: int8 codes [out, in], float32 scales and int8 zeros [out, groups], int32 order
-    [in] or None where groups are of neighbours."""
+    [in] or None where groups are of neighbors."""
 
     codes: np.ndarray
     scales: np.ndarray
@@ -61,7 +61,7 @@ class UnpackedSource(Source):
     Attributes:
       under: the checkpoint as it is.
       packing: of its packed projections.
-      packed: name of a tensor made here -> its module, how it is quantised, and (out, in).
+      packed: name of a tensor made here -> its module, how it is quantized, and (out, in).
     """
 
     under: Source
@@ -99,7 +99,7 @@ def packing_of(config: Mapping[str, Any]) -> Packing:
     if method not in ("gptq", "awq"):
         raise CheckpointError(
             f"config.json: {FIELD} has quant_method {method!r}, whose layout is not known; known: gptq, "
-            "awq: take the float checkpoint and use 'jblock-convert quantise'"
+            "awq: take the float checkpoint and use 'jblock-convert quantize'"
         )
     if type(bits) is not int or bits not in ((4, 8) if method == "gptq" else (4,)):
         raise CheckpointError(
@@ -129,7 +129,7 @@ def packing_of(config: Mapping[str, Any]) -> Packing:
 
 
 def unpacked(plan: Plan, source: Source, packing: Packing) -> tuple[Plan, UnpackedSource]:
-    """The plan with quantised specs, and the source with the tensors that those want.
+    """The plan with quantized specs, and the source with the tensors that those want.
 
     Raises:
       CheckpointError: packed tensors that are incomplete, of other shapes, or not settled by the layout.
