@@ -18,7 +18,7 @@ OPS = (
     "paged_attention",
     "grouped_delta_matmul",
     "grouped_block_matmul",
-    "quantised_matmul",
+    "quantized_matmul",
     "projection",
     "mixture",
 )

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from bench import timing
-from bench.kernels import Case, grouped_delta_matmul, paged_attention, quantised_matmul
+from bench.kernels import Case, grouped_delta_matmul, paged_attention, quantized_matmul
 from bench.models import DEMO_3M, ModelShape
 from bench.report import progress
 from bench.scenarios import block_tax
@@ -147,7 +147,7 @@ def matmuls(quick: bool) -> dict[str, Any]:
     for rows in (16, many):
         base = _microseconds(_base(model.projections["up"], rows), quick)
         for bits in (8, 4):
-            make = functools.partial(quantised_matmul.case_of, model, "up", rows, bits)
+            make = functools.partial(quantized_matmul.case_of, model, "up", rows, bits)
             figures = _by_backend(make, copied, matmul, quick) | {"bfloat16_us": base}
             result[f"up, {rows} rows, int{bits}"] = figures
     result["jax"] = {

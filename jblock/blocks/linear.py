@@ -13,7 +13,7 @@ from jblock.blocks.rows import Rows
 from jblock.blocks.slots import Slots
 from jblock.pallas_kernels.backends import backend_of
 from jblock.pallas_kernels.native import matmul as native_matmul
-from jblock.pallas_kernels.quantised_matmul.api import quantised_matmul
+from jblock.pallas_kernels.quantized_matmul.api import quantized_matmul
 
 _BF16_ROWS = 8
 
@@ -102,7 +102,7 @@ class Quantised(nnx.Module):
             # Whole numbers of 8 bits are exact in it, so nothing but x is rounded.
             x = x.astype(jnp.bfloat16)
         zeros = None if self.zeros is None else self.zeros[...]
-        return quantised_matmul(
+        return quantized_matmul(
             x,
             self.codes[...],
             self.scales[...],

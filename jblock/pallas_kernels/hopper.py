@@ -2,7 +2,7 @@
 
 They are what the Mosaic GPU interpreter cannot run (it knows neither register layouts nor a matmul with
 an operand in registers or a transposed one), so the tests put plain array versions in their place;
-everything else of a kernel, copies, barriers and warp specialisation, they interpret as it stands.
+everything else of a kernel, copies, barriers and warp specialization, they interpret as it stands.
 """
 
 import inspect

@@ -7,7 +7,7 @@ cases run in a worker that was started with enough.
 What of the kernels the interpreter (jax 0.10 to 0.12) cannot run is in `jblock/.../hopper.py` and is
 replaced here: register layouts (there are none), matmuls with an operand in registers or a transposed
 one, products summed in registers across matmuls, and transposed stores; copies that add to what is there,
-which it lacks too, are added to it. Copies, barriers, loops over pages, masks and warp specialisation run
+which it lacks too, are added to it. Copies, barriers, loops over pages, masks and warp specialization run
 as they stand.
 """
 
@@ -51,8 +51,8 @@ def served_grouped(cases: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(changed))
 
 
-def served_quantised(cases: Iterable[Any]) -> list[Any]:
-    """Likewise of the quantised one: rows of bfloat16, groups and columns in whole 64."""
+def served_quantized(cases: Iterable[Any]) -> list[Any]:
+    """Likewise of the quantized one: rows of bfloat16, groups and columns in whole 64."""
     changed = []
     for c in cases:
         groups = c.width // (c.group or c.width)
@@ -183,12 +183,12 @@ def run_op(
     """
     import jax
 
-    from tests.pallas_kernels import grouped_cases, quantised_cases
+    from tests.pallas_kernels import grouped_cases, quantized_cases
 
     holds = {
         "grouped_block_matmul": grouped_cases.hold_block,
         "grouped_delta_matmul": grouped_cases.hold_delta,
-        "quantised_matmul": quantised_cases.hold,
+        "quantized_matmul": quantized_cases.hold,
     }
     multiply = _multiply(op, tuple(sorted((plan or {}).items())))
 

@@ -17,8 +17,8 @@ from jblock.pallas_kernels.grouped_block_matmul import mosaic_gpu as block_gpu
 from jblock.pallas_kernels.grouped_delta_matmul import mosaic_gpu as delta_gpu
 from jblock.pallas_kernels.grouped_delta_matmul import shapes as delta_shapes
 from jblock.pallas_kernels.models import MODELS
-from jblock.pallas_kernels.quantised_matmul import mosaic_gpu as quantised_gpu
-from jblock.pallas_kernels.quantised_matmul import shapes as quantised_shapes
+from jblock.pallas_kernels.quantized_matmul import mosaic_gpu as quantized_gpu
+from jblock.pallas_kernels.quantized_matmul import shapes as quantized_shapes
 from tests.pallas_kernels import mosaic_gpu_worker as worker
 from tests.pallas_kernels.grouped_cases import (
     BLOCK_CASES,
@@ -29,10 +29,10 @@ from tests.pallas_kernels.grouped_cases import (
     hold_delta,
     make_delta,
 )
-from tests.pallas_kernels.quantised_cases import CASES as QUANTISED_CASES
-from tests.pallas_kernels.quantised_cases import Case as QuantisedCase
-from tests.pallas_kernels.quantised_cases import hold as hold_quantised
-from tests.pallas_kernels.quantised_cases import make as make_quantised
+from tests.pallas_kernels.quantized_cases import CASES as QUANTIZED_CASES
+from tests.pallas_kernels.quantized_cases import Case as QuantizedCase
+from tests.pallas_kernels.quantized_cases import hold as hold_quantized
+from tests.pallas_kernels.quantized_cases import make as make_quantized
 
 
 @pytest.fixture(scope="module")
@@ -97,18 +97,18 @@ def test_delta_matches_reference_in_sizes_of_its_own(pool, case):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_matches_reference(pool, bits):
-    case = QuantisedCase(5, 128, 512, bits=bits, x="bfloat16", zeros=bits == 4, padding=3)
-    counted = put(pool, "quantised_matmul", case, {"parts": 2 if bits == 8 else 1})
+def test_quantized_matches_reference(pool, bits):
+    case = QuantizedCase(5, 128, 512, bits=bits, x="bfloat16", zeros=bits == 4, padding=3)
+    counted = put(pool, "quantized_matmul", case, {"parts": 2 if bits == 8 else 1})
     if bits == 8:  # numpy has a byte for each int4
         assert counted["read"] == 128 * 512 + 2 * 8 * 512, "weights and rows once"
         assert counted["written"] == 2 * 4 * 8 * 128, "two parts of the result"
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", worker.served_quantised(QUANTISED_CASES), ids=str)
-def test_quantised_matches_reference_on_every_case(pool, case):
-    put(pool, "quantised_matmul", case)
+@pytest.mark.parametrize("case", worker.served_quantized(QUANTIZED_CASES), ids=str)
+def test_quantized_matches_reference_on_every_case(pool, case):
+    put(pool, "quantized_matmul", case)
 
 
 def test_what_the_kernels_do_not_serve_goes_through_xla():
@@ -116,16 +116,16 @@ def test_what_the_kernels_do_not_serve_goes_through_xla():
     narrow = DeltaCase(((3, 1), (4, 2)), 40, 130)
     hold_delta(narrow, jax.jit(delta_gpu.grouped_delta_matmul))
     hold_block(BlockCase((3, 4)), jax.jit(block_gpu.grouped_block_matmul))
-    hold_quantised(QuantisedCase(4, 72, 96, 32), jax.jit(quantised_gpu.quantised_matmul))
+    hold_quantized(QuantizedCase(4, 72, 96, 32), jax.jit(quantized_gpu.quantized_matmul))
 
 
 def test_what_the_kernels_serve():
-    def quantised(**change):
-        case = dataclasses.replace(QuantisedCase(4, x="bfloat16"), **change)
-        return quantised_gpu.serves(*make_quantised(case)[:3])
+    def quantized(**change):
+        case = dataclasses.replace(QuantizedCase(4, x="bfloat16"), **change)
+        return quantized_gpu.serves(*make_quantized(case)[:3])
 
-    assert quantised() and quantised(bits=4) and quantised(rows=200) and quantised(group=64)
-    assert not (quantised(x="float32") or quantised(group=32) or quantised(out=72))
+    assert quantized() and quantized(bits=4) and quantized(rows=200) and quantized(group=64)
+    assert not (quantized(x="float32") or quantized(group=32) or quantized(out=72))
 
     def delta(**change):
         case = dataclasses.replace(DeltaCase(((4, 1),), dtype="bfloat16"), **change)
@@ -144,17 +144,17 @@ def test_parts_share_all_steps(total, parts):
     assert steps == list(range(total)) and all(count > 0 for _, count in shares)
 
 
-def quantised_plans():
+def quantized_plans():
     for model in MODELS:
         for width, out in model.projections.values():
-            for rows in (1, 16, 64, *quantised_shapes.ROWS, 2048):
+            for rows in (1, 16, 64, *quantized_shapes.ROWS, 2048):
                 for bits in (8, 4):
                     shape = dict(rows=rows, width=width, out=out, bits=bits)
-                    yield shape, quantised_gpu.make_plan(group=min(128, width), **shape)
+                    yield shape, quantized_gpu.make_plan(group=min(128, width), **shape)
 
 
-def test_quantised_plans_read_weights_once_and_fit_the_chip():
-    for shape, plan in quantised_plans():
+def test_quantized_plans_read_weights_once_and_fit_the_chip():
+    for shape, plan in quantized_plans():
         assert plan.columns * plan.column_blocks == shape["out"]
         assert plan.inputs * plan.steps == shape["width"]
         assert plan.rows * plan.row_blocks >= shape["rows"] > plan.rows * (plan.row_blocks - 1)

@@ -1,6 +1,6 @@
 """The Hopper kernel in the Mosaic GPU interpreter on the shared cases, and its index arithmetic on its own.
 
-Which cases run as their nearest neighbour, and what of the kernel the interpreter cannot run, is in
+Which cases run as their nearest neighbor, and what of the kernel the interpreter cannot run, is in
 `mosaic_gpu_worker.py`. That the kernel compiles for an H200 is shown by `test_mosaic_gpu_compiles`.
 """
 

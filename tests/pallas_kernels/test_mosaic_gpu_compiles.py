@@ -21,8 +21,8 @@ from jblock.pallas_kernels.grouped_block_matmul import shapes as block_shapes
 from jblock.pallas_kernels.grouped_delta_matmul import mosaic_gpu as delta_gpu
 from jblock.pallas_kernels.grouped_delta_matmul import shapes as delta_shapes
 from jblock.pallas_kernels.paged_attention import shapes
-from jblock.pallas_kernels.quantised_matmul import mosaic_gpu as quantised_gpu
-from jblock.pallas_kernels.quantised_matmul import shapes as quantised_shapes
+from jblock.pallas_kernels.quantized_matmul import mosaic_gpu as quantized_gpu
+from jblock.pallas_kernels.quantized_matmul import shapes as quantized_shapes
 
 H200 = """
 platform_name: "CUDA" device_description_str: "NVIDIA H200" dnn_version_info { major: 9 minor: 8 }
@@ -94,20 +94,20 @@ def test_attention_compiles_for_h200(h200, model, batch, dtype, monkeypatch, cap
 OPS = {
     "grouped_block_matmul": block_shapes,
     "grouped_delta_matmul": delta_shapes,
-    "quantised_matmul": quantised_shapes,
+    "quantized_matmul": quantized_shapes,
 }
 QUICK_OPS = {
     "grouped_block_matmul llama-3-8b up 64",
     "grouped_delta_matmul llama-3-8b up decode",
-    "quantised_matmul llama-3-8b up 16 int8",
-    "quantised_matmul llama-3-8b up 16 int4",
+    "quantized_matmul llama-3-8b up 16 int8",
+    "quantized_matmul llama-3-8b up 16 int4",
 }
 
 
-def quantised_plan(args: tuple[Any, ...]) -> quantised_gpu.Plan:
-    """Of a program of the quantised matmul."""
+def quantized_plan(args: tuple[Any, ...]) -> quantized_gpu.Plan:
+    """Of a program of the quantized matmul."""
     x, codes, scales = args[:3]
-    return quantised_gpu.make_plan(
+    return quantized_gpu.make_plan(
         rows=x.shape[0],
         width=x.shape[1],
         out=codes.shape[0],
@@ -135,7 +135,7 @@ def form(op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         # Expand's code has a copy and a sum for each part of the inputs.
         less = {"steps": 0, "column_blocks": 0, "column_parts": min(2, plan.column_parts)}
         return op, dataclasses.replace(plan, **less)
-    plan = quantised_plan(args)
+    plan = quantized_plan(args)
     less = {"steps": 0, "column_blocks": 0}
     less |= {"row_blocks": min(2, plan.row_blocks), "parts": min(2, plan.parts)}
     return op, args[1].dtype, dataclasses.replace(plan, **less)
@@ -163,9 +163,9 @@ def test_matmuls_compile_for_h200(h200, op, fn, args, monkeypatch, capfd):
     memory = program.memory_analysis()
     if donated:
         assert memory.alias_size_in_bytes == 4 * args[0].size, "y is updated in place"
-    if op == "quantised_matmul":
+    if op == "quantized_matmul":
         codes = args[1].size * (4 if args[1].dtype == jnp.int4 else 8) // 8
-        plan = quantised_plan(args)
+        plan = quantized_plan(args)
         sums = 4 * plan.parts * plan.rows * plan.row_blocks * args[1].shape[0]
         # The results of several parts are added up outside the kernel.
         temporary = memory.temp_size_in_bytes - (sums if plan.parts > 1 else 0)
@@ -181,7 +181,7 @@ def test_any_number_of_rows_is_taken_apart_into_tiles(h200):
     f32, bf16, i32 = jnp.float32, jnp.bfloat16, jnp.int32
     x, weight, sizes = array(bf16, 12, 256), array(bf16, 256, 256), array(i32, 2)
     jax.jit(block_gpu.grouped_block_matmul).lower(x, (weight, weight), sizes)
-    jax.jit(quantised_gpu.quantised_matmul).lower(
+    jax.jit(quantized_gpu.quantized_matmul).lower(
         x, array(jnp.int8, 256, 256), array(f32, 256, 2), None
     )
     table = array(bf16, 5, 8, 256)

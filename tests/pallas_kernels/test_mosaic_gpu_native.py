@@ -1,7 +1,7 @@
 """The Hopper kernels on a Hopper GPU, on the shared cases: what no other machine can show.
 
 `JAX_PLATFORMS=cuda,cpu python -m pytest` of this file, or `python -m bench gpu`, which runs it. Which cases
-run as their nearest neighbour is in `mosaic_gpu_worker.py`.
+run as their nearest neighbor is in `mosaic_gpu_worker.py`.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import os
 import jax
 import pytest
 
-from tests.pallas_kernels import attention_cases, grouped_cases, quantised_cases
+from tests.pallas_kernels import attention_cases, grouped_cases, quantized_cases
 from tests.pallas_kernels import mosaic_gpu_worker as worker
 
 _WANTED = "a Hopper GPU, and JAX_PLATFORMS=cuda,cpu"
@@ -21,7 +21,7 @@ if "cuda" not in os.environ.get("JAX_PLATFORMS", ""):
 from jblock.pallas_kernels.grouped_block_matmul import mosaic_gpu as block_gpu  # noqa: E402
 from jblock.pallas_kernels.grouped_delta_matmul import mosaic_gpu as delta_gpu  # noqa: E402
 from jblock.pallas_kernels.paged_attention import mosaic_gpu as attention_gpu  # noqa: E402
-from jblock.pallas_kernels.quantised_matmul import mosaic_gpu as quantised_gpu  # noqa: E402
+from jblock.pallas_kernels.quantized_matmul import mosaic_gpu as quantized_gpu  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,7 +34,7 @@ ATTEND = jax.jit(
     attention_gpu.paged_attention, static_argnames=("sliding_window", "softcap", "scale")
 )
 BLOCK = jax.jit(block_gpu.grouped_block_matmul)
-QUANTISED = jax.jit(quantised_gpu.quantised_matmul)
+QUANTIZED = jax.jit(quantized_gpu.quantized_matmul)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +69,6 @@ def test_grouped_delta_matmul(case, fused):
     grouped_cases.hold_delta(case, jax.jit(multiply))
 
 
-@pytest.mark.parametrize("case", worker.served_quantised(quantised_cases.CASES), ids=str)
-def test_quantised_matmul(case):
-    quantised_cases.hold(case, QUANTISED)
+@pytest.mark.parametrize("case", worker.served_quantized(quantized_cases.CASES), ids=str)
+def test_quantized_matmul(case):
+    quantized_cases.hold(case, QUANTIZED)

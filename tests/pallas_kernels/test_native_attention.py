@@ -95,7 +95,7 @@ class Batch:
 
 
 @pytest.mark.parametrize("q_len, kv", [(1, "float32"), (1, "int8"), (33, "float32")])
-def test_a_row_has_the_same_bits_whatever_its_neighbours_and_threads(q_len, kv):
+def test_a_row_has_the_same_bits_whatever_its_neighbors_and_threads(q_len, kv):
     batch = Batch(q_len, kv)
     everybody = np.ones(batch.num_seqs, bool)
     together = batch.attend(everybody)
@@ -145,4 +145,4 @@ def test_rows_share_what_was_loaded(monkeypatch, groups, q_len, rows):
 
 def test_an_op_without_machine_code_takes_xlas():
     assert backends.module("paged_attention", "native").__name__.endswith(".native")
-    assert backends.module("quantised_matmul", "native").__name__.endswith(".xla")
+    assert backends.module("quantized_matmul", "native").__name__.endswith(".xla")

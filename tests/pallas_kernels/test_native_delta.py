@@ -43,7 +43,7 @@ def test_matches_reference_on_random_groups(sizes, counts, seed):
     hold_delta(case, DELTA, seed)
 
 
-def test_a_row_has_the_same_bits_whatever_its_neighbours_and_threads():
+def test_a_row_has_the_same_bits_whatever_its_neighbors_and_threads():
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
     rows, width, out = 96, 256, 320

@@ -1,7 +1,7 @@
 """Paged attention in machine code for the CPU: what is emitted for one form of it.
 
 Pages are read where they lie, once for all heads that share a KV head, with an online softmax (arXiv
-2205.14135) a page at a time. K is `[page, kv_head, d, token]`, so scores of neighbouring tokens are one
+2205.14135) a page at a time. K is `[page, kv_head, d, token]`, so scores of neighboring tokens are one
 vector; V is `[page, kv_head, token, d]`. A call's items are (sequence, run of KV heads): an item first
 writes its sequence's new keys and values for its heads, then attends, so items depend on nothing but
 their own pages, and a row's bits on nothing but its own sequence.

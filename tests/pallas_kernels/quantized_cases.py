@@ -1,4 +1,4 @@
-"""The cases every backend of the quantised matmul must get right, and how one is put to it."""
+"""The cases every backend of the quantized matmul must get right, and how one is put to it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jblock.pallas_kernels.quantised_matmul import reference
+from jblock.pallas_kernels.quantized_matmul import reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +100,11 @@ def make(case: Case, seed: int = 0) -> tuple[Any, Any, Any, Any]:
 
 
 def hold(case: Case, multiply: Callable[..., Any], seed: int = 0) -> None:
-    """Fails unless `multiply`, as api.quantised_matmul, agrees with the reference."""
+    """Fails unless `multiply`, as api.quantized_matmul, agrees with the reference."""
     x, w_q, scales, zeros = make(case, seed)
     got = multiply(x, w_q, scales, zeros)
     assert got.shape == (case.rows + case.padding, case.out) and got.dtype == jnp.float32
-    wanted = reference.quantised_matmul(
+    wanted = reference.quantized_matmul(
         np.asarray(x[: case.rows], np.float32), np.asarray(w_q.astype(jnp.int32)), scales, zeros
     )
     atol = case.tolerance * np.abs(wanted).max()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jblock.pallas_kernels import models
 from jblock.pallas_kernels.models import Model
-from jblock.pallas_kernels.quantised_matmul import api
+from jblock.pallas_kernels.quantized_matmul import api
 
 MODELS = models.MODELS
 
@@ -40,10 +40,10 @@ def program(
         jax.ShapeDtypeStruct((out, width), jnp.int8 if bits == 8 else jnp.int4),
         jax.ShapeDtypeStruct((out, width // min(GROUP, width)), jnp.float32),
     )
-    return functools.partial(api.quantised_matmul, backend=backend, **options), args
+    return functools.partial(api.quantized_matmul, backend=backend, **options), args
 
 
-programs = functools.partial(models.programs, "quantised_matmul", program, batches)
+programs = functools.partial(models.programs, "quantized_matmul", program, batches)
 """(backend, models, **options): see `models.programs`."""
 
 

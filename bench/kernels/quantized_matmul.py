@@ -1,4 +1,4 @@
-"""The quantised matmul as `python -m bench kernels` measures and tunes it."""
+"""The quantized matmul as `python -m bench kernels` measures and tunes it."""
 
 import dataclasses
 import functools
@@ -14,10 +14,10 @@ from bench.kernels import Case
 from jblock.blocks import quantise
 from jblock.pallas_kernels.backends import module
 from jblock.pallas_kernels.models import MODELS, Model
-from jblock.pallas_kernels.quantised_matmul import shapes
-from jblock.pallas_kernels.quantised_matmul.tpu import TUNING, Blocks, Shape
+from jblock.pallas_kernels.quantized_matmul import shapes
+from jblock.pallas_kernels.quantized_matmul.tpu import TUNING, Blocks, Shape
 
-OP = "quantised_matmul"
+OP = "quantized_matmul"
 
 
 def backend() -> str:
@@ -92,7 +92,7 @@ def _make(model: Model, projection: str, rows: int, bits: int) -> tuple[list[Any
 
     def call(x, w_q, scales, blocks=None):
         options = {} if blocks is None else {"blocks": blocks}
-        return module(OP).quantised_matmul(x, w_q, scales, None, **options)
+        return module(OP).quantized_matmul(x, w_q, scales, None, **options)
 
     return [jax.random.normal(keys[0], x.shape, dtype), weights, jnp.ones(scales.shape)], call
 

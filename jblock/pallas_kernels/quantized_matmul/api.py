@@ -1,6 +1,6 @@
-"""Weight-only quantised matmul: weights of 8 or 4 bits with a scale for each group of inputs.
+"""Weight-only quantized matmul: weights of 8 or 4 bits with a scale for each group of inputs.
 
-A backend is a module with `quantised_matmul` of the signature below, less `backend`.
+A backend is a module with `quantized_matmul` of the signature below, less `backend`.
 """
 
 import jax
@@ -12,7 +12,7 @@ DTYPES = ("int8", "int4", "uint8")
 """Of the weights; uint8 is two of 4 bits to a byte."""
 
 
-def quantised_matmul(
+def quantized_matmul(
     x: jax.Array,
     w_q: jax.Array,
     scales: jax.Array,
@@ -21,7 +21,7 @@ def quantised_matmul(
     backend: str | None = None,
     device_kind: str | None = None,
 ) -> jax.Array:
-    """`x @ w.T` with `w = (w_q - zeros) * scales`, a scale (and zero) for each group of neighbouring inputs.
+    """`x @ w.T` with `w = (w_q - zeros) * scales`, a scale (and zero) for each group of neighboring inputs.
 
     Products are in x's dtype, sums in float32. A row of the result depends on its own row of x alone.
 
@@ -42,8 +42,8 @@ def quantised_matmul(
       ValueError: shapes that do not fit together, or dtypes that are no use.
     """
     _check(x, w_q, scales, zeros)
-    module = backends.module("quantised_matmul", backend)
-    return module.quantised_matmul(x, w_q, scales, zeros, device_kind=device_kind)
+    module = backends.module("quantized_matmul", backend)
+    return module.quantized_matmul(x, w_q, scales, zeros, device_kind=device_kind)
 
 
 def _check(x: jax.Array, w_q: jax.Array, scales: jax.Array, zeros: jax.Array | None) -> None:

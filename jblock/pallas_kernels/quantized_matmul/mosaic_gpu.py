@@ -1,4 +1,4 @@
-"""Quantised matmul on NVIDIA Hopper, in Pallas Mosaic GPU: weights come from memory in their 8 or 4 bits.
+"""Quantized matmul on NVIDIA Hopper, in Pallas Mosaic GPU: weights come from memory in their 8 or 4 bits.
 
 The product is made transposed, columns of the result by rows of x: weights are widened in registers, from
 which the tensor cores take their left operand alone. A CUDA block has 64 or 128 columns, up to 128 rows and,
@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jblock.pallas_kernels import hopper
-from jblock.pallas_kernels.quantised_matmul import xla
+from jblock.pallas_kernels.quantized_matmul import xla
 
 COLUMNS = 64
 """Columns of a compute warpgroup."""
@@ -91,7 +91,7 @@ def make_plan(*, rows: int, width: int, out: int, group: int, bits: int) -> Plan
     )
 
 
-def quantised_matmul(
+def quantized_matmul(
     x: jax.Array,
     w_q: jax.Array,
     scales: jax.Array,
@@ -100,7 +100,7 @@ def quantised_matmul(
     device_kind: str | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """See `api.quantised_matmul`; interpret: parameters of the Mosaic GPU interpreter, for tests."""
+    """See `api.quantized_matmul`; interpret: parameters of the Mosaic GPU interpreter, for tests."""
     if not serves(x, w_q, scales):
         return xla.at_once(x, w_q, scales, zeros)
     (rows, width), (out, groups) = x.shape, scales.shape
@@ -142,7 +142,7 @@ def _call(plan: Plan, x: jax.Array, w_q: jax.Array, scales: jax.Array, interpret
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-        name="quantised_matmul",
+        name="quantized_matmul",
     )
     parts = kernel(hopper.whole_tiles(x), w_q, scales)
     return (parts[0] if plan.parts == 1 else parts.sum(axis=0))[: x.shape[0]]

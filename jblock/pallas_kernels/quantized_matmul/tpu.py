@@ -1,4 +1,4 @@
-"""Quantised matmul on TPU, in Pallas Mosaic: weights come from memory in their 8 or 4 bits.
+"""Quantized matmul on TPU, in Pallas Mosaic: weights come from memory in their 8 or 4 bits.
 
 A grid step has some rows of x and some columns of the result, over all inputs. It goes through the inputs
 in chunks that share their scales: whole numbers go into the matrix unit, and the product takes the scale,
@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jblock.pallas_kernels.quantised_matmul import xla
+from jblock.pallas_kernels.quantized_matmul import xla
 from jblock.pallas_kernels.tuning import Tuning
 
 LANES = 128
@@ -70,7 +70,7 @@ def heuristic(shape: Shape) -> Blocks:
     return Blocks(rows=rows, columns=min(columns, -(-shape.out // LANES) * LANES))
 
 
-TUNING = Tuning("quantised_matmul", Blocks, heuristic)
+TUNING = Tuning("quantized_matmul", Blocks, heuristic)
 
 
 def serves(width: int, groups: int) -> bool:
@@ -80,7 +80,7 @@ def serves(width: int, groups: int) -> bool:
     return width % LANES == 0 and (group % LANES == 0 or (LANES % group == 0 and group >= 8))
 
 
-def quantised_matmul(
+def quantized_matmul(
     x: jax.Array,
     w_q: jax.Array,
     scales: jax.Array,
@@ -90,7 +90,7 @@ def quantised_matmul(
     blocks: Blocks | None = None,
     interpret: pltpu.InterpretParams | bool = False,
 ) -> jax.Array:
-    """See `api.quantised_matmul`.
+    """See `api.quantized_matmul`.
 
     Args beyond it:
       blocks: how to cut the work; None: as tuned for the device.
@@ -147,7 +147,7 @@ def _call(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
         ),
         interpret=interpret,
-        name="quantised_matmul",
+        name="quantized_matmul",
     )(x, w_q, laid)
 
 

@@ -1,4 +1,4 @@
-"""The TPU kernel of the quantised matmul in jax's TPU interpreter, what it moves, and its blocks.
+"""The TPU kernel of the quantized matmul in jax's TPU interpreter, what it moves, and its blocks.
 
 `make test` takes every seventh case of the table, `make test-long` all, with both block sizes.
 """
@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from jblock.pallas_kernels.quantised_matmul import shapes, tpu
-from jblock.pallas_kernels.quantised_matmul.tpu import Blocks
-from tests.pallas_kernels.quantised_cases import CASES, Case, hold
+from jblock.pallas_kernels.quantized_matmul import shapes, tpu
+from jblock.pallas_kernels.quantized_matmul.tpu import Blocks
+from tests.pallas_kernels.quantized_cases import CASES, Case, hold
 from tests.pallas_kernels.tpu_interpreter import FAST
 from tests.pallas_kernels.traffic import Traffic, count
 
@@ -27,7 +27,7 @@ LEFT = [c for c in CASES if c.width % 128 or (c.group and 128 % c.group and c.gr
 
 @functools.partial(jax.jit, static_argnames="blocks", compiler_options=FAST)
 def interpreted(x, w_q, scales, zeros, *, blocks=None):
-    return tpu.quantised_matmul(
+    return tpu.quantized_matmul(
         x,
         w_q,
         scales,
@@ -112,7 +112,7 @@ def test_blocks_that_cannot_be_are_refused(change):
 
 def test_a_scale_that_is_not_a_number_stays_in_its_column():
     case = Case(4, 256, 256, 64)
-    from tests.pallas_kernels.quantised_cases import make
+    from tests.pallas_kernels.quantized_cases import make
 
     x, w_q, scales, _ = make(case)
     poisoned = scales.at[5].set(jnp.nan)

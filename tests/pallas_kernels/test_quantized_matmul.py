@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jblock.blocks import quantise
-from jblock.pallas_kernels.quantised_matmul import api, reference
-from tests.pallas_kernels.quantised_cases import CASES, Case, hold, make
+from jblock.pallas_kernels.quantized_matmul import api, reference
+from tests.pallas_kernels.quantized_cases import CASES, Case, hold, make
 
-MULTIPLY = jax.jit(functools.partial(api.quantised_matmul, backend="xla"))
+MULTIPLY = jax.jit(functools.partial(api.quantized_matmul, backend="xla"))
 
 
 def test_there_are_enough_cases():
@@ -52,14 +52,14 @@ def test_matches_reference_on_random_products(rows, out, groups, group, bits, ze
 
 
 def test_blocks_of_columns_and_their_rest_are_put_together(monkeypatch):
-    from jblock.pallas_kernels.quantised_matmul import xla
+    from jblock.pallas_kernels.quantized_matmul import xla
 
     monkeypatch.setattr(xla, "_BLOCK_VALUES", 2**12)
-    hold(Case(3, 200, 128, 32, zeros=True), lambda *a: api.quantised_matmul(*a, backend="xla"))
+    hold(Case(3, 200, 128, 32, zeros=True), lambda *a: api.quantized_matmul(*a, backend="xla"))
 
 
 def test_zeros_are_where_the_weight_is_nothing():
-    w = reference.dequantised([[3, 5, 7, 7]], [[2.0, 10.0]], [[3.0, 7.0]])
+    w = reference.dequantized([[3, 5, 7, 7]], [[2.0, 10.0]], [[3.0, 7.0]])
     np.testing.assert_array_equal(w, [[0, 4, 0, 0]])
 
 
@@ -80,9 +80,9 @@ def test_zeros_are_where_the_weight_is_nothing():
 def test_bad_arguments_are_refused(change, says):
     good = dict(zip(("x", "w_q", "scales", "zeros"), make(Case(4, zeros=True)), strict=True))
     with pytest.raises(ValueError, match=says):
-        api.quantised_matmul(**{**good, **change})
+        api.quantized_matmul(**{**good, **change})
 
 
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="backend 'cuda' is not known; give one of xla"):
-        api.quantised_matmul(*make(Case(4)), backend="cuda")
+        api.quantized_matmul(*make(Case(4)), backend="cuda")

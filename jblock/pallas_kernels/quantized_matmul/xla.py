@@ -1,4 +1,4 @@
-"""Quantised matmul in plain XLA: the backend that runs everywhere, arranged for CPU.
+"""Quantized matmul in plain XLA: the backend that runs everywhere, arranged for CPU.
 
 Weights are widened a block of output columns at a time, small enough to stay in a core's cache: only
 their 8 or 4 bits come from memory. Measured on two cores with AVX-512, three 4096 x 4096 matrices in
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 _BLOCK_VALUES = 2**19  # 2 MB of float32
 
 
-def quantised_matmul(
+def quantized_matmul(
     x: jax.Array,
     w_q: jax.Array,
     scales: jax.Array,
@@ -24,7 +24,7 @@ def quantised_matmul(
     *,
     device_kind: str | None = None,
 ) -> jax.Array:
-    """See `api.quantised_matmul`; nothing here depends on the device's kind."""
+    """See `api.quantized_matmul`; nothing here depends on the device's kind."""
     out, width = w_q.shape[0], x.shape[1]
     size = min(out, max(16, _BLOCK_VALUES // width // 16 * 16))
 
@@ -49,7 +49,7 @@ def at_once(x: jax.Array, w_q: jax.Array, scales: jax.Array, zeros: jax.Array | 
     if w_q.dtype != jnp.uint8:
         return _product(x, w_q, scales, zeros)
     low, high = ((w_q & 15).astype(jnp.int8) ^ 8) - 8, w_q.astype(jnp.int8) >> 4
-    if x.shape[1] // scales.shape[1] % 2:  # neighbours in a byte may be of two groups
+    if x.shape[1] // scales.shape[1] % 2:  # neighbors in a byte may be of two groups
         codes = jnp.stack([low, high], axis=-1).reshape(w_q.shape[0], x.shape[1])
         return _product(x, codes, scales, zeros)
     even, odd = x[:, ::2], x[:, 1::2]
