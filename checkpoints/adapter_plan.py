@@ -11,7 +11,7 @@ from jblock.blocks.delta_spec import DeltaSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class Taken:
+class TensorSource:
     """A tensor of the adapter's files, or some of its columns."""
 
     name: str
@@ -31,7 +31,7 @@ class PlannedDelta:
 
     index: int
     spec: DeltaSpec
-    tensors: dict[str, Taken]
+    tensors: dict[str, TensorSource]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from checkpoints.adapter_plan import AdapterPlan, PlannedDelta, Taken
+from checkpoints.adapter_plan import AdapterPlan, PlannedDelta, TensorSource
 from checkpoints.errors import CheckpointError
 from checkpoints.source import Source
 from jblock.blocks.delta_spec import BottleneckSpec
@@ -188,7 +188,7 @@ def _delta(
                 f"{list(shape)} (rank {bottleneck.rank} by reduction_factor): the adapter is for another "
                 "base, or its config does not belong to it"
             )
-        taken[part] = Taken(name)
+        taken[part] = TensorSource(name)
     surplus = sorted(set(tensors) - {_TENSORS[part] for part in taken})
     if surplus:
         raise CheckpointError(

@@ -8,11 +8,12 @@ from typing import Any
 from checkpoints import probes
 from checkpoints.errors import CheckpointError
 from checkpoints.progress import Progress
-from jblock.zoo import agreement, forward, stitching, surrogates, training
-from jblock.zoo.agreement import Outputs
-from jblock.zoo.edges import Edge, Score, put_edges, versions
+from jblock.adapt import forward, metrics, stitching, surrogates, training, training_state
+from jblock.adapt.metrics import Outputs
+from jblock.adapt.stitching import Join
+from jblock.zoo.edge_records import Edge, Score, versions
+from jblock.zoo.edges import put_edges
 from jblock.zoo.records import Chain, Step
-from jblock.zoo.stitching import Join
 from jblock.zoo.store import Zoo
 
 
@@ -68,7 +69,7 @@ def stitch(
     wanted = [_join(text) for text in joins]
     stitching.check(zoo, lower, upper, wanted)
     probe = probes.probe(zoo, upper, data.text, data.items, data.tokens, data.max_items)
-    parents = {c.name: agreement.outputs(forward.load(zoo, c.steps), probe) for c in (lower, upper)}
+    parents = {c.name: metrics.outputs(forward.load(zoo, c.steps), probe) for c in (lower, upper)}
     teacher = min((lower, upper), key=lambda c: parents[c.name].perplexity)
     rows = probes.train_text(zoo, upper, data.train)
     width = zoo.component(upper.steps[0].component).spec.hidden_size
@@ -103,12 +104,12 @@ def stitch(
         steps = stitching.steps(zoo, lower, upper, join, step)
         at = stitching.layers(zoo, upper)[join.upper]
         below = stitching.layers(zoo, lower)[join.lower]
-        outputs = agreement.outputs(forward.load(zoo, steps), probe)
-        beside = {n: agreement.scores(parent, outputs) for n, parent in parents.items()}
+        outputs = metrics.outputs(forward.load(zoo, steps), probe)
+        beside = {n: metrics.scores(parent, outputs) for n, parent in parents.items()}
         edge = Edge(
             kind="stitch",
             original=upper.steps[:at],
-            stand_in=(*lower.steps[:below], step),
+            substitute=(*lower.steps[:below], step),
             scores=beside[upper.name],
             chain=f"{upper.name}@{upper.version}",
             probe=probe.record,
@@ -125,7 +126,7 @@ def stitch(
         limit = min(lower.max_position, upper.max_position)
         published = zoo.publish(dataclasses.replace(made, max_position=limit))
         result["models"].append(_row(f"{full}@{published.version}", outputs, edge, beside))
-    training.forget(zoo, work)
+    training_state.remove(work)
     return result
 
 
@@ -139,7 +140,7 @@ def surrogate(
     schedule: training.Schedule,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Makes a smaller stand-in for some layers of a model and publishes the model with it.
+    """Makes a smaller substitute for some layers of a model and publishes the model with it.
 
     Args:
       zoo: where the model is.
@@ -175,16 +176,17 @@ def surrogate(
         writer.commit()
         old = chain.steps[begin:end]
         new = tuple(
-            Step(component=id_, joined=step.joined) for id_, step in zip(ids, old, strict=True)
+            Step(component=id_, fused_with_previous=step.fused_with_previous)
+            for id_, step in zip(ids, old, strict=True)
         )
         steps = (*chain.steps[:begin], *new, *chain.steps[end:])
-        before = agreement.outputs(forward.load(zoo, chain.steps), probe)
-        after = agreement.outputs(forward.load(zoo, steps), probe)
+        before = metrics.outputs(forward.load(zoo, chain.steps), probe)
+        after = metrics.outputs(forward.load(zoo, steps), probe)
         edge = Edge(
             kind="surrogate",
             original=old,
-            stand_in=new,
-            scores=agreement.scores(before, after),
+            substitute=new,
+            scores=metrics.scores(before, after),
             chain=f"{chain.name}@{chain.version}",
             probe=probe.record,
             provenance={
@@ -198,7 +200,7 @@ def surrogate(
         put_edges(zoo, edge)
         how = {"command": "surrogate", "edge": edge.id}
         published = zoo.publish(chain.derive(name, steps, ("adaptive",), how))
-    training.forget(zoo, made.work)
+    training_state.remove(made.work)
     return {
         "layers": [first, last],
         "parameters": {"surrogate": made.params[0], "original": made.params[1]},

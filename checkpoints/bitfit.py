@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jblock.blocks.delta_spec import VectorsSpec
+from jblock.blocks.delta_spec import BiasNormSpec
 from jblock.blocks.spec import ComponentSpec, canonical_json, spec_to_json
 from jblock.zoo import params
 from jblock.zoo.ids import raw_bytes
@@ -21,10 +21,10 @@ class Shared:
 
     def __init__(self, component: str, vectors: Mapping[str, np.ndarray]):
         self.component, self.vectors = component, vectors
-        self.spec = VectorsSpec(names=tuple(sorted(vectors)))
+        self.spec = BiasNormSpec(names=tuple(sorted(vectors)))
 
 
-class Finder:
+class BitFitMatcher:
     """Finds such components in a zoo as it is now."""
 
     def __init__(self, zoo: Zoo):

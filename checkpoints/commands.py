@@ -47,7 +47,7 @@ def hf(args: argparse.Namespace) -> Outcome:
 
 def compress(args: argparse.Namespace) -> Outcome:
     """Makes a copy of a fine-tune that is deltas on its base."""
-    from jblock.zoo.compressed import CODECS, compress_chain
+    from jblock.adapt.compression import CODECS, compress_chain
     from jblock.zoo.store import Zoo
 
     zoo = Zoo.open(args.zoo)
@@ -64,8 +64,8 @@ def compress(args: argparse.Namespace) -> Outcome:
 
 def quantize(args: argparse.Namespace) -> Outcome:
     """Makes a quantized copy of a model."""
+    from jblock.adapt.quantization import quantise_chain
     from jblock.blocks.quant_spec import QuantSpec
-    from jblock.zoo.quantised import quantise_chain
     from jblock.zoo.store import Zoo
 
     zoo = Zoo.open(args.zoo)
@@ -206,7 +206,7 @@ def copy(args: argparse.Namespace) -> Outcome:
 
 
 def equivalence(args: argparse.Namespace) -> Outcome:
-    """Finds and measures what may stand in for what."""
+    """Finds and measures what may replace what."""
     from checkpoints import printing
     from checkpoints.equivalence import Options, run
     from jblock.zoo.store import Zoo
@@ -245,7 +245,7 @@ def stitch(args: argparse.Namespace) -> Outcome:
 
 
 def surrogate(args: argparse.Namespace) -> Outcome:
-    """Makes a smaller stand-in for layers of a model."""
+    """Makes a smaller substitute for layers of a model."""
     from checkpoints import approximate, printing
     from jblock.zoo.store import Zoo
 
@@ -278,7 +278,7 @@ def _training_data(args: argparse.Namespace, name: str) -> Any:
 
 
 def _schedule(args: argparse.Namespace) -> Any:
-    from jblock.zoo.training import Schedule
+    from jblock.adapt.training import Schedule
 
     return Schedule(
         steps=args.steps,
@@ -348,7 +348,7 @@ def accepted(args: argparse.Namespace) -> Any:
       CheckpointError: a threshold that is not MEASURE=WORST.
     """
     from checkpoints.errors import CheckpointError
-    from jblock.zoo.edges import Accepted
+    from jblock.zoo.acceptance import AcceptancePolicy
 
     thresholds = {}
     for text in args.threshold:
@@ -359,7 +359,7 @@ def accepted(args: argparse.Namespace) -> Any:
             raise CheckpointError(
                 f"--threshold {text!r}: give MEASURE=WORST, as in top1_agreement=0.99"
             ) from None
-    return Accepted(policy=args.policy, thresholds=thresholds)
+    return AcceptancePolicy(policy=args.policy, thresholds=thresholds)
 
 
 def name_and_version(text: str) -> tuple[str, int | None]:

@@ -1,4 +1,4 @@
-"""`jblock-convert equivalence`: what may stand in for what, by parameters and by what comes out."""
+"""`jblock-convert equivalence`: what may replace what, by parameters and by what comes out."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,9 +8,11 @@ from typing import Any
 from checkpoints import probes
 from checkpoints.errors import CheckpointError
 from checkpoints.progress import Progress
-from jblock.zoo import equivalence
-from jblock.zoo.edges import Accepted, Edge, put_edges, reasons_against
-from jblock.zoo.probe import ProbeData
+from jblock.adapt import substitution
+from jblock.adapt.probe import ProbeData
+from jblock.zoo.acceptance import AcceptancePolicy, violations
+from jblock.zoo.edge_records import Edge
+from jblock.zoo.edges import put_edges
 from jblock.zoo.records import Chain, Step
 from jblock.zoo.store import Zoo
 
@@ -20,7 +22,7 @@ class Options:
     """What to look for, and on what to measure it.
 
     Attributes:
-      names: models to find stand-ins for; none means all that are exact.
+      names: models to find substitutes for; none means all that are exact.
       cosine: smallest cosine of a candidate's parameters.
       text: held-out text; None: candidates only, nothing is measured.
       items: [MODEL=]FILE of task items.
@@ -36,7 +38,7 @@ class Options:
     items: Sequence[str]
     tokens: int
     max_items: int
-    accepted: Accepted
+    accepted: AcceptancePolicy
     suffix: str | None
 
 
@@ -55,10 +57,10 @@ def run(zoo: Zoo, options: Options, progress: Progress) -> dict[str, Any]:
     live = {name: zoo.chain(name) for name in zoo.chains()}
     exact = {name: chain for name, chain in live.items() if chain.policy == "exact"}
     chains = {name: zoo.chain(name) for name in options.names} or exact
-    used = equivalence.users(exact | chains)
+    used = substitution.users(exact | chains)
     total = sum(zoo.component(id_).nbytes for id_ in used)
     with progress.bar("comparing", total) as advance:
-        found = equivalence.search(zoo, used, options.cosine, advance)
+        found = substitution.search(zoo, used, options.cosine, advance)
     data: dict[str, Any] = {
         "components": found.components,
         "alike": found.alike,
@@ -74,14 +76,14 @@ def run(zoo: Zoo, options: Options, progress: Progress) -> dict[str, Any]:
     files = probes.by_model(options.items, list(chains))
     changes: dict[str, dict[int, Step]] = {}
     for name, chain in chains.items():
-        at = equivalence.places(chain, found.candidates)
+        at = substitution.places(chain, found.candidates)
         if not at:
             continue
         probe = probes.probe(
             zoo, chain, options.text, files.get(name), options.tokens, options.max_items
         )
         data["edges"] += _measure(zoo, chain, at, probe, options, progress, changes, data)
-    data["freed_bytes"] = equivalence.freed(zoo, exact | chains, changes)
+    data["freed_bytes"] = substitution.freed(zoo, exact | chains, changes)
     return data
 
 
@@ -97,15 +99,15 @@ def _measure(
 ) -> list[dict[str, Any]]:
     """Measures every change of one chain, each alone and neighbors together; then those to recommend."""
     provenance = {"command": "equivalence", "cosine": options.cosine}
-    tried = [{i: step} for i, step in at.items()] + equivalence.runs(at)
+    tried = [{i: step} for i, step in at.items()] + substitution.runs(at)
     edges: list[Edge] = []
     with progress.steps(f"{chain.name}: measuring", 2 * len(tried)) as advance:
-        bench = equivalence.Bench(zoo, chain, probe, min(at))
+        bench = substitution.ChainEvaluator(zoo, chain, probe, min(at))
         for change in tried:
             edges.append(bench.edge(change, bench.measure(change), provenance))
             advance(1)
         single = {i: e for i, e in zip(at, edges, strict=False)}
-        kept, scores = equivalence.recommend(bench, single, options.accepted, lambda: advance(1))
+        kept, scores = substitution.recommend(bench, single, options.accepted, lambda: advance(1))
     if kept:
         changes[chain.name] = kept
         row: dict[str, Any] = {
@@ -121,13 +123,13 @@ def _measure(
             edges.append(together)
         if options.suffix is not None:
             derived = {"command": "equivalence", "edge": together.id}
-            new = equivalence.changed(chain, kept, chain.name + options.suffix, derived)
+            new = substitution.changed(chain, kept, chain.name + options.suffix, derived)
             published = zoo.publish(new)
             row["published"] = f"{published.name}@{published.version}"
         data["recommended"].append(row)
     put_edges(zoo, *edges)
     rows = []
     for edge in edges:
-        reasons = reasons_against(edge, options.accepted)
+        reasons = violations(edge, options.accepted)
         rows.append({"id": edge.id, **edge.to_json(), "usable": not reasons, "reasons": reasons})
     return rows

@@ -8,7 +8,7 @@ import numpy as np
 import safetensors.numpy
 
 from checkpoints import prequantized
-from checkpoints.bitfit import Finder, Shared
+from checkpoints.bitfit import BitFitMatcher, Shared
 from checkpoints.errors import CheckpointError
 from checkpoints.progress import Progress
 from checkpoints.source import Source, open_source, read_json
@@ -22,7 +22,7 @@ from jblock.blocks.spec import (
 )
 from jblock.families import Plan, family_for
 from jblock.families.config import token_ids
-from jblock.zoo.records import Chain, GoneError, Step, check_name
+from jblock.zoo.records import Chain, NotFoundError, Step, check_name
 from jblock.zoo.store import Zoo
 
 _SMALL = ("config.json", "generation_config.json", "model.safetensors.index.json")
@@ -80,7 +80,7 @@ def convert(source_path: Path, zoo_path: Path, name: str, progress: Progress) ->
         with zoo.writer(source.key()) as writer:
             owners: dict[str, tuple[str, str]] = {}  # checkpoint tensor -> (component, tensor)
             steps: dict[int, Step] = {}
-            finder = Finder(zoo)
+            finder = BitFitMatcher(zoo)
             total = sum(t.nbytes for t in source.tensors.values())
             with progress.bar(f"{name}: components", total) as advance:
                 for i in in_order(plan):
@@ -102,7 +102,9 @@ def convert(source_path: Path, zoo_path: Path, name: str, progress: Progress) ->
                             deltas = (writer.put_delta(shared.spec, id_, shared.vectors),)
                         del tensors
                     owners |= {step.tensors[t]: (id_, t) for t in own}
-                    steps[i] = Step(component=id_, deltas=deltas, joined=step.joined)
+                    steps[i] = Step(
+                        component=id_, deltas=deltas, fused_with_previous=step.fused_with_previous
+                    )
                     advance(sum(source.tensors[step.tensors[t]].nbytes for t in own))
             chain = Chain(
                 name=name,
@@ -141,13 +143,13 @@ def in_order(plan: Plan) -> list[int]:
 
 
 def share(
-    finder: Finder | None,
+    finder: BitFitMatcher | None,
     spec: ComponentSpec,
     tensors: Mapping[str, np.ndarray],
     tied: Mapping[str, object],
     following: Step | None,
 ) -> Shared | None:
-    """See `bitfit.Finder`; `following` is the step behind, where that is known already."""
+    """See `bitfit.BitFitMatcher`; `following` is the step behind, where that is known already."""
     if finder is None:
         return None
     if isinstance(spec, NormSpec) and following is not None:
@@ -158,7 +160,7 @@ def share(
 def again_if_gone(add: Callable[[], Chain]) -> Chain:
     """Does `add` again if something it found in the zoo was removed before it could publish."""
     for _ in range(4):
-        with contextlib.suppress(GoneError):
+        with contextlib.suppress(NotFoundError):
             return add()
     return add()
 

@@ -137,9 +137,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         sub.add_argument("--tokens", type=int, default=8192, help="of the text (default: 8192)")
         sub.add_argument("--max_items", type=int, default=4000, help="of a task (default: 4000)")
 
-    equal = command(
-        "equivalence", commands.equivalence, "find and measure what may stand in for what"
-    )
+    equal = command("equivalence", commands.equivalence, "find and measure what may replace what")
     equal.add_argument("names", nargs="*", help="models; default: all that are exact")
     equal.add_argument(
         "--cosine",
@@ -174,7 +172,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     stitch.add_argument("--inner", type=int, help="inner width (default: that of UPPER)")
     training(stitch, 1000, 3e-3)
-    small = command("surrogate", commands.surrogate, "make a smaller stand-in for layers", "name")
+    small = command("surrogate", commands.surrogate, "make a smaller substitute for layers", "name")
     small.add_argument(
         "--layers", required=True, metavar="FIRST:LAST", help="LAST is the first to stay"
     )
@@ -254,7 +252,7 @@ _MORE = {
     ),
     "list": (
         "`logical` is what separate checkpoints would take, `own` what only that model uses. With --edges:\n"
-        "what was measured of stand-ins, and which of them --policy and --threshold allow.",
+        "what was measured of substitutes, and which of them --policy and --threshold allow.",
         "list --edges --threshold top1_agreement=0.99 --zoo ./zoo",
     ),
     "inspect": (

@@ -2,18 +2,18 @@
 
 import dataclasses
 
-from checkpoints.adapter_plan import AdapterPlan, PlannedDelta, Taken
+from checkpoints.adapter_plan import AdapterPlan, PlannedDelta, TensorSource
 from checkpoints.errors import CheckpointError
 from checkpoints.peft_config import LoraSettings, Settings
 from checkpoints.source import Source
 from jblock.blocks.delta_spec import (
+    BiasNormSpec,
     DeltaSpec,
     Ia3Spec,
     LoraSpec,
     LoraTarget,
     PrefixSpec,
     PromptSpec,
-    VectorsSpec,
 )
 from jblock.blocks.layout import is_projection
 from jblock.blocks.spec import AttentionSpec, ComponentSpec, projection_shape, unquantised
@@ -78,7 +78,9 @@ class _Planner:
         self._lora: dict[int, dict[str, LoraTarget]] = {}
         self._outputs: dict[int, list[str]] = {}
         self._inputs: dict[int, list[str]] = {}
-        self._tensors: dict[tuple[int, str], dict[str, Taken]] = {}  # by step and kind of delta
+        self._tensors: dict[
+            tuple[int, str], dict[str, TensorSource]
+        ] = {}  # by step and kind of delta
         self._whole: dict[int, dict[str, str]] = {}
         self._virtual: list[PlannedDelta] = []
         self._specs: dict[int, ComponentSpec] = {}
@@ -100,8 +102,8 @@ class _Planner:
                     replaced[index] = self._whole[index]
                 else:
                     names = tuple(sorted(self._whole[index]))
-                    tensors = {n: Taken(self._whole[index][n]) for n in names}
-                    spec: DeltaSpec = VectorsSpec(names=names)
+                    tensors = {n: TensorSource(self._whole[index][n]) for n in names}
+                    spec: DeltaSpec = BiasNormSpec(names=names)
                     deltas.append(PlannedDelta(index=index, spec=spec, tensors=tensors))
             if index in self._lora:
                 spec = LoraSpec(targets=self._lora[index])
@@ -142,7 +144,9 @@ class _Planner:
             self._take(_VIRTUAL, (tokens, embedding.hidden_size), f"{tokens} virtual tokens")
             self._virtual.append(
                 PlannedDelta(
-                    index=0, spec=PromptSpec(tokens=tokens), tensors={"prompt": Taken(_VIRTUAL)}
+                    index=0,
+                    spec=PromptSpec(tokens=tokens),
+                    tensors={"prompt": TensorSource(_VIRTUAL)},
                 )
             )
             return
@@ -153,7 +157,7 @@ class _Planner:
                 tensors = {}
                 for part in "kv":
                     end = begin + spec.widths[part]
-                    tensors[part] = Taken(_VIRTUAL, (begin, end))
+                    tensors[part] = TensorSource(_VIRTUAL, (begin, end))
                     begin = end
                 delta = PlannedDelta(index=index, spec=PrefixSpec(tokens=tokens), tensors=tensors)
                 self._virtual.append(delta)
@@ -184,7 +188,7 @@ class _Planner:
         taken = self._tensors.setdefault((index, LoraSpec.kind), {})
         for part, shape in shapes.items():
             self._take(names[part], shape, f"rank {rank} by r and rank_pattern")
-            taken[f"{projection}.{part}"] = Taken(names[part])
+            taken[f"{projection}.{part}"] = TensorSource(names[part])
         self._lora.setdefault(index, {})[projection] = LoraTarget(
             rank=rank, scale=scale, dora=settings.dora, bias=b_bias
         )
@@ -198,11 +202,11 @@ class _Planner:
         if any(path.endswith(ending) for ending in self._settings.feedforward):
             self._take(name, (1, inner), "a scale of inputs, as feedforward_modules says")
             self._inputs.setdefault(index, []).append(projection)
-            taken[f"{projection}.in_scale"] = Taken(name)
+            taken[f"{projection}.in_scale"] = TensorSource(name)
         else:
             self._take(name, (out, 1), "a scale of outputs")
             self._outputs.setdefault(index, []).append(projection)
-            taken[f"{projection}.scale"] = Taken(name)
+            taken[f"{projection}.scale"] = TensorSource(name)
 
     def _take_whole(self, path: str, module: _Module) -> None:
         """Takes tensors that stand for the base's own."""

@@ -7,7 +7,7 @@ from typing import Any
 from checkpoints import hf
 from checkpoints.adapter import open_adapter, plan_adapter
 from checkpoints.adapter_plan import component_tensors
-from checkpoints.bitfit import Finder
+from checkpoints.bitfit import BitFitMatcher
 from checkpoints.errors import CheckpointError
 from checkpoints.progress import Progress
 from checkpoints.source import open_source, read_json
@@ -15,8 +15,8 @@ from jblock.blocks.delta_spec import delta_to_json
 from jblock.blocks.spec import spec_to_json
 from jblock.families import family_for
 from jblock.zoo import ids
-from jblock.zoo.plan import cut_plan
-from jblock.zoo.records import Chain, GoneError, Step, ZooError, check_name
+from jblock.zoo.cut_plan import cut_plan
+from jblock.zoo.records import Chain, NotFoundError, Step, ZooError, check_name
 from jblock.zoo.store import Zoo
 
 
@@ -90,7 +90,7 @@ def _checkpoint(path: Path, zoo: Zoo | None, name: str, progress: Progress) -> P
     owners: dict[str, tuple[str, str]] = {}
     rows, nbytes = [], {}
     steps: dict[int, Step] = {}
-    finder = Finder(zoo) if zoo else None
+    finder = BitFitMatcher(zoo) if zoo else None
     with progress.bar(
         f"{name}: reading", sum(t.nbytes for t in source.tensors.values())
     ) as advance:
@@ -108,7 +108,9 @@ def _checkpoint(path: Path, zoo: Zoo | None, name: str, progress: Progress) -> P
             owners |= {step.tensors[t]: (id_, t) for t in own}
             nbytes[id_] = sum(v.nbytes for v in own.values())
             steps[i] = Step(
-                component=id_, deltas=(delta,) if delta is not None else (), joined=step.joined
+                component=id_,
+                deltas=(delta,) if delta is not None else (),
+                fused_with_previous=step.fused_with_previous,
             )
             rows.append(_row(i, step.spec.kind, id_, nbytes[id_], _has(zoo, "components", id_)))
             if shared is not None and delta is not None:
@@ -169,5 +171,5 @@ def _has(zoo: Zoo | None, kind: str, id_: str) -> bool:
         return False
     try:
         return zoo.folder(kind, id_).is_dir()
-    except GoneError:
+    except NotFoundError:
         return False

@@ -177,8 +177,10 @@ def unpacked(plan: Plan, source: Source, packing: Packing) -> tuple[Plan, Unpack
                     name=virtual, path=info.path, dtype=dtype, shape=stored, start=0, end=size
                 )
             used |= _empty_bias(source, m, step, p)
-        in_out = {"in_out": False} if isinstance(step.spec, (AttentionSpec, FfnSpec)) else {}
-        made: Any = dataclasses.replace(step.spec, quant=spec, **in_out)  # type: ignore[arg-type]
+        transposed = (
+            {"transposed": False} if isinstance(step.spec, (AttentionSpec, FfnSpec)) else {}
+        )
+        made: Any = dataclasses.replace(step.spec, quant=spec, **transposed)  # type: ignore[arg-type]
         steps.append(dataclasses.replace(step, spec=made, tensors=names))
     if not packed:
         raise CheckpointError(f"{source.path}: config.json has a {FIELD}, but no tensor is packed")

@@ -49,13 +49,13 @@ def print_components(data: dict[str, Any]) -> None:
 
 
 def print_edges(data: dict[str, Any]) -> None:
-    """A line for each edge: what stands in for what, what was measured, and whether it may be used."""
-    table = Table("id", "kind", "original", "stand-in", "in", "scores", "usable", box=None)
+    """A line for each edge: what may replace what, what was measured, and whether it may be used."""
+    table = Table("id", "kind", "original", "substitute", "in", "scores", "usable", box=None)
     for row in data["edges"]:
         table.add_row(
             row["id"][:12],
             row["kind"],
-            *(" ".join(_step(s) for s in row[side]) for side in ("original", "stand_in")),
+            *(" ".join(_step(s) for s in row[side]) for side in ("original", "substitute")),
             row["chain"] or "",
             ", ".join(f"{name} {_score(s)}" for name, s in row["scores"].items()),
             "yes" if row["usable"] else f"no: {row['reasons'][0]}",
@@ -69,13 +69,13 @@ def print_equivalence(data: dict[str, Any]) -> None:
     """Candidates, what was measured of them in place, and what is recommended."""
     console = Console()
     table = Table(
-        "original", "stand-in", "size", "cosine", "least of a tensor", "used by", box=None
+        "original", "substitute", "size", "cosine", "least of a tensor", "used by", box=None
     )
     for row in data["candidates"]:
         name, least = min(row["cosines"].items(), key=lambda item: item[1])
         table.add_row(
             row["original"][:12],
-            row["stand_in"][:12],
+            row["substitute"][:12],
             size(row["nbytes"]),
             f"{row['cosine']:.5f}",
             f"{least:.5f} ({name})",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import CheckpointError
-from jblock.zoo.probe import ProbeData, Rows, Tokenizer, item_rows, read_items, text_rows
+from jblock.adapt.probe import ProbeData, Rows, Tokenizer, item_rows, read_items, text_rows
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
 

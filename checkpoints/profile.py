@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.progress import Progress
-from jblock.zoo import disk, lease, profiles
+from jblock.zoo import disk, latency_profiles, lease
 from jblock.zoo.records import ZooError
 from jblock.zoo.store import Zoo
 
@@ -89,12 +89,12 @@ def profile(
     layers = [r for r in rows if r["signature"].startswith(("layer", "attention", "ffn"))] or rows
     largest = max(layers, key=lambda r: r["bytes"])
     alone = next(t["seconds"] for t in largest["times"] if (t["num_seqs"], t["q_len"]) == (1, 1))
-    found = profiles.Profile(
+    found = latency_profiles.Profile(
         hop_seconds=hop,
         bytes_per_second=largest["bytes"] / alone,
         signatures=tuple(rows),
     )
-    target = profiles.target()
+    target = latency_profiles.target()
     data = dataclasses.asdict(found)
     with disk.disk_errors(zoo.path), lease.exclusive(zoo.path) as mine:
         folder = zoo.path / "profiles" / target

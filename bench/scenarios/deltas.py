@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.report import progress
+from jblock.adapt import forward, metrics
+from jblock.adapt.compression import compress_chain
+from jblock.adapt.probe import Rows, item_rows
+from jblock.adapt.quantization import quantise_chain
 from jblock.blocks.quant_spec import QuantSpec
-from jblock.zoo import agreement, forward
-from jblock.zoo.compressed import compress_chain
-from jblock.zoo.probe import Rows, item_rows
-from jblock.zoo.quantised import quantise_chain
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
 
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     Accuracy is the share of held-out items whose answer greedy decoding gives exactly: each token of
     the expected answer is the best one after those before it. Same items for both sides; changes carry
-    their 95% interval (`zoo.agreement.paired`).
+    their 95% interval (`adapt.metrics.paired`).
     """
     from examples import demo_zoo
 
@@ -141,7 +141,7 @@ def _items(chain: Chain, entry: Mapping[str, Any], count: int) -> Rows:
 
 
 def _row(name: str, label: str, made: Chain, own: np.ndarray, found: np.ndarray) -> dict[str, Any]:
-    change, derived = agreement.paired(own, found), made.derived
+    change, derived = metrics.paired(own, found), made.derived
     return {
         "model": name,
         "setting": label,

@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 
 from bench.report import progress
+from jblock.adapt import substitution
 from jblock.blocks.spec import FfnSpec
-from jblock.zoo import equivalence
 from jblock.zoo.store import Zoo
 
 _FAMILY = 10  # components that are alike: one, and nine tuned from it
@@ -41,17 +41,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         dropped = _drop_cache(zoo.path)
         progress(f"searching {nbytes / 1e9:.2f} GB")
         begin = time.perf_counter()
-        equivalence.read_sketches(zoo, [zoo.component(id_) for id_ in used])
+        substitution.read_sketches(zoo, [zoo.component(id_) for id_ in used])
         sketching = time.perf_counter() - begin
         _drop_cache(zoo.path)
         read: list[int] = []
         begin = time.perf_counter()
-        found = equivalence.search(zoo, used, _LEAST, read.append)
+        found = substitution.search(zoo, used, _LEAST, read.append)
         cold = time.perf_counter() - begin
         begin = time.perf_counter()
-        equivalence.search(zoo, used, _LEAST)
+        substitution.search(zoo, used, _LEAST)
         again = time.perf_counter() - begin
-    pairs = {(c.original, c.stand_in) for c in found.candidates}
+    pairs = {(c.original, c.substitute) for c in found.candidates}
     right = {pair for pair in pairs if pair in wanted.items()}
     return {
         "equivalence": {

@@ -20,11 +20,11 @@ from checkpoints import hf, peft
 from checkpoints.export import export
 from checkpoints.progress import Progress
 from checkpoints.source import open_source
+from jblock.adapt.quantization import quantise_chain
 from jblock.zoo import gc
 from jblock.zoo.codec import read_json
 from jblock.zoo.fsck import fsck
 from jblock.zoo.inventory import inventory
-from jblock.zoo.quantised import quantise_chain
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jblock.blocks.compressed_spec import BitsSpec, BitsTarget, LowRankSpec
+from jblock.blocks.compressed_spec import BitDeltaSpec, BitsTarget, LowRankSpec
 
 Tensors = Mapping[str, np.ndarray]
 # Shares of the largest magnitude that the outermost level may stand for; the best of a group is taken.
@@ -56,7 +56,7 @@ def few_bits(difference: np.ndarray, target: BitsTarget) -> dict[str, np.ndarray
       target: bits and group.
 
     Returns:
-      `codes` and `scales` as BitsSpec describes them.
+      `codes` and `scales` as BitDeltaSpec describes them.
     """
     out, inner = difference.shape
     groups = difference.reshape(out, -1, target.group_of(inner))
@@ -88,7 +88,9 @@ def few_bits_weight(tensors: Tensors, projection: str, target: BitsTarget) -> np
     return _values(codes.reshape(*scales.shape, -1), scales, target.bits).reshape(codes.shape)
 
 
-def difference_of(spec: LowRankSpec | BitsSpec, tensors: Tensors, projection: str) -> np.ndarray:
+def difference_of(
+    spec: LowRankSpec | BitDeltaSpec, tensors: Tensors, projection: str
+) -> np.ndarray:
     """The float32 difference [out, in] that a delta stands for on one of its projections."""
     if isinstance(spec, LowRankSpec):
         return low_rank_weight(tensors, projection)
@@ -96,7 +98,7 @@ def difference_of(spec: LowRankSpec | BitsSpec, tensors: Tensors, projection: st
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 [out, in] of codes -> [out, in * bits / 8], laid out as BitsSpec says."""
+    """uint8 [out, in] of codes -> [out, in * bits / 8], laid out as BitDeltaSpec says."""
     planes = np.split(codes, 8 // bits, axis=1)
     packed = np.zeros_like(planes[0])
     for k, plane in enumerate(planes):

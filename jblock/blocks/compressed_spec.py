@@ -80,7 +80,7 @@ class BitsTarget:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BitsSpec:
+class BitDeltaSpec:
     """`weight[o, i] += scales[o, g] * (code[o, i] - (2**bits - 1) / 2)`: levels around 0, none of them 0.
 
     Tensors, for every projection `p` in targets: `p.codes` uint8 [out, m] with `m = in * bits / 8`, where
@@ -111,7 +111,7 @@ class BitsSpec:
         return "float16" if name.endswith(".scales") else "uint8"
 
 
-def compressed_to_json(spec: LowRankSpec | BitsSpec) -> dict[str, Any]:
+def compressed_to_json(spec: LowRankSpec | BitDeltaSpec) -> dict[str, Any]:
     """Plain JSON of a spec."""
     if isinstance(spec, LowRankSpec):
         return {"kind": spec.kind, "targets": dict(sorted(spec.targets.items()))}
@@ -119,7 +119,7 @@ def compressed_to_json(spec: LowRankSpec | BitsSpec) -> dict[str, Any]:
     return {"kind": spec.kind, "targets": targets}
 
 
-def compressed_from_json(data: Mapping[str, Any]) -> LowRankSpec | BitsSpec:
+def compressed_from_json(data: Mapping[str, Any]) -> LowRankSpec | BitDeltaSpec:
     """Inverse of `compressed_to_json`.
 
     Raises:
@@ -131,6 +131,6 @@ def compressed_from_json(data: Mapping[str, Any]) -> LowRankSpec | BitsSpec:
             if not all(type(r) is int and r > 0 for r in targets.values()):
                 raise SpecError(f"ranks are {targets}; give whole numbers of at least 1")
             return LowRankSpec(targets=dict(targets))
-        return BitsSpec(targets={n: BitsTarget(**t) for n, t in targets.items()})
+        return BitDeltaSpec(targets={n: BitsTarget(**t) for n, t in targets.items()})
     except (TypeError, KeyError, AttributeError) as e:
         raise SpecError(f"compressed delta has missing or unknown fields: {e}") from e

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from jblock.blocks.compressed_spec import (
-    BitsSpec,
+    BitDeltaSpec,
     LowRankSpec,
     compressed_from_json,
     compressed_to_json,
@@ -103,7 +103,7 @@ class Ia3Spec:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VectorsSpec:
+class BiasNormSpec:
     """Biases and norm weights (BitFit, arXiv 2106.10199) that take the place of the component's own.
 
     Attributes:
@@ -211,19 +211,19 @@ class BottleneckSpec:
 DeltaSpec = (
     LoraSpec
     | Ia3Spec
-    | VectorsSpec
+    | BiasNormSpec
     | PromptSpec
     | PrefixSpec
     | BottleneckSpec
     | LowRankSpec
-    | BitsSpec
+    | BitDeltaSpec
 )
 _KINDS: dict[str, Any] = {cls.kind: cls for cls in typing.get_args(DeltaSpec)}
 
 
 def delta_to_json(spec: DeltaSpec) -> dict[str, Any]:
     """Plain JSON of a delta's spec; see `spec.spec_to_json`."""
-    if isinstance(spec, (LowRankSpec, BitsSpec)):
+    if isinstance(spec, (LowRankSpec, BitDeltaSpec)):
         return compressed_to_json(spec)
     if isinstance(spec, LoraSpec):
         targets = {n: fields_to_json(t) for n, t in sorted(spec.targets.items())}
@@ -243,7 +243,7 @@ def delta_from_json(data: Mapping[str, Any]) -> DeltaSpec:
     if kind not in _KINDS:
         raise SpecError(f"delta kind {kind!r} is not known; known: {', '.join(_KINDS)}")
     try:
-        if kind in (LowRankSpec.kind, BitsSpec.kind):
+        if kind in (LowRankSpec.kind, BitDeltaSpec.kind):
             return compressed_from_json(data)
         if kind == LoraSpec.kind:
             return LoraSpec(targets={n: LoraTarget(**t) for n, t in fields["targets"].items()})

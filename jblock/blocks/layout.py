@@ -69,7 +69,7 @@ def compute_shapes(spec: ComponentSpec) -> dict[str, tuple[int, ...]]:
                 count = () if tensor == ORDER else (_count(rows, shape[0]),)
                 shapes[f"{part}.{tensor}"] = (*count, columns)
         elif is_projection(spec, name):
-            out, inner = shape[::-1] if getattr(spec, "in_out", False) else shape
+            out, inner = shape[::-1] if getattr(spec, "transposed", False) else shape
             for part, rows in parts(spec, projection).items():
                 shapes[f"{part}.weight"] = (_count(rows, out), inner)
         elif projection in fused(spec):
@@ -89,7 +89,7 @@ def to_compute(spec: ComponentSpec, tensors: Mapping[str, np.ndarray]) -> dict[s
             for part, rows in parts(spec, projection).items():
                 out[f"{part}.{tensor}"] = value if tensor == ORDER else value[rows]
         elif is_projection(spec, name):
-            matrix = value.T if getattr(spec, "in_out", False) else value
+            matrix = value.T if getattr(spec, "transposed", False) else value
             for part, rows in parts(spec, projection).items():
                 out[f"{part}.weight"] = matrix[rows]
         elif projection in fused(spec):

@@ -9,7 +9,7 @@ Every sequence names a slot; slot 0 has no delta. Four kinds of tables belong to
 * vectors, `[slots, width]`, NaN where a slot has none of its own: "q.bias" and "norm.weight" stand for
   the component's own, "q.scale" and "q.in_scale" for 1, "bottleneck.sum.relu.b_bias" for 0;
 * codes of few bits, uint8 [slots, out, m] ("q.bits2.codes"), and their scales, float32 [slots, out, groups]
-  ("q.bits2.scales"), as BitsSpec describes them; scales of 0 where a slot has none;
+  ("q.bits2.scales"), as BitDeltaSpec describes them; scales of 0 where a slot has none;
 * `virtual`, int32 [slots]: how many virtual tokens a slot's sequences begin with.
 
 So rows of every kind of delta, and of none, go through one matmul of the shared weight. What a row

@@ -18,6 +18,8 @@ from jblock.blocks.rope_spec import RopeSpec, SpecError
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 NORMS = ("rms", "rms_plus_one", "layer")
+# The name that stored specs, and so the ids of components, have for it.
+_STORED_TRANSPOSED = {"stored_as": "in_out"}
 QKV_LAYOUTS = ("apart", "joined", "by_head")
 
 
@@ -86,7 +88,7 @@ class AttentionSpec:
       softcap: scores become softcap * tanh(scores / softcap) (Gemma 2); None leaves them.
       qkv: how the checkpoint lays q, k and v out: "apart"; "joined" as one projection "qkv", q's rows
         first, then k's, then v's (Phi-3); "by_head" as one, for each head its q, k and v (GPT-NeoX).
-      in_out: projections are stored [in, out] (GPT-2's Conv1D) instead of [out, in].
+      transposed: projections are stored [in, out] (GPT-2's Conv1D) instead of [out, in].
       parallel: the ffn behind it reads what this one read, not what it wrote (GPT-NeoX).
       quant: how the projections are quantised; None: they are as the checkpoint had them.
     """
@@ -109,7 +111,7 @@ class AttentionSpec:
     scale: float | None = None
     softcap: float | None = None
     qkv: str = "apart"
-    in_out: bool = False
+    transposed: bool = dataclasses.field(default=False, metadata=_STORED_TRANSPOSED)
     parallel: bool = False
     quant: QuantSpec | None = None
 
@@ -142,8 +144,8 @@ class AttentionSpec:
         d, widths = self.hidden_size, self.widths
         outs = widths if self.qkv == "apart" else {"qkv": sum(widths.values())}
         shapes = norm_tensors(self.norm, "norm.", d) if self.pre_norm else {}
-        shapes |= {f"{p}.weight": _matrix(out, d, self.in_out) for p, out in outs.items()}
-        shapes["o.weight"] = _matrix(d, widths["q"], self.in_out)
+        shapes |= {f"{p}.weight": _matrix(out, d, self.transposed) for p, out in outs.items()}
+        shapes["o.weight"] = _matrix(d, widths["q"], self.transposed)
         if self.qkv_bias:
             shapes |= {f"{p}.bias": (out,) for p, out in outs.items()}
         if self.o_bias:
@@ -170,7 +172,7 @@ class FfnSpec:
       gated: without a gate it is `down(act(up(n(x))))`.
       bias: biases on every projection.
       joined: the checkpoint has gate and up as one projection "gate_up", gate's rows first (Phi-3).
-      in_out: projections are stored [in, out] (GPT-2's Conv1D) instead of [out, in].
+      transposed: projections are stored [in, out] (GPT-2's Conv1D) instead of [out, in].
       quant: how the projections are quantised; None: they are as the checkpoint had them.
     """
 
@@ -185,7 +187,7 @@ class FfnSpec:
     gated: bool = True
     bias: bool = False
     joined: bool = False
-    in_out: bool = False
+    transposed: bool = dataclasses.field(default=False, metadata=_STORED_TRANSPOSED)
     quant: QuantSpec | None = None
 
     def __post_init__(self):
@@ -199,8 +201,8 @@ class FfnSpec:
         if self.joined:
             outs = {"gate_up": sum(outs.values())}
         shapes = norm_tensors(self.norm, "norm.", d) if self.pre_norm else {}
-        shapes |= {f"{p}.weight": _matrix(out, d, self.in_out) for p, out in outs.items()}
-        shapes["down.weight"] = _matrix(d, f, self.in_out)
+        shapes |= {f"{p}.weight": _matrix(out, d, self.transposed) for p, out in outs.items()}
+        shapes["down.weight"] = _matrix(d, f, self.transposed)
         if self.bias:
             shapes |= {f"{p}.bias": (out,) for p, out in outs.items()} | {"down.bias": (d,)}
         shapes |= norm_tensors(self.norm, "post_norm.", d) if self.post_norm else {}
@@ -402,7 +404,7 @@ def projection_shape(spec: ComponentSpec, name: str) -> tuple[int, int]:
     shape = unquantised(spec).tensors().get(f"{name}.weight", ())
     if spec.kind not in LAYER_KINDS or len(shape) != 2:
         raise SpecError(f"{name!r} is not a projection of a {spec.kind} component")
-    out, inner = shape[::-1] if getattr(spec, "in_out", False) else shape
+    out, inner = shape[::-1] if getattr(spec, "transposed", False) else shape
     return out, inner
 
 
@@ -434,12 +436,12 @@ def _quantised(
 
 
 def _check_quant(spec: "AttentionSpec | FfnSpec") -> None:
-    if spec.quant is not None and spec.in_out:
-        raise SpecError("quantised projections are [out, in]: in_out has to be false")
+    if spec.quant is not None and spec.transposed:
+        raise SpecError("quantised projections are [out, in]: transposed has to be false")
 
 
-def _matrix(out: int, inner: int, in_out: bool) -> tuple[int, int]:
-    return (inner, out) if in_out else (out, inner)
+def _matrix(out: int, inner: int, transposed: bool) -> tuple[int, int]:
+    return (inner, out) if transposed else (out, inner)
 
 
 def _check_activation(activation: str) -> None:
@@ -460,7 +462,8 @@ def fields_to_json(value: Any) -> dict[str, Any]:
         item = getattr(value, field.name)
         if field.default is not dataclasses.MISSING and item == field.default:
             continue
-        out[field.name] = fields_to_json(item) if dataclasses.is_dataclass(item) else item
+        stored = field.metadata.get("stored_as", field.name)
+        out[stored] = fields_to_json(item) if dataclasses.is_dataclass(item) else item
     return out
 
 
@@ -482,6 +485,8 @@ def spec_from_json(data: dict[str, Any]) -> ComponentSpec:
             fields["rope"] = RopeSpec(**rope)
         if fields.get("quant") is not None:
             fields["quant"] = QuantSpec(**fields["quant"])
+        if kind in (AttentionSpec.kind, FfnSpec.kind) and "in_out" in fields:
+            fields["transposed"] = fields.pop("in_out")
         return _KINDS[kind](**fields)
     except (TypeError, KeyError, AttributeError) as e:
         raise SpecError(f"spec of kind {kind!r} has missing or unknown fields: {e}") from e

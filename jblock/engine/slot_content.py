@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from jblock.blocks import compress, layout
-from jblock.blocks.compressed_spec import TABLE_GROUP, BitsSpec, BitsTarget, LowRankSpec
+from jblock.blocks.compressed_spec import TABLE_GROUP, BitDeltaSpec, BitsTarget, LowRankSpec
 from jblock.blocks.delta_spec import (
+    BiasNormSpec,
     BottleneckSpec,
     DeltaSpec,
     Ia3Spec,
@@ -23,7 +24,6 @@ from jblock.blocks.delta_spec import (
     LoraTarget,
     PrefixSpec,
     PromptSpec,
-    VectorsSpec,
 )
 from jblock.blocks.slots import PIECE_RANK
 from jblock.blocks.spec import ComponentSpec, unquantised
@@ -82,7 +82,7 @@ def targets(spec: ComponentSpec, deltas: Sequence[DeltaSpec]) -> frozenset[str]:
         elif isinstance(delta, LowRankSpec):
             for name in delta.targets:
                 add(name)
-        elif isinstance(delta, BitsSpec):
+        elif isinstance(delta, BitDeltaSpec):
             for name, codes in delta.targets.items():
                 add(name, f".bits{codes.bits}")
         elif isinstance(delta, Ia3Spec):
@@ -93,7 +93,7 @@ def targets(spec: ComponentSpec, deltas: Sequence[DeltaSpec]) -> frozenset[str]:
                     add(name, ".bias")  # which is scaled too
             for name in delta.inputs:
                 add(name, ".in_scale")
-        elif isinstance(delta, VectorsSpec):
+        elif isinstance(delta, BiasNormSpec):
             for name in delta.names:
                 projection, _, tensor = name.rpartition(".")
                 if projection:
@@ -207,7 +207,7 @@ class _Projection:
             weight = self._read_base("weight")
             return weight.T if self._spec.kind == "embedding" else weight
         weight = self._read_base(f"{self.name}.weight")
-        return weight.T if getattr(self._spec, "in_out", False) else weight
+        return weight.T if getattr(self._spec, "transposed", False) else weight
 
     def _effective(self, weight: np.ndarray, part: slice) -> np.ndarray:
         """Rows of the weight, with what earlier deltas made of them."""
@@ -238,7 +238,7 @@ class _Composition:
         elif isinstance(delta, LowRankSpec):
             for name in delta.targets:
                 self._projection(name).add_lora(*compress.low_rank_factors(tensors, name))
-        elif isinstance(delta, BitsSpec):
+        elif isinstance(delta, BitDeltaSpec):
             for name, codes in delta.targets.items():
                 self._projection(name).add_bits(
                     tensors[f"{name}.codes"], tensors[f"{name}.scales"], codes
@@ -256,7 +256,7 @@ class _Composition:
                 )
                 before = projection.in_scale
                 projection.in_scale = scale if before is None else before * scale
-        elif isinstance(delta, VectorsSpec):
+        elif isinstance(delta, BiasNormSpec):
             for name in delta.names:
                 stem, _, tensor = name.rpartition(".")
                 if tensor == "bias" and f"{stem}.weight" in self._matrices:

@@ -43,13 +43,13 @@ class PlannedStep:
       tensors: tensor name in the component -> name in the checkpoint. A name that an earlier step
         has taken already is tied: stored as a reference.
       layer: index of the layer it belongs to, None outside the layers.
-      joined: it runs with the step before it, never apart.
+      fused_with_previous: it runs with the step before it, never apart.
     """
 
     spec: ComponentSpec
     tensors: dict[str, str]
     layer: int | None = None
-    joined: bool = False
+    fused_with_previous: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -244,7 +244,7 @@ class Family:
         spec: ComponentSpec,
         layer: int | None = None,
         *,
-        joined: bool = False,
+        fused_with_previous: bool = False,
         names: str = "",
         expert: int = 0,
     ) -> PlannedStep:
@@ -252,7 +252,9 @@ class Family:
         for name in spec.tensors():
             module, _, tensor = name.rpartition(".")
             tensors[name] = f"{modules[module].format(i=layer, e=expert)}.{tensor}"
-        return PlannedStep(spec=spec, tensors=tensors, layer=layer, joined=joined)
+        return PlannedStep(
+            spec=spec, tensors=tensors, layer=layer, fused_with_previous=fused_with_previous
+        )
 
     def _eps(self, config: Config) -> float:
         return cfg.number(config, self.field("rms_norm_eps"), self.eps)
@@ -283,7 +285,7 @@ class Family:
             **{**self.attention, **self.attention_options(config, i)},
         )
 
-    def _feed_forward(self, config: Config, i: int, joined: bool) -> list[PlannedStep]:
+    def _feed_forward(self, config: Config, i: int, fused_with_previous: bool) -> list[PlannedStep]:
         hidden, eps = cfg.integer(config, self.field("hidden_size")), self._eps(config)
         activation = cfg.one_of(config, self.field("hidden_act"), ACTIVATIONS, self.activation)
         mixture = self.mixture(config, i)
@@ -297,7 +299,7 @@ class Family:
                 norm=self.norm,
                 **self.ffn,
             )
-            return [self._step(ffn, i, joined=joined)]
+            return [self._step(ffn, i, fused_with_previous=fused_with_previous)]
         router = RouterSpec(
             hidden_size=hidden,
             num_experts=mixture.num_experts,
@@ -311,9 +313,12 @@ class Family:
             intermediate_size=mixture.intermediate_size,
             activation=activation,
         )
-        steps = [self._step(router, i, joined=joined)]
-        steps += [self._step(expert, i, joined=True, expert=e) for e in range(mixture.num_experts)]
+        steps = [self._step(router, i, fused_with_previous=fused_with_previous)]
+        steps += [
+            self._step(expert, i, fused_with_previous=True, expert=e)
+            for e in range(mixture.num_experts)
+        ]
         if mixture.shared_size:
             shared = dataclasses.replace(expert, intermediate_size=mixture.shared_size)
-            steps.append(self._step(shared, i, joined=True, names="shared_expert"))
+            steps.append(self._step(shared, i, fused_with_previous=True, names="shared_expert"))
         return steps

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jblock.blocks.compressed_spec import BitsSpec, LowRankSpec
+from jblock.blocks.compressed_spec import BitDeltaSpec, LowRankSpec
 from jblock.blocks.delta_spec import DeltaSpec, delta_from_json, delta_to_json
 from jblock.blocks.spec import (
     ComponentSpec,
@@ -120,7 +120,7 @@ def check_dtypes(spec: ComponentSpec | DeltaSpec, tensors: Mapping[str, TensorRe
       ZooError: a tensor of a dtype that its spec does not take.
     """
     for name, tensor in tensors.items():
-        if isinstance(spec, (LowRankSpec, BitsSpec)):
+        if isinstance(spec, (LowRankSpec, BitDeltaSpec)):
             wanted: str | None = spec.dtype(name)
         else:
             wanted = stored_dtype(spec, name)

@@ -5,6 +5,7 @@ from collections import defaultdict
 from typing import Any
 
 from jblock.zoo import edges
+from jblock.zoo.acceptance import AcceptancePolicy, violations
 from jblock.zoo.codec import component_header, delta_header
 from jblock.zoo.records import Chain, TensorRecord
 from jblock.zoo.store import Zoo
@@ -53,7 +54,7 @@ def inventory(zoo: Zoo, name: str | None = None) -> dict[str, Any]:
     }
 
 
-def edge_inventory(zoo: Zoo, accepted: edges.Accepted) -> dict[str, Any]:
+def edge_inventory(zoo: Zoo, accepted: AcceptancePolicy) -> dict[str, Any]:
     """Plain data about all edges, and which of them may be used.
 
     Returns:
@@ -65,7 +66,7 @@ def edge_inventory(zoo: Zoo, accepted: edges.Accepted) -> dict[str, Any]:
     """
     rows = []
     for edge in edges.edges(zoo):
-        reasons = edges.reasons_against(edge, accepted)
+        reasons = violations(edge, accepted)
         row = {"id": edge.id, "policy": edge.policy, **edge.to_json()}
         rows.append(row | {"usable": not reasons, "reasons": reasons})
     return {"zoo": str(zoo.path), "edges": rows, "usable": sum(r["usable"] for r in rows)}

@@ -182,7 +182,7 @@ def to_json(cut: Mapping[str, tuple[Block, ...]]) -> dict[str, Any]:
 def _layers(chain: Chain) -> list[Joined]:
     parts: list[Joined] = []
     for step in chain.steps[1:-2]:
-        if step.joined and parts:
+        if step.fused_with_previous and parts:
             parts[-1] += (step.component,)
         else:
             parts.append((step.component,))

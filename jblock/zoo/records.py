@@ -9,8 +9,8 @@ from jblock.blocks.delta_spec import DeltaSpec
 from jblock.blocks.spec import ComponentSpec
 
 POLICIES = ("exact", "near", "adaptive")
-"""What a chain promises: identical components only; stand-ins measured to be nearly equal, or lossy codecs;
-stand-ins with a measured cost. Each takes in those before it."""
+"""What a chain promises: identical components only; substitutes measured to be nearly equal, or lossy codecs;
+substitutes with a measured cost. Each takes in those before it."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 
@@ -19,7 +19,7 @@ class ZooError(ValueError):
     """What the zoo refuses: says what was given, what was expected and what to do."""
 
 
-class GoneError(ZooError):
+class NotFoundError(ZooError):
     """Something named by its id is not in the zoo: never added, or removed in the meantime."""
 
 
@@ -65,13 +65,30 @@ class DeltaRecord:
 class Step:
     """One step of a chain: a component id and the ordered delta ids that ride on it.
 
-    `joined` steps run together with the one before and are never served apart from it: an expert with
-    its router, a parallel ffn with its attention.
+    Steps `fused_with_previous` run together with the one before and are never served apart from it: an
+    expert with its router, a parallel ffn with its attention.
     """
 
     component: str
     deltas: tuple[str, ...] = ()
-    joined: bool = False
+    fused_with_previous: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON of the step. Records have always called the last field "joined"."""
+        return {
+            "component": self.component,
+            "deltas": list(self.deltas),
+            "joined": self.fused_with_previous,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Step":
+        """Inverse of `to_json`; KeyError or TypeError where it is not one."""
+        return cls(
+            component=data["component"],
+            deltas=tuple(data["deltas"]),
+            fused_with_previous=data.get("joined", False) is True,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,7 +159,7 @@ class Chain:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON of the chain."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"steps": [step.to_json() for step in self.steps]}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Chain":
@@ -153,14 +170,7 @@ class Chain:
         """
         fields = dict(data)
         try:
-            fields["steps"] = tuple(
-                Step(
-                    component=s["component"],
-                    deltas=tuple(s["deltas"]),
-                    joined=s.get("joined", False) is True,
-                )
-                for s in fields["steps"]
-            )
+            fields["steps"] = tuple(Step.from_json(s) for s in fields["steps"])
             fields["eos_token_ids"] = tuple(fields.get("eos_token_ids", ()))
             chain = cls(**fields)
         except (TypeError, KeyError) as e:

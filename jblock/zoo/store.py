@@ -7,7 +7,7 @@
     sources/<id>/                   small files of a checkpoint as they were, for export
     chains/<name>/<version>.json    immutable; chains/<name>/current holds the live version
     partition/current.json          blocks of the live chains; derived, replaceable
-    edges/<id>.json                 what was measured of stand-ins (edges.py); immutable
+    edges/<id>.json                 what was measured of substitutes (edges.py); immutable
     tmp/                            leases, each the scratch folder of a process at work
     locks/                          whose turn it is to publish or remove
     unfinished/                     what interrupted conversions had finished
@@ -28,13 +28,13 @@ import numpy as np
 
 from jblock.blocks.delta_spec import DeltaSpec
 from jblock.blocks.spec import ComponentSpec, canonical_json
-from jblock.zoo import codec, disk, ids, lease, params, partition, profiles
+from jblock.zoo import codec, disk, ids, latency_profiles, lease, params, partition
 from jblock.zoo.journal import Journal
 from jblock.zoo.records import (
     Chain,
     ComponentRecord,
     DeltaRecord,
-    GoneError,
+    NotFoundError,
     TensorRecord,
     ZooError,
     check_name,
@@ -211,7 +211,7 @@ class Zoo:
                     writer = Writer(self, scratch, journal)
                     yield writer
                     writer.commit()
-            except GoneError:
+            except NotFoundError:
                 raise  # the same work again adds what is missing
             except Exception:
                 if writer is not None:
@@ -271,7 +271,7 @@ class Zoo:
         The version is a new one, unless the zoo has an equal version already: that one goes live.
 
         Raises:
-          GoneError: the chain names something the zoo does not hold (any more).
+          NotFoundError: the chain names something the zoo does not hold (any more).
           ZooError: what it names does not fit, or the disk is full.
         """
         self.check_chain(chain)
@@ -279,7 +279,7 @@ class Zoo:
             self.check_chain(chain)  # again: nothing is removed from here on
             base, _, number = (chain.base or "").rpartition("@")
             if base and int(number) not in self.versions(base):
-                raise GoneError(f"{self.path} has no model {chain.base}: it was removed")
+                raise NotFoundError(f"{self.path} has no model {chain.base}: it was removed")
             folder = self._inside(self.path / "chains" / chain.name)
             folder.mkdir(exist_ok=True)
             disk.fsync_path(folder.parent)
@@ -325,12 +325,12 @@ class Zoo:
         """One version of a model, by default the live one.
 
         Raises:
-          GoneError: no such model or version (the known ones are named).
+          NotFoundError: no such model or version (the known ones are named).
           ZooError: a damaged record.
         """
         folder = self._inside(self.path / "chains" / check_name(name))
         if version is None:
-            with contextlib.suppress(GoneError):
+            with contextlib.suppress(NotFoundError):
                 version = self.current(name)
         path = folder / f"{version}.json"
         # Another process may remove it at any moment.
@@ -340,7 +340,7 @@ class Zoo:
             if path.exists():
                 raise
             what, known = name if version is None else f"{name}@{version}", self.chains()
-            raise GoneError(
+            raise NotFoundError(
                 f"no model {what!r} in {self.path}; known: {', '.join(known) or 'none'}"
             ) from None
         if (chain.name, chain.version) != (name, version):
@@ -351,14 +351,14 @@ class Zoo:
         """The live version of a model.
 
         Raises:
-          GoneError: there is none.
+          NotFoundError: there is none.
           ZooError: its record is damaged.
         """
         path = self._inside(self.path / "chains" / check_name(name) / "current")
         try:
             return int(path.read_bytes().decode())
         except FileNotFoundError as e:
-            raise GoneError(
+            raise NotFoundError(
                 f"{self.path} has no model {name}: it was removed or never added"
             ) from e
         except (OSError, ValueError) as e:
@@ -374,7 +374,9 @@ class Zoo:
         """
         path = self._inside(self.path / kind / codec.check_id(id))
         if not path.is_dir():
-            raise GoneError(f"{self.path} has no {kind[:-1]} {id}: it was removed or never added")
+            raise NotFoundError(
+                f"{self.path} has no {kind[:-1]} {id}: it was removed or never added"
+            )
         return path
 
     @contextmanager
@@ -382,19 +384,19 @@ class Zoo:
         """The folder of something of a kind for as long as files in it are read.
 
         Raises:
-          GoneError: the zoo does not hold it, or another process removed it meanwhile.
+          NotFoundError: the zoo does not hold it, or another process removed it meanwhile.
           ZooError, OSError: what the block raises, of a folder that is still there.
         """
         folder = self.folder(kind, id)
         before = disk.identity(folder)
         try:
             yield folder
-        except GoneError:
+        except NotFoundError:
             raise
         except (ZooError, OSError) as e:
             # Removed by one rename, and perhaps added again.
             if before is None or disk.identity(folder) != before:
-                raise GoneError(
+                raise NotFoundError(
                     f"{self.path} has no {kind[:-1]} {id} any more: it was removed while it was read"
                 ) from e
             raise
@@ -449,7 +451,7 @@ class Zoo:
 
     def cut_cost(self, chains: Mapping[str, Chain]) -> partition.Cost | None:
         """What cuts cost on this machine, if it was measured here (`jblock-convert profile`)."""
-        measured = profiles.read(self.path / "profiles", profiles.target())
+        measured = latency_profiles.read(self.path / "profiles", latency_profiles.target())
         if measured is None:
             return None
         ids_ = {s.component for c in chains.values() for s in c.steps}

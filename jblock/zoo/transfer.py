@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from jblock.zoo import edges
-from jblock.zoo.records import Chain, GoneError, ZooError
+from jblock.zoo.records import Chain, NotFoundError, ZooError
 from jblock.zoo.store import Zoo
 from jblock.zoo.writer import Writer
 
@@ -70,7 +70,7 @@ def copy_edges(source: Zoo, target: Zoo) -> int:
             if edge.chain is not None:
                 edge = dataclasses.replace(edge, chain=_version_there(source, target, edge.chain))
             edges.check_edge(target, edge)
-        except GoneError:
+        except NotFoundError:
             continue  # it may come with another model
         if edge.id not in there:
             found.append(edge)
@@ -86,7 +86,7 @@ def _version_there(source: Zoo, target: Zoo, name_at: str) -> str:
     for number in reversed(target.versions(name)):
         if target.chain(name, number).steps == steps:
             return f"{name}@{number}"
-    raise GoneError(f"{target.path} has no model {name_at}")
+    raise NotFoundError(f"{target.path} has no model {name_at}")
 
 
 def check_same(wanted: str, found: str) -> None:

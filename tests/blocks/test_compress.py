@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from jblock.blocks import compress
 from jblock.blocks.compressed_spec import (
     BITS,
-    BitsSpec,
+    BitDeltaSpec,
     BitsTarget,
     LowRankSpec,
     compressed_from_json,
@@ -95,7 +95,7 @@ def test_low_rank_is_near_the_best_there_is():
 def test_specs_say_what_is_stored():
     low = LowRankSpec(targets={"up": 4, "down": 2})
     assert low.tensors(EXPERT)["down.b"] == (32, 2)
-    bits = BitsSpec(targets={"up": BitsTarget(bits=2, group=64), "down": BitsTarget(bits=1)})
+    bits = BitDeltaSpec(targets={"up": BitsTarget(bits=2, group=64), "down": BitsTarget(bits=1)})
     assert bits.tensors(EXPERT) == {
         "up.codes": (48, 8),
         "up.scales": (48, 1),
@@ -110,4 +110,4 @@ def test_specs_say_what_is_stored():
         compressed_from_json({"kind": "low_rank", "targets": {"up": 0}})
     odd = ExpertSpec(hidden_size=12, intermediate_size=48)
     with pytest.raises(SpecError, match="12 inputs: 1 bits of each do not fill bytes"):
-        BitsSpec(targets={"up": BitsTarget(bits=1)}).tensors(odd)
+        BitDeltaSpec(targets={"up": BitsTarget(bits=1)}).tensors(odd)

@@ -8,7 +8,8 @@ import pytest
 import tiny_checkpoints as tiny
 from jax.experimental.compilation_cache import compilation_cache
 
-from jblock.zoo import edges, forward, surrogates, training
+from jblock.adapt import forward, surrogates, training, training_state
+from jblock.zoo import edges
 from jblock.zoo.fsck import fsck
 from jblock.zoo.store import Zoo
 
@@ -106,22 +107,24 @@ def test_one_stitch_joins_at_two_depths_and_a_kill_changes_nothing(pair, words, 
     for name in ("j-1-1", "j-2-1"):
         pair.ok("rm", name)
     pair.ok("gc", "--delete")
-    write, kept = training._write, []
+    write, kept = training_state.write, []
 
-    def write_then_die(zoo, path, done, state):
-        write(zoo, path, done, state)
+    def write_then_die(work, done, arrays):
+        write(work, done, arrays)
         kept.append(done)
         if len(kept) == 3:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "_SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(training, "_write", write_then_die)
+    monkeypatch.setattr(training_state, "write", write_then_die)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(pair.zoo.parent / "cache"))
+    states = pair.zoo.parent / "cache/jblock/training"
     assert pair(*command).code == 130
-    assert len(list((pair.zoo / "unfinished").glob("*.npz"))) == 1
+    assert len(list(states.glob("*.npz"))) == 1
     again = json.loads(pair.ok(*command))
     assert kept == [1, 2, 3, 4, 5, 6]  # went on where it was
     assert again["stitch"] == straight["stitch"]
-    assert not list((pair.zoo / "unfinished").glob("*.npz"))
+    assert not list(states.glob("*.npz"))
 
 
 def test_between_layers_of_one_model_least_squares_leave_nearly_nothing_to_train(cli, words):
@@ -150,7 +153,7 @@ def test_a_surrogate_is_smaller_and_nearer_than_what_was_only_pruned(pair, words
     assert fsck(zoo) == []
 
 
-def test_equal_directions_of_other_length_are_no_stand_ins(cli, words):
+def test_equal_directions_of_other_length_are_no_substitutes(cli, words):
     """Cosine 1 twice over: the one changes nothing that comes out, the other nearly all."""
     base = scaled(tiny.CONFIG)
     same, longer = dict(base), dict(base)

@@ -32,7 +32,7 @@ def test_a_quantized_copy_is_a_model_with_edges_to_its_original(filled):
         if b.component != s.component
     }
     found = edges.edges(zoo)
-    assert {(e.original[0].component, e.stand_in[0].component) for e in found} == changed
+    assert {(e.original[0].component, e.substitute[0].component) for e in found} == changed
     assert len(changed) == 2 * tiny.LAYERS
     for edge in found:
         assert edge.policy == "near" and 0.02 < edge.scores["parameter_error"].value < 0.15
@@ -130,7 +130,7 @@ def test_a_fine_tune_becomes_deltas_on_its_base(tuned, tmp_path):
     found = edges.edges(zoo)
     own = [s.component for s in zoo.chain("tuned").steps[3:5]]
     assert {e.original[0].component for e in found} == set(own)
-    assert {e.stand_in[0].deltas for e in found} == {s.deltas for s in small.steps[3:5]}
+    assert {e.substitute[0].deltas for e in found} == {s.deltas for s in small.steps[3:5]}
     assert json.loads(tuned.ok(*argv))["version"] == 1
     assert fsck(zoo) == [] and json.loads(tuned.ok("gc", "--json"))["garbage"] == []
     result = tuned("export", "tuned-small", "--out", tmp_path / "out")

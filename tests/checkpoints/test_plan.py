@@ -8,7 +8,7 @@ from tiny_checkpoints import CONFIG
 
 from jblock.engine.config import EngineConfig
 from jblock.engine.wiring import assemble
-from jblock.zoo import profiles
+from jblock.zoo import latency_profiles
 from jblock.zoo.store import Zoo
 
 
@@ -77,7 +77,7 @@ def test_an_adapter_cuts_nothing(cli, tmp_path):
 
 def test_a_measured_cost_decides_the_cuts(cli, tmp_path, tuned):
     cli.ok("hf", tiny.write_checkpoint(tmp_path / "base"), "--name", "base")
-    folder = cli.zoo / "profiles" / profiles.target()
+    folder = cli.zoo / "profiles" / latency_profiles.target()
     folder.mkdir(parents=True)
     measured = {"hop_seconds": 1e-3, "bytes_per_second": 1e9, "signatures": []}
     (folder / "profile.json").write_text(json.dumps(measured))

@@ -4,7 +4,7 @@ import json
 
 import tiny_checkpoints as tiny
 
-from jblock.zoo import profiles
+from jblock.zoo import latency_profiles
 from jblock.zoo.fsck import fsck
 from jblock.zoo.store import Zoo
 
@@ -29,5 +29,5 @@ def test_profile(cli, tmp_path):
         data["hop_seconds"],
         data["bytes_per_second"],
     )
-    assert data["target"] == profiles.target()
+    assert data["target"] == latency_profiles.target()
     assert fsck(zoo) == []

@@ -10,6 +10,7 @@ from tiny_checkpoints import CONFIG
 
 from checkpoints import main
 from jblock.zoo import edges, writer
+from jblock.zoo.edge_records import Edge, Probe, Score
 from jblock.zoo.fsck import fsck
 from jblock.zoo.store import Zoo
 
@@ -175,13 +176,13 @@ def test_json_from_every_command(filled, tmp_path):
 def test_edges_are_listed_with_what_speaks_against_them_and_removed(filled):
     zoo = Zoo.open(filled.zoo)
     base, tuned = (zoo.chain(n).steps[4:5] for n in ("base", "tuned"))
-    edge = edges.Edge(
+    edge = Edge(
         kind="equivalent",
         original=tuned,
-        stand_in=base,
-        scores={"top1_agreement": edges.Score(value=0.98, low=0.97, high=0.99, count=100)},
+        substitute=base,
+        scores={"top1_agreement": Score(value=0.98, low=0.97, high=0.99, count=100)},
         chain="tuned@1",
-        probe=edges.Probe(name="text", digest="0" * 64, tokens=100),
+        probe=Probe(name="text", digest="0" * 64, tokens=100),
     )
     edges.put_edges(zoo, edge)
     assert "0 of 1 edges usable" in filled.ok("list", "--edges")

@@ -12,9 +12,9 @@ from harness import FIXTURES, Agent, oracle, request
 
 from checkpoints import hf, peft
 from checkpoints.progress import Progress
+from jblock.adapt import forward
+from jblock.adapt.compression import compress_chain
 from jblock.engine.config import EngineConfig
-from jblock.zoo import forward
-from jblock.zoo.compressed import compress_chain
 from jblock.zoo.store import Zoo
 
 TOLERANCE = 1e-4

@@ -11,12 +11,12 @@ from harness import Agent, oracle, request
 
 from checkpoints import hf
 from checkpoints.progress import Progress
+from jblock.adapt.quantization import quantise_chain
 from jblock.blocks import layout, quantise
 from jblock.blocks.quant_spec import QuantSpec
 from jblock.blocks.spec import QUANTISABLE, unquantised
 from jblock.engine.config import EngineConfig
 from jblock.families import family_for
-from jblock.zoo.quantised import quantise_chain
 from jblock.zoo.store import Zoo
 
 TOLERANCE = 1e-4

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from harness import Agent
 
+from jblock.adapt import forward
 from jblock.blocks.rope_spec import RopeSpec
 from jblock.blocks.spec import (
     AttentionSpec,
@@ -17,7 +18,6 @@ from jblock.blocks.spec import (
     UnembeddingSpec,
 )
 from jblock.engine.config import EngineConfig
-from jblock.zoo import forward
 from jblock.zoo.records import Chain, Step
 from jblock.zoo.store import Zoo
 

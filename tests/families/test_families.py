@@ -194,7 +194,7 @@ def test_layers_of_a_mixture():
         "num_hidden_layers": 2,
     }
     steps = plan("Qwen2Moe", **change).steps[1:-2]
-    kinds = [(s.spec.kind, s.joined) for s in steps]
+    kinds = [(s.spec.kind, s.fused_with_previous) for s in steps]
     experts = [("expert", True)] * 4
     assert kinds == [
         ("attention", False),
@@ -300,7 +300,7 @@ def test_names_without_their_prefix():
 @pytest.mark.parametrize(
     "spec",
     [
-        AttentionSpec(qkv="joined", in_out=True, num_kv_heads=2, **HEADS),
+        AttentionSpec(qkv="joined", transposed=True, num_kv_heads=2, **HEADS),
         AttentionSpec(qkv="by_head", num_kv_heads=4, **HEADS),
         FfnSpec(hidden_size=12, intermediate_size=10, norm_eps=1e-5, joined=True, bias=True),
     ],
@@ -316,6 +316,6 @@ def test_fused_projections_are_cut_without_loss(spec):
     assert {n: v.shape for n, v in computed.items()} == layout.compute_shapes(spec)
     assert sorted(np.concatenate([v.ravel() for v in computed.values()])) == list(range(at))
     if isinstance(spec, AttentionSpec):
-        fused = stored["qkv.weight"].T if spec.in_out else stored["qkv.weight"]
+        fused = stored["qkv.weight"].T if spec.transposed else stored["qkv.weight"]
         first_v = 2 * 6 if spec.qkv == "by_head" else (4 + 2) * 6
         np.testing.assert_array_equal(computed["v.weight"][:6], fused[first_v : first_v + 6])

@@ -22,13 +22,13 @@ from harness import FIXTURES, Agent, base_of, collect_tokens, oracle, request  #
 
 from checkpoints import hf, peft  # noqa: E402
 from checkpoints.progress import Progress  # noqa: E402
+from jblock.adapt.quantization import quantise_chain  # noqa: E402
 from jblock.blocks.quant_spec import QuantSpec  # noqa: E402
 from jblock.engine import memory  # noqa: E402
 from jblock.engine.agent import ThreadEngine  # noqa: E402
 from jblock.engine.config import EngineConfig  # noqa: E402
 from jblock.engine.data_parallel import DataParallelEngine  # noqa: E402
 from jblock.engine.device import Device  # noqa: E402
-from jblock.zoo.quantised import quantise_chain  # noqa: E402
 from jblock.zoo.store import Zoo  # noqa: E402
 
 ADAPTER = "demo-1m-largest-lora12"

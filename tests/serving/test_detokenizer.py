@@ -54,7 +54,7 @@ def test_any_bytes_and_any_grouping_give_the_same_text(family, raw, cuts):
 def _byte_id(tokenizer, family, byte):
     if family == "byte_fallback":
         return tokenizer.token_to_id(f"<0x{byte:02X}>")
-    # GPT-2's printable stand-ins: bytes that print stand for themselves, the rest follow 255.
+    # GPT-2's printable substitutes: bytes that print stand for themselves, the rest follow 255.
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in plain]
     return tokenizer.token_to_id(chr(byte if byte in plain else 256 + others.index(byte)))

@@ -1,4 +1,4 @@
-"""Edges: what is measured of stand-ins is kept, checked, carried, and used only as the operator allows."""
+"""Edges: what is measured of substitutes is kept, checked, carried, and used only as the operator allows."""
 
 import dataclasses
 import json
@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jblock.zoo import edges, gc
-from jblock.zoo.edges import MEASURES, Accepted, Edge, Probe, Score, reasons_against
+from jblock.zoo.acceptance import AcceptancePolicy, violations
+from jblock.zoo.edge_records import MEASURES, Edge, Probe, Score, versions
 from jblock.zoo.fsck import fsck
-from jblock.zoo.records import Chain, GoneError, Step, ZooError
+from jblock.zoo.records import Chain, NotFoundError, Step, ZooError
 from jblock.zoo.repair import repair
 from jblock.zoo.store import Zoo
 from jblock.zoo.transfer import copy
@@ -34,7 +35,7 @@ def make(zoo, **change):
     fields = dict(
         kind="equivalent",
         original=(zoo.chain("m").steps[1],),
-        stand_in=(zoo.chain("n").steps[1],),
+        substitute=(zoo.chain("n").steps[1],),
         scores={
             "parameter_cosine": Score(value=0.999),
             "kl": Score(value=0.01, low=0.005, high=0.02, count=99),
@@ -43,7 +44,7 @@ def make(zoo, **change):
         chain="m@1",
         probe=PROBE,
         provenance={"command": "equivalence", "seed": 3},
-        versions=edges.versions(),
+        versions=versions(),
     )
     return Edge(**fields | change)
 
@@ -67,7 +68,7 @@ def test_what_is_put_comes_back_and_keeps_what_it_names(zoo):
 
 def make_side(zoo):
     (edge,) = edges.edges(zoo)
-    return [i for s in edge.stand_in for i in (s.component, *s.deltas)]
+    return [i for s in edge.substitute for i in (s.component, *s.deltas)]
 
 
 def test_measuring_again_replaces(zoo):
@@ -100,8 +101,8 @@ def probe(i):
     "change, message",
     [
         (dict(kind="same"), "kind 'same'"),
-        (dict(stand_in=()), "need a step"),
-        (dict(stand_in=(Step(component="xyz"),)), "is no id"),
+        (dict(substitute=()), "need a step"),
+        (dict(substitute=(Step(component="xyz"),)), "is no id"),
         (dict(scores={"niceness": Score(value=1.0)}), "measure 'niceness'"),
         (dict(scores={"kl": Score(value=math.nan)}), "finite"),
         (dict(scores={"kl": Score(value=1.0, low=2.0, high=3.0)}), "outside its interval"),
@@ -118,14 +119,14 @@ def test_what_says_nothing_is_refused(zoo, change, message):
 @pytest.mark.parametrize(
     "change",
     [
-        dict(stand_in=(Step(component="0" * 64),)),
-        dict(stand_in=(Step(component="0" * 64, deltas=("1" * 64,)),)),
+        dict(substitute=(Step(component="0" * 64),)),
+        dict(substitute=(Step(component="0" * 64, deltas=("1" * 64,)),)),
         dict(chain="m@2"),
         dict(chain="nobody@1"),
     ],
 )
 def test_an_edge_to_nowhere_is_refused(zoo, change):
-    with pytest.raises(GoneError):
+    with pytest.raises(NotFoundError):
         edges.put_edges(zoo, make(zoo), make(zoo, **change))
     assert edges.edges(zoo) == []
 
@@ -133,7 +134,7 @@ def test_an_edge_to_nowhere_is_refused(zoo, change):
 def test_a_delta_of_another_component_is_refused(zoo):
     mixed = Step(component=zoo.chain("m").steps[1].component, deltas=zoo.chain("n").steps[1].deltas)
     with pytest.raises(ZooError, match="another component"):
-        edges.put_edges(zoo, make(zoo, stand_in=(mixed,)))
+        edges.put_edges(zoo, make(zoo, substitute=(mixed,)))
 
 
 @pytest.mark.parametrize(
@@ -179,24 +180,24 @@ def test_copy_carries_what_fits(zoo, tmp_path):
 
 def test_nothing_is_usable_by_default_or_by_parameters_alone(zoo):
     edge = make(zoo)
-    assert reasons_against(edge, Accepted())
-    assert reasons_against(edge, Accepted(policy="adaptive"))
-    alone = Accepted(policy="near", thresholds={"parameter_cosine": 0.9})
-    assert "no threshold on outputs" in reasons_against(edge, alone)[0]
-    both = Accepted(policy="near", thresholds={"parameter_cosine": 0.9, "kl": 0.02})
-    assert reasons_against(edge, both) == []
+    assert violations(edge, AcceptancePolicy())
+    assert violations(edge, AcceptancePolicy(policy="adaptive"))
+    alone = AcceptancePolicy(policy="near", thresholds={"parameter_cosine": 0.9})
+    assert "no threshold on outputs" in violations(edge, alone)[0]
+    both = AcceptancePolicy(policy="near", thresholds={"parameter_cosine": 0.9, "kl": 0.02})
+    assert violations(edge, both) == []
     by_parameters = make(zoo, scores={"parameter_cosine": Score(value=1.0)})
-    assert reasons_against(by_parameters, both) == ["kl was not measured"]
+    assert violations(by_parameters, both) == ["kl was not measured"]
     stitch = make(zoo, kind="stitch")
-    assert "needs policy adaptive" in reasons_against(stitch, both)[0]
-    assert reasons_against(stitch, dataclasses.replace(both, policy="adaptive")) == []
+    assert "needs policy adaptive" in violations(stitch, both)[0]
+    assert violations(stitch, dataclasses.replace(both, policy="adaptive")) == []
     for bad in (
         dict(policy="most"),
         dict(thresholds={"x": 1.0}),
         dict(thresholds={"kl": math.inf}),
     ):
         with pytest.raises(ZooError):
-            Accepted(**bad)
+            AcceptancePolicy(**bad)
 
 
 @given(
@@ -211,12 +212,12 @@ def test_the_worse_end_decides(measure, value, width, bound):
     edge = Edge(
         kind="equivalent",
         original=step,
-        stand_in=step,
+        substitute=step,
         scores={measure: score},
         chain="m@1",
         probe=PROBE,
     )
-    usable = not reasons_against(edge, Accepted(policy="near", thresholds={measure: bound}))
+    usable = not violations(edge, AcceptancePolicy(policy="near", thresholds={measure: bound}))
     if MEASURES[measure].better == "higher":
         assert usable == (value - width >= bound)
     else:

@@ -9,7 +9,7 @@ import zoos
 
 from jblock.zoo import gc
 from jblock.zoo.fsck import fsck
-from jblock.zoo.records import Chain, GoneError, ZooError
+from jblock.zoo.records import Chain, NotFoundError, ZooError
 from jblock.zoo.store import Zoo
 
 
@@ -40,7 +40,7 @@ def test_a_dry_run_only_tells(zoo):
     assert sorted(zoo.path.rglob("*")) == before
     assert gc.collect(zoo, dry_run=False) == found
     assert gc.collect(zoo, dry_run=True) == []
-    with pytest.raises(GoneError):
+    with pytest.raises(NotFoundError):
         zoo.component(lost)
     assert fsck(zoo) == []
 
@@ -97,7 +97,7 @@ def test_publishing_what_is_gone_is_refused(zoo):
     chain = zoo.chain("m")
     gc.remove(zoo, "m")
     gc.collect(zoo, dry_run=False)
-    with pytest.raises(GoneError):
+    with pytest.raises(NotFoundError):
         zoo.publish(Chain.from_json(chain.to_json() | {"version": 0}))
     assert zoo.chains() == []
 

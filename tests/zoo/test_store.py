@@ -16,7 +16,7 @@ from zoos import EMBEDDING, FFN, HEAD, LORA, NORM
 from jblock.blocks.spec import NormSpec
 from jblock.zoo import ids, params
 from jblock.zoo.fsck import fsck
-from jblock.zoo.records import Chain, GoneError, Step, ZooError
+from jblock.zoo.records import Chain, NotFoundError, Step, ZooError
 from jblock.zoo.store import Zoo
 
 
@@ -160,7 +160,7 @@ def test_a_model_removed_while_it_is_read_is_gone_and_no_damage(zoo, monkeypatch
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", removed_first)
-    with pytest.raises(GoneError, match="no model 'm"):
+    with pytest.raises(NotFoundError, match="no model 'm"):
         zoo.chain("m")
 
 
@@ -184,7 +184,7 @@ def test_a_component_removed_while_it_is_read_is_gone_and_no_damage(
     monkeypatch.setattr(
         params, "_read_regular", lambda p, n: removed_first(p, lambda: read_regular(p, n))
     )
-    with pytest.raises(GoneError, match=f"no component {id_} any more: it was removed"):
+    with pytest.raises(NotFoundError, match=f"no component {id_} any more: it was removed"):
         zoo.load_component(id_)
 
 
@@ -194,7 +194,7 @@ def test_a_component_that_lacks_a_file_is_damaged(zoo):
     shutil.rmtree(zoo.folder("components", id_) / "params" / next(iter(tensors)))
     with pytest.raises(ZooError, match="the zoo is damaged") as caught:
         zoo.load_component(id_)
-    assert not isinstance(caught.value, GoneError)
+    assert not isinstance(caught.value, NotFoundError)
 
 
 def test_a_version_number_taken_by_another_writer_is_left_alone(zoo, monkeypatch):

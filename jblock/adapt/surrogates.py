@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jblock.adapt import forward, training
+from jblock.adapt.forward import Weights
+from jblock.adapt.probe import Rows
 from jblock.blocks import layout
 from jblock.blocks.spec import AttentionSpec, ComponentSpec, FfnSpec
-from jblock.zoo import forward, training
-from jblock.zoo.forward import Weights
-from jblock.zoo.probe import Rows
 from jblock.zoo.records import Chain, ZooError
 from jblock.zoo.store import Zoo
 
@@ -51,7 +51,7 @@ def smaller(specs: Sequence[ComponentSpec], keep: float) -> list[ComponentSpec]:
         for spec in attentions:
             group = spec.num_heads // spec.num_kv_heads
             heads = max(1, round(share * group)) * spec.num_kv_heads
-            found[spec] = dataclasses.replace(spec, num_heads=heads, qkv="apart", in_out=False)
+            found[spec] = dataclasses.replace(spec, num_heads=heads, qkv="apart", transposed=False)
         used = sum(_size(found[s]) for s in specs if s in found)
         one = sum(_size(_narrow(s, _MULTIPLE)) for s in ffns)
         if not ffns and used <= budget:
@@ -109,7 +109,7 @@ class Surrogate:
       specs: one a step.
       tensors: float32, one dict a step.
       params: scalars of it, and of what it stands for.
-      work: key of the training, for `training.forget`.
+      work: key of the training, for `training_state.remove`.
     """
 
     first: int
@@ -159,10 +159,10 @@ def train(
         apart = jnp.sum((got - wanted) ** 2, axis=-1) / jnp.sum(wanted**2, axis=-1)
         real = jnp.cumsum(target[:, ::-1], axis=1)[:, ::-1] > 0  # all but padding
         near = jnp.sum(jnp.where(real, apart, 0.0)) / jnp.sum(real)
-        return training.distance(teacher, logits, target) + near
+        return training.kl_divergence(teacher, logits, target) + near
 
     draw = functools.partial(training.batch, data, schedule)
-    tensors = training.fit(zoo, work, loss, start, whole.tensors, draw, schedule, on_step=on_step)
+    tensors = training.fit(work, loss, start, whole.tensors, draw, schedule, on_step=on_step)
     sizes = (Weights(specs, tensors).num_params, part.num_params)
     return Surrogate(first, specs, tensors, sizes, work)
 
@@ -178,7 +178,7 @@ def _importances(
         new = tuple({**tensors[first + i], name: matrices[i]} for i, (name, _) in enumerate(outs))
         weights = Weights(whole.specs, (*tensors[:first], *new, *tensors[last:]))
         _, logits = forward.hidden_and_logits(weights, tokens)
-        return training.next_token_nats(logits, tokens, target)
+        return training.cross_entropy(logits, tokens, target)
 
     gradient = jax.jit(jax.grad(loss))
     matrices = tuple(t[name] for t, (name, _) in zip(part.tensors, outs, strict=True))
@@ -197,11 +197,11 @@ def _importances(
 def _out(spec: ComponentSpec) -> tuple[str, bool]:
     """The matrix whose inputs are heads or channels, and whether it is stored [in, out]."""
     name = "o.weight" if isinstance(spec, AttentionSpec) else "down.weight"
-    return name, getattr(spec, "in_out", False)
+    return name, getattr(spec, "transposed", False)
 
 
 def _narrow(spec: FfnSpec, width: int) -> FfnSpec:
-    return dataclasses.replace(spec, intermediate_size=width, joined=False, in_out=False)
+    return dataclasses.replace(spec, intermediate_size=width, joined=False, transposed=False)
 
 
 def _size(spec: ComponentSpec) -> int:

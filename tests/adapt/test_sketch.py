@@ -6,9 +6,9 @@ import zoos
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jblock.adapt import metrics, sketch, substitution
 from jblock.blocks.spec import FfnSpec
-from jblock.zoo import agreement, equivalence, sketch
-from jblock.zoo.edges import Score
+from jblock.zoo.edge_records import Score
 from jblock.zoo.records import ZooError
 from jblock.zoo.store import Zoo
 
@@ -44,12 +44,12 @@ def test_the_alike_are_found_and_only_they(zoo):
     zoo, bases, tuned = zoo
     used = {i: {"a", "b"} for i in bases} | {i: {"c"} for i in tuned}
     read = []
-    found = equivalence.search(zoo, used, 0.9, read.append)
+    found = substitution.search(zoo, used, 0.9, read.append)
     assert found.components == 50 and found.alike >= 10
-    assert {c.original: c.stand_in for c in found.candidates} == tuned
+    assert {c.original: c.substitute for c in found.candidates} == tuned
     assert len(read) == 10  # compared in full: one pair each
     for candidate in found.candidates:
-        a, b = (zoo.load_component(i) for i in (candidate.original, candidate.stand_in))
+        a, b = (zoo.load_component(i) for i in (candidate.original, candidate.substitute))
         x, y = (np.concatenate([t[n].reshape(-1) for n in sorted(t)]) for t in (a, b))
         expected = x @ y / np.linalg.norm(x) / np.linalg.norm(y)
         assert candidate.cosine == pytest.approx(expected, abs=1e-5)
@@ -89,11 +89,11 @@ def test_each_is_compared_with_the_one_before_it_that_it_is_most_alike_to():
 )
 def test_a_paired_change_lies_in_its_interval_and_never_is_certain(pairs):
     before, after = (np.array(side) for side in zip(*pairs, strict=True))
-    score = agreement.paired(before, after)
+    score = metrics.paired(before, after)
     assert score.value == pytest.approx(after.mean() - before.mean())
     assert score.low is not None and score.high is not None
     assert score.low <= score.value <= score.high and score.low < score.high
-    other = agreement.paired(after, before)
+    other = metrics.paired(after, before)
     assert (other.low, other.high) == pytest.approx((-score.high, -score.low))
 
 
@@ -105,9 +105,7 @@ def test_intervals_cover():
         before = rng.random(500) < 0.9
         flips = rng.random(500) < 0.04
         after = before ^ flips
-        score = agreement.paired(before, after)
+        score = metrics.paired(before, after)
         hits += score.low <= -0.04 * 0.9 + 0.04 * 0.1 <= score.high
     assert 0.92 <= hits / 400 <= 0.98
-    assert agreement.mean_score(np.full(9, 0.5), 90) == Score(
-        value=0.5, low=0.5, high=0.5, count=90
-    )
+    assert metrics.mean_score(np.full(9, 0.5), 90) == Score(value=0.5, low=0.5, high=0.5, count=90)

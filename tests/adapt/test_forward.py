@@ -11,7 +11,7 @@ import zoos
 
 from checkpoints import hf, peft
 from checkpoints.progress import Progress
-from jblock.zoo import forward
+from jblock.adapt import forward
 from jblock.zoo.store import Zoo
 
 # Soft caps, windows and norms behind; experts, and norms of q and k.

@@ -7,21 +7,18 @@ number of the step alone, so a run that was interrupted ends with the same weigh
 import dataclasses
 import functools
 import hashlib
-import io
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jblock.adapt import training_state
+from jblock.adapt.probe import Rows
 from jblock.blocks.spec import canonical_json
-from jblock.zoo import disk, journal, lease
-from jblock.zoo.probe import Rows
 from jblock.zoo.records import ZooError
-from jblock.zoo.store import Zoo
 
 Tree = Any
 _SAVE_SECONDS = 15.0
@@ -78,7 +75,6 @@ def key(*parts: Any) -> str:
 
 
 def fit(
-    zoo: Zoo,
     work: str,
     loss: Callable[..., jax.Array],
     trained: Tree,
@@ -91,8 +87,8 @@ def fit(
     """Minimises a loss; returns the trained tensors.
 
     Args:
-      zoo: keeps the state of a run that is not done, for a day.
-      work: `key` of all that decides the result.
+      work: `key` of all that decides the result; the state of a run that is not done is kept under it
+        (training_state.py).
       loss: (form, trained, fixed, *what was drawn) -> scalar.
       trained: where they begin; float32 arrays.
       fixed: other arrays.
@@ -102,12 +98,11 @@ def fit(
       on_step: called with the number of steps done and the loss of the last.
 
     Raises:
-      ZooError: the loss is no number any more, or the zoo cannot be written.
+      ZooError: the loss is no number any more, or its state cannot be written.
     """
-    path = zoo.path / journal.FOLDER / f"{work}.npz"
     zeros = jax.tree.map(jnp.zeros_like, trained)
     state = (trained, zeros, zeros)
-    done, state = _read(path, state)
+    done, state = _resume(work, state)
     saved = time.monotonic()
     update = jax.jit(functools.partial(_update, loss, schedule.learning_rate), static_argnums=0)
     for step in range(done, schedule.steps):
@@ -118,14 +113,9 @@ def fit(
             raise ZooError(f"step {step}: the loss is {number}: give a smaller learning rate")
         on_step(step + 1, number)
         if time.monotonic() - saved > _SAVE_SECONDS:
-            _write(zoo, path, step + 1, state)
+            _save(work, step + 1, state)
             saved = time.monotonic()
     return state[0]
-
-
-def forget(zoo: Zoo, work: str) -> None:
-    """Removes the state of a piece of training: call it when what was trained is in the zoo."""
-    (zoo.path / journal.FOLDER / f"{work}.npz").unlink(missing_ok=True)
 
 
 def _update(loss, rate, form, state, fixed, drawn, scale, step):
@@ -150,37 +140,27 @@ def _rate(step: int, steps: int) -> float:
     return 0.5 * (1 + float(np.cos(np.pi * (step - warm) / max(1.0, steps - warm))))
 
 
-def _write(zoo: Zoo, path: Path, done: int, state: Tree) -> None:
-    arrays: Any = {str(i): np.asarray(a) for i, a in enumerate(jax.tree.leaves(state))}
-    buffer = io.BytesIO()
-    np.savez(buffer, done=np.int64(done), **arrays)
-    with disk.disk_errors(zoo.path), lease.lease(zoo.path / "tmp") as scratch:
-        path.parent.mkdir(exist_ok=True)
-        disk.write_atomic(path, buffer.getvalue(), scratch)
+def _save(work: str, done: int, state: Tree) -> None:
+    training_state.write(work, done, [np.asarray(a) for a in jax.tree.leaves(state)])
 
 
-def _read(path: Path, state: Tree) -> tuple[int, Tree]:
+def _resume(work: str, state: Tree) -> tuple[int, Tree]:
     """What an earlier run left; a start from step 0 where there is none or it is damaged."""
     leaves, tree = jax.tree.flatten(state)
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = [arrays[str(i)] for i in range(len(leaves))]
-            done = int(arrays["done"])
-    except (OSError, ValueError, KeyError, EOFError):
+    found = training_state.read(work, [a.shape for a in leaves])
+    if found is None:
         return 0, state
-    if any(a.shape != b.shape for a, b in zip(found, leaves, strict=True)):
-        return 0, state
-    return done, jax.tree.unflatten(tree, [jnp.asarray(a) for a in found])
+    return found[0], jax.tree.unflatten(tree, [jnp.asarray(a) for a in found[1]])
 
 
-def next_token_nats(logits: jax.Array, tokens: jax.Array, target: jax.Array) -> jax.Array:
+def cross_entropy(logits: jax.Array, tokens: jax.Array, target: jax.Array) -> jax.Array:
     """Mean cross entropy of the tokens that count. [B, T, V], [B, T], [B, T] -> []."""
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)
     counts = target[:, 1:]
     return -jnp.sum(jnp.where(counts, picked[..., 0], 0.0)) / jnp.sum(counts)
 
 
-def distance(teacher: jax.Array, logits: jax.Array, target: jax.Array) -> jax.Array:
+def kl_divergence(teacher: jax.Array, logits: jax.Array, target: jax.Array) -> jax.Array:
     """Mean KL(teacher || logits) of the next token where it counts. [B, T, V] twice, [B, T] -> []."""
     p, q = (jax.nn.log_softmax(x[:, :-1]) for x in (teacher, logits))
     each = jnp.sum(jnp.exp(p) * (p - q), axis=-1)

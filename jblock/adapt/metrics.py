@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jblock.adapt import forward
+from jblock.adapt.forward import Weights
+from jblock.adapt.probe import ProbeData, Rows
 from jblock.blocks.spec import AttentionSpec
-from jblock.zoo import forward
-from jblock.zoo.edges import Score
-from jblock.zoo.forward import Weights
-from jblock.zoo.probe import ProbeData, Rows
+from jblock.zoo.edge_records import Score
 
 _TOKENS = 4096  # put through a chain at once
 _Z = 1.959964
@@ -50,7 +50,7 @@ class Outputs:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Below:
+class PrefixActivations:
     """Hidden rows behind the first steps of a chain: what chains that differ above need not compute again.
 
     Attributes:
@@ -66,7 +66,7 @@ class Below:
     items: list[jax.Array]
 
 
-def below(weights: Weights, data: ProbeData, count: int = 1) -> Below:
+def below(weights: Weights, data: ProbeData, count: int = 1) -> PrefixActivations:
     """Runs the first `count` steps of a chain over a probe."""
     part = weights.part(0, count)
 
@@ -75,10 +75,10 @@ def below(weights: Weights, data: ProbeData, count: int = 1) -> Below:
         return [_below(part.specs, part.tensors, jnp.asarray(tokens)) for tokens, _ in batches]
 
     depth = sum(isinstance(s, AttentionSpec) for s in part.specs)
-    return Below(count, depth, run(data.text), run(data.items))
+    return PrefixActivations(count, depth, run(data.text), run(data.items))
 
 
-def outputs(weights: Weights, data: ProbeData, known: Below | None = None) -> Outputs:
+def outputs(weights: Weights, data: ProbeData, known: PrefixActivations | None = None) -> Outputs:
     """Runs a chain over a probe. Holds the text's log-probabilities: 4 bytes x tokens x vocabulary.
 
     Args:
@@ -104,11 +104,11 @@ def outputs(weights: Weights, data: ProbeData, known: Below | None = None) -> Ou
     return Outputs(hidden, log_probs, np.concatenate(nats)[: len(data.text)], every)
 
 
-def scores(original: Outputs, stand_in: Outputs) -> dict[str, Score]:
-    """The scores of outputs of an edge, see edges.MEASURES."""
+def scores(original: Outputs, substitute: Outputs) -> dict[str, Score]:
+    """The scores of outputs of an edge, see MEASURES."""
     errors, kls, same = [], [], []
     for h0, h1, p0, p1 in zip(
-        original.hidden, stand_in.hidden, original.log_probs, stand_in.log_probs, strict=True
+        original.hidden, substitute.hidden, original.log_probs, substitute.log_probs, strict=True
     ):
         error, kl, agree = _compare(h0, h1, p0, p1)
         errors.append(error)
@@ -120,17 +120,17 @@ def scores(original: Outputs, stand_in: Outputs) -> dict[str, Score]:
         "kl": mean_score(np.concatenate(kls)[:rows], positions, low=0.0),
         "top1_agreement": mean_score(np.concatenate(same)[:rows], positions, low=0.0, high=1.0),
     }
-    if original.hidden[0].shape == stand_in.hidden[0].shape:  # else they cannot be compared
+    if original.hidden[0].shape == substitute.hidden[0].shape:  # else they cannot be compared
         found["hidden_error"] = mean_score(np.concatenate(errors)[:rows], positions, low=0.0)
-    change = mean_score(stand_in.nats - original.nats, positions)
+    change = mean_score(substitute.nats - original.nats, positions)
     found["perplexity_change"] = Score(
         value=math.expm1(change.value),
         low=math.expm1(change.low or 0.0),
         high=math.expm1(change.high or 0.0),
         count=positions,
     )
-    if original.right is not None and stand_in.right is not None:
-        found["accuracy_change"] = paired(original.right, stand_in.right)
+    if original.right is not None and substitute.right is not None:
+        found["accuracy_change"] = paired(original.right, substitute.right)
     return found
 
 
@@ -145,12 +145,12 @@ def mean_score(
     )
 
 
-def paired(original: np.ndarray, stand_in: np.ndarray) -> Score:
+def paired(original: np.ndarray, substitute: np.ndarray) -> Score:
     """The change of a share of right items, both bool [items], with the interval of Agresti and Min (2005):
     half an item is added to each of the four cells, so that no disagreement seen is not taken for none."""
     n = len(original)
-    gained = int(np.sum(stand_in & ~original))
-    lost = int(np.sum(original & ~stand_in))
+    gained = int(np.sum(substitute & ~original))
+    lost = int(np.sum(original & ~substitute))
     b, c, m = gained + 0.5, lost + 0.5, n + 2
     centre = (b - c) / m
     width = _Z * math.sqrt(b + c - (b - c) ** 2 / m) / m

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jblock.blocks.spec import canonical_json
-from jblock.zoo.edges import Probe
+from jblock.zoo.edge_records import Probe
 from jblock.zoo.records import ZooError
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jblock.zoo.compressed import Option, choose
+from jblock.adapt.compression import Option, choose
 from jblock.zoo.records import ZooError
 
 options = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 1000)), min_size=1, max_size=6).map(

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jblock.adapt import forward, training
+from jblock.adapt.forward import Weights
+from jblock.adapt.probe import Rows
 from jblock.blocks.spec import AttentionSpec, StitchSpec
-from jblock.zoo import forward, training
-from jblock.zoo.forward import Weights
-from jblock.zoo.probe import Rows
 from jblock.zoo.records import Chain, Step, ZooError
 from jblock.zoo.store import Zoo
 
@@ -87,7 +87,7 @@ def train(
     What is frozen and below it runs once over the data, so a step is the stitch and the layers above.
 
     Returns:
-      Its spec, its tensors in float32, and the key of the work, for `training.forget`.
+      Its spec, its tensors in float32, and the key of the work, for `training_state.remove`.
 
     Raises:
       ZooError: models that cannot be joined so, or a loss that is no number any more.
@@ -129,11 +129,12 @@ def train(
         x = forward.run(Weights((spec,), (trained,)), x, first_layer=joins[form].lower)
         x = forward.run(high.part(cuts[form], len(above.specs) - 2), x)
         logits = forward.head(high, x)
-        nats = training.next_token_nats(logits, tokens, target)
-        return 0.5 * nats + 0.5 * training.distance(forward.head(teaches, last), logits, target)
+        nats = training.cross_entropy(logits, tokens, target)
+        return 0.5 * nats + 0.5 * training.kl_divergence(
+            forward.head(teaches, last), logits, target
+        )
 
     tensors = training.fit(
-        zoo,
         work,
         loss,
         start,

@@ -15,8 +15,8 @@ import numpy as np
 
 from jblock.blocks import compress, layout, quantise
 from jblock.blocks.attention import Attention
-from jblock.blocks.compressed_spec import BitsSpec, LowRankSpec
-from jblock.blocks.delta_spec import LoraSpec, VectorsSpec
+from jblock.blocks.compressed_spec import BitDeltaSpec, LowRankSpec
+from jblock.blocks.delta_spec import BiasNormSpec, LoraSpec
 from jblock.blocks.embedding import Embedding, Head
 from jblock.blocks.ffn import Ffn
 from jblock.blocks.moe import Mixture
@@ -90,13 +90,15 @@ def load(zoo: Zoo, steps: Sequence[Step]) -> Weights:
         record = zoo.component(step.component)
         spec = unquantised(record.spec)
         specs.append(spec)
-        key = dataclasses.replace(step, joined=False)
+        key = dataclasses.replace(step, fused_with_previous=False)
         if key not in known:
             values = _floats(record.spec, zoo.load_component(step.component))
             for id_ in step.deltas:
                 _merge(zoo, id_, spec, values)
             known[key] = {n: jnp.asarray(v) for n, v in values.items()}
-    return Weights(tuple(specs), tuple(known[dataclasses.replace(s, joined=False)] for s in steps))
+    return Weights(
+        tuple(specs), tuple(known[dataclasses.replace(s, fused_with_previous=False)] for s in steps)
+    )
 
 
 def _floats(spec: ComponentSpec, stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -113,13 +115,13 @@ def _floats(spec: ComponentSpec, stored: Mapping[str, np.ndarray]) -> dict[str, 
 
 def _merge(zoo: Zoo, id_: str, spec: ComponentSpec, values: dict[str, np.ndarray]) -> None:
     delta = zoo.delta(id_)
-    if isinstance(delta.spec, (LowRankSpec, BitsSpec)):
+    if isinstance(delta.spec, (LowRankSpec, BitDeltaSpec)):
         stored = zoo.load_delta(id_)
         for name in delta.spec.targets:
             change = compress.difference_of(delta.spec, stored, name)
-            values[f"{name}.weight"] += change.T if getattr(spec, "in_out", False) else change
+            values[f"{name}.weight"] += change.T if getattr(spec, "transposed", False) else change
         return
-    if isinstance(delta.spec, VectorsSpec):
+    if isinstance(delta.spec, BiasNormSpec):
         values |= {n: v.astype(np.float32) for n, v in zoo.load_delta(id_).items()}
         return
     lora = delta.spec
@@ -134,7 +136,7 @@ def _merge(zoo: Zoo, id_: str, spec: ComponentSpec, values: dict[str, np.ndarray
     tensors = {n: v.astype(np.float32) for n, v in zoo.load_delta(id_).items()}
     for name, target in lora.targets.items():
         change = np.float32(target.scale) * (tensors[f"{name}.b"] @ tensors[f"{name}.a"])
-        values[f"{name}.weight"] += change.T if getattr(spec, "in_out", False) else change
+        values[f"{name}.weight"] += change.T if getattr(spec, "transposed", False) else change
 
 
 def run(weights: Weights, x: jax.Array, first_layer: int = 0) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Components that may stand in for others: candidates by their parameters, then what they cost in place.
+"""Components that may replace others: candidates by their parameters, then what they cost in place.
 
 Parameters only nominate. What counts is measured end to end: the candidate in its place in the chain, on
 probe data, beside the chain as it is.
@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from jblock.zoo import agreement, forward, sketch
-from jblock.zoo.edges import Accepted, Edge, Score, reasons_against, versions
-from jblock.zoo.probe import ProbeData
+from jblock.adapt import forward, metrics, sketch
+from jblock.adapt.probe import ProbeData
+from jblock.zoo.acceptance import AcceptancePolicy, violations
+from jblock.zoo.edge_records import Edge, Score, versions
 from jblock.zoo.records import Chain, ComponentRecord, Step
 from jblock.zoo.store import Zoo
 
@@ -29,14 +30,14 @@ class Candidate:
 
     Attributes:
       original: id of the one that would be replaced.
-      stand_in: id of the one that would take its place; at least as many chains use it.
+      substitute: id of the one that would take its place; at least as many chains use it.
       nbytes: of the original.
       cosine: of all parameters as one vector.
       cosines: of each tensor.
     """
 
     original: str
-    stand_in: str
+    substitute: str
     nbytes: int
     cosine: float
     cosines: Mapping[str, float]
@@ -76,7 +77,7 @@ def search(
 
     Args:
       zoo: where they lie.
-      used: component id -> who uses it; those most used stand in for the others.
+      used: component id -> who uses it; those most used replace the others.
       least: smallest cosine of all parameters.
       on_bytes: called with the bytes of what was read.
 
@@ -101,7 +102,9 @@ def search(
         by_target: dict[int, list[int]] = defaultdict(list)
         for row, other, _ in sketch.nearest(order, pairs):
             by_target[other].append(row)
-        ahead = _Ahead(zoo, [records[i].id for o, rows in by_target.items() for i in (o, *rows)])
+        ahead = _Prefetcher(
+            zoo, [records[i].id for o, rows in by_target.items() for i in (o, *rows)]
+        )
         for other, rows in by_target.items():
             target = sketch.Reference(zoo.load_component(records[other].id))
             ahead.advance()
@@ -112,7 +115,7 @@ def search(
                     found.append(
                         Candidate(
                             original=record.id,
-                            stand_in=records[other].id,
+                            substitute=records[other].id,
                             nbytes=record.nbytes,
                             cosine=whole,
                             cosines=cosines,
@@ -128,7 +131,7 @@ def read_sketches(zoo: Zoo, records: Sequence[ComponentRecord]) -> np.ndarray:
         return np.stack(list(pool.map(lambda record: sketch.sketch(zoo, record), records)))
 
 
-class _Ahead:
+class _Prefetcher:
     """Has the kernel read components that will be loaded soon, a few before their turn."""
 
     def __init__(self, zoo: Zoo, order: Sequence[str]):
@@ -144,7 +147,7 @@ class _Ahead:
 
 
 def _compare(
-    zoo: Zoo, records: Sequence[ComponentRecord], target: sketch.Reference, ahead: _Ahead
+    zoo: Zoo, records: Sequence[ComponentRecord], target: sketch.Reference, ahead: _Prefetcher
 ) -> Iterator[tuple[ComponentRecord, dict[str, float]]]:
     """Cosines of some components with one, reading the next while one is compared."""
 
@@ -157,7 +160,7 @@ def _compare(
         yield from pool.map(one, records)
 
 
-class Bench:
+class ChainEvaluator:
     """One chain on its probe: what changes of its steps cost, end to end.
 
     Attributes:
@@ -170,8 +173,8 @@ class Bench:
         """Runs the chain as it is. Steps below `lowest` are run only here, if none of them is changed."""
         self._zoo, self.chain, self.data = zoo, chain, data
         self._weights = forward.load(zoo, chain.steps)
-        self._below = agreement.below(self._weights, data, max(1, lowest))
-        self.original = agreement.outputs(self._weights, data, self._below)
+        self._below = metrics.below(self._weights, data, max(1, lowest))
+        self.original = metrics.outputs(self._weights, data, self._below)
 
     def measure(self, change: Mapping[int, Step]) -> dict[str, Score]:
         """Scores of the chain with other steps at some places, all of them at once.
@@ -189,8 +192,8 @@ class Bench:
         cosine = Score(value=float(sums[0] / max(np.sqrt(sums[1] * sums[2]), 1e-30)))
         # A changed embedding leaves nothing to go on from.
         known = self._below if min(change) >= self._below.count else None
-        outputs = agreement.outputs(weights, self.data, known)
-        found = agreement.scores(self.original, outputs)
+        outputs = metrics.outputs(weights, self.data, known)
+        found = metrics.scores(self.original, outputs)
         return {"parameter_cosine": cosine, **found}
 
     def edge(
@@ -202,7 +205,7 @@ class Bench:
         return Edge(
             kind="equivalent",
             original=steps[first:last],
-            stand_in=tuple(change.get(i, steps[i]) for i in range(first, last)),
+            substitute=tuple(change.get(i, steps[i]) for i in range(first, last)),
             scores=scores,
             chain=f"{self.chain.name}@{self.chain.version}",
             probe=self.data.record,
@@ -215,7 +218,7 @@ def places(chain: Chain, candidates: Sequence[Candidate]) -> dict[int, Step]:
     """Step index -> what may stand there. Adapted steps stay: an adapter was trained on its own base."""
     by_original = {c.original: c for c in candidates}
     return {
-        at: dataclasses.replace(step, component=by_original[step.component].stand_in)
+        at: dataclasses.replace(step, component=by_original[step.component].substitute)
         for at, step in enumerate(chain.steps)
         if step.component in by_original and not step.deltas
     }
@@ -233,9 +236,9 @@ def runs(changes: Mapping[int, Step]) -> list[dict[int, Step]]:
 
 
 def recommend(
-    bench: Bench,
+    bench: ChainEvaluator,
     edges: Mapping[int, Edge],
-    accepted: Accepted,
+    accepted: AcceptancePolicy,
     on_done: Callable[[], object] = lambda: None,
 ) -> tuple[dict[int, Step], dict[str, Score]]:
     """The largest set of changes found whose cost together is still accepted.
@@ -252,13 +255,13 @@ def recommend(
     Returns:
       The changes, and their scores together; empty if none is usable.
     """
-    usable = {at: e for at, e in edges.items() if not reasons_against(e, accepted)}
+    usable = {at: e for at, e in edges.items() if not violations(e, accepted)}
     kept: dict[int, Step] = {}
     scores: dict[str, Score] = {}
     for at, edge in sorted(usable.items(), key=lambda item: item[1].scores["kl"].value):
-        trial = {**kept, at: edge.stand_in[0]}
+        trial = {**kept, at: edge.substitute[0]}
         measured = edge.scores if not kept else bench.measure(trial)
-        if not reasons_against(bench.edge(trial, measured, {}), accepted):
+        if not violations(bench.edge(trial, measured, {}), accepted):
             kept, scores = trial, dict(measured)
         on_done()
     return kept, scores

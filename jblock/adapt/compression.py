@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from jblock.blocks import compress
-from jblock.blocks.compressed_spec import TABLE_GROUP, BitsSpec, BitsTarget, LowRankSpec
-from jblock.blocks.delta_spec import VectorsSpec
+from jblock.blocks.compressed_spec import TABLE_GROUP, BitDeltaSpec, BitsTarget, LowRankSpec
+from jblock.blocks.delta_spec import BiasNormSpec
 from jblock.blocks.layout import is_projection
 from jblock.blocks.spec import AttentionSpec, ComponentSpec, ExpertSpec, FfnSpec
 from jblock.zoo import edges
+from jblock.zoo.edge_records import Edge, Score, versions
 from jblock.zoo.records import Chain, ComponentRecord, Step, ZooError, check_name
 from jblock.zoo.store import Zoo
 
@@ -83,7 +84,7 @@ def compress_chain(
         advance(own.nbytes)
     chosen = choose(options, budget * before)
     steps = list(chain.steps)
-    found: dict[tuple[str, str], edges.Edge] = {}
+    found: dict[tuple[str, str], Edge] = {}
     provenance: dict[str, Any] = {"command": "compress", "base": f"{base.name}@{base.version}"}
     after, error, norm = 0, 0.0, 0.0
     counts: dict[str, int] = {}
@@ -102,14 +103,14 @@ def compress_chain(
                 )
                 step = dataclasses.replace(chain.steps[index], component=under.id, deltas=ids)
                 steps[index] = step
-                stand_in = Step(component=under.id, deltas=ids[: len(deltas)])
-                found[own.id, under.id] = edges.Edge(
+                substitute = Step(component=under.id, deltas=ids[: len(deltas)])
+                found[own.id, under.id] = Edge(
                     kind="quantised",
                     original=(Step(component=own.id),),
-                    stand_in=(stand_in,),
-                    scores={"parameter_error": edges.Score(value=_ratio(*loss))},
+                    substitute=(substitute,),
+                    scores={"parameter_error": Score(value=_ratio(*loss))},
                     provenance=provenance | {"codec": label},
-                    versions=edges.versions(),
+                    versions=versions(),
                 )
                 writer.advance()
             advance(own.nbytes)
@@ -226,7 +227,7 @@ def _differences(spec: ComponentSpec, own: Tensors, under: Tensors) -> dict[str,
         if is_projection(spec, name):
             difference = own[name].astype(np.float32) - under[name].astype(np.float32)
             if difference.any():
-                turned = difference.T if getattr(spec, "in_out", False) else difference
+                turned = difference.T if getattr(spec, "transposed", False) else difference
                 found[name.removesuffix(".weight")] = turned
     return found
 
@@ -271,7 +272,7 @@ def _options(
         made = {}
         for p, d in differences.items():
             tensors = compress.few_bits(d, target)
-            loss = np.sum((_difference(BitsSpec(targets={p: target}), tensors, p) - d) ** 2)
+            loss = np.sum((_difference(BitDeltaSpec(targets={p: target}), tensors, p) - d) ** 2)
             made[p] = (_nbytes(tensors), float(loss))
         add(_label(target), made)
     return options
@@ -286,7 +287,7 @@ def _deltas(
     vectors = _vectors(own.spec, mine, theirs)
     deltas: list[tuple[Any, dict[str, np.ndarray]]] = []
     if vectors:
-        deltas.append((VectorsSpec(names=tuple(sorted(vectors))), vectors))
+        deltas.append((BiasNormSpec(names=tuple(sorted(vectors))), vectors))
     kind, _, rest = label.partition(" ")
     tensors: dict[str, np.ndarray] = {}
     for p, d in differences.items():
@@ -296,11 +297,11 @@ def _deltas(
             made = compress.few_bits(d, _target(label))
         tensors |= {f"{p}.{part}": value for part, value in made.items()}
     if kind == "low_rank":
-        spec: LowRankSpec | BitsSpec = LowRankSpec(
+        spec: LowRankSpec | BitDeltaSpec = LowRankSpec(
             targets={p: len(tensors[f"{p}.scale"]) for p in differences}
         )
     else:
-        spec = BitsSpec(targets=dict.fromkeys(differences, _target(label)))
+        spec = BitDeltaSpec(targets=dict.fromkeys(differences, _target(label)))
     error = norm = 0.0
     for p, d in differences.items():
         error += float(np.sum((compress.difference_of(spec, tensors, p) - d) ** 2))
@@ -310,7 +311,7 @@ def _deltas(
     return deltas, (error, norm)
 
 
-def _difference(spec: LowRankSpec | BitsSpec, tensors: Tensors, p: str) -> np.ndarray:
+def _difference(spec: LowRankSpec | BitDeltaSpec, tensors: Tensors, p: str) -> np.ndarray:
     return compress.difference_of(spec, {f"{p}.{part}": v for part, v in tensors.items()}, p)
 
 

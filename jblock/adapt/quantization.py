@@ -12,6 +12,7 @@ from jblock.blocks.layout import is_projection
 from jblock.blocks.quant_spec import QuantSpec
 from jblock.blocks.spec import QUANTISABLE, AttentionSpec, ExpertSpec, FfnSpec
 from jblock.zoo import edges
+from jblock.zoo.edge_records import Edge, Score, versions
 from jblock.zoo.records import Chain, Step, ZooError, check_name
 from jblock.zoo.store import Zoo
 
@@ -43,7 +44,7 @@ def quantise_chain(
     if check_name(name) == chain.name:
         raise ZooError(f"--name {name!r} is the model itself: give the copy its own name")
     made: dict[str, str] = {}
-    found: list[edges.Edge] = []
+    found: list[Edge] = []
     steps: list[Step] = []
     provenance = {"command": "quantise", "bits": spec.bits, "group": spec.group}
     error, norm, before, after = 0.0, 0.0, 0, 0
@@ -66,15 +67,15 @@ def quantise_chain(
                 error, norm = error + loss[0], norm + loss[1]
                 before += record.nbytes
                 after += sum(t.nbytes for t in small.values())
-                score = edges.Score(value=math.sqrt(loss[0] / loss[1]) if loss[1] else 0.0)
+                score = Score(value=math.sqrt(loss[0] / loss[1]) if loss[1] else 0.0)
                 found.append(
-                    edges.Edge(
+                    Edge(
                         kind="quantised",
                         original=(Step(component=step.component),),
-                        stand_in=(Step(component=new),),
+                        substitute=(Step(component=new),),
                         scores={"parameter_error": score},
                         provenance=provenance,
-                        versions=edges.versions(),
+                        versions=versions(),
                     )
                 )
             new = made[step.component]
@@ -97,7 +98,7 @@ def quantise_chain(
 def _spec(spec: Quantisable, quant: QuantSpec) -> Quantisable:
     if isinstance(spec, ExpertSpec):
         return dataclasses.replace(spec, quant=quant)
-    return dataclasses.replace(spec, quant=quant, in_out=False)
+    return dataclasses.replace(spec, quant=quant, transposed=False)
 
 
 def _quantise(
@@ -111,7 +112,7 @@ def _quantise(
             out[tensor] = value
             continue
         projection = tensor.removesuffix(".weight")
-        weight = value.T if getattr(spec, "in_out", False) else value
+        weight = value.T if getattr(spec, "transposed", False) else value
         codes = quantise.quantise(weight, quant)
         out |= {f"{projection}.{part}": array for part, array in codes.items()}
         wide = weight.astype(np.float32)

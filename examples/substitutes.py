@@ -1,10 +1,10 @@
-"""What may stand in for what in the demo family: equivalent components, a stitch, a surrogate.
+"""What may replace what in the demo family: equivalent components, a stitch, a surrogate.
 
-  python -m examples.stand_ins equivalence --out DIR [--plot FILE]
-  python -m examples.stand_ins stitch --out DIR        # demo-1m's lower layers, demo-3m's upper ones
-  python -m examples.stand_ins stitch_back --out DIR   # the other way round
-  python -m examples.stand_ins confirm --out DIR       # both again, on data that decided nothing
-  python -m examples.stand_ins surrogate --out DIR
+  python -m examples.substitutes equivalence --out DIR [--plot FILE]
+  python -m examples.substitutes stitch --out DIR        # demo-1m's lower layers, demo-3m's upper ones
+  python -m examples.substitutes stitch_back --out DIR   # the other way round
+  python -m examples.substitutes confirm --out DIR       # both again, on data that decided nothing
+  python -m examples.substitutes surrogate --out DIR
 
 Each makes what it lacks under DIR (the family's zoo, texts and items of examples.probes), runs the
 converter's command and prints a table in Markdown and the figures as JSON. Seeded; some minutes on two cores.
@@ -29,11 +29,11 @@ from checkpoints.probes import probe as held_out
 from checkpoints.probes import train_items
 from checkpoints.progress import Progress
 from examples import demo_zoo, probes
+from jblock.adapt import forward, metrics, stitching, training, training_state
+from jblock.adapt.forward import Weights
+from jblock.adapt.probe import ProbeData, Rows
 from jblock.blocks.spec import AttentionSpec
-from jblock.zoo import agreement, forward, stitching, training
-from jblock.zoo.edges import Accepted
-from jblock.zoo.forward import Weights
-from jblock.zoo.probe import ProbeData, Rows
+from jblock.zoo.acceptance import AcceptancePolicy
 from jblock.zoo.records import Chain, Step
 from jblock.zoo.store import Zoo
 
@@ -74,10 +74,9 @@ def retrain(zoo: Zoo, name: str, new: str, first: int, items: pathlib.Path) -> C
         by = Weights(whole.specs[begin:end], trained)
         weights = Weights(whole.specs, fixed).replaced(begin, end - begin, by)
         _, logits = forward.hidden_and_logits(weights, tokens)
-        return training.next_token_nats(logits, tokens, target)
+        return training.cross_entropy(logits, tokens, target)
 
     trained = training.fit(
-        zoo,
         work,
         loss,
         whole.tensors[begin:end],
@@ -89,7 +88,7 @@ def retrain(zoo: Zoo, name: str, new: str, first: int, items: pathlib.Path) -> C
     for at, tensors in zip(range(begin, end), trained, strict=True):
         id_ = zoo.put_component(whole.specs[at], training.stored(tensors, "bfloat16"))
         steps[at] = Step(component=id_)
-    training.forget(zoo, work)
+    training_state.remove(work)
     made = dataclasses.replace(chain, name=new, version=0, steps=tuple(steps), source_files=None)
     return zoo.publish(made)
 
@@ -112,7 +111,7 @@ def equivalents(
         items=[f"{name}={files}/items/{tunes[name]}.jsonl" for name in (names or tunes)],
         tokens=8192,
         max_items=4000,
-        accepted=Accepted(policy="near", thresholds={"accuracy_change": _WORST}),
+        accepted=AcceptancePolicy(policy="near", thresholds={"accuracy_change": _WORST}),
         suffix=".near",
     )
     data = equivalence.run(zoo, options, Progress())
@@ -238,11 +237,11 @@ def confirm(out: pathlib.Path) -> dict[str, Any]:
     first = 16384 // data.text.tokens.shape[1]
     text = Rows(data.text.tokens[first:], data.text.target[first:])
     data = ProbeData(data.name, text, data.items)
-    small = agreement.outputs(forward.load(zoo, zoo.chain("demo-1m").steps), data)
+    small = metrics.outputs(forward.load(zoo, zoo.chain("demo-1m").steps), data)
     rows: list[dict[str, Any]] = []
     for name in ["demo-1m", "demo-3m", *(n for n in zoo.chains() if "-under-" in n)]:
-        found = agreement.outputs(forward.load(zoo, zoo.chain(name).steps), data)
-        scores = {n: dataclasses.asdict(s) for n, s in agreement.scores(small, found).items()}
+        found = metrics.outputs(forward.load(zoo, zoo.chain(name).steps), data)
+        scores = {n: dataclasses.asdict(s) for n, s in metrics.scores(small, found).items()}
         row = {"name": name, "perplexity": found.perplexity, "accuracy": found.accuracy}
         rows.append(row | {"beside": {"demo-1m": scores}})
     _table(rows)
