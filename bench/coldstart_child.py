@@ -13,8 +13,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 def main(zoo: str, cache: str, dtype: str, begin: float, quick: bool) -> None:
     """Prints one JSON line: seconds since `begin` (a clock of the parent, which started us then)."""
-    from jblock.engine.agent import build_engine
     from jblock.engine.api import Request, SamplingParams
+    from jblock.engine.factory import build_engine
     from jblock.zoo.store import Zoo
 
     reading = 0.0

@@ -13,7 +13,7 @@ from jblock.blocks.ffn import Ffn
 from jblock.blocks.platform import here
 from jblock.blocks.rows import Rows
 from jblock.blocks.spec import AttentionSpec, EmbeddingSpec, FfnSpec, NormSpec, UnembeddingSpec
-from jblock.engine import params as parameters
+from jblock.engine.weights import params as parameters
 from jblock.pallas_kernels.paged_attention.reference import attention
 from jblock.zoo.records import Chain
 

@@ -17,7 +17,7 @@ from jblock.blocks.ffn import Ffn
 from jblock.blocks.platform import here
 from jblock.blocks.rows import Rows
 from jblock.blocks.spec import AttentionSpec, EmbeddingSpec, FfnSpec, NormSpec, UnembeddingSpec
-from jblock.engine.assembly import Route
+from jblock.engine.graph.graph import Route
 from jblock.pallas_kernels.paged_attention.api import abstract_pages, paged_attention
 from jblock.pallas_kernels.paged_attention.ragged import Ragged
 

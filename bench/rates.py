@@ -14,7 +14,7 @@ import numpy as np
 from jblock.blocks.linear import matmul
 from jblock.blocks.platform import here
 from jblock.blocks.spec import FfnSpec
-from jblock.engine.assembly import Unit
+from jblock.engine.graph.graph import Unit
 
 
 class ReadBandwidth:

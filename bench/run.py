@@ -9,10 +9,10 @@ from typing import Any
 from bench.report import percentile, progress
 from bench.stepper import Stepper
 from bench.workload import Arrival
-from jblock.engine.agent import ThreadEngine
 from jblock.engine.api import Engine, Output, Request, SamplingParams
 from jblock.engine.config import EngineConfig
-from jblock.engine.executable_cache import ExecutableCache
+from jblock.engine.engine import ThreadEngine
+from jblock.engine.programs.executable_cache import ExecutableCache
 
 _STALLED_S = 120.0
 

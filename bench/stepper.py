@@ -11,12 +11,12 @@ import numpy as np
 
 from jblock.engine.api import EngineStats, Output, Request, SamplingParams
 from jblock.engine.config import EngineConfig
-from jblock.engine.device import Device
-from jblock.engine.executable_cache import ExecutableCache
-from jblock.engine.executables import ProgramKey
+from jblock.engine.graph.build import assemble
 from jblock.engine.loop import Loop
-from jblock.engine.policy import NO_LIMIT
-from jblock.engine.wiring import assemble
+from jblock.engine.programs.executable_cache import ExecutableCache
+from jblock.engine.programs.executables import ProgramKey
+from jblock.engine.runner.runner import Device
+from jblock.engine.scheduling.step_budget import NO_LIMIT
 from jblock.zoo.records import Chain
 
 _GREEDY = {

@@ -1,7 +1,7 @@
 """`jblock-convert profile`: measures what the blocks of a zoo take on this machine, and keeps it there.
 
 The only command that runs a model, and so the only one that imports the engine. The times are those of the
-engine's own profile (`jblock/engine/profile.py`), which finds them measured when it starts.
+engine's own profile (`jblock/engine/runner/latency_profile.py`), which finds them measured when it starts.
 """
 
 import dataclasses
@@ -38,13 +38,13 @@ def profile(
       ZooError: no such model.
       ValueError: a model the engine cannot run.
     """
-    from jblock.engine import executable_cache
-    from jblock.engine.assembly import Unit
     from jblock.engine.config import EngineConfig
-    from jblock.engine.device import Device
-    from jblock.engine.loading import Loads, weights_of
-    from jblock.engine.profile import Profile
-    from jblock.engine.wiring import assemble
+    from jblock.engine.graph.build import assemble
+    from jblock.engine.graph.graph import Unit
+    from jblock.engine.programs import executable_cache
+    from jblock.engine.runner.latency_profile import Profile
+    from jblock.engine.runner.runner import Device
+    from jblock.engine.weights.loader import Loads, weights_of
 
     zoo = Zoo.open(zoo_path)
     chains = {n: zoo.chain(n) for n in names or zoo.chains()}

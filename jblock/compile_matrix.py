@@ -18,14 +18,14 @@ from typing import Any
 import jax
 
 from jblock.engine.config import Bucket
-from jblock.engine.executables import Executables, Geometry, PoolShape, ProgramKey
-from jblock.engine.params import abstract_params
-from jblock.engine.real_models import MODELS, Model
+from jblock.engine.programs.executables import Executables, Geometry, PoolShape, ProgramKey
+from jblock.engine.weights.params import abstract_params
 from jblock.pallas_kernels.paged_attention.api import backend_of
 from jblock.parallel.placement import Placement
 from jblock.parallel.rules import MeshShape, ShardingRules
 from jblock.parallel.spread import kv_heads
 from jblock.parallel.targets import CHIPS, Target
+from jblock.tools.real_models import MODELS, Model
 
 # Sixteen sequences of 2048 tokens: what a whole model is held against a chip's memory with.
 SEQUENCES, TOKENS, PAGE_SIZE = 16, 2048, 64

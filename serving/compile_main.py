@@ -11,7 +11,7 @@ from absl import app, flags
 from serving.engine_flags import command_line, engine_kwargs
 
 if TYPE_CHECKING:
-    from jblock.engine.prebuild import Report
+    from jblock.tools.prebuild import Report
 
 _TARGET = flags.DEFINE_string(
     "target",
@@ -24,10 +24,10 @@ _JSON = flags.DEFINE_string("json", None, "Where to write the report as JSON.")
 
 def build(target: str, kwargs: dict[str, Any]) -> "Report":
     """Builds what `jblock-serve` with these arguments needs on a target."""
-    from jblock.engine.agent import cache_folder, served_chains
     from jblock.engine.config import EngineConfig
-    from jblock.engine.prebuild import prebuild
+    from jblock.engine.factory import cache_folder, served_chains
     from jblock.parallel.targets import Target
+    from jblock.tools.prebuild import prebuild
     from jblock.zoo.store import Zoo
 
     settings = dict(kwargs)

@@ -51,7 +51,7 @@ _FLAGS = (
 
 
 def engine_kwargs() -> dict[str, Any]:
-    """The arguments of `jblock.engine.agent.build_engine` that were given; what was not keeps the engine's
+    """The arguments of `jblock.engine.factory.build_engine` that were given; what was not keeps the engine's
     own default."""
     return {f.name: f.value for f in _FLAGS if f.value is not None}
 

@@ -8,13 +8,13 @@ import sys
 from absl import app, flags
 
 from jblock.engine import api
-from jblock.engine.process import ProcessEngine
-from jblock.engine.process_main import load_factory
+from jblock.engine.process.client import ProcessEngine
+from jblock.engine.process.server import load_factory
 from serving.engine_flags import engine_kwargs
 from serving.server import Server, ServerConfig, serve
 from serving.tenants import EVERYBODY, Tenants
 
-_FACTORY = "jblock.engine.agent:build_engine"
+_FACTORY = "jblock.engine.factory:build_engine"
 
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
 _PORT = flags.DEFINE_integer("port", 8470, "Port to listen on; 0 picks a free one.")

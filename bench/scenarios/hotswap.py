@@ -12,8 +12,8 @@ from bench.models import DEMO_3M, MODEL_250M, TINY, MemoryZoo, fine_tunes
 from bench.report import percentile, progress
 from bench.run import make_engine, measure
 from bench.workload import Lengths, generate
-from jblock.engine.agent import ThreadEngine
 from jblock.engine.config import EngineConfig
+from jblock.engine.engine import ThreadEngine
 
 _PAGE = 64
 # New weights of one chain; an older version of it again; the programs that decode compiled anew; a chain

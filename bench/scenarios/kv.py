@@ -15,10 +15,10 @@ from bench.report import median, progress, spread
 from bench.stepper import Stepper
 from examples import demo_zoo
 from examples.train import export, tasks
-from jblock.engine.agent import ThreadEngine
 from jblock.engine.api import Request, SamplingParams
 from jblock.engine.config import KV_DTYPES, EngineConfig
-from jblock.engine.executable_cache import ExecutableCache
+from jblock.engine.engine import ThreadEngine
+from jblock.engine.programs.executable_cache import ExecutableCache
 from jblock.zoo.store import Zoo
 
 _SMALLER = tuple(d for d in KV_DTYPES if d != "float32")

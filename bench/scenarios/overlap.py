@@ -14,9 +14,9 @@ import jax
 from bench.models import MODEL_250M, TINY, MemoryZoo
 from bench.report import progress
 from bench.run import make_engine
-from jblock.engine.agent import ThreadEngine
 from jblock.engine.api import Request, SamplingParams
 from jblock.engine.config import EngineConfig
+from jblock.engine.engine import ThreadEngine
 
 _PAGE = 64
 _PROMPT = 8

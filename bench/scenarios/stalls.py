@@ -11,7 +11,7 @@ from bench.report import percentile, progress
 from bench.run import Measured, make_engine, measure
 from bench.workload import Arrival
 from jblock.engine.config import EngineConfig
-from jblock.engine.policy import NO_LIMIT
+from jblock.engine.scheduling.step_budget import NO_LIMIT
 
 _PAGE = 64
 

@@ -1,0 +1,1 @@
+"""One agent: it keeps blocks resident on its devices and runs requests through them."""

@@ -15,12 +15,12 @@ from typing import NamedTuple
 from absl import logging
 
 from jblock.engine.api import EngineDied
-from jblock.engine.assembly import Assembly, Route
 from jblock.engine.config import Bucket, EngineConfig
-from jblock.engine.device import Device
-from jblock.engine.loading import Targets
-from jblock.engine.resident import Lease
-from jblock.engine.wiring import assemble
+from jblock.engine.graph.build import assemble
+from jblock.engine.graph.graph import Assembly, Route
+from jblock.engine.runner.runner import Device
+from jblock.engine.weights.loader import Targets
+from jblock.engine.weights.residents import Lease
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
 

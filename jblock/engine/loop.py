@@ -9,22 +9,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.profiler import TraceAnnotation
 
-from jblock.engine import policy
-from jblock.engine.admission import Admission
 from jblock.engine.api import EngineStats, Output, Request
-from jblock.engine.assembly import Assembly, Route
 from jblock.engine.config import EngineConfig
-from jblock.engine.device import Device
-from jblock.engine.kv_cache import KvCache
-from jblock.engine.limits import request_problem
-from jblock.engine.loading import Loads, Targets
-from jblock.engine.logprobs import best_tokens
-from jblock.engine.planning import plan
-from jblock.engine.profile import Profile
-from jblock.engine.resident import Adapter
-from jblock.engine.sequence import Sequence
-from jblock.engine.sweep import Step, Sweeper
-from jblock.engine.wiring import assemble
+from jblock.engine.graph.build import assemble
+from jblock.engine.graph.graph import Assembly, Route
+from jblock.engine.kv_cache.manager import KvCache
+from jblock.engine.programs.logprobs import best_tokens
+from jblock.engine.runner.latency_profile import Profile
+from jblock.engine.runner.runner import Device
+from jblock.engine.runner.step import Step, Sweeper
+from jblock.engine.scheduling import step_budget as policy
+from jblock.engine.scheduling.planning import plan
+from jblock.engine.scheduling.request_checks import request_problem
+from jblock.engine.scheduling.scheduler import Admission
+from jblock.engine.scheduling.sequence import Sequence
+from jblock.engine.weights.loader import Loads, Targets
+from jblock.engine.weights.residents import Adapter
 
 
 class Picked(NamedTuple):

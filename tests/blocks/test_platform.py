@@ -10,11 +10,11 @@ from jblock.blocks import platform
 from jblock.blocks.linear import matmul
 from jblock.blocks.platform import Platform
 from jblock.blocks.spec import AttentionSpec, EmbeddingSpec, FfnSpec, RopeSpec
-from jblock.engine import programs
 from jblock.engine.config import Bucket
-from jblock.engine.executables import PoolShape
-from jblock.engine.params import abstract_params
+from jblock.engine.programs import forward as programs
+from jblock.engine.programs.executables import PoolShape
 from jblock.engine.signature import Signature
+from jblock.engine.weights.params import abstract_params
 from jblock.parallel.placement import Placement
 
 AMX, PLAIN = Platform("cpu", "cpu", amx=True), Platform("cpu", "cpu")

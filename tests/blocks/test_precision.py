@@ -19,12 +19,12 @@ from jblock.blocks.spec import (
     RouterSpec,
     UnembeddingSpec,
 )
-from jblock.engine import programs
+from jblock.engine.adapters.slot_layout import abstract_tables
 from jblock.engine.config import Bucket
-from jblock.engine.executables import PoolShape
-from jblock.engine.params import abstract_params
+from jblock.engine.programs import forward as programs
+from jblock.engine.programs.executables import PoolShape
 from jblock.engine.signature import Signature, TableForm
-from jblock.engine.table_layout import abstract_tables
+from jblock.engine.weights.params import abstract_params
 from jblock.pallas_kernels.backends import backend_of
 from tests.blocks.test_platform import ELSEWHERE, on
 

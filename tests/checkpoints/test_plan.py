@@ -7,7 +7,7 @@ import tiny_checkpoints as tiny
 from tiny_checkpoints import CONFIG
 
 from jblock.engine.config import EngineConfig
-from jblock.engine.wiring import assemble
+from jblock.engine.graph.build import assemble
 from jblock.zoo import latency_profiles
 from jblock.zoo.store import Zoo
 

@@ -9,12 +9,12 @@ import numpy as np
 from checkpoints import hf, peft
 from checkpoints.progress import Progress
 from jblock.engine.api import Output, Request, SamplingParams
-from jblock.engine.assembly import Assembly
 from jblock.engine.config import EngineConfig
-from jblock.engine.device import Device
-from jblock.engine.executable_cache import ExecutableCache
+from jblock.engine.graph.build import assemble
+from jblock.engine.graph.graph import Assembly
 from jblock.engine.loop import Loop
-from jblock.engine.wiring import assemble
+from jblock.engine.programs.executable_cache import ExecutableCache
+from jblock.engine.runner.runner import Device
 from jblock.zoo.store import Zoo
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"

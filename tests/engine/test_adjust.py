@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jblock.engine import adjust, logprobs
 from jblock.engine.api import Request, SamplingParams
-from jblock.engine.batching import Batch, control_array
 from jblock.engine.config import Bucket
-from jblock.engine.resident import Lease
-from jblock.engine.sequence import Item, Sequence
+from jblock.engine.programs import logprobs
+from jblock.engine.programs import penalties as adjust
+from jblock.engine.runner.batch import Batch, control_array
+from jblock.engine.scheduling.sequence import Item, Sequence
+from jblock.engine.weights.residents import Lease
 
 VOCAB, SLOTS = 30, 5
 run = jax.jit(adjust.adjust)

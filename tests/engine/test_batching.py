@@ -5,9 +5,9 @@ import types
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jblock.engine.batching import batches
 from jblock.engine.config import Bucket
-from jblock.engine.sequence import Item, chunk_for
+from jblock.engine.runner.batch import batches
+from jblock.engine.scheduling.sequence import Item, chunk_for
 
 CHUNKS = (16, 64, 256)
 BUCKETS = [Bucket(n, q) for n, q in ((1, 1), (4, 1), (16, 1), (1, 16), (4, 16), (1, 64), (1, 256))]

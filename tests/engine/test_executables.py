@@ -8,10 +8,10 @@ import pytest
 from harness import Agent, collect_tokens, oracle, request
 from jax.experimental.compilation_cache import compilation_cache
 
-from jblock.engine.agent import ThreadEngine
 from jblock.engine.config import Bucket, EngineConfig
-from jblock.engine.executable_cache import ExecutableCache
-from jblock.engine.profile import Profile
+from jblock.engine.engine import ThreadEngine
+from jblock.engine.programs.executable_cache import ExecutableCache
+from jblock.engine.runner.latency_profile import Profile
 from jblock.zoo.store import Zoo
 
 MODEL = "llama_gqa_untied"

@@ -10,11 +10,11 @@ from harness import FIXTURES, Agent, collect_tokens, oracle, request
 
 from checkpoints import hf
 from checkpoints.progress import Progress
-from jblock.engine.agent import ThreadEngine
 from jblock.engine.api import Engine, EngineDied, UnknownChain
 from jblock.engine.config import EngineConfig
-from jblock.engine.executable_cache import ExecutableCache
-from jblock.engine.process import ProcessEngine
+from jblock.engine.engine import ThreadEngine
+from jblock.engine.process.client import ProcessEngine
+from jblock.engine.programs.executable_cache import ExecutableCache
 from jblock.zoo.store import Zoo
 
 BASE, ADAPTER, SECOND, BF16 = "llama_gqa_untied", "lora_all_r8", "lora_qv_r4", "llama_bf16"
@@ -126,7 +126,7 @@ def test_in_a_process_of_its_own(zoo):
     settings = {f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(CONFIG)}
     cache = str(zoo.parent / "executables")
     kwargs = {"zoo": str(zoo), "models": [BASE], "executable_cache": cache, **settings}
-    engine = ProcessEngine("jblock.engine.agent:build_engine", kwargs)
+    engine = ProcessEngine("jblock.engine.factory:build_engine", kwargs)
     assert [m.name for m in engine.models()] == [BASE]
     assert [m.name for m in engine.serve([BASE, ADAPTER])] == sorted([BASE, ADAPTER])
     expected = oracle(ADAPTER)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from jblock.engine.kv import Allocator, OutOfPages
+from jblock.engine.kv_cache.page_pool import Allocator, OutOfPages
 
 COUNT, FIRST = 12, 1
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from jblock.engine.config import EngineConfig
-from jblock.engine.kv import OutOfPages, PagePool
-from jblock.engine.prefix import page_keys, root_key
+from jblock.engine.kv_cache.page_pool import OutOfPages, PagePool
+from jblock.engine.kv_cache.prefix_keys import page_keys, root_key
 from jblock.zoo.records import Step
 
 BASE, ADAPTER, OTHER = "llama_gqa_untied", "lora_all_r8", "llama_bf16"

@@ -6,8 +6,8 @@ import jax
 import pytest
 from harness import Agent, oracle, request
 
-from jblock.engine import memory
 from jblock.engine.config import EngineConfig
+from jblock.engine.kv_cache import sizing as memory
 
 MODEL = "llama_gqa_untied"
 GB = 10**9

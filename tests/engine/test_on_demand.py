@@ -12,10 +12,11 @@ from harness import ADAPTERS, FIXTURES, Agent, base_of, collect_tokens, oracle, 
 from bench.models import TINY, MemoryZoo
 from checkpoints import hf
 from checkpoints.progress import Progress
-from jblock.engine.agent import ThreadEngine, build_engine
 from jblock.engine.config import EngineConfig
-from jblock.engine.executable_cache import ExecutableCache
-from jblock.engine.wiring import assemble
+from jblock.engine.engine import ThreadEngine
+from jblock.engine.factory import build_engine
+from jblock.engine.graph.build import assemble
+from jblock.engine.programs.executable_cache import ExecutableCache
 from jblock.zoo.records import Step
 from jblock.zoo.store import Zoo
 

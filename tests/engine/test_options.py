@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from harness import Agent, oracle, request
 
-from jblock.engine.agent import ThreadEngine
 from jblock.engine.config import EngineConfig
-from jblock.engine.executable_cache import ExecutableCache
+from jblock.engine.engine import ThreadEngine
+from jblock.engine.programs.executable_cache import ExecutableCache
 from jblock.zoo.store import Zoo
 
 BASE, ADAPTER = "llama_gqa_untied", "lora_all_r8"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jblock.engine.policy import (
+from jblock.engine.scheduling.step_budget import (
     PROMPT_SHARE,
     Times,
     allowances,

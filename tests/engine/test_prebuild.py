@@ -10,12 +10,12 @@ import jax
 import pytest
 from harness import collect_tokens, oracle, request
 
-from jblock.engine import executable_cache
-from jblock.engine.agent import ThreadEngine
 from jblock.engine.config import EngineConfig
-from jblock.engine.executable_cache import ExecutableCache
-from jblock.engine.prebuild import Report, prebuild
+from jblock.engine.engine import ThreadEngine
+from jblock.engine.programs import executable_cache
+from jblock.engine.programs.executable_cache import ExecutableCache
 from jblock.parallel.targets import Target
+from jblock.tools.prebuild import Report, prebuild
 from jblock.zoo.store import Zoo
 
 ROOT = Path(__file__).parent.parent.parent

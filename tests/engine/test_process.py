@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jblock.engine import api, wire
-from jblock.engine.mock import MockEngine, build_engine
-from jblock.engine.process import ProcessEngine
+from jblock.engine import api
+from jblock.engine.process import wire
+from jblock.engine.process.client import ProcessEngine
+from jblock.engine.process.mock import MockEngine, build_engine
 
-MOCK = "jblock.engine.mock:build_engine"
+MOCK = "jblock.engine.process.mock:build_engine"
 
 
 def collect(engine: api.Engine, request_id: str, seconds: float = 10.0) -> list[api.Output]:
@@ -180,7 +181,9 @@ def test_a_refusal_of_the_factory_is_raised_by_models():
     engine.close()
 
 
-@pytest.mark.parametrize("factory", ["jblock.engine.mock:none", "no.such:thing", "nonsense"])
+@pytest.mark.parametrize(
+    "factory", ["jblock.engine.process.mock:none", "no.such:thing", "nonsense"]
+)
 def test_a_factory_that_is_not_there_is_named(factory):
     engine = ProcessEngine(factory)
     with pytest.raises(ValueError, match=f"factory: '{factory}' cannot be loaded"):
@@ -339,7 +342,7 @@ def test_a_loop_that_dies_is_reported_with_its_words():
 def test_the_child_ends_when_its_parent_is_gone(start_delay):
     program = (
         "import sys, time\n"
-        "from jblock.engine.process import ProcessEngine\n"
+        "from jblock.engine.process.client import ProcessEngine\n"
         f"engine = ProcessEngine({MOCK!r}, {{'start_delay': {start_delay}}})\n"
         f"{'engine.models()' if not start_delay else 'time.sleep(0.5)'}\n"
         "print(engine.pid, flush=True)\n"

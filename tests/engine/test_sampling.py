@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jblock.engine import sampling
+from jblock.engine.programs import sampling
 
 keep_top = jax.jit(sampling.keep_top)
 

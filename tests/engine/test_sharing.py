@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jblock.engine.config import EngineConfig
-from jblock.engine.policy import NO_LIMIT
+from jblock.engine.scheduling.step_budget import NO_LIMIT
 
 MODELS = [
     "llama_gqa_untied",

@@ -6,7 +6,7 @@ import pytest
 from harness import Agent, oracle, request
 
 from jblock.engine.config import EngineConfig
-from jblock.engine.policy import NO_LIMIT
+from jblock.engine.scheduling.step_budget import NO_LIMIT
 
 MODELS = ["llama_gqa_untied", "mistral_window"]
 CONFIG = EngineConfig(

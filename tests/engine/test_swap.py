@@ -13,13 +13,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from jblock.blocks.spec import AttentionSpec, RopeSpec
 from jblock.engine.api import Request
-from jblock.engine.assembly import KvGroup
 from jblock.engine.config import EngineConfig
-from jblock.engine.executables import PoolShape
-from jblock.engine.kv_cache import KvCache
-from jblock.engine.resident import Lease
-from jblock.engine.sequence import Sequence
-from jblock.engine.swap import Copy, HostPool, Rates, measure
+from jblock.engine.graph.graph import KvGroup
+from jblock.engine.kv_cache.host_offload import Copy, HostPool, Rates, measure
+from jblock.engine.kv_cache.manager import KvCache
+from jblock.engine.programs.executables import PoolShape
+from jblock.engine.scheduling.sequence import Sequence
+from jblock.engine.weights.residents import Lease
 from jblock.zoo.records import Step
 
 PAGE = 4

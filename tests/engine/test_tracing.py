@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from harness import Agent, oracle, request
 
-from jblock.engine import tracing
-from jblock.engine.batching import Batch
 from jblock.engine.config import Bucket, EngineConfig
-from jblock.engine.executables import SCRUB_PAGES
+from jblock.engine.programs.executables import SCRUB_PAGES
+from jblock.engine.runner import tracing
+from jblock.engine.runner.batch import Batch
+from jblock.tools import trace_summary
 
 BASE, ADAPTER = "qwen3_qknorm", "qwen3_lora_all_r8"
 CONFIG = EngineConfig(
@@ -49,7 +50,7 @@ def lines(agent, tmp_path_factory) -> dict[str, dict[str, tracing.Line]]:
     with jax.profiler.trace(str(folder)):
         run(agent)
     found: dict[str, dict[str, tracing.Line]] = {}
-    for line in tracing.summarise(folder.rglob("*.xplane.pb")):
+    for line in trace_summary.summarize(folder.rglob("*.xplane.pb")):
         found.setdefault(line.kind, {})[line.name] = line
     return found
 

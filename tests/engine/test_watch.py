@@ -5,9 +5,10 @@ import threading
 import pytest
 from harness import SMALL
 
-from jblock.engine import agent, watch
-from jblock.engine.agent import ThreadEngine
+from jblock.engine import engine as agent
+from jblock.engine import watchdog as watch
 from jblock.engine.api import EngineDied, Request, SamplingParams
+from jblock.engine.engine import ThreadEngine
 from jblock.zoo.store import Zoo
 
 MODEL = "llama_gqa_untied"

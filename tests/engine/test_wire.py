@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from jblock.engine import api, wire
+from jblock.engine import api
+from jblock.engine.process import wire
 
 SAMPLING = api.SamplingParams(
     temperature=0.5,

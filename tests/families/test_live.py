@@ -11,7 +11,7 @@ from jblock.blocks.embedding import Embedding, Head
 from jblock.blocks.ffn import Ffn
 from jblock.blocks.platform import here
 from jblock.blocks.rows import Rows
-from jblock.engine import params as parameters
+from jblock.engine.weights import params as parameters
 from jblock.pallas_kernels.paged_attention.reference import attention
 from jblock.zoo.store import Zoo
 

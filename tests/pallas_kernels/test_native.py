@@ -113,7 +113,7 @@ ONE_PROCESS = """
     from pathlib import Path
 
     import jax, jax.numpy as jnp, numpy as np
-    from jblock.engine.executable_cache import ExecutableCache
+    from jblock.engine.programs.executable_cache import ExecutableCache
     from jblock.pallas_kernels.paged_attention import api
     from jblock.pallas_kernels.paged_attention.ragged import Ragged
 

@@ -24,11 +24,11 @@ from checkpoints import hf, peft  # noqa: E402
 from checkpoints.progress import Progress  # noqa: E402
 from jblock.adapt.quantization import quantise_chain  # noqa: E402
 from jblock.blocks.quant_spec import QuantSpec  # noqa: E402
-from jblock.engine import memory  # noqa: E402
-from jblock.engine.agent import ThreadEngine  # noqa: E402
+from jblock.engine.kv_cache import sizing  # noqa: E402
 from jblock.engine.config import EngineConfig  # noqa: E402
-from jblock.engine.data_parallel import DataParallelEngine  # noqa: E402
-from jblock.engine.device import Device  # noqa: E402
+from jblock.engine.engine import ThreadEngine  # noqa: E402
+from jblock.engine.replicas import DataParallelEngine  # noqa: E402
+from jblock.engine.runner.runner import Device  # noqa: E402
 from jblock.zoo.store import Zoo  # noqa: E402
 
 ADAPTER = "demo-1m-largest-lora12"

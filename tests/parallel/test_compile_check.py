@@ -13,12 +13,12 @@ import pytest
 from jblock import compile_check, compile_matrix
 from jblock.blocks.platform import Platform
 from jblock.compile_matrix import Result
-from jblock.engine.params import abstract_params
-from jblock.engine.real_models import MODELS
+from jblock.engine.weights.params import abstract_params
 from jblock.parallel.placement import Placement
 from jblock.parallel.rules import ONE_DEVICE
 from jblock.parallel.spread import kv_heads
 from jblock.parallel.targets import CHIPS, Target
+from jblock.tools.real_models import MODELS
 
 # What the `compile` extra installs.
 COMPILERS = ("libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt")

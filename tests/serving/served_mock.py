@@ -1,8 +1,8 @@
-"""Stands for `jblock.engine.agent:build_engine` where a test starts `jblock-serve`."""
+"""Stands for `jblock.engine.factory:build_engine` where a test starts `jblock-serve`."""
 
 from typing import Any
 
-from jblock.engine import mock
+from jblock.engine.process import mock
 
 
 def build_engine(*, zoo: str, **settings: Any) -> mock.MockEngine:

@@ -13,7 +13,7 @@ import grpc
 from tokenizer_fixtures import byte_level
 
 from jblock.engine import api
-from jblock.engine.mock import MockEngine, build_engine
+from jblock.engine.process.mock import MockEngine, build_engine
 from serving.client import Client
 from serving.server import Server, ServerConfig
 from serving.v1 import jblock_pb2 as pb

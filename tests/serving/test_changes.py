@@ -7,8 +7,8 @@ import time
 import pytest
 import server_harness as harness
 
-from jblock.engine.mock import mock_model
-from jblock.engine.process import ProcessEngine
+from jblock.engine.process.client import ProcessEngine
+from jblock.engine.process.mock import mock_model
 from serving.client import AsyncClient
 from serving.values import ClientError
 
@@ -166,7 +166,7 @@ def test_concurrent_changes_all_come_true(running):
 
 def test_over_the_process_boundary():
     more = [{"name": "late", "offset": 5}, {"name": "wide", "misfit": "hidden size 9"}]
-    engine = ProcessEngine("jblock.engine.mock:build_engine", {"more": more})
+    engine = ProcessEngine("jblock.engine.process.mock:build_engine", {"more": more})
     with harness.serving(engine) as running:
         running.client.load("late")
         assert running.client.generate("late", [7], max_tokens=1).token_ids == (12,)

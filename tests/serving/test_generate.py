@@ -12,7 +12,7 @@ import pytest
 import server_harness as harness
 from tokenizer_fixtures import byte_level
 
-from jblock.engine.mock import build_engine
+from jblock.engine.process.mock import build_engine
 from serving.client import AsyncClient, Client
 from serving.text import TextCodec
 from serving.v1 import jblock_pb2 as pb

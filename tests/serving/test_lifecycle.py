@@ -19,12 +19,12 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 )
 
 from jblock.engine import api
-from jblock.engine.mock import build_engine
-from jblock.engine.process import ProcessEngine
+from jblock.engine.process.client import ProcessEngine
+from jblock.engine.process.mock import build_engine
 from serving.server import Server, ServerConfig, serve
 from serving.values import ClientError
 
-MOCK = "jblock.engine.mock:build_engine"
+MOCK = "jblock.engine.process.mock:build_engine"
 SERVICES = ("", "jblock.v1.Inference", "jblock.v1.Models")
 
 

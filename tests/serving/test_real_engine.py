@@ -9,7 +9,7 @@ import server_harness as harness
 
 from checkpoints import hf
 from checkpoints.progress import Progress
-from jblock.engine.process import ProcessEngine
+from jblock.engine.process.client import ProcessEngine
 from jblock.zoo.records import Step
 from jblock.zoo.store import Zoo
 from serving.values import ClientError
@@ -54,7 +54,7 @@ def running(folder):
     poison(zoo, "bad-attention", "attention")
     kwargs = {"zoo": str(zoo.path), "models": ["good", "bad-ffn"], **SETTINGS}
     kwargs["executable_cache"] = str(folder / "executables")
-    engine = ProcessEngine("jblock.engine.agent:build_engine", kwargs)
+    engine = ProcessEngine("jblock.engine.factory:build_engine", kwargs)
     engine.models()
     with harness.serving(engine) as one:
         yield one

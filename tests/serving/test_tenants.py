@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 
-from jblock.engine.mock import build_engine
+from jblock.engine.process.mock import build_engine
 from serving.client import AsyncClient, Client
 from serving.tenants import ANONYMOUS, EVERYBODY, Tenants
 from serving.v1 import jblock_pb2 as pb

@@ -1,0 +1,308 @@
+"""The engine in one process: builds an agent from a zoo and runs its loop in a thread."""
+
+import concurrent.futures
+import queue
+import threading
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeVar
+
+from absl import logging
+
+from jblock.engine.api import (
+    EngineDied,
+    EngineStats,
+    ModelInfo,
+    Output,
+    Request,
+    UnknownChain,
+)
+from jblock.engine.config import EngineConfig
+from jblock.engine.graph.build import assemble
+from jblock.engine.graph.graph import Assembly, Route
+from jblock.engine.keeper import Keeper
+from jblock.engine.kv_cache import host_offload as swap
+from jblock.engine.loop import Loop
+from jblock.engine.programs.executable_cache import ExecutableCache
+from jblock.engine.runner.runner import Device
+from jblock.engine.watchdog import Watch
+from jblock.engine.weights.loader import Done, Loads, Targets, attempt, weights_of
+from jblock.engine.weights.residents import Adapter, Lease
+from jblock.parallel.placement import Placement
+from jblock.zoo.records import Chain
+from jblock.zoo.store import Zoo
+
+T = TypeVar("T")
+
+# Between looks at what is waiting, when nothing runs.
+_STALL_SECONDS = 0.01
+# A step of a working engine takes a fraction of a second, a few where a machine swaps.
+_STUCK_SECONDS = 300.0
+
+# What the loop's thread is told: a request, the id of one to cancel, something to do between two steps,
+# or None to end.
+Message = Request | str | Callable[[Loop], object] | None
+
+
+class ThreadEngine:
+    """An `api.Engine` whose loop is a thread of this process."""
+
+    def __init__(
+        self,
+        zoo: Zoo,
+        chains: dict[str, Chain],
+        config: EngineConfig,
+        cache: ExecutableCache | None = None,
+        placement: Placement | None = None,
+        outbox: queue.SimpleQueue[list[Output]] | None = None,
+    ):
+        """Loads the chains that fit, without their adapters, compiles the first tier of programs and
+        starts the loop; the other tiers follow in the background, and each grid is used as soon as its
+        programs are there. Adapters, and what did not fit, are read when a request asks for them; pinned
+        chains at once.
+
+        It runs on the devices of this process that its mesh needs, unless a placement is given, and
+        puts its outputs into the outbox, if one is given for several engines.
+
+        Raises:
+          ZooError: a chain or component that cannot be read.
+          ValueError: settings that do not fit the chains.
+        """
+        self._zoo = zoo
+        placement = placement or Placement.on(config.sharding)
+        if placement.rules.mesh.dp > 1:
+            raise ValueError(f"mesh {config.mesh!r}: for dp build a DataParallelEngine")
+        assembly = assemble(zoo, chains, config, placement=placement)
+        loads = Loads(assembly, config)
+        # Weights first: what they leave free is the KV's.
+        loads.preload(weights_of(assembly))
+        device = self._device = Device(assembly, config, cache, placement)
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._outbox = outbox or queue.SimpleQueue()
+        self._death: BaseException | None = None
+        self._watch = Watch()
+        self._keeper = Keeper(zoo, assembly, device, config, self._warm, self._switch)
+        if config.host_kv_memory_mb:
+            device.rates = swap.measure(device, assembly)
+        self._models = _model_infos(zoo, assembly, device)
+        self._loop = Loop(assembly, device, config, loads)
+        loads.preload([assembly.routes[name] for name in assembly.pinned])
+        while self._loop.measure():
+            pass
+        self._measured = threading.Event()
+        # A thread for each kind: the gigabytes of a model never stand before the megabytes of an adapter.
+        self._readers = {
+            kind: concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"jblock-{kind}")
+            for kind in ("adapter", "weights")
+        }
+        loads.background, loads.widen_tables = self._in_background, self._widen
+        self._thread = threading.Thread(target=self._run, name="jblock-engine", daemon=True)
+        self._thread.start()
+        self._keeper.start()
+
+    def models(self) -> tuple[ModelInfo, ...]:
+        """The served chains."""
+        return self._models
+
+    def submit(self, request: Request) -> None:
+        """Hands a request to the loop."""
+        self._inbox.put(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Asks the loop to end a request."""
+        self._inbox.put(request_id)
+
+    def poll(self, timeout: float) -> list[Output]:
+        """Outputs since the last call; waits up to `timeout` seconds for the first.
+
+        Raises:
+          EngineDied: the loop is gone, or has been in one step for minutes.
+        """
+        try:
+            outputs = list(self._outbox.get(timeout=timeout))
+        except queue.Empty:
+            self.check_alive()
+            return []
+        while not self._outbox.empty():
+            outputs.extend(self._outbox.get())
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges, at most a step old."""
+        return self._loop.stats()
+
+    def close(self) -> None:
+        """Stops the loop and waits for it."""
+        self._keeper.close()
+        self._inbox.put(None)
+        self._thread.join()
+        for reader in self._readers.values():
+            reader.shutdown(cancel_futures=True)
+
+    def serve(self, models: Sequence[str]) -> tuple[ModelInfo, ...]:
+        """Serves exactly these chains from the next step on: "name" in its live version, or
+        "name@version".
+
+        Raises:
+          UnknownChain: the zoo does not have one; nothing changed.
+          ValueError: a chain cannot be read, or does not fit; nothing changed.
+        """
+        routes = self._keeper.assembly.routes
+        served = {f"{name}@{r.chain.version}": r.chain for name, r in routes.items()}
+        known = set(self._zoo.chains())
+        chains = [served.get(m) or _find_chain(self._zoo, m, known) for m in models]
+        assembly = self._keeper.serve({chain.name: chain for chain in chains})
+        self._models = _model_infos(self._zoo, assembly, self._device)
+        return self._models
+
+    def renew(self) -> None:
+        """Compiles the programs that run several layers at once anew, and swaps each in while requests
+        run: for when the compiled ones are not trusted any more. Blocks until all are there.
+
+        Raises:
+          EngineDied: the engine was closed meanwhile.
+        """
+        self._keeper.renew()
+
+    def settle(self) -> None:
+        """Waits until the background compiler has nothing left to do, and on an idle engine until all
+        programs are measured."""
+        self._keeper.settle()
+        while self._loop.idle and self._thread.is_alive() and not self._measured.wait(0.01):
+            pass
+
+    def _warm(self, assembly: Assembly, routes: Sequence[Route]) -> list[Lease]:
+        """See Keeper."""
+        done: concurrent.futures.Future[list[Lease]] = concurrent.futures.Future()
+        self._inbox.put(lambda loop: loop.loads.warm(assembly, routes, done))
+        return self._wait(done)
+
+    def _switch(self, assembly: Assembly, leases: list[Lease]) -> None:
+        """See Keeper."""
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def take_up(loop: Loop) -> None:
+            loop.switch(assembly)
+            self._measured.clear()
+            for lease in leases:
+                loop.residency.release(lease)
+            done.set_result(None)
+
+        self._inbox.put(take_up)
+        self._wait(done)
+
+    def _wait(self, done: concurrent.futures.Future[T]) -> T:
+        """What the loop's thread answers.
+
+        Raises:
+          EngineDied: it ended.
+        """
+        while True:
+            try:
+                return done.result(1.0)
+            except TimeoutError:
+                if done.done():
+                    raise
+                self.check_alive()
+
+    def _in_background(self, kind: str, work: Callable[[], Any], done: Done) -> None:
+        """See `loading.Background`."""
+
+        def answer(result: Any, error: Exception | None) -> None:
+            self._inbox.put(lambda loop: done(result, error))
+
+        self._readers[kind].submit(attempt, work, answer)
+
+    def _widen(self, targets: Targets, adapter: Adapter) -> None:
+        """Has the keeper make tables; what it cannot make, its requests hear of."""
+
+        def answer(done: concurrent.futures.Future[Assembly]) -> None:
+            error = done.exception()
+            if error is not None:
+                words = f"{adapter.name} cannot be served: {error}"
+                self._inbox.put(lambda loop: loop.residency.refuse(adapter, words))
+
+        self._keeper.widen(targets).add_done_callback(answer)
+
+    def check_alive(self) -> None:
+        """Raises EngineDied if the loop is gone or stuck."""
+        if not self._thread.is_alive():
+            raise EngineDied(f"the engine's loop ended: {self._death or 'it was closed'}")
+        if self._watch.seconds() > _STUCK_SECONDS:
+            raise EngineDied(
+                f"the engine's loop has been in one step for over {_STUCK_SECONDS:.0f} seconds: a "
+                "device call does not return; restart the server, and look at the device's own log"
+            )
+
+    def _measure(self) -> bool:
+        """Times one call of a program, if that disturbs nobody: a request that comes meanwhile waits for
+        no more than this call. False: nothing to time, or not now."""
+        if self._measured.is_set() or not self._keeper.settled:
+            return False
+        if self._loop.measure() or self._loop.measure_again():
+            return True
+        self._measured.set()
+        return False
+
+    def _run(self) -> None:
+        try:
+            while self._receive():
+                outputs = self._loop.step()
+                if outputs:
+                    self._outbox.put(outputs)
+        except BaseException as e:
+            logging.exception("the engine's loop failed")
+            self._death = e
+
+    def _receive(self) -> bool:
+        """Takes all messages in; waits for one only when there is nothing to do. False: stop."""
+        while True:
+            try:
+                idle = self._loop.idle
+                if idle and self._inbox.empty() and self._measure():
+                    continue
+                wait = None if idle and self._measured.is_set() else _STALL_SECONDS
+                with self._watch.rest():
+                    message = self._inbox.get(block=idle or self._loop.stalled, timeout=wait)
+            except queue.Empty:
+                return True
+            if message is None:
+                return False
+            if isinstance(message, str):
+                self._loop.cancel(message)
+            elif isinstance(message, Request):
+                self._loop.submit(message)
+            else:
+                message(self._loop)
+            if self._inbox.empty():
+                return True
+
+
+def _find_chain(zoo: Zoo, model: str, known: Collection[str]) -> Chain:
+    name, at, version = model.partition("@")
+    if name in known and not at:
+        return zoo.chain(name)
+    if name in known and version.isdecimal() and int(version) in zoo.versions(name):
+        return zoo.chain(name, int(version))
+    raise UnknownChain(
+        f"{model!r} is not in the zoo, which has {', '.join(sorted(known))}; convert it first"
+    )
+
+
+def _model_infos(zoo: Zoo, assembly: Assembly, device: Device) -> tuple[ModelInfo, ...]:
+    ids = {r.chain.tokenizer for r in assembly.routes.values()} - {None}
+    paths = {id_: str(zoo.tokenizer_path(id_)) for id_ in ids if id_ is not None}
+    return tuple(
+        ModelInfo(
+            name=name,
+            version=route.chain.version,
+            family=route.chain.family,
+            vocab_size=route.chain.vocab_size,
+            max_model_len=device.max_model_len(route),
+            tokenizer_path=paths.get(route.chain.tokenizer or "", ""),
+            base=route.chain.base or "",
+            blocks=len(route.instances),
+            shared_blocks=route.shared_blocks,
+            policy=route.chain.policy,
+        )
+        for name, route in sorted(assembly.routes.items())
+    )

@@ -1,0 +1,241 @@
+"""The engine in a process of its own, behind the same interface.
+
+The server's event loop and the engine's loop then never wait for one another's interpreter lock,
+the server needs no jax, and a crash of the engine is a status code instead of a dead server.
+"""
+
+import collections
+import contextlib
+import itertools
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
+
+from jblock.engine import api
+from jblock.engine.process import wire
+
+# Seconds a child gets to end by itself once told to.
+_CLOSE_SECONDS = 10.0
+# A step on CPU reads weights and KV from end to end. glibc then asks Linux for pages of 2 MB for them, which
+# most systems give only where asked (transparent_hugepage "madvise"); other C libraries ignore it.
+_HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
+class ProcessEngine(api.Engine):
+    """Implements `jblock.engine.api.Engine` over a child process.
+
+    The child builds the real engine with a factory named as "module:function" and plain keyword
+    arguments; see `jblock.engine.process.server` for its side. Nothing here blocks on the child:
+    one thread writes to it, one reads from it, one passes its stderr on.
+    """
+
+    def __init__(self, factory: str, kwargs: Mapping[str, Any] | None = None):
+        """Starts the child and returns at once; `models` waits for it.
+
+        Args:
+          factory: "module:function"; the function returns an Engine.
+          kwargs: its arguments: None, bools, ints, floats, strings, and lists and maps of them.
+
+        Raises:
+          TypeError: an argument is no plain data.
+        """
+        start = wire.pack("start", {"factory": factory, "kwargs": dict(kwargs or {})})
+        self._changed = threading.Condition()
+        self._models: tuple[api.ModelInfo, ...] | None = None
+        self._numbers = itertools.count()
+        self._served: dict[int, tuple[str, Any]] = {}  # answers to `serve`, by its number
+        # What each step brought; an empty list when there will be no more.
+        self._steps: queue.SimpleQueue[list[api.Output]] = queue.SimpleQueue()
+        self._stats = api.EngineStats()
+        self._invalid: str | None = None
+        self._died: str | None = None
+        self._told = ""
+        self._closed = False
+        self._stderr: collections.deque[str] = collections.deque(maxlen=20)
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._connection, theirs = Pipe()
+        with theirs:
+            self._process = _spawn(theirs)
+        self._threads = [
+            threading.Thread(target=target, name=f"engine-{target.__name__}", daemon=True)
+            for target in (self._write, self._read, self._pass_stderr_on)
+        ]
+        for thread in self._threads:
+            thread.start()
+        self._outbox.put(start)
+
+    @property
+    def pid(self) -> int:
+        """Process id of the child."""
+        return self._process.pid
+
+    def models(self) -> tuple[api.ModelInfo, ...]:
+        """The served chains; blocks until the engine is warm.
+
+        Raises:
+          ValueError: the factory refused its arguments; the message is its own.
+          EngineDied: the child ended before it was warm.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._models is not None or self._ended())
+            if self._invalid is not None:
+                raise ValueError(self._invalid)
+            if self._closed:
+                raise api.EngineDied("the engine was closed; build another one")
+            if self._models is None or self._died is not None:
+                raise api.EngineDied(self._died)
+            return self._models
+
+    def submit(self, request: api.Request) -> None:
+        """Hands a request to the child; never blocks."""
+        self._outbox.put(wire.pack("submit", wire.to_plain(request)))
+
+    def cancel(self, request_id: str) -> None:
+        """Asks the child to end a request; never blocks."""
+        self._outbox.put(wire.pack("cancel", request_id))
+
+    def poll(self, timeout: float) -> list[api.Output]:
+        """Outputs since the last call; waits up to `timeout` seconds for the first.
+
+        Raises:
+          EngineDied: the child is gone, with its exit code and the last line of its stderr.
+        """
+        outputs: list[api.Output] = []
+        with contextlib.suppress(queue.Empty):
+            outputs += self._steps.get(timeout=0.0 if self._ended() else timeout)
+            while True:
+                outputs += self._steps.get_nowait()
+        if not outputs and self._died is not None and not self._closed:
+            raise api.EngineDied(self._died)
+        return outputs
+
+    def serve(self, models: Sequence[str]) -> tuple[api.ModelInfo, ...]:
+        """Has the child serve exactly these chains, and waits until it does.
+
+        Raises:
+          UnknownChain, ValueError: the engine refused; the message is its own.
+          EngineDied: the child is gone, or was closed meanwhile.
+        """
+        self.models()
+        with self._changed:
+            number = next(self._numbers)
+            self._outbox.put(wire.pack("serve", [number, list(models)]))
+            self._changed.wait_for(lambda: number in self._served or self._ended())
+            if number not in self._served:
+                raise api.EngineDied(self._died or "the engine was closed; build another one")
+            refused, body = self._served.pop(number)
+        if refused:
+            raise wire.ERRORS.get(refused, RuntimeError)(body)
+        return tuple(wire.from_plain(api.ModelInfo, m) for m in body)
+
+    def stats(self) -> api.EngineStats:
+        """The counters that came with the last step."""
+        return self._stats
+
+    def close(self) -> None:
+        """Asks the child to end, and makes it end if it does not."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._changed.notify_all()
+        self._steps.put([])
+        self._outbox.put(wire.pack("close"))
+        self._outbox.put(None)
+        try:
+            self._process.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        for thread in self._threads:
+            thread.join(1.0)
+        self._connection.close()
+
+    def _ended(self) -> bool:
+        return self._closed or self._died is not None
+
+    def _write(self) -> None:
+        while (frame := self._outbox.get()) is not None:
+            try:
+                self._connection.send_bytes(frame)
+            except OSError:
+                return  # The child is gone; the reader says so.
+
+    def _read(self) -> None:
+        while True:
+            try:
+                kind, body = wire.unpack(self._connection.recv_bytes())
+            except (EOFError, OSError):
+                break
+            except ValueError as error:
+                self._told = str(error)
+                self._process.kill()  # It speaks another language; nothing it says can be used.
+                break
+            if kind == "step":
+                outputs, stats = body
+                self._stats = wire.from_plain(api.EngineStats, stats)
+                if outputs:
+                    self._steps.put([wire.from_plain(api.Output, o) for o in outputs])
+                continue
+            with self._changed:
+                if kind == "models":
+                    self._models = tuple(wire.from_plain(api.ModelInfo, m) for m in body)
+                elif kind == "served":
+                    number, refused, answer = body
+                    self._served[number] = (refused, answer)
+                    if not refused:
+                        self._models = tuple(wire.from_plain(api.ModelInfo, m) for m in answer)
+                elif kind == "invalid":
+                    self._invalid = self._told = body
+                else:
+                    self._told = body
+                self._changed.notify_all()
+        died = self._how_it_died()
+        with self._changed:
+            self._died = died
+            self._changed.notify_all()
+        self._steps.put([])
+
+    def _how_it_died(self) -> str:
+        """Exit code, then what the child said last."""
+        code = self._process.wait()
+        if code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
+        else:
+            how = f"exited with code {code}"
+        self._threads[-1].join(1.0)  # Its last words may still be in the pipe.
+        words = self._told or next((s for s in reversed(self._stderr) if s.strip()), "")
+        said = f"; it said: {words.strip()}" if words else ""
+        return f"engine process {self.pid} {how}{said}"
+
+    def _pass_stderr_on(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            text = line.decode("utf-8", "replace")
+            self._stderr.append(text)
+            try:
+                sys.stderr.write(text)
+                sys.stderr.flush()
+            except (OSError, ValueError):
+                continue  # Ours is closed; keep reading so that the child never blocks.
+
+
+def _spawn(theirs: Connection) -> subprocess.Popen[bytes]:
+    """Starts the child with one end of the pipe, our import path and a session of its own."""
+    # -P and an explicit path: the child imports what we import, not what lies in its folder.
+    path = os.pathsep.join(p or os.getcwd() for p in sys.path)
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "jblock.engine.process.server", str(theirs.fileno())],
+        env={**_HUGE_PAGES, **os.environ, "PYTHONPATH": path},
+        pass_fds=(theirs.fileno(),),
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        # Ctrl-C goes to a terminal's whole group; only the parent is to act on it.
+        start_new_session=True,
+    )

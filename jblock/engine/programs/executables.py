@@ -1,0 +1,384 @@
+"""Ahead-of-time compiled programs in one table. Nothing else in the engine compiles."""
+
+import concurrent.futures
+import dataclasses
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jblock.blocks.spec import UnembeddingSpec
+from jblock.engine.adapters.slot_layout import (
+    abstract_tables,
+    piece_widths,
+    slot_tables,
+    table_structs,
+)
+from jblock.engine.adapters.slot_tables import update_program
+from jblock.engine.config import Bucket
+from jblock.engine.programs import forward as programs
+from jblock.engine.programs import logprobs, sampling
+from jblock.engine.programs import penalties as adjust
+from jblock.engine.programs.executable_cache import ExecutableCache
+from jblock.engine.signature import Signature
+from jblock.engine.weights.params import abstract_params
+from jblock.pallas_kernels.paged_attention.api import abstract_pages, backend_of
+from jblock.parallel.placement import SINGLE, Placement
+
+SCRUB_PAGES = 16
+WRITING = ("write_pieces", "write_vectors")
+# Copied in one call: few, because a call moves them all even where fewer are wanted.
+SWAP_PAGES = 4
+_ANY = Bucket(1, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolShape:
+    """One KV group's pools: the page arrays of `layers` layers. `num_pages` is of one dp group,
+    `num_kv_heads` counts a head once for each device that has it, and `backend` of paged attention lays
+    the pages."""
+
+    num_pages: int
+    page_size: int
+    num_kv_heads: int
+    head_dim: int
+    layers: int
+    dtype: str = "float32"
+    backend: str = dataclasses.field(default_factory=backend_of)
+
+    def abstract_layer(self, placement: Placement = SINGLE) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes, dtypes and shardings of one layer's pages.
+
+        Each device has a whole pool of the backend's own layout with its share of the KV heads; which
+        axis of a layout grows with the heads is asked of the backend.
+        """
+        ways = placement.rules.ways("heads")
+        local = self.num_kv_heads // ways
+        out = []
+        for one, two in zip(self._pages(local), self._pages(2 * local), strict=True):
+            shape = list(one.shape)
+            (axis,) = (i for i, (a, b) in enumerate(zip(shape, two.shape, strict=True)) if a != b)
+            shape[0] *= placement.rules.ways("rows")
+            shape[axis] *= ways
+            axes: list[str | None] = ["rows", *[None] * (len(shape) - 1)]
+            axes[axis] = "heads"
+            out.append(placement.struct(shape, one.dtype, *axes))
+        return tuple(out)
+
+    def _pages(self, heads: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return abstract_pages(
+            self.num_pages,
+            self.page_size,
+            heads,
+            self.head_dim,
+            dtype=self.dtype,
+            backend=self.backend,
+        )
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers, on all devices of a dp group."""
+        arrays = self.abstract_layer()
+        return self.layers * sum(a.size // self.num_pages * a.dtype.itemsize for a in arrays)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Sizes every program of an agent shares, each of one dp group.
+
+    Attributes:
+      num_rows: rows of each register.
+      max_num_seqs: entries of the last-token array.
+      max_pages: columns of a page table.
+    """
+
+    num_rows: int
+    max_num_seqs: int
+    max_pages: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProgramKey:
+    """Names one program: its kind, and what decides its shapes.
+
+    Attributes:
+      kind: "embedding", "layer" (one, or a segment of them), "stitch", "head", "prompt_logprobs", "adjust",
+        "greedy", "sampled", "top_logprobs", "set_counts", "scrub", "gather_pages",
+        "scatter_pages", "write_pieces" or "write_vectors".
+      bucket: grid of the batch; what works on logits ignores its q_len, and carries 1; of write_pieces
+        the number of pieces is in num_seqs.
+      signatures: of an embedding, a head or prompt_logprobs, of the layers of a segment in order, or of
+        one component with slot tables.
+      pool: of layers and of what works on pages.
+      vocab_size: of what works on logits, and of set_counts.
+    """
+
+    kind: str
+    bucket: Bucket = dataclasses.field(default=_ANY)
+    signatures: tuple[Signature, ...] = ()
+    pool: PoolShape | None = None
+    vocab_size: int = 0
+
+    @property
+    def name(self) -> str:
+        """What a trace calls the program."""
+        what = self.signatures[0].name if self.signatures else self.kind
+        if len(self.signatures) > 1:
+            what = f"{len(self.signatures)}x{what}"
+        if self.kind == "prompt_logprobs":
+            what = f"{self.kind}_{what}"
+        if self.kind in WRITING:
+            what = self.kind
+        return f"{what}_{self.bucket}"
+
+
+class Executables:
+    """Compiles programs, at warm-up in the background or, as a last resort, while a request waits.
+
+    Attributes:
+      placement: the devices they run on.
+      compiles_on_serving_path: programs `get` had to compile.
+      compiles_in_background: programs `warm` compiled.
+      cache: programs of earlier starts; None compiles everything.
+      version: changes with every program that is added or replaced.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        cache: ExecutableCache | None = None,
+        placement: Placement = SINGLE,
+    ):
+        self.geometry, self.placement = geometry, placement
+        self.cache = cache
+        self.compiles_on_serving_path = 0
+        self.compiles_in_background = 0
+        self.version = 0
+        self._table: dict[ProgramKey, Any] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: ProgramKey) -> Any:
+        """The compiled program. A miss compiles on the spot and is counted against us."""
+        program = self._table.get(key)
+        if program is None:
+            program, compiled = self._make(key)
+            self.compiles_on_serving_path += compiled
+        return program
+
+    def __contains__(self, key: ProgramKey) -> bool:
+        return key in self._table
+
+    def warm(
+        self,
+        keys: Iterable[ProgramKey],
+        workers: int,
+        progress: Callable[[int, int], None] | None = None,
+        stop: threading.Event | None = None,
+    ) -> None:
+        """Makes every program that is missing, on `workers` threads.
+
+        Args:
+          keys: programs wanted.
+          workers: threads; XLA compiles without holding the interpreter lock.
+          progress: called with (done, total) after each program.
+          stop: when set, programs not yet begun are left out.
+        """
+        missing = [k for k in dict.fromkeys(keys) if k not in self._table]
+        with concurrent.futures.ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
+            futures = [pool.submit(self._make, key, stop) for key in missing]
+            for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
+                _, compiled = future.result()
+                self.compiles_in_background += compiled
+                if progress:
+                    progress(done, len(missing))
+
+    def workspace(self, keys: Iterable[ProgramKey]) -> int:
+        """Bytes the largest of these programs, all of them made, takes beside its arguments."""
+        sizes = [0]
+        for key in keys:
+            analysis = self._table[key].memory_analysis()
+            if analysis is not None:
+                fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+                sizes.append(analysis.temp_size_in_bytes + fresh)
+        return max(sizes)
+
+    def code_bytes(self, keys: Iterable[ProgramKey]) -> int:
+        """Bytes of machine code of these programs, all of them made, as far as the compiler says."""
+        analyses = (self._table[key].memory_analysis() for key in keys)
+        return sum(a.generated_code_size_in_bytes for a in analyses if a is not None)
+
+    def renew(self, keys: Iterable[ProgramKey], stop: threading.Event | None = None) -> None:
+        """Compiles programs anew, one after another, and puts each in its old one's place: calls from
+        then on use it, those enqueued end on the old one."""
+        for key in dict.fromkeys(keys):
+            _, compiled = self._make(key, stop, anew=True)
+            self.compiles_in_background += compiled
+
+    def _make(
+        self, key: ProgramKey, stop: threading.Event | None = None, *, anew: bool = False
+    ) -> tuple[Any, bool]:
+        """The program of a key, from the cache or compiled (True)."""
+        if stop is not None and stop.is_set():
+            return None, False
+        # A program is for its very devices; the default one is the first of them.
+        ids = [d.id for d in self.placement.devices] or [jax.local_devices()[0].id]
+        text = f"{key!r} {self.geometry!r} {self.placement.rules} {ids}"
+        program = self.cache.load(text, self.placement.devices) if self.cache and not anew else None
+        compiled = program is None
+        if program is None:
+            program = self.lower(key).compile()
+            if self.cache:
+                self.cache.store(text, program)
+        with self._lock:
+            self._table[key] = program
+            self.version += 1
+        return program, compiled
+
+    def lower(self, key: ProgramKey) -> jax.stages.Lowered:
+        """The program of a key, traced for its devices but not compiled."""
+        function, donate, arguments, outputs = self._describe(key)
+        function.__name__ = function.__qualname__ = key.name
+        return self.placement.lower(function, donate, arguments, outputs)
+
+    def _describe(self, key: ProgramKey) -> tuple[Callable[..., Any], tuple[int, ...], tuple, Any]:
+        """The function of a key, its donated arguments, the arrays it is compiled for, and how its
+        results are split over devices: all of them by rows, and KV pools by heads too."""
+        geometry, bucket, struct = self.geometry, key.bucket, self.placement.struct
+        by_rows, groups = self.placement.spec("rows"), self.placement.rules.ways("rows")
+        if key.kind not in WRITING and bucket.num_seqs % groups:
+            raise ValueError(f"bucket {bucket} does not divide into {groups} dp groups")
+        s, slots = bucket.num_seqs, geometry.max_num_seqs * groups
+        bucket = Bucket(s // groups, bucket.q_len)
+        i32, f32 = jnp.int32, jnp.float32
+        index = struct((s, programs.INDEX_COLUMNS + 2 * bucket.q_len), i32, "rows")
+        meta = struct((s, programs.INDEX_COLUMNS), i32, "rows")
+        page_table = struct((s, geometry.max_pages), i32, "rows")
+        last_tokens = struct((slots,), i32, "rows")
+        logits = struct((s, key.vocab_size), f32, "rows")
+        if key.pool and not key.signatures:
+            return self._describe_pages(key.kind, key.pool)
+        counts = struct((slots, key.vocab_size), i32, "rows")
+        if key.kind == "set_counts":
+            slot = struct((groups,), i32, "rows")
+            row = struct((key.vocab_size,), i32)
+            return _copy(adjust.set_counts), (0,), (counts, slot, row), by_rows
+        if key.kind == "adjust":
+            controls = struct((s, adjust.CONTROL_COLUMNS), i32, "rows")
+            arguments = (logits, counts, last_tokens, meta, controls)
+            return _copy(adjust.adjust), (1,), arguments, by_rows
+        if key.kind == "greedy":
+            return _copy(sampling.greedy), (2,), (logits, logits, last_tokens, meta), by_rows
+        if key.kind == "sampled":
+            options = struct((s, sampling.OPTION_COLUMNS), i32, "rows")
+            arguments = (logits, logits, last_tokens, meta, options)
+            return _copy(sampling.sampled), (2,), arguments, by_rows
+        if key.kind == "top_logprobs":
+            return _copy(logprobs.top_logprobs), (), (logits,), by_rows
+        if not key.signatures:
+            raise ValueError(f"program kind {key.kind!r} needs a signature")
+        signature, platform = key.signatures[0], self.placement.platform
+        if key.kind in WRITING:
+            spec, form = signature.specs[0], signature.forms[0]
+            if form is None:
+                raise ValueError(f"program kind {key.kind!r} needs a form of tables")
+            names = (piece_widths if key.kind == "write_pieces" else slot_tables)(spec, form)
+            all_tables = table_structs(spec, form, self.placement)
+            held = {name: all_tables[name] for name in names}
+            rows = {
+                n: jax.ShapeDtypeStruct((s, *a.shape[1:]), a.dtype, sharding=a.sharding)
+                for n, a in held.items()
+            }
+            writing = (held, rows, struct((s,), i32))
+            return _copy(update_program), (0,), writing, self._specs(held)
+        registers = struct((geometry.num_rows * groups, signature.hidden_size), f32, "rows")
+        tables = tuple(abstract_tables(s, self.placement) for s in key.signatures)
+        if key.kind == "embedding":
+            return (
+                programs.embedding_program(signature, bucket, platform),
+                (2,),
+                (self._params(signature), tables[0], registers, last_tokens, index),
+                by_rows,
+            )
+        if key.kind == "stitch":
+            both = tuple(
+                struct((geometry.num_rows * groups, width), f32, "rows")
+                for width in signature.widths
+            )
+            return (
+                programs.stitch_program(signature, bucket, platform),
+                (2,),
+                (self._params(signature), struct((), i32), both, index),
+                by_rows,
+            )
+        if key.kind == "head":
+            return (
+                programs.head_program(signature, bucket, platform),
+                (),
+                (self._params(signature), tables[0], registers, index),
+                by_rows,
+            )
+        if key.kind == "prompt_logprobs":
+            targets = struct((s, bucket.q_len), i32, "rows")
+            return (
+                logprobs.prompt_logprobs_program(signature, bucket, platform),
+                (),
+                (self._params(signature), tables[0], registers, index, targets),
+                by_rows,
+            )
+        count = sum(len(s.attentions) for s in key.signatures)
+        if key.pool is None and count:
+            raise ValueError("a layer with attention needs the shape of its KV pool")
+        backend = key.pool.backend if key.pool else backend_of(platform.name)
+        pools = (key.pool.abstract_layer(self.placement),) * count if key.pool else ()
+        params = tuple(self._params(s) for s in key.signatures)
+        return (
+            programs.segment_program(key.signatures, bucket, platform, backend),
+            (2, 3),
+            (params, tables, registers, pools, index, page_table),
+            (by_rows, self._specs(pools)),
+        )
+
+    def _describe_pages(
+        self, kind: str, pool: PoolShape
+    ) -> tuple[Callable[..., Any], tuple[int, ...], tuple, Any]:
+        """The same of what works on the pages of a group."""
+        groups = self.placement.rules.ways("rows")
+
+        def ids(count: int) -> jax.ShapeDtypeStruct:
+            return self.placement.struct((count * groups,), jnp.int32, "rows")
+
+        def layers(shape: PoolShape) -> tuple:
+            return (shape.abstract_layer(self.placement),) * shape.layers
+
+        split = self._specs(layers(pool))
+        if kind == "scrub":
+            return _copy(programs.scrub_program), (0,), (layers(pool), ids(SCRUB_PAGES)), split
+        if kind == "gather_pages":
+            arguments: tuple = (layers(pool), ids(SWAP_PAGES))
+            return _copy(programs.gather_pages_program), (), arguments, split
+        copies = layers(dataclasses.replace(pool, num_pages=SWAP_PAGES))
+        arguments = (layers(pool), copies, ids(SWAP_PAGES))
+        return _copy(programs.scatter_pages_program), (0,), arguments, split
+
+    def _params(self, signature: Signature) -> tuple[dict[str, jax.ShapeDtypeStruct], ...]:
+        return abstract_params(signature, self.placement)
+
+    def _specs(self, pools: Any) -> Any:
+        """PartitionSpecs of pools that a program returns."""
+        single = self.placement.rules.single
+        return jax.tree.map(lambda a: None if single else a.sharding.spec, pools)
+
+
+def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A wrapper that may be renamed without renaming the original."""
+    return lambda *args: function(*args)
+
+
+def vocab_size(signature: Signature) -> int:
+    """Width of a head's logits."""
+    last = signature.specs[-1]
+    if not isinstance(last, UnembeddingSpec):
+        raise ValueError(f"a head ends with an unembedding, not with {last.kind}")
+    return last.vocab_size

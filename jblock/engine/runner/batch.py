@@ -1,0 +1,154 @@
+"""From items to the static grids and index arrays programs take."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+
+from jblock.engine.config import Bucket
+from jblock.engine.programs.forward import INDEX_COLUMNS
+from jblock.engine.programs.penalties import BIAS_COLUMNS, CONTROL_COLUMNS, FIXED_COLUMNS
+from jblock.engine.programs.sampling import OPTION_COLUMNS
+from jblock.engine.scheduling.sequence import Item
+
+MIN_TEMPERATURE = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Items that share one call.
+
+    Attributes:
+      bucket: grid of the call.
+      items: at most bucket.num_seqs of them, each of chunk bucket.q_len.
+    """
+
+    bucket: Bucket
+    items: tuple[Item, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Real rows, padding not counted."""
+        return sum(item.q_len for item in self.items)
+
+
+@dataclasses.dataclass(frozen=True)
+class Underway:
+    """A batch of prompts part of the way through a block.
+
+    Attributes:
+      batch: what was cut.
+      done: calls of the block it has behind it.
+    """
+
+    batch: Batch
+    done: int
+
+
+def batches(
+    items: Iterable[Item],
+    buckets: Sequence[Bucket],
+    cover: Callable[[int, int], Sequence[int]] | None = None,
+) -> Iterator[Batch]:
+    """Groups items by chunk length, decoding first, and cuts each group to the buckets.
+
+    Args:
+      items: of one block.
+      buckets: the grids there are.
+      cover: (chunk, count) -> the sizes of the calls that carry so many items; without it a group takes
+        the smallest bucket that holds what is left of it, or the largest there is.
+    """
+    by_chunk: dict[int, list[Item]] = {}
+    for item in items:
+        by_chunk.setdefault(item.chunk, []).append(item)
+    for chunk in sorted(by_chunk):
+        group = by_chunk[chunk]
+        sizes = sorted(b.num_seqs for b in buckets if b.q_len == chunk)
+        for size in (cover or _smallest(sizes))(chunk, len(group)):
+            # Those of one adapter lie together, for kernels that read an adapter once a run of rows.
+            together = sorted(group[:size], key=lambda item: item.sequence.lease.slot)
+            yield Batch(Bucket(size, chunk), tuple(together))
+            group = group[size:]
+
+
+def _smallest(sizes: Sequence[int]) -> Callable[[int, int], Sequence[int]]:
+    def cover(chunk: int, count: int) -> Sequence[int]:
+        full, rest = divmod(count, sizes[-1])
+        return [sizes[-1]] * full + [s for s in sizes if s >= rest > 0][:1]
+
+    return cover
+
+
+def index_array(batch: Batch, num_rows: int) -> np.ndarray:
+    """int32 [S, 4 + 2Q] as programs.py describes; padding names register row `num_rows`."""
+    q = batch.bucket.q_len
+    index = np.zeros((batch.bucket.num_seqs, INDEX_COLUMNS + 2 * q), np.int32)
+    index[:, INDEX_COLUMNS : INDEX_COLUMNS + q] = num_rows
+    for i, item in enumerate(batch.items):
+        sequence = item.sequence
+        index[i, :INDEX_COLUMNS] = (item.start, item.q_len, sequence.lease.slot, sequence.seq_slot)
+        index[i, INDEX_COLUMNS : INDEX_COLUMNS + item.q_len] = item.rows
+        tokens = item.tokens or (-1,)
+        index[i, INDEX_COLUMNS + q : INDEX_COLUMNS + q + item.q_len] = tokens
+    return index
+
+
+def page_table(batch: Batch, group, max_pages: int) -> np.ndarray:
+    """int32 [S, max_pages] of the items' pages in one KV group; 0, the null page, elsewhere."""
+    table = np.zeros((batch.bucket.num_seqs, max_pages), np.int32)
+    for i, item in enumerate(batch.items):
+        pages = item.sequence.pages[group]
+        table[i, : len(pages)] = pages
+    return table
+
+
+def option_array(batch: Batch) -> np.ndarray:
+    """int32 [S, 5] of sampling options as sampling.sampled describes."""
+    options = np.zeros((batch.bucket.num_seqs, OPTION_COLUMNS), np.int32)
+    floats = options.view(np.float32)
+    for i, item in enumerate(batch.items):
+        sampling = item.sequence.request.sampling
+        # Below it logits would overflow; the best token is what such a temperature means.
+        temperature = sampling.temperature if sampling.temperature >= MIN_TEMPERATURE else 0.0
+        floats[i, [0, 2, 4]] = temperature, sampling.top_p, sampling.min_p
+        options[i, 1] = min(sampling.top_k, 2**31 - 1)
+        options[i, 3:4].view(np.uint32)[0] = item.sequence.seed & 0xFFFFFFFF
+    return options
+
+
+def control_array(batch: Batch) -> np.ndarray:
+    """int32 [S, CONTROL_COLUMNS] as adjust.py describes; neutral for rows that want nothing."""
+    controls = np.zeros((batch.bucket.num_seqs, CONTROL_COLUMNS), np.int32)
+    floats = controls.view(np.float32)
+    floats[:, 0] = 1.0
+    # Ids past every vocabulary are dropped.
+    controls[:, FIXED_COLUMNS : FIXED_COLUMNS + BIAS_COLUMNS] = 2**31 - 1
+    for i, item in enumerate(batch.items):
+        sequence = item.sequence
+        sampling = sequence.request.sampling
+        if not sampling.adjusts_logits:
+            continue
+        floats[i, :3] = (
+            sampling.repetition_penalty,
+            sampling.presence_penalty,
+            sampling.frequency_penalty,
+        )
+        # The token an item of the prompt ends with is counted with the prompt.
+        controls[i, 3] = not item.tokens
+        pairs = list(sampling.logit_bias)
+        if item.start + item.q_len - sequence.prompt_len < sampling.min_tokens:
+            pairs += [(token, -np.inf) for token in sequence.end_ids]
+        for column, (token, value) in enumerate(pairs, FIXED_COLUMNS):
+            controls[i, column] = token
+            floats[i, column + BIAS_COLUMNS] = value
+    return controls
+
+
+def target_array(batch: Batch) -> np.ndarray:
+    """int32 [S, Q]: the prompt token that follows each row; 0 where none does."""
+    targets = np.zeros((batch.bucket.num_seqs, batch.bucket.q_len), np.int32)
+    for i, item in enumerate(batch.items):
+        prompt = item.sequence.known[: item.sequence.prompt_len]
+        following = prompt[item.start + 1 : item.start + 1 + item.q_len]
+        targets[i, : len(following)] = following
+    return targets

@@ -1,0 +1,158 @@
+"""One request on its way through the engine, and the piece of it that is in flight."""
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+from jblock.engine.api import Request
+from jblock.engine.weights.residents import Lease
+
+if TYPE_CHECKING:
+    from jblock.engine.graph.graph import KvGroup, Route
+    from jblock.engine.kv_cache.host_offload import Copy
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """A request admitted or waiting.
+
+    Attributes:
+      request: as submitted.
+      route: the chain version it is bound to until it ends.
+      max_tokens: most tokens to generate, the model's limit applied.
+      seed: of its draws.
+      lease: on all its chain needs on the device.
+      seq_slot: its entry in the device's last-token array; -1 while waiting.
+      row: its register row for decoding.
+      pages: physical pages by KV group.
+      page_keys: content keys of its full pages by KV group, as far as worked out.
+      copy: its pages on the host, while it waits after a preemption by swap.
+      remembered: how many of its pages others can find by content.
+      prefill: known tokens to compute before it decodes: the prompt, and after a preemption what it
+        had generated too.
+      computed: how many of those were handed to the device so far, or found in the cache.
+      sampled: tokens the device was asked to sample so far, those not yet read included.
+      generated: tokens read so far.
+      prompt_logprobs: of each prompt token but the first, as far as read; empty if not asked for.
+      item: what is on its way through the blocks; None between steps, unless a step ended before it.
+      finished: its last output has been sent.
+    """
+
+    request: Request
+    route: "Route"
+    max_tokens: int
+    seed: int
+    lease: Lease
+    seq_slot: int = -1
+    row: int = -1
+    pages: dict["KvGroup", list[int]] = dataclasses.field(default_factory=dict)
+    page_keys: dict["KvGroup", list[bytes]] = dataclasses.field(default_factory=dict)
+    copy: "Copy | None" = None
+    remembered: int = 0
+    prefill: int = 0
+    computed: int = 0
+    sampled: int = 0
+    generated: list[int] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[float] = dataclasses.field(default_factory=list)
+    item: "Item | None" = None
+    finished: bool = False
+
+    def __post_init__(self):
+        if self.request.sampling.prompt_logprobs:
+            self.prompt_logprobs = [0.0] * (len(self.request.token_ids) - 1)
+
+    @property
+    def virtual(self) -> int:
+        """Virtual tokens in front of the request's own; positions count them."""
+        return self.route.virtual_tokens
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end it when picked."""
+        sampling = self.request.sampling
+        eos = () if sampling.ignore_eos else self.route.chain.eos_token_ids
+        return (*eos, *sampling.stop_token_ids)
+
+    @property
+    def plain(self) -> bool:
+        """Greedy, with nothing asked for but tokens and their own log-probabilities."""
+        sampling = self.request.sampling
+        return (
+            sampling.temperature == 0
+            and not sampling.adjusts_logits
+            and not sampling.top_logprobs
+            and not self.scores_prompt
+        )
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Its prompt's log-probabilities are still wanted: they go out with what follows first."""
+        return self.request.sampling.prompt_logprobs and not self.generated
+
+    def take_scores(self, start: int, scores: list[float]) -> None:
+        """Keeps the log-probabilities of the prompt tokens that follow those at position `start` and on;
+        the prompt's last token is followed by none, and virtual ones are not told of."""
+        start -= self.virtual
+        scores, start = scores[max(-start, 0) :], max(start, 0)
+        count = min(len(scores), len(self.prompt_logprobs) - start)
+        if count > 0:
+            self.prompt_logprobs[start : start + count] = scores[:count]
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens of the prompt, virtual ones included."""
+        return self.virtual + len(self.request.token_ids)
+
+    @property
+    def known(self) -> tuple[int, ...]:
+        """The prompt and every token read so far. What stands for a virtual token does not matter."""
+        return (*(0,) * self.virtual, *self.request.token_ids, *self.generated)
+
+
+@dataclasses.dataclass(eq=False)
+class Item:
+    """Some consecutive tokens of one sequence travelling along its chain together.
+
+    Attributes:
+      sequence: whose.
+      start: position of the first token.
+      q_len: how many tokens.
+      chunk: token columns of the bucket it needs: 1 for decoding.
+      rows: its register rows, one a token.
+      tokens: token ids, or () to take the sequence's last sampled token on the device.
+      samples: its last token's logits are wanted.
+      scores: the log-probabilities of its prompt tokens are wanted.
+      hop: index of the instance it is at.
+      seconds_left: of a chunk of a prompt: what it is expected to take from here; 0 if not known.
+      allowance: how many of them it may use in this step.
+    """
+
+    sequence: Sequence
+    start: int
+    q_len: int
+    chunk: int
+    rows: list[int]
+    tokens: tuple[int, ...]
+    samples: bool
+    scores: bool = False
+    hop: int = 0
+    seconds_left: float = 0.0
+    allowance: float = math.inf
+
+    @property
+    def of_prompt(self) -> bool:
+        """Whether it is of what its sequence computes before it decodes."""
+        return self.start < self.sequence.prefill
+
+
+def chunk_for(remaining: int, chunks: tuple[int, ...]) -> tuple[int, int]:
+    """(tokens to compute now, chunk columns) for a prompt with `remaining` tokens to go.
+
+    Depends on the sequence alone, so that its arithmetic is the same whatever else is in the batch.
+    A chunk is taken whole, or where it would be at least half full; the rest goes in smaller ones.
+    """
+    fitting = [c for c in chunks if c <= remaining]
+    above = [c for c in chunks if c >= remaining]
+    if above and (not fitting or 2 * remaining >= min(above)):
+        return remaining, min(above)
+    return max(fitting), max(fitting)

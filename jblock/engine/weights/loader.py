@@ -1,0 +1,331 @@
+"""From disk over host memory to the device: what residency wants there is read here."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+from absl import logging
+
+from jblock.blocks.slots import PIECE_RANK
+from jblock.blocks.spec import ComponentSpec
+from jblock.engine.adapters import compose as slot_content
+from jblock.engine.adapters.compose import SlotContent
+from jblock.engine.adapters.slot_tables import Updates, Writes, writes_of
+from jblock.engine.config import EngineConfig
+from jblock.engine.signature import MAX_TURNS
+from jblock.engine.weights import params as parameters
+from jblock.engine.weights.cache import Residency
+from jblock.engine.weights.residents import Adapter, Lease, Resident, Weights
+from jblock.zoo.records import ZooError
+
+if TYPE_CHECKING:
+    from jblock.engine.graph.graph import Assembly, Route
+    from jblock.engine.runner.runner import Device
+
+Done = Callable[[Any, Exception | None], None]
+Targets = Mapping[ComponentSpec, frozenset[str]]
+WidenTables = Callable[[Targets, Adapter], None]
+AdapterWrites = dict[str, Writes]
+"""What goes into the tables of each component of a chain that has tables, by component id."""
+Background = Callable[[str, Callable[[], Any], Done], None]
+"""(kind of work, the work, what takes its result or error): runs the work anywhere, and hands over the
+result between two steps of the loop. Work of one kind is done in order."""
+
+
+class HostCache:
+    """Prepared arrays in host memory, so that what comes back is not read again; the unused longest
+    leave. Thread-safe.
+
+    Attributes:
+      hits: entries that were found.
+      misses: entries that were not.
+      bytes: what all entries hold.
+    """
+
+    def __init__(self, max_bytes: int):
+        self.hits = self.misses = self.bytes = 0
+        self._max_bytes = max_bytes
+        self._entries: collections.OrderedDict[Hashable, tuple[Any, int]] = (
+            collections.OrderedDict()
+        )
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: Hashable) -> Any:
+        """What was put under a key, or None."""
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                self.misses += 1
+                return None
+            self.hits += 1
+            self._entries.move_to_end(key)
+            return entry[0]
+
+    def put(self, key: Hashable, value: Any, nbytes: int) -> None:
+        """Keeps a value for as long as there is room; one larger than all room is not kept."""
+        with self._lock:
+            if nbytes > self._max_bytes or key in self._entries:
+                return
+            self._entries[key] = (value, nbytes)
+            self.bytes += nbytes
+            while self.bytes > self._max_bytes:
+                _, (_, freed) = self._entries.popitem(last=False)
+                self.bytes -= freed
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """What the records of an adapter say.
+
+    Attributes:
+      targets: component id -> what needs tables there.
+      size: pieces it takes.
+    """
+
+    targets: dict[str, frozenset[str]]
+    size: int
+
+
+class Warming(NamedTuple):
+    """Chains that are brought to the device before they are asked for, and who waits for them."""
+
+    assembly: "Assembly"
+    leases: list[Lease]
+    done: concurrent.futures.Future[list[Lease]]
+
+
+class Loads:
+    """Carries out what an agent's residency decides. Reads in the background, and writes between two
+    steps, on the loop's thread.
+
+    Attributes:
+      residency: what decides.
+      cache: the host's tier.
+      background: where work runs; until another is given, in `pump`, on the caller's own thread.
+      widen_tables: takes {spec: targets} that tables have to be made for, and the adapter that wants
+        them; `residency.switch` or `refuse` follows.
+    """
+
+    def __init__(self, assembly: "Assembly", config: EngineConfig):
+        """Adapters wait until `attach` has named the device that writes them."""
+        self.cache = HostCache(config.host_cache_mb * 10**6)
+        self.background: Background = self._defer
+        self._assembly, self._zoo, self._config = assembly, assembly.zoo, config
+        self._placement = assembly.placement
+        self._deferred: collections.deque = collections.deque()
+        self._warming: list[Warming] = []
+        self.residency = Residency(
+            assembly,
+            self,
+            slots=config.adapter_slots,
+            pieces=config.adapter_pieces,
+            max_weight_bytes=config.weights_memory_mb * 10**6,
+        )
+
+    def attach(self, device: "Device", widen_tables: WidenTables) -> None:
+        """Names the device that writes adapters, and who makes tables."""
+        self._device, self.widen_tables = device, widen_tables
+
+    def preload(self, routes: Iterable["Route"]) -> None:
+        """Brings chains of the first assembly to the device, in this order, for as long as there is room;
+        on the caller's own thread.
+
+        Raises:
+          ValueError: one cannot be read.
+        """
+        done: concurrent.futures.Future[list[Lease]] = concurrent.futures.Future()
+        self.warm(self._assembly, routes, done)
+        while not done.done():
+            self.pump()
+        for lease in done.result():
+            self.residency.release(lease)
+
+    def pump(self) -> None:
+        """Does what was put off, and answers for what was warmed."""
+        while self._deferred:
+            work, done = self._deferred.popleft()
+            attempt(work, done)
+        for warming in list(self._warming):
+            leases = [lease for lease in warming.leases if not lease.released]
+            failed = next((lease for lease in leases if lease.error), None)
+            if failed is not None:
+                for lease in leases:
+                    self.residency.release(lease)
+                self.residency.abandon(warming.assembly)
+                warming.done.set_exception(ValueError(failed.error))
+            elif all(lease.ready for lease in leases):
+                warming.done.set_result(leases)
+            else:
+                continue
+            self._warming.remove(warming)
+
+    def warm(
+        self,
+        assembly: "Assembly",
+        routes: Iterable["Route"],
+        done: concurrent.futures.Future[list[Lease]],
+    ) -> None:
+        """Brings chains of an assembly, taken up or not, to the device, as far as there is room without
+        waiting for it. `pump` gives `done` their leases, or the error of the first that cannot be read."""
+        leases = [self.residency.acquire(route, optional=True) for route in routes]
+        self._warming.append(Warming(assembly, leases, done))
+
+    # What residency asks for
+
+    def probe(self, adapter: Adapter, route: "Route") -> None:
+        """See `residency.Worker`."""
+
+        def done(probe: Probe | None, error: Exception | None) -> None:
+            if probe is None:
+                self.residency.probed(adapter, {}, 0, _words(adapter, error))
+            else:
+                self.residency.probed(adapter, probe.targets, probe.size)
+
+        self.background("adapter", functools.partial(_probe, self._zoo, adapter, route), done)
+
+    def load(self, resident: Resident, route: "Route") -> None:
+        """See `residency.Worker`."""
+        if isinstance(resident, Weights):
+            self.background(
+                "weights",
+                functools.partial(self._read_weights, resident),
+                functools.partial(self._place_weights, resident),
+            )
+        elif isinstance(resident, Adapter):
+            self.background(
+                "adapter",
+                functools.partial(self._read_adapter, resident, route),
+                functools.partial(self._place_adapter, resident, route),
+            )
+
+    def widen(self, adapter: Adapter, route: "Route") -> None:
+        """See `residency.Worker`."""
+        wanted: dict[Any, frozenset[str]] = {}
+        for part in route.parts:
+            targets = (adapter.targets or {}).get(part.component)
+            if targets:
+                wanted[part.spec] = wanted.get(part.spec, frozenset()) | targets
+        self.widen_tables(wanted, adapter)
+
+    # Reading, in the background
+
+    def _read_weights(self, weights: Weights) -> parameters.Tensors:
+        key = ("weights", weights.component, weights.placement.rules)
+        bounded = bool(self._config.weights_memory_mb)
+        arrays = self.cache.get(key) if bounded else None
+        if arrays is None:
+            stored = self._zoo.load_component(weights.component)
+            arrays = parameters.prepared(
+                weights.spec, stored, self._config.dtype, False, weights.placement
+            )
+            if bounded:  # otherwise none ever comes back
+                self.cache.put(key, arrays, weights.size)
+        return parameters.on_device(
+            weights.spec, arrays, self._config.dtype, False, weights.placement
+        )
+
+    def _read_adapter(self, adapter: Adapter, route: "Route") -> AdapterWrites:
+        """What `Tables.write` takes, for each component that has tables."""
+        key = ("adapter", adapter.deltas)
+        prepared: dict[str, SlotContent] | None = self.cache.get(key)
+        if prepared is None:
+            specs = {part.component: part.spec for part in route.parts}
+            prepared = {
+                component: slot_content.slot_content(
+                    specs[component],
+                    [(self._zoo.delta(d).spec, self._zoo.load_delta(d)) for d in deltas],
+                    functools.partial(self._zoo.load_tensor, component),
+                )
+                for component, deltas in adapter.deltas
+            }
+            self.cache.put(key, prepared, sum(c.nbytes for c in prepared.values()))
+        writes = {
+            part.component: writes_of(
+                part.spec, part.form, prepared.get(part.component), self._placement
+            )
+            for part in route.parts
+            if part.form is not None
+        }
+        jax.block_until_ready([(w.parts, w.vectors) for w in writes.values()])
+        return writes
+
+    # Writing, between two steps
+
+    def _place_weights(
+        self, weights: Weights, tensors: parameters.Tensors | None, error: Exception | None
+    ) -> None:
+        if tensors is not None:
+            weights.tensors = tensors
+        self.residency.finished(weights, "" if tensors is not None else _words(weights, error))
+
+    def _place_adapter(
+        self,
+        adapter: Adapter,
+        route: "Route",
+        writes: AdapterWrites | None,
+        error: Exception | None,
+    ) -> None:
+        if writes is None:
+            self.residency.finished(adapter, _words(adapter, error))
+            return
+        for part in {p.component: p for p in route.parts}.values():
+            if part.form is None or part.tables is None:
+                continue
+            mine = writes[part.component]
+            updates = Updates(
+                functools.partial(self._device.piece_update, part.spec, part.form),
+                functools.partial(self._device.vector_update, part.spec, part.form),
+            )
+            part.tables.write(adapter.slot, adapter.pieces[: mine.count], part.form, mine, updates)
+        self.residency.finished(adapter)
+
+    # Where nobody else does the work
+
+    def _defer(self, kind: str, work: Callable[[], Any], done: Done) -> None:
+        self._deferred.append((work, done))
+
+
+def weights_of(assembly: "Assembly") -> list["Route"]:
+    """Routes that stand for all weights of an assembly, without adapters; pinned ones first."""
+    by_set: dict[int, Route] = {}
+    for name in (*assembly.pinned, *assembly.routes):
+        by_set.setdefault(id(assembly.routes[name].weights), assembly.routes[name])
+    return [dataclasses.replace(route, adapter=None) for route in by_set.values()]
+
+
+def attempt(work: Callable[[], Any], done: Done) -> None:
+    """Does some work and hands over what came of it."""
+    try:
+        result = work()
+    except Exception as error:
+        done(None, error)
+    else:
+        done(result, None)
+
+
+def _probe(zoo: Any, adapter: Adapter, route: "Route") -> Probe:
+    specs = {c: [zoo.delta(d).spec for d in deltas] for c, deltas in adapter.deltas}
+    size = max(slot_content.num_pieces(own) for own in specs.values())
+    if size > MAX_TURNS:
+        raise ZooError(
+            f"it has {size * PIECE_RANK} ranks or virtual tokens; at most "
+            f"{MAX_TURNS * PIECE_RANK} can be served"
+        )
+    bases = {part.component: part.spec for part in route.parts}
+    targets = {c: slot_content.targets(bases[c], own) for c, own in specs.items()}
+    return Probe(targets, size)
+
+
+def _words(resident: Resident, error: Exception | None) -> str:
+    """Why something is not there, for the requests that wait for it."""
+    if not isinstance(error, ZooError | OSError):
+        logging.error("loading %s failed", resident.name, exc_info=error)
+    return f"{resident.name} cannot be loaded: {error}"
