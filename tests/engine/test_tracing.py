@@ -44,12 +44,12 @@ def run(agent: Agent) -> None:
 
 
 @pytest.fixture(scope="module")
-def lines(agent, tmp_path_factory) -> dict[str, dict[str, tracing.Line]]:
+def lines(agent, tmp_path_factory) -> dict[str, dict[str, trace_summary.Line]]:
     """What a trace of it adds up to: kind -> name -> line."""
     folder = tmp_path_factory.mktemp("trace")
     with jax.profiler.trace(str(folder)):
         run(agent)
-    found: dict[str, dict[str, tracing.Line]] = {}
+    found: dict[str, dict[str, trace_summary.Line]] = {}
     for line in trace_summary.summarize(folder.rglob("*.xplane.pb")):
         found.setdefault(line.kind, {})[line.name] = line
     return found
