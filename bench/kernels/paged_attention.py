@@ -30,7 +30,7 @@ def cases(quick: bool) -> list[Case]:
     demo = shapes.MODELS[-1]
     if quick:
         return [case_of(demo, 4, 1, 64, 16, "float32"), case_of(demo, 2, 16, 32, 16, "float32")]
-    if backend() in ("xla", "native"):
+    if backend() in ("xla", "cpu"):
         return [
             case_of(small, 32, new, 1024, 64, dtype)
             for dtype in ("float32", "int8")
@@ -79,7 +79,7 @@ def case_of(
 ) -> Case:
     """`num_seqs` sequences of `total` tokens, the last `new` of them computed."""
     sequences = ((total - new, new),) * num_seqs
-    rows_dtype = "float32" if backend() in ("xla", "native") else "bfloat16"
+    rows_dtype = "float32" if backend() in ("xla", "cpu") else "bfloat16"
     moved, flops = shapes.needed(model, sequences, dtype, jnp.dtype(rows_dtype).itemsize)
     shape = Shape(
         heads=model.heads,

@@ -12,7 +12,7 @@ from bench.kernels import Case
 from bench.models import MODEL_250M, TINY
 from jblock.blocks import linear
 from jblock.blocks.platform import here
-from jblock.pallas_kernels.native import matmul as native
+from jblock.cpu_kernels.matmul import api as matmul
 
 ROWS = (1, 4, 8, 16, 24, 32, 64)
 
@@ -20,7 +20,7 @@ ROWS = (1, 4, 8, 16, 24, 32, 64)
 def backend() -> str:
     """What serves bfloat16 weights of few rows here."""
     probe = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
-    return "native" if here().amx and native.serves(1, [probe]) else "xla"
+    return "cpu" if here().amx and matmul.serves(1, [probe]) else "xla"
 
 
 def cases(quick: bool) -> list[Case]:

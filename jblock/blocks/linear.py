@@ -11,8 +11,8 @@ from jblock.blocks.platform import Platform
 from jblock.blocks.quant_spec import CODES, ORDER, SCALES, ZEROS
 from jblock.blocks.rows import Rows
 from jblock.blocks.slots import Slots
+from jblock.cpu_kernels.matmul import api as cpu_matmul
 from jblock.pallas_kernels.backends import backend_of
-from jblock.pallas_kernels.native import matmul as native_matmul
 from jblock.pallas_kernels.quantized_matmul.api import quantized_matmul
 
 _BF16_ROWS = 8
@@ -34,8 +34,8 @@ def matmul(
       transposed: how the weight lies; None: as projections do there (`Platform.out_in`).
     """
     transposed = platform.out_in if transposed is None else transposed
-    if platform.amx and transposed and native_matmul.serves(x.shape[0], [weight]):
-        return native_matmul.matmul(x, [weight])[0]
+    if platform.amx and transposed and cpu_matmul.serves(x.shape[0], [weight]):
+        return cpu_matmul.matmul(x, [weight])[0]
     return by_xla(x, weight, platform, transposed=transposed)
 
 
@@ -178,11 +178,11 @@ class Linear(nnx.Module):
 
 def project(projections: Sequence[Linear], x: jax.Array, rows: Rows) -> list[jax.Array]:
     """What each of them makes of x [T, in]: one product of all their weights where there is code for it
-    (`native_matmul`), so that threads are woken, and x is laid, once."""
+    (`cpu_matmul`), so that threads are woken, and x is laid, once."""
     weights = [p.weight for p in projections]
     if rows.platform.amx and rows.platform.out_in and not any(p.scales_input for p in projections):
         arrays = [w[...] for w in weights if isinstance(w, nnx.Param)]
-        if len(arrays) == len(weights) and native_matmul.serves(x.shape[0], arrays):
-            products = native_matmul.matmul(x, arrays)
+        if len(arrays) == len(weights) and cpu_matmul.serves(x.shape[0], arrays):
+            products = cpu_matmul.matmul(x, arrays)
             return [p._finished(y, x, rows) for p, y in zip(projections, products, strict=True)]
     return [p(x, rows) for p in projections]

@@ -71,7 +71,7 @@ class Slots:
             return y
         rows, a = _known(rows), self._tables[f"{name}.a"]
         backend = backend_of(rows.platform.name)
-        if backend == "native":
+        if backend == "cpu":
             b, pieces = self._tables[f"{name}.b"], self._tables["pieces"][rows.slots]
             sizes = jnp.full((rows.num_seqs,), rows.q_len, jnp.int32)
             return grouped_delta_matmul(y, x, a, b, pieces, sizes, backend=backend)

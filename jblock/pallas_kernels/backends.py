@@ -8,9 +8,9 @@ from types import ModuleType
 
 import jax
 
-from jblock.pallas_kernels.native import targets
+from jblock.cpu_kernels import targets
 
-BACKENDS = ("xla", "native", "tpu", "mosaic_gpu")
+BACKENDS = ("xla", "cpu", "tpu", "mosaic_gpu")
 """Modules of an op's folder. One is imported when used: Pallas takes a while, and CPU needs none of it."""
 
 # Not yet "gpu": the Mosaic GPU kernels are for Hopper only, and never met a device. `python -m bench gpu`
@@ -22,7 +22,7 @@ def backend_of(platform: str | None = None) -> str:
     """The backend that serves a platform ("cpu", "tpu", "gpu"); None: the one jax computes on."""
     platform = platform or jax.default_backend()
     if platform == "cpu" and targets.available():
-        return "native"
+        return "cpu"
     return _OF_PLATFORM.get(platform, "xla")
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jblock.pallas_kernels.native import targets
+from jblock.cpu_kernels import targets
 from jblock.pallas_kernels.paged_attention import api
 from jblock.pallas_kernels.paged_attention.quantize import quantize
 from jblock.pallas_kernels.paged_attention.ragged import Ragged
@@ -99,7 +99,7 @@ def test_a_dtype_kv_cannot_have_is_refused():
 
 
 def test_every_platform_has_a_backend():
-    assert api.backend_of("cpu") == ("native" if targets.available() else "xla")
+    assert api.backend_of("cpu") == ("cpu" if targets.available() else "xla")
     assert api.backend_of("a platform of tomorrow") == "xla"
     assert api.backend_of() in api.BACKENDS
 

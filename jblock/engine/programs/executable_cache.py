@@ -23,10 +23,10 @@ from absl import logging
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 
-from jblock.pallas_kernels.native import targets
+from jblock.cpu_kernels import targets
 
 MAX_ENTRIES = 4096
-_CODE = ("blocks", "pallas_kernels", "parallel", "engine")
+_CODE = ("blocks", "pallas_kernels", "cpu_kernels", "parallel", "engine")
 # What compiles for a platform beside jaxlib; one that is not installed counts as "-".
 _COMPILERS = {
     "tpu": ("libtpu",),

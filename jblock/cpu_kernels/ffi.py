@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 from llvmlite import ir
 
-from jblock.pallas_kernels.native.emit import I32, I64, PTR, Function, Value
+from jblock.cpu_kernels.emit import I32, I64, PTR, Function, Value
 
 _SIZES = {"size_t": 8, "int64_t": 8, "int": 4, "int32_t": 4, "uint32_t": 4}
 _METADATA, _EXECUTE = 1, 3

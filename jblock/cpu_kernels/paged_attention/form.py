@@ -1,11 +1,11 @@
-"""The forms of attention there is machine code for; see `native_kernel`."""
+"""The forms of attention there is machine code for; see `kernel`."""
 
 import dataclasses
 import math
 import struct
 from collections.abc import Sequence
 
-from jblock.pallas_kernels.native import targets
+from jblock.cpu_kernels import targets
 
 TILE_ROWS = 64
 """Rows (tokens x heads of a KV head) that pass over the pages together."""

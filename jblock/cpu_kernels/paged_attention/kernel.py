@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from llvmlite import ir
 
-from jblock.pallas_kernels.native import ffi, threads
-from jblock.pallas_kernels.native.emit import F32, I32, I64, Function, Value, rounded
-from jblock.pallas_kernels.paged_attention import native_block
-from jblock.pallas_kernels.paged_attention.native_form import BYTES, MASKED, TILE_ROWS, Form
+from jblock.cpu_kernels import ffi, threads
+from jblock.cpu_kernels.emit import F32, I32, I64, Function, Value, rounded
+from jblock.cpu_kernels.paged_attention import block as page_block
+from jblock.cpu_kernels.paged_attention.form import BYTES, MASKED, TILE_ROWS, Form
 
 # Slots of what the items of a call share (int64 or pointer each).
 _SHARED = (
@@ -89,7 +89,7 @@ class _Kernel:
 
     def __init__(self, module: ir.Module, form: Form):
         self.module, self.form = module, form
-        self.block = native_block.block(module, form)
+        self.block = page_block.block(module, form)
         self.item = self._item()
 
     def zero(self, f: Function, pointer: Value, count: Value) -> None:

@@ -1,4 +1,4 @@
-"""Products by AMX's bfloat16 tiles; see `matmul_kernel`.
+"""Products by AMX's bfloat16 tiles; see `kernel`.
 
 With few rows the time is that of reading the weights, so they are read once, where they lie: tiles of 16
 of their rows by 32 of `in`. x is rounded to bfloat16 and laid in pairs of `in` first, as the other side
@@ -8,13 +8,13 @@ bits in every batch.
 
 from llvmlite import ir
 
-from jblock.pallas_kernels.native import squares
-from jblock.pallas_kernels.native.emit import I8, I16, I32, I64, VOID, Function, Value
-from jblock.pallas_kernels.native.matmul_items import Item
+from jblock.cpu_kernels.emit import I8, I16, I32, I64, VOID, Function, Value
+from jblock.cpu_kernels.matmul import squares
+from jblock.cpu_kernels.matmul.items import Item
 
 
 class Tiles:
-    """Products of one T, 16 weight rows by 16 rows of x, 32 of `in` at a time; see `matmul_items.Kernel`."""
+    """Products of one T, 16 weight rows by 16 rows of x, 32 of `in` at a time; see `items.Kernel`."""
 
     weight_bytes = 2
 

@@ -15,7 +15,7 @@ from jblock.pallas_kernels import backends
 from jblock.pallas_kernels.grouped_delta_matmul import api
 from tests.pallas_kernels.grouped_cases import DELTA_CASES, DeltaCase, hold_delta
 
-DELTA = jax.jit(functools.partial(api.grouped_delta_matmul, backend="native"))
+DELTA = jax.jit(functools.partial(api.grouped_delta_matmul, backend="cpu"))
 FLOAT32 = [c for c in DELTA_CASES if c.dtype == "float32"]
 
 
@@ -50,7 +50,7 @@ def test_a_row_has_the_same_bits_whatever_its_neighbors_and_threads():
     y, x, a, b = draw(rows, out), draw(rows, width), draw(9, 8, width), draw(9, 8, out)
     pieces = np.array([[1, 2, 3], [4, 0, 0], [0, 0, 0], [5, 6, 0], [7, 8, 1]], np.int32)
     sizes = np.array([1, 40, 9, 13, 30], np.int32)
-    assert backends.module("grouped_delta_matmul", "native").__name__.endswith(".native")
+    assert backends.module("grouped_delta_matmul", "cpu").__name__.endswith(".cpu")
     together = np.asarray(DELTA(y, x, a, b, pieces, sizes))
     begin = 0
     for mine, size in zip(pieces, sizes, strict=True):

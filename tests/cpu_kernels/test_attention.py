@@ -12,15 +12,16 @@ from hypothesis import strategies as st
 
 pytest.importorskip("llvmlite", reason="the extra jblock[cpu] is not installed")
 
+from jblock.cpu_kernels import targets
+from jblock.cpu_kernels.paged_attention import form as forms
 from jblock.pallas_kernels import backends
-from jblock.pallas_kernels.native import targets
-from jblock.pallas_kernels.paged_attention import api, native_form, xla
+from jblock.pallas_kernels.paged_attention import api, xla
 from jblock.pallas_kernels.paged_attention.ragged import Ragged
 from tests.pallas_kernels.attention_cases import CASES, FORMS, Case, check, run
 
-PAGES = functools.partial(api.abstract_pages, backend="native")
+PAGES = functools.partial(api.abstract_pages, backend="cpu")
 ATTEND = jax.jit(
-    functools.partial(api.paged_attention, backend="native"),
+    functools.partial(api.paged_attention, backend="cpu"),
     static_argnames=("sliding_window", "softcap", "scale"),
 )
 
@@ -130,19 +131,19 @@ def test_what_has_no_machine_code_is_xlas():
 
 
 def test_a_form_survives_its_name():
-    form = native_form.Form(
+    form = forms.Form(
         kv="int8", d=80, groups=7, page=32, grid=True, rows=4, window=9, softcap=50.0, scale=0.1
     )
-    again = native_form.Form.parse(form.fields)
+    again = forms.Form.parse(form.fields)
     assert again.fields == form.fields and abs(again.scale - form.scale) < 1e-8
 
 
 @pytest.mark.parametrize("groups, q_len, rows", [(1, 1, 1), (2, 1, 2), (8, 1, 4), (2, 512, 6)])
 def test_rows_share_what_was_loaded(monkeypatch, groups, q_len, rows):
     monkeypatch.setattr(targets, "accumulators", lambda: 24)
-    assert native_form.rows_at_once(groups, q_len) == rows
+    assert forms.rows_at_once(groups, q_len) == rows
 
 
 def test_an_op_without_machine_code_takes_xlas():
-    assert backends.module("paged_attention", "native").__name__.endswith(".native")
-    assert backends.module("quantized_matmul", "native").__name__.endswith(".xla")
+    assert backends.module("paged_attention", "cpu").__name__.endswith(".cpu")
+    assert backends.module("quantized_matmul", "cpu").__name__.endswith(".xla")

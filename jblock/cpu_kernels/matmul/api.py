@@ -1,11 +1,11 @@
-"""Projections of few rows on a CPU with AMX in machine code of our own; see `matmul_kernel`."""
+"""Projections of few rows on a CPU with AMX in machine code of our own; see `kernel`."""
 
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from jblock.pallas_kernels.native import targets
+from jblock.cpu_kernels import targets
 
 _MOST_BYTES = 1 << 20
 """Of x as float32: it is laid on the stack of a thread."""
@@ -15,14 +15,14 @@ def serves(count: int, weights: Sequence[jax.Array]) -> bool:
     """Whether `matmul` has code for so many rows of x and such weights [out, in] on this machine."""
     if not targets.available() or not targets.has_amx():
         return False
-    from jblock.pallas_kernels.native import matmul_items, matmul_kernel
+    from jblock.cpu_kernels.matmul import items, kernel
 
     first = weights[0]
     return (
-        count <= matmul_kernel.MOST_ROWS.get(str(first.dtype), 0)
+        count <= kernel.MOST_ROWS.get(str(first.dtype), 0)
         and 4 * (-(-count // 16) * 16) * first.shape[1] <= _MOST_BYTES
         and all(w.dtype == first.dtype and w.shape[1] == first.shape[1] for w in weights)
-        and all(size % matmul_items.UNIT == 0 for w in weights for size in w.shape)
+        and all(size % items.UNIT == 0 for w in weights for size in w.shape)
     )
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from jblock.blocks.linear import matmul
 from jblock.blocks.platform import here
-from jblock.pallas_kernels.native import matmul as native
-from jblock.pallas_kernels.native import targets
+from jblock.cpu_kernels import targets
+from jblock.cpu_kernels.matmul import api as products
 
 pytestmark = pytest.mark.skipif(
     not (targets.available() and targets.has_amx()), reason="this CPU has no AMX tiles to test with"
@@ -23,7 +23,7 @@ def arrays(count, out, width, dtype="bfloat16"):
 
 
 def alone(x, weight):
-    return native.matmul(x, [weight])[0]
+    return products.matmul(x, [weight])[0]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -31,7 +31,7 @@ def alone(x, weight):
 @pytest.mark.parametrize(("out", "width"), [(32, 32), (96, 160), (1024, 96), (64, 2816)])
 def test_multiplies(count, out, width, dtype):
     x, weight = arrays(count, out, width, dtype)
-    if not native.serves(count, [weight]):
+    if not products.serves(count, [weight]):
         assert (dtype, count) == ("float32", 64)
         return
     got = jax.jit(alone)(x, weight)
@@ -46,7 +46,7 @@ def test_multiplies(count, out, width, dtype):
 def test_several_weights_at_once(count, dtype):
     x, _ = arrays(count, 32, 512)
     weights = [arrays(1, out, 512, dtype)[1] for out in (1024, 32, 320)]
-    together = jax.jit(lambda x, *w: native.matmul(x, w))(x, *weights)
+    together = jax.jit(lambda x, *w: products.matmul(x, w))(x, *weights)
     for got, weight in zip(together, weights, strict=True):
         np.testing.assert_array_equal(got, jax.jit(alone)(x, weight))
 
@@ -81,12 +81,12 @@ def test_poison_stays_in_its_row(count, dtype):
 @pytest.mark.parametrize(("out", "width"), [(48, 64), (64, 40)])
 def test_other_shapes_are_left_to_xla(out, width):
     x, weight = arrays(4, out, width)
-    assert not native.serves(4, [weight])
+    assert not products.serves(4, [weight])
     got = jax.jit(lambda x, w: matmul(x, w, here()))(x, weight)
     wanted = x @ np.asarray(weight, np.float32).T
     np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-2 * np.abs(wanted).max())
 
 
 def test_rows_too_large_for_a_threads_stack_are_left_to_xla():
-    assert not native.serves(32, [jax.ShapeDtypeStruct((64, 16384), jnp.float32)])
-    assert native.serves(16, [jax.ShapeDtypeStruct((64, 16384), jnp.float32)])
+    assert not products.serves(32, [jax.ShapeDtypeStruct((64, 16384), jnp.float32)])
+    assert products.serves(16, [jax.ShapeDtypeStruct((64, 16384), jnp.float32)])

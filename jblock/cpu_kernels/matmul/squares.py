@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 
-from jblock.pallas_kernels.native.emit import F32, I32, I64, Function, Value
+from jblock.cpu_kernels.emit import F32, I32, I64, Function, Value
 
 _LINE = ir.VectorType(F32, 16)
 

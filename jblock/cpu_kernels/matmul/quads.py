@@ -1,4 +1,4 @@
-"""Products of up to 24 rows by float32 weights in AVX-512; see `matmul_kernel`.
+"""Products of up to 24 rows by float32 weights in AVX-512; see `kernel`.
 
 A vector is 4 rows of x by 4 of `in`, as rows lie anyway. Four elements of a weight, repeated four times, are
 multiplied with each such vector, and a row's four sums are added at the end: so a row of x costs a quarter of
@@ -10,9 +10,9 @@ read, beside the weights that come next.
 
 from llvmlite import ir
 
-from jblock.pallas_kernels.native import squares
-from jblock.pallas_kernels.native.emit import F32, I64, Function, Value
-from jblock.pallas_kernels.native.matmul_items import UNIT, Item
+from jblock.cpu_kernels.emit import F32, I64, Function, Value
+from jblock.cpu_kernels.matmul import squares
+from jblock.cpu_kernels.matmul.items import UNIT, Item
 
 _STEP = 16  # Of `in` in a turn of the inner loop: a line of the cache.
 _PIECE = 1024  # Of `in` in a piece, over vectors of x.
@@ -23,7 +23,7 @@ MOST_ROWS = 4 * max(_SIDE_BY_SIDE)
 
 
 class Quads:
-    """Products of one T; see `matmul_items.Kernel`."""
+    """Products of one T; see `items.Kernel`."""
 
     weight_bytes = 4
 

@@ -1,14 +1,14 @@
 """What a page adds to the rows that attend to it: scores, the softmax so far, the weighted sum; see
-`native_kernel`.
+`kernel`.
 
 While one is computed memory brings what comes after it.
 """
 
 from llvmlite import ir
 
-from jblock.pallas_kernels.native import targets
-from jblock.pallas_kernels.native.emit import F32, I32, I64, Function, Value
-from jblock.pallas_kernels.paged_attention.native_form import BYTES, MASKED, Form
+from jblock.cpu_kernels import targets
+from jblock.cpu_kernels.emit import F32, I32, I64, Function, Value
+from jblock.cpu_kernels.paged_attention.form import BYTES, MASKED, Form
 
 
 def block(module: ir.Module, form: Form) -> ir.Function:

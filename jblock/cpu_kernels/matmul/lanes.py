@@ -1,19 +1,19 @@
-"""Products of 25 to 32 rows by float32 weights in AVX-512; see `matmul_kernel`.
+"""Products of 25 to 32 rows by float32 weights in AVX-512; see `kernel`.
 
 x lies transposed, its rows make two vectors of 16, and every element of a weight is multiplied with both:
-fewer reads than `matmul_quads` needs, but 16 rows are the least that counts.
+fewer reads than `quads` needs, but 16 rows are the least that counts.
 
 No more than 8 rows of a weight are read side by side: they are often a multiple of 4 KiB apart, and lie in
 one set of the first cache then, which has 12 places.
 """
 
-from jblock.pallas_kernels.native import squares
-from jblock.pallas_kernels.native.emit import I64, Function, Value
-from jblock.pallas_kernels.native.matmul_items import UNIT, Item
+from jblock.cpu_kernels.emit import I64, Function, Value
+from jblock.cpu_kernels.matmul import squares
+from jblock.cpu_kernels.matmul.items import UNIT, Item
 
 
 class Lanes:
-    """Products of one T; see `matmul_items.Kernel`."""
+    """Products of one T; see `items.Kernel`."""
 
     weight_bytes = 4
 

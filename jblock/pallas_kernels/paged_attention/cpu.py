@@ -1,15 +1,15 @@
-"""Paged attention in machine code of our own: the backend for CPU where llvmlite is installed.
+"""Paged attention by `jblock/cpu_kernels`: the backend for CPU where llvmlite is installed.
 
 Pages lie as in the XLA backend, which serves what this one has no code for (8-bit floats). What is
-computed how is in `native_kernel`.
+computed how is in `jblock/cpu_kernels/paged_attention`.
 """
 
 import jax
 import jax.numpy as jnp
 
-from jblock.pallas_kernels.native import targets
+from jblock.cpu_kernels import targets
+from jblock.cpu_kernels.paged_attention.form import BYTES, Form, rows_at_once
 from jblock.pallas_kernels.paged_attention import xla
-from jblock.pallas_kernels.paged_attention.native_form import BYTES, Form, rows_at_once
 from jblock.pallas_kernels.paged_attention.ragged import Ragged
 
 abstract_pages = xla.abstract_pages

@@ -1,4 +1,4 @@
-"""Grouped delta matmul in machine code of our own: the backend for CPU where llvmlite is installed.
+"""Emits the grouped delta matmul for the CPU; `pallas_kernels/grouped_delta_matmul/cpu.py` calls it.
 
 A call's items are (group, run of rows). Pieces are read where they lie, once for three rows, and not at
 all for a group without any. The product of a row and a rank is summed in one order, however many rows
@@ -8,39 +8,14 @@ are taken together.
 import math
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 from llvmlite import ir
 
-from jblock.pallas_kernels.grouped_delta_matmul import xla
-from jblock.pallas_kernels.native import ffi, targets, threads
-from jblock.pallas_kernels.native.emit import I64, Function, Value
+from jblock.cpu_kernels import ffi, targets, threads
+from jblock.cpu_kernels.emit import I64, Function, Value
 
 _RUN = 32  # Rows of an item, at most.
-_HELPER_BYTES = 300_000  # Read for one more thread, see paged_attention/native_kernel.py.
+_HELPER_BYTES = 300_000  # Read for one more thread, see paged_attention/kernel.py.
 _SHARED = ("y", "x", "a", "b", "pieces", "starts", "turns", "runs", "table")
-
-
-def grouped_delta_matmul(
-    y: jax.Array,
-    x: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    pieces: jax.Array,
-    group_sizes: jax.Array,
-    *,
-    device_kind: str | None = None,
-) -> jax.Array:
-    """See `api.grouped_delta_matmul`; tables that are not float32, or of odd widths, are XLA's."""
-    rank, width = a.shape[1:]
-    if width % 4 or y.shape[1] % 4 or rank > 8 or a.dtype != jnp.float32:
-        return xla.grouped_delta_matmul(y, x, a, b, pieces, group_sizes, device_kind=device_kind)
-    call = jax.ffi.ffi_call(
-        targets.target("delta", rank, width, y.shape[1]),
-        jax.ShapeDtypeStruct(y.shape, y.dtype),
-        input_output_aliases={0: 0},
-    )
-    return call(y, x.astype(jnp.float32), a, b, pieces, group_sizes)
 
 
 def emit(module: ir.Module, name: str, fields: Sequence[str]) -> None:

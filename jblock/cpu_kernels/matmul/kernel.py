@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 from llvmlite import ir
 
-from jblock.pallas_kernels.native import ffi, matmul_items, targets
-from jblock.pallas_kernels.native.matmul_lanes import Lanes
-from jblock.pallas_kernels.native.matmul_quads import MOST_ROWS as QUADS_ROWS
-from jblock.pallas_kernels.native.matmul_quads import Quads
-from jblock.pallas_kernels.native.matmul_tiles import Tiles
+from jblock.cpu_kernels import ffi, targets
+from jblock.cpu_kernels.matmul import items
+from jblock.cpu_kernels.matmul.lanes import Lanes
+from jblock.cpu_kernels.matmul.quads import MOST_ROWS as QUADS_ROWS
+from jblock.cpu_kernels.matmul.quads import Quads
+from jblock.cpu_kernels.matmul.tiles import Tiles
 
 MOST_ROWS = {"bfloat16": 64, "float32": 32}
 """Of x, by the dtype of the weights: beyond, XLA's is as fast."""
@@ -33,6 +34,6 @@ def emit(module: ir.Module, name: str, fields: Sequence[str]) -> None:
     kernel = (Tiles if dtype == "bfloat16" else few)(count)
 
     def body(f, args: ffi.Buffers, results: ffi.Buffers, pool: ffi.Pool) -> None:
-        matmul_items.run(f, kernel, args, results, pool)
+        items.run(f, kernel, args, results, pool)
 
     ffi.open_handler(module, name, body)

@@ -12,9 +12,9 @@ pytest.importorskip("llvmlite", reason="the extra jblock[cpu] is not installed")
 
 from llvmlite import ir
 
+from jblock.cpu_kernels import ffi, targets
+from jblock.cpu_kernels.emit import I64, Function
 from jblock.pallas_kernels import backends
-from jblock.pallas_kernels.native import ffi, targets
-from jblock.pallas_kernels.native.emit import I64, Function
 
 
 def compiled(operation: str):
@@ -96,7 +96,7 @@ def test_without_llvmlite_or_with_another_ffi_the_cpu_is_xlas(monkeypatch):
     def broken():
         raise ffi.Unsupported("moved")
 
-    assert backends.backend_of("cpu") == "native"
+    assert backends.backend_of("cpu") == "cpu"
     with monkeypatch.context() as patch:
         targets.available.cache_clear()
         patch.setattr(ffi, "layout", broken)
@@ -105,7 +105,7 @@ def test_without_llvmlite_or_with_another_ffi_the_cpu_is_xlas(monkeypatch):
         patch.setattr(targets.importlib.util, "find_spec", lambda name: None)
         assert backends.backend_of("cpu") == "xla"
     targets.available.cache_clear()
-    assert backends.backend_of("cpu") == "native" and backends.backend_of("tpu") == "tpu"
+    assert backends.backend_of("cpu") == "cpu" and backends.backend_of("tpu") == "tpu"
 
 
 ONE_PROCESS = """
@@ -118,13 +118,13 @@ ONE_PROCESS = """
     from jblock.pallas_kernels.paged_attention.ragged import Ragged
 
     cache = ExecutableCache(Path(sys.argv[1]))
-    pages = tuple(jnp.ones(a.shape) for a in api.abstract_pages(5, 16, 2, 16, backend="native"))
+    pages = tuple(jnp.ones(a.shape) for a in api.abstract_pages(5, 16, 2, 16, backend="cpu"))
     table = jnp.asarray([[1, 2], [3, 4]], jnp.int32)
     ragged = Ragged.grid(jnp.asarray([20, 7]), jnp.ones(2, jnp.int32), table, 1)
     q, k = jnp.linspace(0, 1, 2 * 4 * 16).reshape(2, 4, 16), jnp.linspace(0, 2, 64).reshape(2, 2, 16)
     program = cache.load("attend")
     if program is None:
-        attend = lambda *args: api.paged_attention(*args, backend="native")
+        attend = lambda *args: api.paged_attention(*args, backend="cpu")
         program = jax.jit(attend).lower(q, k, k, pages, ragged).compile()
         cache.store("attend", program)
     out, _ = program(q, k, k, pages, ragged)

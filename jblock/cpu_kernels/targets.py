@@ -17,9 +17,9 @@ import jax
 from absl import logging
 
 _KERNELS = {
-    "attend": "jblock.pallas_kernels.paged_attention.native_kernel",
-    "matmul": "jblock.pallas_kernels.native.matmul_kernel",
-    "delta": "jblock.pallas_kernels.grouped_delta_matmul.native",
+    "attend": "jblock.cpu_kernels.paged_attention.kernel",
+    "matmul": "jblock.cpu_kernels.matmul.kernel",
+    "delta": "jblock.cpu_kernels.grouped_delta_matmul",
 }
 """The module that emits each kernel: `emit(module, name, fields)` adds the function `name`."""
 
@@ -38,7 +38,7 @@ def available() -> bool:
             "llvmlite is not installed: XLA's own code serves the CPU (pip install jblock[cpu])"
         )
         return False
-    from jblock.pallas_kernels.native import ffi
+    from jblock.cpu_kernels import ffi
 
     try:
         at = ffi.layout()

@@ -9,8 +9,8 @@ from typing import Protocol
 
 from llvmlite import ir
 
-from jblock.pallas_kernels.native import ffi, threads
-from jblock.pallas_kernels.native.emit import I64, PTR, Function, Value
+from jblock.cpu_kernels import ffi, threads
+from jblock.cpu_kernels.emit import I64, PTR, Function, Value
 
 UNIT = 32
 """`out` and `in` of weights are multiples of it, and so are the columns of an item."""

@@ -7,8 +7,8 @@ after the call has returned: what it then looks at is in a block of its own, whi
 
 from llvmlite import ir
 
-from jblock.pallas_kernels.native import ffi
-from jblock.pallas_kernels.native.emit import I32, I64, PTR, VOID, Function, Value
+from jblock.cpu_kernels import ffi
+from jblock.cpu_kernels.emit import I32, I64, PTR, VOID, Function, Value
 
 # Of a shared block, each on a cache line of its own: next item, items done, who still knows the block;
 # then count, function and argument, which nobody changes.
