@@ -14,7 +14,7 @@ import numpy as np
 from jblock.blocks.linear import matmul
 from jblock.blocks.platform import here
 from jblock.blocks.spec import FfnSpec
-from jblock.engine.graph.graph import Unit
+from jblock.engine.graph.graph import Layer
 
 
 class ReadBandwidth:
@@ -53,7 +53,7 @@ class SmallRowsMatmul:
     """Bare matmuls of a few rows over the weights a model has resident: gate and down of every ffn,
     one after another, which is more than the caches hold on the 250M model."""
 
-    def __init__(self, units: Sequence[Unit], rows: int):
+    def __init__(self, units: Sequence[Layer], rows: int):
         """Compiles the chain over the units' own arrays, in place."""
         self._weights: list[tuple[jax.Array, jax.Array]] = []
         for unit in units:
@@ -125,7 +125,7 @@ class LayerSeconds:
 class LayerTimes:
     """The matmuls of a whole model alone, over the weights it has resident."""
 
-    def __init__(self, units: Sequence[Unit], row_counts: Sequence[int]):
+    def __init__(self, units: Sequence[Layer], row_counts: Sequence[int]):
         """Compiles them for each number of rows."""
         layers = [u for u in units if u.signature.attentions or u.signature.kind == "layer"]
         self._layers = [

@@ -15,7 +15,7 @@ from jblock.engine.graph.build import assemble
 from jblock.engine.loop import Loop
 from jblock.engine.programs.executable_cache import ExecutableCache
 from jblock.engine.programs.executables import ProgramKey
-from jblock.engine.runner.runner import Device
+from jblock.engine.runner.runner import Runner
 from jblock.engine.scheduling.step_budget import NO_LIMIT
 from jblock.zoo.records import Chain
 
@@ -32,7 +32,7 @@ _GREEDY = {
 }
 
 
-class WatchedDevice(Device):
+class WatchedDevice(Runner):
     """A device that notes when a step's calls were enqueued, and what they will bring.
 
     Attributes:
@@ -53,7 +53,7 @@ class WatchedDevice(Device):
         self.calls = 0
 
     def run(self, *args, **kwargs):
-        """See Device.run."""
+        """See Runner.run."""
         self.enqueue_begin = self.enqueue_begin or time.perf_counter()
         result = super().run(*args, **kwargs)
         self.enqueue_end = time.perf_counter()
@@ -71,7 +71,7 @@ class Stepper:
     """One agent with every program compiled and measured, and its loop.
 
     Attributes:
-      assembly: blocks and routes.
+      graph: blocks and routes.
       device: arrays and programs.
       loop: scheduling.
       config: settings.
@@ -81,14 +81,14 @@ class Stepper:
         """Loads `chains` of `zoo` (or of anything with a zoo's readers) and compiles, or takes programs
         from the folder `cache`. Steps have no time limit: a batch begins at once and stays whole."""
         self.config = config = dataclasses.replace(config, step_ms=NO_LIMIT)
-        self.assembly = assemble(zoo, chains, config)
-        self.device = WatchedDevice(self.assembly, config, ExecutableCache(cache))
+        self.graph = assemble(zoo, chains, config)
+        self.device = WatchedDevice(self.graph, config, ExecutableCache(cache))
         buckets = (*config.decode_buckets, *config.prefill_buckets)
         self.device.buckets = buckets
-        self._compile(self.device.program_keys(self.assembly, buckets))
-        self._compile(self.device.segment_keys(self.assembly))
-        self.loop = Loop(self.assembly, self.device, config)
-        self.loop.loads.preload(self.assembly.routes.values())
+        self._compile(self.device.program_keys(self.graph, buckets))
+        self._compile(self.device.segment_keys(self.graph))
+        self.loop = Loop(self.graph, self.device, config)
+        self.loop.loads.preload(self.graph.routes.values())
         while self.loop.measure():
             pass
         self._rng = np.random.default_rng(0)
@@ -102,7 +102,7 @@ class Stepper:
 
     def prompt(self, model: str, length: int) -> tuple[int, ...]:
         """Random ids of a model's vocabulary."""
-        vocab = self.assembly.routes[model].chain.vocab_size
+        vocab = self.graph.routes[model].chain.vocab_size
         return tuple(self._rng.integers(0, vocab, length).tolist())
 
     def submit(self, model: str, token_ids: Sequence[int], max_tokens: int) -> str:

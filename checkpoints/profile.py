@@ -40,10 +40,10 @@ def profile(
     """
     from jblock.engine.config import EngineConfig
     from jblock.engine.graph.build import assemble
-    from jblock.engine.graph.graph import Unit
+    from jblock.engine.graph.graph import Layer
     from jblock.engine.programs import executable_cache
     from jblock.engine.runner.latency_profile import Profile
-    from jblock.engine.runner.runner import Device
+    from jblock.engine.runner.runner import Runner
     from jblock.engine.weights.loader import Loads, weights_of
 
     zoo = Zoo.open(zoo_path)
@@ -51,22 +51,22 @@ def profile(
     if not chains:
         raise ZooError(f"{zoo.path} has no models to measure: convert one first")
     config = EngineConfig(max_num_seqs=16, decode_sizes=(1, 4, 16), max_model_len=512)
-    assembly = assemble(zoo, chains, config)
-    Loads(assembly, config).preload(weights_of(assembly))
+    graph = assemble(zoo, chains, config)
+    Loads(graph, config).preload(weights_of(graph))
     cache = executable_cache.ExecutableCache(programs or executable_cache.default_folder())
-    device = Device(assembly, config, cache)
+    device = Runner(graph, config, cache)
     progress.note("compiling")
     device.executables.warm(
-        device.program_keys(assembly, device.buckets, plain=True), config.compile_workers
+        device.program_keys(graph, device.buckets, plain=True), config.compile_workers
     )
     measured = Profile(device)
-    measured.prepare(assembly.instances)
+    measured.prepare(graph.instances)
     progress.note("measuring")
     while not measured.complete:
         measured.measure_one()
     load = _load_seconds(zoo, {s.component for c in chains.values() for s in c.steps})
-    units: dict[str, Unit] = {}
-    for instance in assembly.instances:
+    units: dict[str, Layer] = {}
+    for instance in graph.instances:
         for unit in instance.units:
             units.setdefault(unit.signature.key(), unit)
     rows: list[dict[str, Any]] = []

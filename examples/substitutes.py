@@ -171,7 +171,7 @@ def serving(zoo: Zoo, data: Mapping[str, Any], out: pathlib.Path) -> dict[str, A
         seconds = statistics.median(times[side])
         result[side] = {
             "weight_bytes": sum(zoo.component(i).nbytes for i in used),
-            "blocks": len(steppers[side].assembly.instances),
+            "blocks": len(steppers[side].graph.instances),
             "step_ms": round(1e3 * seconds, 3),
             "tokens_per_second": round(rows / seconds),
         }

@@ -80,7 +80,7 @@ def measure(
     stepper = Stepper(zoo, zoo.served, config, args.cache)
     ratios, detail = {}, {}
     for n in sizes:
-        fused = FusedDecode(stepper.assembly.routes["base"], n, _PAGE, length, kv_dtype)
+        fused = FusedDecode(stepper.graph.routes["base"], n, _PAGE, length, kv_dtype)
         ids = stepper.fill(["base"] * n, _PROMPT, decoded + 4)
         fused.position = _PROMPT
         stepper.steps(steps, n), fused.steps(steps)

@@ -18,12 +18,12 @@ from jblock.engine.api import (
 )
 from jblock.engine.config import EngineConfig
 from jblock.engine.graph.build import assemble
-from jblock.engine.graph.graph import Assembly, Route
+from jblock.engine.graph.graph import Route, ServingGraph
 from jblock.engine.keeper import Keeper
 from jblock.engine.kv_cache import host_offload as swap
 from jblock.engine.loop import Loop
 from jblock.engine.programs.executable_cache import ExecutableCache
-from jblock.engine.runner.runner import Device
+from jblock.engine.runner.runner import Runner
 from jblock.engine.watchdog import Watch
 from jblock.engine.weights.loader import Done, Loads, Targets, attempt, weights_of
 from jblock.engine.weights.residents import Adapter, Lease
@@ -71,21 +71,21 @@ class ThreadEngine:
         placement = placement or Placement.on(config.sharding)
         if placement.rules.mesh.dp > 1:
             raise ValueError(f"mesh {config.mesh!r}: for dp build a DataParallelEngine")
-        assembly = assemble(zoo, chains, config, placement=placement)
-        loads = Loads(assembly, config)
+        graph = assemble(zoo, chains, config, placement=placement)
+        loads = Loads(graph, config)
         # Weights first: what they leave free is the KV's.
-        loads.preload(weights_of(assembly))
-        device = self._device = Device(assembly, config, cache, placement)
+        loads.preload(weights_of(graph))
+        device = self._device = Runner(graph, config, cache, placement)
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._outbox = outbox or queue.SimpleQueue()
         self._death: BaseException | None = None
         self._watch = Watch()
-        self._keeper = Keeper(zoo, assembly, device, config, self._warm, self._switch)
+        self._keeper = Keeper(zoo, graph, device, config, self._warm, self._switch)
         if config.host_kv_memory_mb:
-            device.rates = swap.measure(device, assembly)
-        self._models = _model_infos(zoo, assembly, device)
-        self._loop = Loop(assembly, device, config, loads)
-        loads.preload([assembly.routes[name] for name in assembly.pinned])
+            device.rates = swap.measure(device, graph)
+        self._models = _model_infos(zoo, graph, device)
+        self._loop = Loop(graph, device, config, loads)
+        loads.preload([graph.routes[name] for name in graph.pinned])
         while self._loop.measure():
             pass
         self._measured = threading.Event()
@@ -146,12 +146,12 @@ class ThreadEngine:
           UnknownChain: the zoo does not have one; nothing changed.
           ValueError: a chain cannot be read, or does not fit; nothing changed.
         """
-        routes = self._keeper.assembly.routes
+        routes = self._keeper.graph.routes
         served = {f"{name}@{r.chain.version}": r.chain for name, r in routes.items()}
         known = set(self._zoo.chains())
         chains = [served.get(m) or _find_chain(self._zoo, m, known) for m in models]
-        assembly = self._keeper.serve({chain.name: chain for chain in chains})
-        self._models = _model_infos(self._zoo, assembly, self._device)
+        graph = self._keeper.serve({chain.name: chain for chain in chains})
+        self._models = _model_infos(self._zoo, graph, self._device)
         return self._models
 
     def renew(self) -> None:
@@ -170,18 +170,18 @@ class ThreadEngine:
         while self._loop.idle and self._thread.is_alive() and not self._measured.wait(0.01):
             pass
 
-    def _warm(self, assembly: Assembly, routes: Sequence[Route]) -> list[Lease]:
+    def _warm(self, graph: ServingGraph, routes: Sequence[Route]) -> list[Lease]:
         """See Keeper."""
         done: concurrent.futures.Future[list[Lease]] = concurrent.futures.Future()
-        self._inbox.put(lambda loop: loop.loads.warm(assembly, routes, done))
+        self._inbox.put(lambda loop: loop.loads.warm(graph, routes, done))
         return self._wait(done)
 
-    def _switch(self, assembly: Assembly, leases: list[Lease]) -> None:
+    def _switch(self, graph: ServingGraph, leases: list[Lease]) -> None:
         """See Keeper."""
         done: concurrent.futures.Future[None] = concurrent.futures.Future()
 
         def take_up(loop: Loop) -> None:
-            loop.switch(assembly)
+            loop.switch(graph)
             self._measured.clear()
             for lease in leases:
                 loop.residency.release(lease)
@@ -215,7 +215,7 @@ class ThreadEngine:
     def _widen(self, targets: Targets, adapter: Adapter) -> None:
         """Has the keeper make tables; what it cannot make, its requests hear of."""
 
-        def answer(done: concurrent.futures.Future[Assembly]) -> None:
+        def answer(done: concurrent.futures.Future[ServingGraph]) -> None:
             error = done.exception()
             if error is not None:
                 words = f"{adapter.name} cannot be served: {error}"
@@ -288,8 +288,8 @@ def _find_chain(zoo: Zoo, model: str, known: Collection[str]) -> Chain:
     )
 
 
-def _model_infos(zoo: Zoo, assembly: Assembly, device: Device) -> tuple[ModelInfo, ...]:
-    ids = {r.chain.tokenizer for r in assembly.routes.values()} - {None}
+def _model_infos(zoo: Zoo, graph: ServingGraph, device: Runner) -> tuple[ModelInfo, ...]:
+    ids = {r.chain.tokenizer for r in graph.routes.values()} - {None}
     paths = {id_: str(zoo.tokenizer_path(id_)) for id_ in ids if id_ is not None}
     return tuple(
         ModelInfo(
@@ -304,5 +304,5 @@ def _model_infos(zoo: Zoo, assembly: Assembly, device: Device) -> tuple[ModelInf
             shared_blocks=route.shared_blocks,
             policy=route.chain.policy,
         )
-        for name, route in sorted(assembly.routes.items())
+        for name, route in sorted(graph.routes.items())
     )

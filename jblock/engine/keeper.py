@@ -1,6 +1,6 @@
 """What goes on behind the loop: compiling in tiers, and preparing other sets of chains.
 
-One thread does both, so that an assembly never changes under a compilation. The loop is only ever handed
+One thread does both, so that a graph never changes under a compilation. The loop is only ever handed
 something complete: chains that were not served before are read, and all programs there, before it changes
 over.
 """
@@ -17,8 +17,8 @@ from absl import logging
 from jblock.engine.api import EngineDied
 from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.graph.build import assemble
-from jblock.engine.graph.graph import Assembly, Route
-from jblock.engine.runner.runner import Device
+from jblock.engine.graph.graph import Route, ServingGraph
+from jblock.engine.runner.runner import Runner
 from jblock.engine.weights.loader import Targets
 from jblock.engine.weights.residents import Lease
 from jblock.zoo.records import Chain
@@ -31,45 +31,45 @@ class Job(NamedTuple):
 
     chains: dict[str, Chain] | None
     targets: Targets | None
-    done: concurrent.futures.Future[Assembly]
+    done: concurrent.futures.Future[ServingGraph]
 
 
 class Keeper:
-    """Owns the assembly that is served, and what is compiled for it.
+    """Owns the graph that is served, and what is compiled for it.
 
     Attributes:
-      assembly: what new requests are served by.
+      graph: what new requests are served by.
     """
 
     def __init__(
         self,
         zoo: Zoo,
-        assembly: Assembly,
-        device: Device,
+        graph: ServingGraph,
+        device: Runner,
         config: EngineConfig,
-        warm: Callable[[Assembly, Sequence[Route]], list[Lease]],
-        switch: Callable[[Assembly, list[Lease]], None],
+        warm: Callable[[ServingGraph, Sequence[Route]], list[Lease]],
+        switch: Callable[[ServingGraph, list[Lease]], None],
     ):
         """Compiles the first tier before it returns.
 
         Args:
           zoo: where chains are read from.
-          assembly: what is served first.
+          graph: what is served first.
           device: whose programs are made.
           config: of the agent.
-          warm: has routes of an assembly that is not taken up yet read, as far as there is room, and
+          warm: has routes of a graph that is not taken up yet read, as far as there is room, and
             returns their leases.
-          switch: hands the loop another assembly, and the leases it may give back then; returns when it
+          switch: hands the loop another graph, and the leases it may give back then; returns when it
             has taken it up.
         """
-        self.assembly = assembly
+        self.graph = graph
         self._zoo, self._device, self._config = zoo, device, config
         self._warm, self._switch = warm, switch
         self._failed: set[Hashable] = set()
         self._closing = threading.Event()
         self._settled = threading.Event()
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._make(assembly, config.first_buckets, plain=True)
+        self._make(graph, config.first_buckets, plain=True)
         device.buckets, device.plain_only = config.first_buckets, True
         self._thread = threading.Thread(target=self._run, name="jblock-keeper", daemon=True)
 
@@ -77,7 +77,7 @@ class Keeper:
         """Begins the background work; the loop must be there."""
         self._thread.start()
 
-    def serve(self, chains: dict[str, Chain]) -> Assembly:
+    def serve(self, chains: dict[str, Chain]) -> ServingGraph:
         """Serves exactly these chains, by name. Blocks until new requests are served so; those in
         flight end on what they started with.
 
@@ -95,11 +95,11 @@ class Keeper:
         """
         self._submit(Job(None, None, concurrent.futures.Future())).result()
 
-    def widen(self, targets: Targets) -> concurrent.futures.Future[Assembly]:
+    def widen(self, targets: Targets) -> concurrent.futures.Future[ServingGraph]:
         """Has tables made for more projections of the components of some specs."""
         return self._submit(Job(None, targets, concurrent.futures.Future()))
 
-    def _submit(self, job: Job) -> concurrent.futures.Future[Assembly]:
+    def _submit(self, job: Job) -> concurrent.futures.Future[ServingGraph]:
         self._jobs.put(job)
         if self._closing.is_set():
             self._drop_jobs()
@@ -160,7 +160,7 @@ class Keeper:
                 return functools.partial(self._try, bucket, functools.partial(self._add, bucket))
         keys = [
             key
-            for key in dict.fromkeys(device.segment_keys(self.assembly))
+            for key in dict.fromkeys(device.segment_keys(self.graph))
             if key not in device.executables and key not in self._failed
         ][: config.compile_workers]
         if keys:
@@ -179,11 +179,11 @@ class Keeper:
 
     def _add_options(self) -> None:
         """From here on every request is admitted, compiled for or not."""
-        self._try("what sampling needs", lambda: self._make(self.assembly, self._device.buckets))
+        self._try("what sampling needs", lambda: self._make(self.graph, self._device.buckets))
         self._device.plain_only = False
 
     def _add(self, bucket: Bucket) -> None:
-        self._make(self.assembly, (bucket,))
+        self._make(self.graph, (bucket,))
         if not self._closing.is_set():
             grids = {*self._device.buckets, bucket}
             self._device.buckets = tuple(sorted(grids, key=lambda b: (b.q_len, b.num_seqs)))
@@ -191,34 +191,34 @@ class Keeper:
     def _do(self, job: Job) -> None:
         try:
             if job.targets is None:
-                keys = self._device.segment_keys(self.assembly)
+                keys = self._device.segment_keys(self.graph)
                 self._device.executables.renew(keys, self._closing)
-                job.done.set_result(self.assembly)
+                job.done.set_result(self.graph)
                 return
-            now = self.assembly.routes
+            now = self.graph.routes
             chains = job.chains
             if chains is None:
                 chains = {name: route.chain for name, route in now.items()}
-            assembly = assemble(self._zoo, chains, self._config, self.assembly, job.targets)
-            self._device.check(assembly)
-            self._make(assembly, self._device.buckets)
+            graph = assemble(self._zoo, chains, self._config, self.graph, job.targets)
+            self._device.check(graph)
+            self._make(graph, self._device.buckets)
             if self._closing.is_set():
                 raise ValueError("the engine is being closed")
             fresh = [
                 route
-                for name, route in assembly.routes.items()
-                if name not in now or now[name].chain != route.chain or name in assembly.pinned
+                for name, route in graph.routes.items()
+                if name not in now or now[name].chain != route.chain or name in graph.pinned
             ]
-            self._switch(assembly, self._warm(assembly, fresh))
-            self.assembly = assembly
-            job.done.set_result(assembly)
+            self._switch(graph, self._warm(graph, fresh))
+            self.graph = graph
+            job.done.set_result(graph)
         except Exception as e:
             job.done.set_exception(e)
 
-    def _make(self, assembly: Assembly, buckets: Sequence[Bucket], *, plain: bool = False) -> None:
-        """Every program the assembly can ask for on these grids, compiled or from the cache."""
+    def _make(self, graph: ServingGraph, buckets: Sequence[Bucket], *, plain: bool = False) -> None:
+        """Every program the graph can ask for on these grids, compiled or from the cache."""
         self._device.executables.warm(
-            self._device.program_keys(assembly, buckets, plain=plain),
+            self._device.program_keys(graph, buckets, plain=plain),
             self._config.compile_workers,
             stop=self._closing,
         )

@@ -12,12 +12,12 @@ from jax.profiler import TraceAnnotation
 from jblock.engine.api import EngineStats, Output, Request
 from jblock.engine.config import EngineConfig
 from jblock.engine.graph.build import assemble
-from jblock.engine.graph.graph import Assembly, Route
-from jblock.engine.kv_cache.manager import KvCache
+from jblock.engine.graph.graph import Route, ServingGraph
+from jblock.engine.kv_cache.manager import KVCacheManager
 from jblock.engine.programs.logprobs import best_tokens
 from jblock.engine.runner.latency_profile import Profile
-from jblock.engine.runner.runner import Device
-from jblock.engine.runner.step import Step, Sweeper
+from jblock.engine.runner.runner import Runner
+from jblock.engine.runner.step import Step, Stepper
 from jblock.engine.scheduling import step_budget as policy
 from jblock.engine.scheduling.planning import plan
 from jblock.engine.scheduling.request_checks import request_problem
@@ -68,27 +68,27 @@ class Loop:
 
     def __init__(
         self,
-        assembly: Assembly,
-        device: Device,
+        graph: ServingGraph,
+        device: Runner,
         config: EngineConfig,
         loads: Loads | None = None,
     ):
         """Takes over what was loaded already, if anything; requests bring the rest."""
-        self.assembly, self.device, self.config = assembly, device, config
-        self.loads = loads or Loads(assembly, config)
+        self.graph, self.device, self.config = graph, device, config
+        self.loads = loads or Loads(graph, config)
         self.loads.attach(device, self._widen)
         self.residency = self.loads.residency
-        self._instances = assembly.instances
+        self._instances = graph.instances
         self._sequences = Admission(device, config)
         self.profile = Profile(device)
-        self._sweeper = Sweeper(device, self.profile, self._sequences.rows, self._sequences.kv)
+        self._sweeper = Stepper(device, self.profile, self._sequences.rows, self._sequences.kv)
         self._pace = Pace()
         self._outputs: list[Output] = []
         self._in_flight: Step | None = None
         self._generated_tokens = 0
 
     @property
-    def kv(self) -> KvCache:
+    def kv(self) -> KVCacheManager:
         """The KV pages."""
         return self._sequences.kv
 
@@ -102,14 +102,14 @@ class Loop:
         """All that is there waits for something other than the next step."""
         return not self._sequences.running and self._in_flight is None
 
-    def switch(self, assembly: Assembly) -> None:
+    def switch(self, graph: ServingGraph) -> None:
         """Serves another set of chains from the next step on. Every program it needs has been made.
 
         Requests submitted before stay with the chain version they were bound to; its blocks leave when
         the last of them ends.
         """
-        self.assembly = assembly
-        self.residency.switch(assembly)
+        self.graph = graph
+        self.residency.switch(graph)
         for sequence in self._sequences.waiting:
             sequence.route = sequence.lease.route
         self._merge_instances()
@@ -117,30 +117,30 @@ class Loop:
 
     def _widen(self, targets: Targets, adapter: Adapter) -> None:
         """Makes tables for more projections, where no keeper does it."""
-        old = self.assembly
+        old = self.graph
         chains = {name: route.chain for name, route in old.routes.items()}
 
-        def done(assembly: Assembly | None, error: Exception | None) -> None:
-            if assembly is None:
+        def done(graph: ServingGraph | None, error: Exception | None) -> None:
+            if graph is None:
                 self.residency.refuse(adapter, f"{adapter.name} cannot be served: {error}")
             else:
-                self.switch(assembly)
+                self.switch(graph)
 
         make = functools.partial(assemble, old.zoo, chains, self.config, old, targets)
         self.loads.background("adapter", make, done)
 
     def _merge_instances(self) -> None:
-        """Instances to sweep: those of the assembly, and older ones that requests still pass."""
-        live = {id(i): i for i in self.assembly.instances}
+        """Instances to sweep: those of the graph, and older ones that requests still pass."""
+        live = {id(i): i for i in self.graph.instances}
         for sequence in self._sequences:
             live |= {id(i): i for i in sequence.route.instances}
         self._instances = tuple(sorted(live.values(), key=lambda i: i.depth))
 
     def submit(self, request: Request) -> None:
         """Queues a request, or refuses it with an error output."""
-        route = self.assembly.routes.get(request.model)
+        route = self.graph.routes.get(request.model)
         if route is None:
-            names = sorted(self.assembly.routes)
+            names = sorted(self.graph.routes)
             known = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
             self._refuse(
                 request, "NOT_FOUND", f"model {request.model!r} is not served; served: {known}"
@@ -199,7 +199,7 @@ class Loop:
             self._pace.note(self._in_flight)
         self.kv.host.land()
         self._in_flight = enqueued
-        if len(self._instances) > len(self.assembly.instances):
+        if len(self._instances) > len(self.graph.instances):
             self._merge_instances()
         outputs, self._outputs = self._outputs, []
         return outputs
@@ -258,8 +258,8 @@ class Loop:
             pages_total=sum(p.total for p in self.kv.pools.values()),
             rows_free=sequences.rows.free,
             rows_total=sequences.rows.total,
-            resident_bytes=self.residency.weight_bytes + self.assembly.table_bytes,
-            chains=len(self.assembly.routes),
+            resident_bytes=self.residency.weight_bytes + self.graph.table_bytes,
+            chains=len(self.graph.routes),
             chains_resident=self.residency.resident_chains,
             adapters_resident=self.residency.adapters,
             host_bytes=self.loads.cache.bytes,

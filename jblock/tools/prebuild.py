@@ -13,11 +13,11 @@ import jax
 
 from jblock.engine.config import EngineConfig
 from jblock.engine.graph.build import assemble
-from jblock.engine.graph.graph import Assembly
+from jblock.engine.graph.graph import ServingGraph
 from jblock.engine.programs.executable_cache import ExecutableCache
 from jblock.engine.programs.executables import ProgramKey
 from jblock.engine.replicas import group_config, group_placements
-from jblock.engine.runner.runner import Device
+from jblock.engine.runner.runner import Runner
 from jblock.parallel.placement import Placement
 from jblock.parallel.targets import CHIPS, Target
 from jblock.tools import roofline
@@ -125,9 +125,9 @@ def _prebuild(
     progress: Callable[[int, int], None] | None,
 ) -> Report:
     """The same for one group of devices."""
-    assembly = assemble(zoo, chains, config, placement=placement)
+    graph = assemble(zoo, chains, config, placement=placement)
     weights = sum(
-        {id(w): w.size for r in assembly.routes.values() for w in r.weights.members}.values()
+        {id(w): w.size for r in graph.routes.values() for w in r.weights.members}.values()
     )
     chip = CHIPS[target.chip]
     if not config.kv_memory_mb and target.platform != "cpu":
@@ -136,9 +136,9 @@ def _prebuild(
             kv_memory_mb=_kv_memory_mb(config, placement, int(chip.memory * USABLE), weights),
         )
     cache = ExecutableCache(folder, every)
-    device = Device(assembly, config, cache, placement)
+    device = Runner(graph, config, cache, placement)
     executables = device.executables
-    keys = list(dict.fromkeys(_keys(device, assembly)))
+    keys = list(dict.fromkeys(_keys(device, graph)))
     executables.warm(keys, config.compile_workers, progress)
     compiled = executables.compiles_in_background
     if cache.stored != compiled:
@@ -146,7 +146,7 @@ def _prebuild(
             f"{compiled - cache.stored} of {compiled} programs could not be kept in {folder}: see the "
             "log; free space there, or name another --executable_cache"
         )
-    tables = sum(_nbytes(unit.tables) for i in assembly.instances for unit in i.units)
+    tables = sum(_nbytes(unit.tables) for i in graph.instances for unit in i.units)
     pools = sum(s.page_bytes * s.num_pages for s in device.pool_shapes.values())
     workspace = executables.workspace(keys)
     chips = config.sharding.mesh.size
@@ -163,12 +163,12 @@ def _prebuild(
         workspace_bytes=workspace,
         chip_bytes=chip.memory,
         fits=needed <= chip.memory * USABLE,
-        estimates=_estimates(assembly, config, placement, target),
+        estimates=_estimates(graph, config, placement, target),
     )
 
 
-def _keys(device: Device, assembly: Assembly) -> list[ProgramKey]:
-    return [*device.program_keys(assembly, device.buckets), *device.segment_keys(assembly)]
+def _keys(device: Runner, graph: ServingGraph) -> list[ProgramKey]:
+    return [*device.program_keys(graph, device.buckets), *device.segment_keys(graph)]
 
 
 def _kv_memory_mb(config: EngineConfig, placement: Placement, usable: int, weights: int) -> int:
@@ -186,14 +186,14 @@ def _nbytes(tables: Any) -> int:
 
 
 def _estimates(
-    assembly: Assembly, config: EngineConfig, placement: Placement, target: Target
+    graph: ServingGraph, config: EngineConfig, placement: Placement, target: Target
 ) -> tuple[roofline.Estimate, ...]:
     """Of the chain of most weights, at half the longest context."""
 
     def size(name: str) -> int:
-        return sum(w.size for w in assembly.routes[name].weights.members)
+        return sum(w.size for w in graph.routes[name].weights.members)
 
-    route = assembly.routes[max(assembly.routes, key=size)]
+    route = graph.routes[max(graph.routes, key=size)]
     signatures = [u.signature for i in route.instances for u in i.units]
     head_dims = [a.head_dim for s in signatures for a in s.attentions]
     # 8 bits carry a float32 scale a token and head.

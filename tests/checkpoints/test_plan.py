@@ -90,8 +90,8 @@ def test_a_measured_cost_decides_the_cuts(cli, tmp_path, tuned):
     assert len(record["tuned"]) == len(record["base"]) == 3
     # The engine cuts as the record says.
     zoo = Zoo.open(cli.zoo)
-    assembly = assemble(zoo, {n: zoo.chain(n) for n in ("base", "tuned")}, EngineConfig())
-    assert len(assembly.routes["tuned"].instances) == 3
-    assert len(assembly.instances) == 4
+    graph = assemble(zoo, {n: zoo.chain(n) for n in ("base", "tuned")}, EngineConfig())
+    assert len(graph.routes["tuned"].instances) == 3
+    assert len(graph.instances) == 4
     (folder / "profile.json").write_text('{"hop_seconds": "x"}')
     assert planned(cli, tuned, "--name", "other")["cost"] is None

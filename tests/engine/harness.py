@@ -11,10 +11,10 @@ from checkpoints.progress import Progress
 from jblock.engine.api import Output, Request, SamplingParams
 from jblock.engine.config import EngineConfig
 from jblock.engine.graph.build import assemble
-from jblock.engine.graph.graph import Assembly
+from jblock.engine.graph.graph import ServingGraph
 from jblock.engine.loop import Loop
 from jblock.engine.programs.executable_cache import ExecutableCache
-from jblock.engine.runner.runner import Device
+from jblock.engine.runner.runner import Runner
 from jblock.zoo.store import Zoo
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -54,15 +54,15 @@ def make_zoo(path: Path) -> Path:
     return path
 
 
-class LogitsDevice(Device):
+class LogitsRunner(Runner):
     """A device that keeps the logits it samples from, as (batch, float32 [S, vocab])."""
 
     def _sample(self, logits, meta, batch):
         self.seen.append((batch, np.asarray(logits)))
         return super()._sample(logits, meta, batch)
 
-    def __init__(self, assembly: Assembly, config: EngineConfig, cache: ExecutableCache):
-        super().__init__(assembly, config, cache)
+    def __init__(self, graph: ServingGraph, config: EngineConfig, cache: ExecutableCache):
+        super().__init__(graph, config, cache)
         self.seen = []
 
 
@@ -70,19 +70,19 @@ class LogitsDevice(Device):
 class Agent:
     """One agent on the test's own thread."""
 
-    assembly: Assembly
-    device: LogitsDevice
+    graph: ServingGraph
+    device: LogitsRunner
     loop: Loop
 
     @classmethod
     def make(cls, zoo: Path, models: list[str], config: EngineConfig) -> "Agent":
         """Assembles `models` of a zoo; programs are made when first used, once for all tests."""
         store = Zoo.open(zoo)
-        assembly = assemble(store, {name: store.chain(name) for name in models}, config)
-        device = LogitsDevice(assembly, config, ExecutableCache(zoo.parent / "executables"))
-        loop = Loop(assembly, device, config)
-        loop.loads.preload(assembly.routes.values())
-        return cls(assembly, device, loop)
+        graph = assemble(store, {name: store.chain(name) for name in models}, config)
+        device = LogitsRunner(graph, config, ExecutableCache(zoo.parent / "executables"))
+        loop = Loop(graph, device, config)
+        loop.loads.preload(graph.routes.values())
+        return cls(graph, device, loop)
 
     def slow_down(self, factor: float) -> None:
         """Measures every program, and lets the batching policy believe in a device slower by `factor`."""

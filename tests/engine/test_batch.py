@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from jblock.engine.config import Bucket
 from jblock.engine.runner.batch import batches
-from jblock.engine.scheduling.sequence import Item, chunk_for
+from jblock.engine.scheduling.sequence import WorkItem, chunk_for
 
 CHUNKS = (16, 64, 256)
 BUCKETS = [Bucket(n, q) for n, q in ((1, 1), (4, 1), (16, 1), (1, 16), (4, 16), (1, 64), (1, 256))]
@@ -31,7 +31,9 @@ def with_slot(slot):
 
 @given(st.lists(st.sampled_from((1, 16, 64, 256)), max_size=60))
 def test_batches_hold_every_item_once(chunks):
-    items = [Item(with_slot(i % 3), 0, 1, chunk, [0], (), True) for i, chunk in enumerate(chunks)]
+    items = [
+        WorkItem(with_slot(i % 3), 0, 1, chunk, [0], (), True) for i, chunk in enumerate(chunks)
+    ]
     out = list(batches(items, BUCKETS))
     assert sorted(id(i) for b in out for i in b.items) == sorted(map(id, items))
     for batch in out:

@@ -112,7 +112,7 @@ def test_logits_are_those_of_the_weights_it_stands_for(zoo, agent, name):
 
 
 def test_a_row_is_bit_for_bit_the_same_whatever_else_is_in_the_batch(agent):
-    models = list(agent.assembly.routes)
+    models = list(agent.graph.routes)
     prompts = {m: oracle("llama_gqa_untied")["prompt"][: 20 + 3 * i] for i, m in enumerate(models)}
 
     def run(names):
@@ -141,8 +141,8 @@ def test_a_row_is_bit_for_bit_the_same_whatever_else_is_in_the_batch(agent):
     # They met: rows of all tenants in the calls of the base's blocks.
     calls = after.block_calls - before.block_calls
     assert (after.block_rows - before.block_rows) / calls > 3
-    assert len({id(i) for r in agent.assembly.routes.values() for i in r.instances}) < 2 * len(
-        agent.assembly.routes["llama_gqa_untied"].instances
+    assert len({id(i) for r in agent.graph.routes.values() for i in r.instances}) < 2 * len(
+        agent.graph.routes["llama_gqa_untied"].instances
     )
 
 
@@ -151,9 +151,9 @@ def test_a_slot_that_changes_hands_keeps_nothing(zoo):
     config = dataclasses.replace(CONFIG, adapter_slots=2)
     agent = Agent.make(zoo, ["llama_gqa_untied", "lora_qv_r4", *SETTINGS], config)
     prompt = oracle("llama_gqa_untied")["prompt"][:9]
-    alone = {m: agent.generate({m: (m, prompt)}, max_tokens=5)[m] for m in agent.assembly.routes}
+    alone = {m: agent.generate({m: (m, prompt)}, max_tokens=5)[m] for m in agent.graph.routes}
     for _ in range(2):
-        together = agent.generate({m: (m, prompt) for m in agent.assembly.routes}, max_tokens=5)
+        together = agent.generate({m: (m, prompt) for m in agent.graph.routes}, max_tokens=5)
         assert together == alone
     assert agent.loop.stats().evictions > 2
 

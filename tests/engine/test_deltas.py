@@ -79,7 +79,7 @@ def test_matches_peft_in_one_batch_and_alone(zoo, base):
     models = [n for n in NAMES if base_of(n) == base]
     agent = Agent.make(zoo, [base, *models], ONE_PLAN)
     for model in set(models) & set(BITFIT):  # served by the base's own blocks
-        assert agent.assembly.routes[model].instances == agent.assembly.routes[base].instances
+        assert agent.graph.routes[model].instances == agent.graph.routes[base].instances
     expected = {m: oracle(m) for m in models}
     prompts = {f"{m} long": (m, expected[m]["prompt"]) for m in models}
     prompts |= {f"{m} short": (m, expected[m]["prompt_short"]) for m in models}
@@ -93,7 +93,7 @@ def test_matches_peft_in_one_batch_and_alone(zoo, base):
         for kind, greedy in (("long", o["greedy"]), ("short", o["greedy_short"])):
             tokens = [t for out in together[f"{model} {kind}"] for t in out.token_ids]
             assert tokens == greedy.tolist(), f"{model} {kind}"
-        first = len(o["prompt"]) + agent.assembly.routes[model].virtual_tokens - 1
+        first = len(o["prompt"]) + agent.graph.routes[model].virtual_tokens - 1
         wanted = dict(enumerate([o["logits"][-1], *o["greedy_logits"][1:]], first))
         compare(agent, f"{model} long", wanted, 64)
     # Every position of the prompts as the last of one that is computed in chunks.
@@ -102,7 +102,7 @@ def test_matches_peft_in_one_batch_and_alone(zoo, base):
     shorter = {f"{m} {n}": (m, expected[m]["prompt"][:n]) for m in models for n in lengths}
     agent.generate(shorter, max_tokens=1)
     for model in models:
-        virtual = agent.assembly.routes[model].virtual_tokens
+        virtual = agent.graph.routes[model].virtual_tokens
         for n in lengths:
             last = {virtual + n - 1: expected[model]["logits"][n - 1]}
             compare(agent, f"{model} {n}", last, 1)
@@ -176,6 +176,6 @@ def test_virtual_tokens_are_shared_and_not_told_of(zoo, model):
     before = agent.loop.stats().cached_tokens
     # Another prompt finds the pages that hold virtual tokens alone.
     agent.generate({"other": (model, o["prompt"][1:9])}, max_tokens=1)
-    virtual = agent.assembly.routes[model].virtual_tokens
+    virtual = agent.graph.routes[model].virtual_tokens
     assert agent.loop.stats().cached_tokens - before == virtual // 16 * 16
-    assert agent.device.max_model_len(agent.assembly.routes[model]) == 192 - virtual
+    assert agent.device.max_model_len(agent.graph.routes[model]) == 192 - virtual

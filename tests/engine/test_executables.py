@@ -134,7 +134,7 @@ def test_programs_are_renewed_while_a_request_runs(zoo, tmp_path):
     one = engine(zoo, ExecutableCache(tmp_path / "cache"))
     one.settle()
     device = one._loop.device
-    keys = list(device.segment_keys(one._loop.assembly))
+    keys = list(device.segment_keys(one._loop.graph))
     old = [device.executables.get(key) for key in keys]
     one.submit(request("r", MODEL, oracle(MODEL)["prompt"]))
     one.renew()

@@ -16,7 +16,7 @@ from jblock.engine.api import Request
 from jblock.engine.config import EngineConfig
 from jblock.engine.graph.graph import KvGroup
 from jblock.engine.kv_cache.host_offload import Copy, HostPool, Rates, measure
-from jblock.engine.kv_cache.manager import KvCache
+from jblock.engine.kv_cache.manager import KVCacheManager
 from jblock.engine.programs.executables import PoolShape
 from jblock.engine.scheduling.sequence import Sequence
 from jblock.engine.weights.residents import Lease
@@ -70,7 +70,7 @@ class KvMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.cells = Cells()
-        self.kv = KvCache(SHAPES, PAGE, self.cells, HostPool(HOST_BYTES, HOST_BYTES))
+        self.kv = KVCacheManager(SHAPES, PAGE, self.cells, HostPool(HOST_BYTES, HOST_BYTES))
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
 
@@ -300,7 +300,7 @@ def test_copies_hold_their_own_pages_only_and_overwrite_whole_ones(zoo):
 
 def test_rates_are_measured_and_leave_no_trace(zoo):
     agent = Agent.make(zoo, [BASE], CONFIG)
-    agent.device.rates = measure(agent.device, agent.assembly)
+    agent.device.rates = measure(agent.device, agent.graph)
     assert agent.device.rates.copy_bytes > 1e4 and agent.device.rates.prefill_tokens > 1
     for arrays in agent.device._pools.values():
         assert not any(np.asarray(a).any() for layer in arrays for a in layer)

@@ -79,7 +79,7 @@ def test_bit_identical_from_the_start_on_demand_and_after_eviction(zoo):
 
 
 def table_pointers(agent: Agent) -> list[int]:
-    tables = [t for i in agent.assembly.instances for u in i.units for t in u.tables]
+    tables = [t for i in agent.graph.instances for u in i.units for t in u.tables]
     return [t[n].unsafe_buffer_pointer() for t in tables for n in sorted(t) if n != "pieces"]
 
 
@@ -163,7 +163,7 @@ def evict(engine: ThreadEngine, model: str) -> None:
     done = threading.Event()
 
     def on_loop(loop):
-        for weights in loop.assembly.routes[model].weights.members:
+        for weights in loop.graph.routes[model].weights.members:
             loop.residency._evict(weights)
         done.set()
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from jblock.engine.kv_cache.page_pool import Allocator, OutOfPages
+from jblock.engine.kv_cache.page_pool import IdAllocator, OutOfPages
 
 COUNT, FIRST = 12, 1
 
@@ -16,7 +16,7 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.allocator = Allocator(COUNT, FIRST)
+        self.allocator = IdAllocator(COUNT, FIRST)
         self.held: list[int] = []
 
     @rule(target=leases, count=st.integers(0, COUNT + 2))
@@ -62,4 +62,4 @@ TestAllocator = AllocatorMachine.TestCase
 
 def test_rejects_a_negative_count():
     with pytest.raises(ValueError, match="-1"):
-        Allocator(-1)
+        IdAllocator(-1)

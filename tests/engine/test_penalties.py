@@ -10,7 +10,7 @@ from jblock.engine.config import Bucket
 from jblock.engine.programs import logprobs
 from jblock.engine.programs import penalties as adjust
 from jblock.engine.runner.batch import Batch, control_array
-from jblock.engine.scheduling.sequence import Item, Sequence
+from jblock.engine.scheduling.sequence import Sequence, WorkItem
 from jblock.engine.weights.residents import Lease
 
 VOCAB, SLOTS = 30, 5
@@ -26,7 +26,7 @@ class Route:
         eos_token_ids = (2,)
 
 
-def item(slot: int, prompt, generated, decoding: bool, **sampling) -> Item:
+def item(slot: int, prompt, generated, decoding: bool, **sampling) -> WorkItem:
     """The item whose logits pick the token after `generated`."""
     request = Request(
         request_id=str(slot), model="m", token_ids=prompt, sampling=SamplingParams(**sampling)
@@ -37,7 +37,7 @@ def item(slot: int, prompt, generated, decoding: bool, **sampling) -> Item:
     known = (*prompt, *generated)
     start = len(known) - 1 if decoding else 0
     tokens = () if decoding else known
-    return Item(sequence, start, len(known) - start, 1, [0], tokens, True)
+    return WorkItem(sequence, start, len(known) - start, 1, [0], tokens, True)
 
 
 def adjusted(logits, items, counts=None, last=None):

@@ -25,8 +25,8 @@ def agent(zoo) -> Agent:
 
 def poison_weights(agent: Agent, value: float) -> None:
     """Spoils the adapter's slot on the shared blocks; slot 0 stays as it is."""
-    pieces = np.array(agent.assembly.routes[BAD].adapter.pieces)
-    for instance in agent.assembly.instances:
+    pieces = np.array(agent.graph.routes[BAD].adapter.pieces)
+    for instance in agent.graph.instances:
         for unit in instance.units:
             for tables in unit.tables:
                 for name in tables:

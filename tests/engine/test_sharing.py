@@ -139,7 +139,7 @@ def test_the_same_tokens_with_sharing_on_off_and_in_other_batches(zoo):
     unshared_config = EngineConfig(**{**vars(MANY_PLANS), "share": False})
     unshared = Agent.make(zoo, models, unshared_config)
     assert unshared.loop.stats().resident_bytes > reference.loop.stats().resident_bytes
-    assert len(unshared.assembly.instances) > len(reference.assembly.instances)
+    assert len(unshared.graph.instances) > len(reference.graph.instances)
     separate = unshared.generate(prompts, max_tokens=40)
     for m in models:
         for other in (together[m], separate[m]):
@@ -177,6 +177,6 @@ def test_rows_of_base_and_adapters_meet_in_one_call(shared):
 
 
 def test_models_of_different_widths_share_one_agent(shared):
-    hidden = {u.signature.hidden_size for i in shared.assembly.instances for u in i.units}
+    hidden = {u.signature.hidden_size for i in shared.graph.instances for u in i.units}
     assert len(hidden) > 1
-    assert set(MODELS) <= set(shared.assembly.routes) and set(BASES)
+    assert set(MODELS) <= set(shared.graph.routes) and set(BASES)

@@ -100,14 +100,14 @@ def test_pools_take_what_is_free_and_no_more_than_can_be_used(zoo, monkeypatch):
     ((_, shape),) = roomy.device.pool_shapes.items()
     assert shape.num_pages - 1 == 4 * 6  # max_num_seqs sequences of max_model_len
     assert roomy.device.executables.compiles_on_serving_path == 0
-    workspace = roomy.device._workspace(roomy.assembly)
+    workspace = roomy.device._workspace(roomy.graph)
     assert workspace > roomy.device.longest_bytes  # the programs' own memory was counted
     budget = workspace + 3 * shape.page_bytes
     monkeypatch.setattr(memory, "kv_budget", lambda devices: budget)
     tight = Agent.make(zoo, [MODEL], CONFIG)
     ((_, shape),) = tight.device.pool_shapes.items()
     assert shape.num_pages - 1 == 3
-    assert tight.device.max_model_len(tight.assembly.routes[MODEL]) == 48
+    assert tight.device.max_model_len(tight.graph.routes[MODEL]) == 48
 
     prompt = oracle(MODEL)["prompt"]
     tight.loop.submit(request("long", MODEL, prompt[:48]))

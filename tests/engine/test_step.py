@@ -51,7 +51,7 @@ def test_a_long_prompt_never_holds_up_a_stream_by_more_than_a_layer_a_step(agent
         assert agent.loop.stats().steps == before + 1
     # A token in every step, for many more steps than the three chunks: they stay between layers.
     assert all(counts[1:])
-    units = sum(len(i.units) for i in agent.assembly.routes[MODELS[1]].instances)
+    units = sum(len(i.units) for i in agent.graph.routes[MODELS[1]].instances)
     assert 3 * (units - 2) <= len(counts) <= 3 * units + 3
 
 
@@ -90,7 +90,7 @@ def test_who_leaves_half_way_gives_everything_back(agent, steps):
     outputs = agent.run()
     assert sum(len(o.token_ids) for o in outputs["b"]) == 4
     assert (agent.loop.stats().pages_free, agent.loop.stats().rows_free) == free
-    assert not any(i.queue or i.underway for i in agent.assembly.instances)
+    assert not any(i.queue or i.underway for i in agent.graph.instances)
 
 
 def test_rows_over_the_limit_go_first_in_the_next_step(agent):
@@ -98,7 +98,7 @@ def test_rows_over_the_limit_go_first_in_the_next_step(agent):
     for i in range(8):
         agent.loop.submit(request(f"s{i}", MODELS[0], prompt(MODELS[0], 4 + i), max_tokens=60))
     decode_until(agent, {f"s{i}" for i in range(8)})
-    block = next(i for i in agent.assembly.routes[MODELS[0]].instances if len(i.units) > 1)
+    block = next(i for i in agent.graph.routes[MODELS[0]].instances if len(i.units) > 1)
     times = agent.loop.profile._seconds
     for name in times:  # Every row costs.
         if name.startswith("layer") and "x1-" in name:
@@ -120,4 +120,4 @@ def test_without_streams_a_prompt_takes_the_step_it_needs(agent):
     agent.loop.submit(request("alone", MODELS[0], prompt(MODELS[0], 16), max_tokens=1))
     agent.run()
     assert agent.loop.stats().steps == 1
-    assert all(i.limit == NO_LIMIT for i in agent.assembly.instances)
+    assert all(i.limit == NO_LIMIT for i in agent.graph.instances)

@@ -114,7 +114,7 @@ def test_the_engine_computes_what_the_blocks_say_whatever_rides_along(stitched):
 
 def test_one_stitch_is_on_the_device_once_and_is_one_program(stitched):
     agent = Agent.make(stitched.path, ["early", "late"], CONFIG)
-    units = [u for i in agent.assembly.instances for u in i.units if u.signature.kind == "stitch"]
+    units = [u for i in agent.graph.instances for u in i.units if u.signature.kind == "stitch"]
     assert sorted(u.position for u in units) == [0, 1]
     assert units[0].weights[0] is units[1].weights[0]
     bucket = CONFIG.decode_buckets[0]

@@ -63,7 +63,7 @@ def test_every_phase_of_every_step(lines):
 
 
 def test_blocks_by_phase_and_who_met_in_them(lines, agent):
-    blocks = {i.name for i in agent.assembly.instances}
+    blocks = {i.name for i in agent.graph.instances}
     assert set(lines["block"]) == {f"{b} {p}" for b in blocks for p in ("prefill", "decode")}
     layer = next(b for b in blocks if b.startswith("layer"))
     assert f"{layer}: {BASE}:2 {ADAPTER}:1" in lines["mix"]
@@ -86,14 +86,14 @@ def test_a_batch_says_whose_rows_it_has(monkeypatch, agent):
 
     monkeypatch.setattr(tracing, "TraceAnnotation", Annotation)
 
-    class Item:
+    class WorkItem:
         def __init__(self, model, salt, q_len):
             self.q_len = q_len
             one = request("r", model, [1])
             self.sequence = type("S", (), {})()
             self.sequence.request = type(one)(**{**vars(one), "cache_salt": salt})
 
-    items = (Item(BASE, "secret", 16), Item(BASE, "secret", 5), Item(ADAPTER, "", 3))
+    items = (WorkItem(BASE, "secret", 16), WorkItem(BASE, "secret", 5), WorkItem(ADAPTER, "", 3))
     tracing.block("layer_1", Batch(Bucket(4, 16), items))
     tenant = tracing._tenant("secret")
     assert said == {

@@ -63,7 +63,7 @@ def weights(name: str, size: int) -> Weights:
     return Weights(name=name, component=name, spec=None, size=size)
 
 
-def assembly(names, pinned=(), old: FakeAssembly | None = None) -> FakeAssembly:
+def graph(names, pinned=(), old: FakeAssembly | None = None) -> FakeAssembly:
     """Adapters on one base, and full fine-tunes ("tuneN") that share half of it."""
     known = old.routes if old else {}
     base = weights("base", BASE_BYTES)
@@ -91,17 +91,17 @@ class Machine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.worker = Worker()
-        self.assembly = assembly(self.names, pinned=("b",))
+        self.graph = graph(self.names, pinned=("b",))
         self.residency = Residency(
-            self.assembly, self.worker, slots=SLOTS, pieces=PIECES, max_weight_bytes=MAX_BYTES
+            self.graph, self.worker, slots=SLOTS, pieces=PIECES, max_weight_bytes=MAX_BYTES
         )
         self.leases: list[Lease] = []
-        self.seen = {r for r in self.assembly.residents}
+        self.seen = {r for r in self.graph.residents}
 
     @rule(name=st.sampled_from(names))
     def ask(self, name):
-        if name in self.assembly.routes:
-            self.leases.append(self.residency.acquire(self.assembly.routes[name]))
+        if name in self.graph.routes:
+            self.leases.append(self.residency.acquire(self.graph.routes[name]))
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
@@ -127,9 +127,9 @@ class Machine(RuleBasedStateMachine):
     @rule(names=st.sets(st.sampled_from(names), min_size=1), pin=st.booleans())
     def change(self, names, pin):
         pinned = tuple(n for n in ("b",) if pin and n in names)
-        self.assembly = assembly(sorted(names), pinned, self.assembly)
-        self.seen.update(self.assembly.residents)
-        self.residency.switch(self.assembly)
+        self.graph = graph(sorted(names), pinned, self.graph)
+        self.seen.update(self.graph.residents)
+        self.residency.switch(self.graph)
 
     @invariant()
     def accounting_is_exact(self):
@@ -182,7 +182,7 @@ TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadlin
 
 def make(names, slots=SLOTS) -> tuple[Residency, Worker, FakeAssembly]:
     """A residency whose base is loaded and whose adapters are known."""
-    found, worker = assembly(names), Worker()
+    found, worker = graph(names), Worker()
     residency = Residency(found, worker, slots=slots, pieces=PIECES, max_weight_bytes=0)
     for route in found.routes.values():
         route.adapter.targets, route.adapter.size = {}, SIZES[route.chain.name]

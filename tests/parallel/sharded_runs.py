@@ -28,7 +28,7 @@ from jblock.engine.config import EngineConfig  # noqa: E402
 from jblock.engine.engine import ThreadEngine  # noqa: E402
 from jblock.engine.kv_cache import sizing  # noqa: E402
 from jblock.engine.replicas import DataParallelEngine  # noqa: E402
-from jblock.engine.runner.runner import Device  # noqa: E402
+from jblock.engine.runner.runner import Runner  # noqa: E402
 from jblock.zoo.store import Zoo  # noqa: E402
 
 ADAPTER = "demo-1m-largest-lora12"
@@ -175,9 +175,9 @@ def kv_bytes(agent: Agent) -> list[int]:
     config = dataclasses.replace(agent.device.config, kv_memory_mb=0)
     with (
         mock.patch.object(sizing, "kv_budget", lambda devices: KV_BYTES),
-        mock.patch.object(Device, "_workspace", lambda *_: 0),
+        mock.patch.object(Runner, "_workspace", lambda *_: 0),
     ):
-        device = Device(agent.assembly, config, agent.device.executables.cache)
+        device = Runner(agent.graph, config, agent.device.executables.cache)
     taken: dict[int, int] = collections.Counter()
     for leaf in jax.tree.leaves(device._pools):
         for shard in leaf.addressable_shards:

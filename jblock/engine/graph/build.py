@@ -1,4 +1,4 @@
-"""From the chains of a zoo to an assembly. Only records are read here; what goes on the device, and when,
+"""From the chains of a zoo to a graph. Only records are read here; what goes on the device, and when,
 is for `residency.py` to decide."""
 
 import collections
@@ -17,7 +17,16 @@ from jblock.engine.adapters import compose as slot_content
 from jblock.engine.adapters.slot_tables import Tables
 from jblock.engine.config import EngineConfig
 from jblock.engine.graph.expert_parallel import ExpertGroup
-from jblock.engine.graph.graph import Assembly, Instance, KvGroup, Part, Route, Tied, Unit, Wiring
+from jblock.engine.graph.graph import (
+    BlockInstance,
+    KvGroup,
+    Layer,
+    Part,
+    Route,
+    ServingGraph,
+    Tied,
+    Wiring,
+)
 from jblock.engine.graph.stitches import check_widths, positions
 from jblock.engine.signature import Signature, TableForm
 from jblock.engine.weights import params as parameters
@@ -35,10 +44,10 @@ def assemble(
     zoo: Zoo,
     chains: Mapping[str, Chain],
     config: EngineConfig,
-    previous: Assembly | None = None,
+    previous: ServingGraph | None = None,
     targets: Mapping[ComponentSpec, frozenset[str]] | None = None,
     placement: Placement | None = None,
-) -> Assembly:
+) -> ServingGraph:
     """Wires chains into instances. A thousand adapters on one base cost little more than ten.
 
     Args:
@@ -64,7 +73,7 @@ def assemble(
     for world, members in worlds.items():
         routes |= wirer.routes(world, members)
     instances = {id(i): i for route in routes.values() for i in route.instances}
-    return Assembly(
+    return ServingGraph(
         zoo=zoo,
         routes={name: routes[name] for name in chains},
         instances=tuple(sorted(instances.values(), key=lambda i: i.depth)),
@@ -76,14 +85,14 @@ def assemble(
 
 
 class _Wirer:
-    """Makes the routes of one assembly. Whatever the last one has too is taken over from it."""
+    """Makes the routes of one graph. Whatever the last one has too is taken over from it."""
 
     def __init__(
         self,
         zoo: Zoo,
         chains: Mapping[str, Chain],
         config: EngineConfig,
-        previous: Assembly | None,
+        previous: ServingGraph | None,
         placement: Placement,
     ):
         self.zoo, self.chains, self.config = zoo, chains, config
@@ -279,17 +288,19 @@ class _Wirer:
                 seen[group] += 1
         return tuple(placement)
 
-    def _instance(self, world: str, key: tuple) -> Instance:
+    def _instance(self, world: str, key: tuple) -> BlockInstance:
         """A block with its units."""
         _, _, block, placement, forms, positions = key
         kv, stitches = iter(placement), iter(positions)
-        units: list[Unit] = []
+        units: list[Layer] = []
         specs = [self._record(component).spec for component in block.components]
         for run in _unit_runs(specs):
             ids = [block.components[i] for i in run]
             units.append(self._unit(world, ids, [forms[i] for i in run], kv, stitches))
         name = f"{units[0].signature.kind}_{block.first}_{block.components[0][:8]}"
-        return Instance(name=name, depth=block.first, units=tuple(units), segments=_segments(units))
+        return BlockInstance(
+            name=name, depth=block.first, units=tuple(units), segments=_segments(units)
+        )
 
     def _unit(
         self,
@@ -298,7 +309,7 @@ class _Wirer:
         forms: list[TableForm | None],
         kv: Iterator[tuple[KvGroup, int]],
         positions: Iterator[int],
-    ) -> Unit:
+    ) -> Layer:
         specs = tuple(self._record(component).spec for component in ids)
         members = [
             self._weights(world, component, part)
@@ -317,7 +328,7 @@ class _Wirer:
             for of, struct in zip(signature.arguments, structs, strict=True)
         )
         group, layer = next(kv) if signature.attentions else (None, 0)
-        return Unit(
+        return Layer(
             signature=signature,
             weights=weights,
             tables=tuple(
@@ -330,9 +341,9 @@ class _Wirer:
         )
 
 
-def _segments(units: Sequence[Unit]) -> tuple[tuple[Unit, ...], ...]:
+def _segments(units: Sequence[Layer]) -> tuple[tuple[Layer, ...], ...]:
     """Runs of layers of one KV group, of SEGMENT_COMPONENTS at most, that one program may carry."""
-    runs: list[list[Unit]] = []
+    runs: list[list[Layer]] = []
     for unit in units:
         joins = (
             bool(runs)

@@ -10,7 +10,7 @@ from jblock.engine.adapters.slot_tables import Tables
 from jblock.engine.config import Bucket
 from jblock.engine.graph.expert_parallel import ExpertGroup
 from jblock.engine.runner.batch import Underway
-from jblock.engine.scheduling.sequence import Item
+from jblock.engine.scheduling.sequence import WorkItem
 from jblock.engine.scheduling.step_budget import NO_LIMIT
 from jblock.engine.signature import Signature, TableForm
 from jblock.engine.weights import params as parameters
@@ -44,7 +44,7 @@ class Tied:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Unit:
+class Layer:
     """What one executable call runs: an embedding, one layer, or a head.
 
     Attributes:
@@ -70,7 +70,7 @@ class Unit:
 
 
 @dataclasses.dataclass(eq=False)
-class Instance:
+class BlockInstance:
     """A block on this agent, with its own queue.
 
     Attributes:
@@ -87,9 +87,9 @@ class Instance:
 
     name: str
     depth: int
-    units: tuple[Unit, ...]
-    segments: tuple[tuple[Unit, ...], ...] = ()
-    queue: collections.deque[Item] = dataclasses.field(default_factory=collections.deque)
+    units: tuple[Layer, ...]
+    segments: tuple[tuple[Layer, ...], ...] = ()
+    queue: collections.deque[WorkItem] = dataclasses.field(default_factory=collections.deque)
     underway: Underway | None = None
     limit: int = NO_LIMIT
     wanted: float = 0.0
@@ -117,7 +117,7 @@ class Wiring:
     """What all chains with the same components have in common; Route tells of the fields."""
 
     specs: tuple[ComponentSpec, ...]
-    instances: tuple[Instance, ...]
+    instances: tuple[BlockInstance, ...]
     groups: tuple[KvGroup, ...]
     parts: tuple[Part, ...]
     weights: WeightSet
@@ -142,7 +142,7 @@ class Route:
 
     chain: Chain
     specs: tuple[ComponentSpec, ...]
-    instances: tuple[Instance, ...]
+    instances: tuple[BlockInstance, ...]
     groups: tuple[KvGroup, ...]
     parts: tuple[Part, ...]
     weights: WeightSet
@@ -161,7 +161,7 @@ class Route:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Assembly:
+class ServingGraph:
     """All chains one agent may serve, and what they share.
 
     Attributes:
@@ -171,12 +171,12 @@ class Assembly:
       targets: what has tables, by spec.
       pinned: names of the routes that stay on the device.
       placement: the devices it is for.
-      known: what the next assembly takes over instead of making it again, by what decides it.
+      known: what the next graph takes over instead of making it again, by what decides it.
     """
 
     zoo: Zoo
     routes: dict[str, Route]
-    instances: tuple[Instance, ...]
+    instances: tuple[BlockInstance, ...]
     targets: dict[ComponentSpec, frozenset[str]]
     pinned: tuple[str, ...]
     placement: Placement

@@ -15,8 +15,8 @@ import numpy as np
 from jblock.engine.runner.batch import Batch
 
 if TYPE_CHECKING:
-    from jblock.engine.graph.graph import Assembly, KvGroup
-    from jblock.engine.runner.runner import Device
+    from jblock.engine.graph.graph import KvGroup, ServingGraph
+    from jblock.engine.runner.runner import Runner
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Copy:
 
     Attributes:
       tokens: how many of its first tokens they hold.
-      parts: by KV group, what `Device.copy_out` returned; on the host once landed.
+      parts: by KV group, what `Runner.copy_out` returned; on the host once landed.
       num_bytes: of the pages.
     """
 
@@ -103,7 +103,7 @@ class HostPool:
         self._transit = (recent, [])
 
 
-def measure(device: "Device", assembly: "Assembly") -> Rates:
+def measure(device: "Runner", graph: "ServingGraph") -> Rates:
     """Times copies of pages nobody owns yet, and a chunk of prefill without real rows: its matmuls
     are the same. For an idle agent at its start."""
     group, shape = max(device.pool_shapes.items(), key=lambda kv: kv[1].page_bytes)
@@ -117,7 +117,7 @@ def measure(device: "Device", assembly: "Assembly") -> Rates:
 
     chunk = max(device.config.first_buckets, key=lambda b: b.q_len)
     # Where weights are bounded, some are not there.
-    loaded = [r for r in assembly.routes.values() if all(w.tensors for w in r.weights.members)]
+    loaded = [r for r in graph.routes.values() if all(w.tensors for w in r.weights.members)]
     route = max(loaded, key=lambda r: len(r.specs))
 
     def prefill() -> None:

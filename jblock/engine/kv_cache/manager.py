@@ -30,7 +30,7 @@ class PageStore(Protocol):
         ...
 
 
-class KvCache:
+class KVCacheManager:
     """Pages of every KV group of an agent. A sequence holds the same number of pages in each group its
     chain needs, so a prefix counts as cached only where all of them have it.
 

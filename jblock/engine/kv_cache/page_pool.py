@@ -8,7 +8,7 @@ class OutOfPages(RuntimeError):
     """More was asked for than is free; the caller waits or refuses."""
 
 
-class Allocator:
+class IdAllocator:
     """Hands out the ids `first .. first + count - 1`, each to one owner at a time.
 
     Freed ids are handed out again last-freed first, which keeps the touched memory small.

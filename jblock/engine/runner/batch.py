@@ -9,7 +9,7 @@ from jblock.engine.config import Bucket
 from jblock.engine.programs.forward import INDEX_COLUMNS
 from jblock.engine.programs.penalties import BIAS_COLUMNS, CONTROL_COLUMNS, FIXED_COLUMNS
 from jblock.engine.programs.sampling import OPTION_COLUMNS
-from jblock.engine.scheduling.sequence import Item
+from jblock.engine.scheduling.sequence import WorkItem
 
 MIN_TEMPERATURE = 1e-5
 
@@ -24,7 +24,7 @@ class Batch:
     """
 
     bucket: Bucket
-    items: tuple[Item, ...]
+    items: tuple[WorkItem, ...]
 
     @property
     def num_rows(self) -> int:
@@ -46,7 +46,7 @@ class Underway:
 
 
 def batches(
-    items: Iterable[Item],
+    items: Iterable[WorkItem],
     buckets: Sequence[Bucket],
     cover: Callable[[int, int], Sequence[int]] | None = None,
 ) -> Iterator[Batch]:
@@ -58,7 +58,7 @@ def batches(
       cover: (chunk, count) -> the sizes of the calls that carry so many items; without it a group takes
         the smallest bucket that holds what is left of it, or the largest there is.
     """
-    by_chunk: dict[int, list[Item]] = {}
+    by_chunk: dict[int, list[WorkItem]] = {}
     for item in items:
         by_chunk.setdefault(item.chunk, []).append(item)
     for chunk in sorted(by_chunk):

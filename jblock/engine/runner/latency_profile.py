@@ -11,10 +11,10 @@ from pathlib import Path
 from absl import logging
 
 from jblock.engine.config import Bucket
-from jblock.engine.graph.graph import Instance, Unit
+from jblock.engine.graph.graph import BlockInstance, Layer
 from jblock.engine.programs.executable_cache import environment
 from jblock.engine.programs.executables import ProgramKey
-from jblock.engine.runner.runner import Device
+from jblock.engine.runner.runner import Runner
 from jblock.engine.scheduling.step_budget import Times
 
 # The least of a few: whatever else the machine does can only make a call slower.
@@ -29,7 +29,7 @@ class Profile:
     what else the machine does are not in it (the loop learns how much slower real steps are).
     """
 
-    def __init__(self, device: Device):
+    def __init__(self, device: Runner):
         """Takes what earlier starts measured from beside the compiled programs."""
         cache = device.executables.cache
         self._device = device
@@ -38,22 +38,22 @@ class Profile:
         # Of these nothing is known about the machine when they were measured: it may have been busy.
         self._kept = set(self._seconds)
         self._tries: dict[str, list[float]] = {}
-        self._todo: list[tuple[str, list[Unit], Bucket]] | None = None
-        self._again: list[tuple[str, list[Unit], Bucket]] = []
+        self._todo: list[tuple[str, list[Layer], Bucket]] | None = None
+        self._again: list[tuple[str, list[Layer], Bucket]] = []
         self._scope: tuple = ()
         self._memo: dict[tuple[int, Bucket], float | None] = {}
         self._covers: dict[tuple[int, int, int], tuple[int, ...]] = {}
         self._covered: tuple[Bucket, ...] = ()
         self._names: dict[ProgramKey, str] = {}
 
-    def prepare(self, instances: Sequence[Instance]) -> None:
+    def prepare(self, instances: Sequence[BlockInstance]) -> None:
         """Looks for what is not measured yet of these blocks on the grids there are."""
         scope = (tuple(map(id, instances)), self._device.buckets)
         if scope == self._scope:
             return
         self._scope, self._memo, self._covers = scope, {}, {}
-        missing: dict[str, tuple[str, list[Unit], Bucket]] = {}
-        kept: dict[str, tuple[str, list[Unit], Bucket]] = {}
+        missing: dict[str, tuple[str, list[Layer], Bucket]] = {}
+        kept: dict[str, tuple[str, list[Layer], Bucket]] = {}
         for instance in instances:
             for unit in instance.units:
                 for bucket in self._device.buckets:
@@ -105,7 +105,7 @@ class Profile:
             return True
         return False
 
-    def _time(self, units: Sequence[Unit], bucket: Bucket, turn: int) -> float | None:
+    def _time(self, units: Sequence[Layer], bucket: Bucket, turn: int) -> float | None:
         """Seconds of one call; None where no unit has its weights."""
         units = [unit for unit in units if all(unit.params)]
         # Layers of one form in turn, so that no call finds its weights in the CPU's cache.
@@ -115,11 +115,11 @@ class Profile:
         """Call it when other blocks are served."""
         self._scope, self._memo, self._covers = (), {}, {}
 
-    def unit_seconds(self, unit: Unit, bucket: Bucket) -> float | None:
+    def unit_seconds(self, unit: Layer, bucket: Bucket) -> float | None:
         """Seconds of one unit on one grid; None as long as it is not measured."""
         return self._seconds.get(self._name(unit, bucket))
 
-    def block_seconds(self, instance: Instance, bucket: Bucket) -> float | None:
+    def block_seconds(self, instance: BlockInstance, bucket: Bucket) -> float | None:
         """Seconds of a block on one grid; as long as it is not measured, estimated from the nearest
         grid that is; None as long as none is."""
         key = (id(instance), bucket)
@@ -127,7 +127,7 @@ class Profile:
             self._memo[key] = self._block_seconds(instance, bucket)
         return self._memo[key]
 
-    def _block_seconds(self, instance: Instance, bucket: Bucket) -> float | None:
+    def _block_seconds(self, instance: BlockInstance, bucket: Bucket) -> float | None:
         if self._measured(instance, bucket) is not None:
             # No grid takes longer than one of more sequences: where it seems to, something else ran.
             larger = (
@@ -147,16 +147,16 @@ class Profile:
                 return known * max(rows / (other.num_seqs * other.q_len), 1.0)
         return None
 
-    def _measured(self, instance: Instance, bucket: Bucket) -> float | None:
+    def _measured(self, instance: BlockInstance, bucket: Bucket) -> float | None:
         parts = [self._seconds.get(self._name(u, bucket)) for u in instance.units]
         known = [p for p in parts if p is not None]
         return sum(known) if len(known) == len(parts) else None
 
-    def decode_times(self, instance: Instance) -> Times | None:
+    def decode_times(self, instance: BlockInstance) -> Times | None:
         """A block's decoding times; None as long as no grid is measured."""
         return self._times(instance, 1)
 
-    def cover(self, instance: Instance, chunk: int, count: int) -> tuple[int, ...]:
+    def cover(self, instance: BlockInstance, chunk: int, count: int) -> tuple[int, ...]:
         """Batch sizes of the calls that take `count` chunks of a length through a block in the least time;
         as long as nothing is measured, in the fewest calls."""
         if self._device.buckets is not self._covered:
@@ -170,7 +170,7 @@ class Profile:
             self._covers[key] = times.cover(count)
         return self._covers[key]
 
-    def _times(self, instance: Instance, chunk: int) -> Times | None:
+    def _times(self, instance: BlockInstance, chunk: int) -> Times | None:
         sizes: list[int] = []
         seconds: list[float] = []
         for bucket in sorted(b for b in self._device.buckets if b.q_len == chunk):
@@ -180,7 +180,7 @@ class Profile:
                 seconds.append(max([known, 1e-9, *seconds]))
         return Times(tuple(sizes), tuple(seconds)) if sizes else None
 
-    def chunk_seconds(self, instances: Sequence[Instance], chunk: int) -> float | None:
+    def chunk_seconds(self, instances: Sequence[BlockInstance], chunk: int) -> float | None:
         """Seconds of one chunk of a prompt through these blocks by itself; None if not measured."""
         total = 0.0
         for instance in instances:
@@ -193,7 +193,7 @@ class Profile:
     def _smallest(self, chunk: int) -> Bucket:
         return min(b for b in self._device.buckets if b.q_len == chunk)
 
-    def _name(self, unit: Unit, bucket: Bucket) -> str:
+    def _name(self, unit: Layer, bucket: Bucket) -> str:
         key = self._device.unit_key(unit, bucket)
         if key not in self._names:
             self._names[key] = self._long_name(key)

@@ -13,7 +13,7 @@ from jblock.blocks.spec import ComponentSpec
 from jblock.engine.adapters.slot_layout import piece_widths, slot_tables
 from jblock.engine.adapters.slot_tables import WRITE_SIZES
 from jblock.engine.config import Bucket, EngineConfig
-from jblock.engine.graph.graph import Assembly, Instance, KvGroup, Route, Unit
+from jblock.engine.graph.graph import BlockInstance, KvGroup, Layer, Route, ServingGraph
 from jblock.engine.kv_cache import sizing as memory
 from jblock.engine.kv_cache.host_offload import Rates
 from jblock.engine.programs.executable_cache import ExecutableCache
@@ -32,7 +32,7 @@ from jblock.engine.runner.batch import Batch
 from jblock.engine.signature import Signature, TableForm
 from jblock.parallel.placement import Placement
 
-Calls = Sequence[tuple[tuple[Unit, ...], Any]]
+Calls = Sequence[tuple[tuple[Layer, ...], Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Sampled:
     scores: jax.Array | None = None
 
 
-class Device:
+class Runner:
     """The mutable arrays of one agent. Every call enqueues work and returns without waiting for it.
 
     Attributes:
@@ -66,12 +66,12 @@ class Device:
 
     def __init__(
         self,
-        assembly: Assembly,
+        graph: ServingGraph,
         config: EngineConfig,
         cache: ExecutableCache | None = None,
         placement: Placement | None = None,
     ):
-        """Allocates registers and pools for an assembly, on the devices of this process unless another
+        """Allocates registers and pools for a graph, on the devices of this process unless another
         placement is given. On an abstract one nothing is allocated and nothing runs, but its programs can
         be named and made.
 
@@ -99,12 +99,12 @@ class Device:
         self.buckets: tuple[Bucket, ...] = (*config.decode_buckets, *config.prefill_buckets)
         self.plain_only = False
         self.rates: Rates | None = None
-        groups = sorted({g for route in assembly.routes.values() for g in route.groups})
+        groups = sorted({g for route in graph.routes.values() for g in route.groups})
         ways = self.placement.rules.ways("heads")
         budget = config.kv_memory_mb * 10**6 or ways * memory.kv_budget(self.placement.devices)
         self.pool_shapes = memory.pool_shapes(groups, budget, config, self.placement)
         if not config.kv_memory_mb:
-            budget -= ways * self._workspace(assembly)
+            budget -= ways * self._workspace(graph)
             self.pool_shapes = memory.pool_shapes(groups, budget, config, self.placement)
         self._pools = {
             group: [
@@ -114,14 +114,14 @@ class Device:
             for group, shape in self.pool_shapes.items()
         }
         self._unclean: dict[KvGroup, list[int]] = {}
-        widths = _widths(assembly)
+        widths = _widths(graph)
         self._registers = {d: self._zeros((self.num_rows, d), jnp.float32) for d in widths}
         self._positions: dict[int, jax.Array] = {}  # Of stitches, as scalars.
         self._last_tokens = self._zeros((config.max_num_seqs,), jnp.int32)
         self._counts: dict[int, jax.Array] = {}  # By vocabulary, once a request has penalties.
         self._arrays: dict[tuple, jax.Array | np.ndarray] = {}
 
-    def _workspace(self, assembly: Assembly) -> int:
+    def _workspace(self, graph: ServingGraph) -> int:
         """Bytes to keep free on each device beside its part of the pools: what the largest programs
         need, for two steps are enqueued at a time, and copies of one sequence's pages on their way to
         the host. The programs are made here; unless the pools shrink for it they are those that serve."""
@@ -132,7 +132,7 @@ class Device:
         )
         keys = [
             key
-            for key in self.program_keys(assembly, largest)
+            for key in self.program_keys(graph, largest)
             if key.kind in ("layer", "head", "prompt_logprobs")
         ]
         self.executables.warm(keys, config.compile_workers)
@@ -171,14 +171,14 @@ class Device:
             return array
         return self.placement.put(array, "rows")
 
-    def check(self, assembly: Assembly) -> None:
-        """Whether an assembly fits what was allocated.
+    def check(self, graph: ServingGraph) -> None:
+        """Whether a graph fits what was allocated.
 
         Raises:
           ValueError: it needs a register width or KV shape this agent has no arrays for.
         """
-        widths = _widths(assembly)
-        groups = {g for route in assembly.routes.values() for g in route.groups}
+        widths = _widths(graph)
+        groups = {g for route in graph.routes.values() for g in route.groups}
         if not widths <= set(self._registers) or not groups <= set(self.pool_shapes):
             raise ValueError(
                 "a model of another hidden size or KV shape than those loaded at the start cannot be "
@@ -186,11 +186,11 @@ class Device:
             )
 
     def program_keys(
-        self, assembly: Assembly, buckets: Sequence[Bucket], *, plain: bool = False
+        self, graph: ServingGraph, buckets: Sequence[Bucket], *, plain: bool = False
     ) -> Iterator[ProgramKey]:
-        """Every program the assembly can ask for on these grids; with `plain`, for plain greedy
+        """Every program the graph can ask for on these grids; with `plain`, for plain greedy
         requests only."""
-        units = [u for i in assembly.instances for u in i.units]
+        units = [u for i in graph.instances for u in i.units]
         vocabs = {vocab_size(u.signature) for u in units if u.signature.kind == "head"}
         kinds = ("greedy",) if plain else ("greedy", "sampled", "adjust", "top_logprobs")
         for bucket in buckets:
@@ -218,10 +218,10 @@ class Device:
                 if form is not None and slot_tables(spec, form):
                     yield _writing_key("write_vectors", spec, form, 1)
 
-    def segment_keys(self, assembly: Assembly) -> Iterator[ProgramKey]:
+    def segment_keys(self, graph: ServingGraph) -> Iterator[ProgramKey]:
         """Programs that run several layers in one call: a tier that saves time but that nothing waits
         for. Decoding only; a chunk of prefill is long enough to hide what a call costs."""
-        for instance in assembly.instances:
+        for instance in graph.instances:
             for segment in instance.segments:
                 if len(segment) > 1:
                     for bucket in self.config.decode_buckets:
@@ -292,7 +292,7 @@ class Device:
         """The program that writes a slot's vectors into a component's tables."""
         return self.executables.get(_writing_key("write_vectors", spec, form, 1))
 
-    def time_unit(self, unit: Unit, bucket: Bucket) -> float:
+    def time_unit(self, unit: Layer, bucket: Bucket) -> float:
         """Seconds of one call on rows that do not exist and the null page; nothing else changes. A
         head's include the greedy sampler's. Blocks; the device should be idle."""
         self.begin_step()
@@ -317,7 +317,7 @@ class Device:
         return time.perf_counter() - begin
 
     def run(
-        self, instance: Instance, batch: Batch, first: int = 0, last: int | None = None
+        self, instance: BlockInstance, batch: Batch, first: int = 0, last: int | None = None
     ) -> Sampled | None:
         """Enqueues one batch through a block, or through its calls `first` to `last` alone; a head
         samples too and returns its tokens."""
@@ -344,14 +344,14 @@ class Device:
                 sampled = dataclasses.replace(sampled, scores=scores)
             return sampled
 
-    def _calls(self, instance: Instance, bucket: Bucket) -> Calls:
+    def _calls(self, instance: BlockInstance, bucket: Bucket) -> Calls:
         """The programs of a block on a grid: whole segments where they are compiled, else layer by
         layer. Looked up anew only when a program has come since."""
         version = self.executables.version
         known = instance.calls_by_bucket.get(bucket)
         if known is not None and known[0] == version:
             return known[1]
-        calls: list[tuple[tuple[Unit, ...], Any]] = []
+        calls: list[tuple[tuple[Layer, ...], Any]] = []
         for segment in instance.segments:
             key = self._key(segment, bucket)
             if len(segment) == 1 or key in self.executables:
@@ -362,13 +362,13 @@ class Device:
         instance.calls_by_bucket[bucket] = (version, calls)
         return calls
 
-    def _embed(self, unit: Unit, program, index) -> None:
+    def _embed(self, unit: Layer, program, index) -> None:
         width = unit.signature.hidden_size
         self._registers[width] = program(
             unit.params, unit.tables, self._registers[width], self._last_tokens, index
         )
 
-    def _run_segment(self, segment: Sequence[Unit], program, index, batch: Batch) -> None:
+    def _run_segment(self, segment: Sequence[Layer], program, index, batch: Batch) -> None:
         if segment[0].signature.kind == "stitch":
             self._run_stitch(segment[0], program, index)
             return
@@ -387,7 +387,7 @@ class Device:
         for i, new in zip(layers, updated, strict=True):
             pools[i] = new
 
-    def _run_stitch(self, unit: Unit, program, index) -> None:
+    def _run_stitch(self, unit: Layer, program, index) -> None:
         if unit.position not in self._positions:
             self._positions[unit.position] = self.placement.put(np.array(unit.position, np.int32))
         widths = unit.signature.widths
@@ -432,11 +432,11 @@ class Device:
         size, vocab = logits.shape
         return self.executables.get(ProgramKey(kind=kind, bucket=Bucket(size, 1), vocab_size=vocab))
 
-    def unit_key(self, unit: Unit, bucket: Bucket) -> ProgramKey:
+    def unit_key(self, unit: Layer, bucket: Bucket) -> ProgramKey:
         """The program that runs one unit on a grid."""
         return self._key((unit,), bucket)
 
-    def _key(self, units: Sequence[Unit], bucket: Bucket) -> ProgramKey:
+    def _key(self, units: Sequence[Layer], bucket: Bucket) -> ProgramKey:
         group = units[0].group
         return ProgramKey(
             kind=units[0].signature.kind,
@@ -460,12 +460,12 @@ class Device:
         return self._arrays[key]
 
 
-def _widths(assembly: Assembly) -> set[int]:
-    """Widths of all registers that blocks of an assembly read or write."""
-    return {w for i in assembly.instances for u in i.units for w in u.signature.widths}
+def _widths(graph: ServingGraph) -> set[int]:
+    """Widths of all registers that blocks of a graph read or write."""
+    return {w for i in graph.instances for u in i.units for w in u.signature.widths}
 
 
-def _scoring_key(unit: Unit, bucket: Bucket) -> ProgramKey:
+def _scoring_key(unit: Layer, bucket: Bucket) -> ProgramKey:
     """The program that scores the prompts that go through a head."""
     return ProgramKey(kind="prompt_logprobs", bucket=bucket, signatures=(unit.signature,))
 

@@ -8,16 +8,16 @@ from collections.abc import Iterable, Sequence
 
 import jax
 
-from jblock.engine.graph.graph import Instance
-from jblock.engine.kv_cache.manager import KvCache
-from jblock.engine.kv_cache.page_pool import Allocator
+from jblock.engine.graph.graph import BlockInstance
+from jblock.engine.kv_cache.manager import KVCacheManager
+from jblock.engine.kv_cache.page_pool import IdAllocator
 from jblock.engine.runner.batch import Batch, Underway, batches
 from jblock.engine.runner.latency_profile import Profile
-from jblock.engine.runner.runner import Device, Sampled
+from jblock.engine.runner.runner import Runner, Sampled
 from jblock.engine.runner.tracing import STEP
 from jblock.engine.scheduling import step_budget as policy
-from jblock.engine.scheduling.sequence import Item
 from jblock.engine.scheduling.sequence import Sequence as Seq
+from jblock.engine.scheduling.sequence import WorkItem
 
 # Steps between two looks at the batch limits: loads change more slowly than steps pass.
 _ADAPT_STEPS = 16
@@ -65,14 +65,14 @@ class Step:
     enqueued: float
 
 
-class Sweeper:
+class Stepper:
     """Runs steps on a device.
 
     Attributes:
       counters: of what it ran.
     """
 
-    def __init__(self, device: Device, profile: Profile, rows: Allocator, kv: KvCache):
+    def __init__(self, device: Runner, profile: Profile, rows: IdAllocator, kv: KVCacheManager):
         """`rows` are the register rows; those of a chunk go back when it has passed, and from then on
         `kv` lets its pages be found."""
         self.counters = Counters()
@@ -82,9 +82,9 @@ class Sweeper:
 
     def sweep(
         self,
-        items: Sequence[Item],
-        instances: Sequence[Instance],
-        passing: Iterable[Item] = (),
+        items: Sequence[WorkItem],
+        instances: Sequence[BlockInstance],
+        passing: Iterable[WorkItem] = (),
         prompt_seconds: float = math.inf,
         budget: float = math.inf,
     ) -> Step:
@@ -122,7 +122,7 @@ class Sweeper:
             self._adapt(instances, budget)
         return Step(tuple(self._sampled), self._seconds, self._decode_seconds, enqueued)
 
-    def _visit(self, instance: Instance) -> None:
+    def _visit(self, instance: BlockInstance) -> None:
         """Runs what is ready at an instance: decoding rows first, those that waited longest before
         the others; then prompts as far as their time goes."""
         ready = list(instance.queue)
@@ -152,7 +152,7 @@ class Sweeper:
             else:
                 self._hold(instance, batch.items)
 
-    def _walk(self, instance: Instance, underway: Underway) -> None:
+    def _walk(self, instance: BlockInstance, underway: Underway) -> None:
         """Takes a batch of prompts through a block call by call while it has time; at least one call
         where any of it has been granted, so that it gets there."""
         batch, begin = underway.batch, underway.done
@@ -176,7 +176,7 @@ class Sweeper:
             self.counters.held_rows += batch.num_rows
 
     def _run(
-        self, instance: Instance, batch: Batch, first: int = 0, last: int | None = None
+        self, instance: BlockInstance, batch: Batch, first: int = 0, last: int | None = None
     ) -> float:
         """Enqueues a batch, or a part of its calls; returns the seconds it should take."""
         result = self._device.run(instance, batch, first, last)
@@ -190,7 +190,7 @@ class Sweeper:
         self._seconds += seconds
         return seconds
 
-    def _hold(self, instance: Instance, items: Sequence[Item]) -> None:
+    def _hold(self, instance: BlockInstance, items: Sequence[WorkItem]) -> None:
         """Leaves items in a queue for the next sweep, in front of those that come later."""
         instance.queue.extendleft(reversed(items))
         self.counters.held_rows += sum(item.q_len for item in items)
@@ -207,7 +207,7 @@ class Sweeper:
                     continue
             self._complete(item)
 
-    def _complete(self, item: Item) -> None:
+    def _complete(self, item: WorkItem) -> None:
         """All of an item is enqueued. The device runs calls in that order, so what it held is free for
         the next, and what it wrote is there for the next to read."""
         item.sequence.item = None
@@ -215,7 +215,7 @@ class Sweeper:
         if item.of_prompt:
             self._kv.remember(item.sequence, item.start + item.q_len)
 
-    def _adapt(self, instances: Sequence[Instance], budget: float) -> None:
+    def _adapt(self, instances: Sequence[BlockInstance], budget: float) -> None:
         """New batch limits from what has come to each instance lately."""
         active = []
         for instance in instances:
@@ -230,8 +230,8 @@ class Sweeper:
         for (instance, _), limit in zip(active, limits, strict=True):
             instance.limit = limit
 
-    def _count(self, items: Sequence[Item]) -> None:
-        by_route: dict[int, list[Item]] = {}
+    def _count(self, items: Sequence[WorkItem]) -> None:
+        by_route: dict[int, list[WorkItem]] = {}
         for item in items:
             by_route.setdefault(id(item.sequence.route), []).append(item)
         counters, buckets = self.counters, self._device.buckets
@@ -240,7 +240,7 @@ class Sweeper:
         counters.prompt_tokens += sum(len(i.tokens) for i in items)
 
 
-def withdraw(sequence: Seq, rows: Allocator) -> None:
+def withdraw(sequence: Seq, rows: IdAllocator) -> None:
     """Takes back what a sequence has on its way, wherever it waits: as if it had not been planned."""
     item = sequence.item
     if item is None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from jblock.engine.graph.graph import Route
 from jblock.engine.scheduling.scheduler import Admission
-from jblock.engine.scheduling.sequence import Item, chunk_for
+from jblock.engine.scheduling.sequence import WorkItem, chunk_for
 
 
 def plan(
@@ -13,7 +13,7 @@ def plan(
     chunks: Sequence[int],
     prompt_seconds: float = math.inf,
     cost: Callable[[Route, int], float | None] = lambda route, chunk: None,
-) -> list[Item]:
+) -> list[WorkItem]:
     """One item for every sequence that has none on its way: the token it decodes, or the next chunk of
     its prompt.
 
@@ -27,7 +27,7 @@ def plan(
       prompt_seconds: what chunks may take in one step.
       cost: seconds of one chunk along a route; None if not known.
     """
-    items: list[Item] = []
+    items: list[WorkItem] = []
     prefilling = []
     for sequence in list(admission.running.values()):
         if sequence.seq_slot < 0:
@@ -39,7 +39,7 @@ def plan(
         elif sequence.sampled < sequence.max_tokens:
             start = sequence.prompt_len + sequence.sampled - 1
             if admission.make_room(sequence, start + 1):
-                items.append(Item(sequence, start, 1, 1, [sequence.row], (), True))
+                items.append(WorkItem(sequence, start, 1, 1, [sequence.row], (), True))
                 sequence.sampled += 1
     room = prompt_seconds - sum(item.seconds_left for item in admission.passing)
     for sequence in prefilling:
@@ -60,7 +60,7 @@ def plan(
         samples = sequence.computed == sequence.prefill
         sequence.sampled += samples
         scores = sequence.scores_prompt
-        item = Item(sequence, start, length, chunk, rows, tokens, samples, scores)
+        item = WorkItem(sequence, start, length, chunk, rows, tokens, samples, scores)
         item.seconds_left = seconds
         items.append(item)
     return items

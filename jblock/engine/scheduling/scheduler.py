@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from jblock.engine.config import EngineConfig
 from jblock.engine.graph.graph import KvGroup
 from jblock.engine.kv_cache.host_offload import HostPool
-from jblock.engine.kv_cache.manager import KvCache
-from jblock.engine.kv_cache.page_pool import Allocator
-from jblock.engine.runner.runner import Device
+from jblock.engine.kv_cache.manager import KVCacheManager
+from jblock.engine.kv_cache.page_pool import IdAllocator
+from jblock.engine.runner.runner import Runner
 from jblock.engine.runner.step import withdraw
-from jblock.engine.scheduling.sequence import Item, Sequence
+from jblock.engine.scheduling.sequence import Sequence, WorkItem
 
 
 class Admission:
@@ -25,15 +25,15 @@ class Admission:
       swaps: how often its pages were copied to the host for that.
     """
 
-    def __init__(self, device: Device, config: EngineConfig):
+    def __init__(self, device: Runner, config: EngineConfig):
         self.waiting: collections.deque[Sequence] = collections.deque()
         self.running: dict[str, Sequence] = {}
-        self.rows = Allocator(device.num_rows)
+        self.rows = IdAllocator(device.num_rows)
         host = HostPool(config.host_kv_memory_mb * 10**6, device.longest_bytes)
-        self.kv = KvCache(device.pool_shapes, config.page_size, device, host)
+        self.kv = KVCacheManager(device.pool_shapes, config.page_size, device, host)
         self.preemptions = self.swaps = 0
         self._device = device
-        self._seq_slots = Allocator(config.max_num_seqs)
+        self._seq_slots = IdAllocator(config.max_num_seqs)
 
     def __iter__(self) -> Iterator[Sequence]:
         """All sequences that have not ended, running ones first."""
@@ -47,7 +47,7 @@ class Admission:
         )
 
     @property
-    def passing(self) -> list[Item]:
+    def passing(self) -> list[WorkItem]:
         """Chunks of prompts on their way through the blocks, those of the oldest sequence first."""
         items = (s.item for s in self.running.values())
         return [item for item in items if item is not None and item.chunk > 1]

@@ -54,7 +54,7 @@ class Sequence:
     sampled: int = 0
     generated: list[int] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[float] = dataclasses.field(default_factory=list)
-    item: "Item | None" = None
+    item: "WorkItem | None" = None
     finished: bool = False
 
     def __post_init__(self):
@@ -110,7 +110,7 @@ class Sequence:
 
 
 @dataclasses.dataclass(eq=False)
-class Item:
+class WorkItem:
     """Some consecutive tokens of one sequence travelling along its chain together.
 
     Attributes:

@@ -16,11 +16,11 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from jblock.engine.kv_cache.page_pool import Allocator
+from jblock.engine.kv_cache.page_pool import IdAllocator
 from jblock.engine.weights.residents import Adapter, Lease, Resident, State, Weights, Worker
 
 if TYPE_CHECKING:
-    from jblock.engine.graph.graph import Assembly, Route
+    from jblock.engine.graph.graph import Route, ServingGraph
 
 
 @dataclasses.dataclass
@@ -54,17 +54,17 @@ class Residency:
 
     def __init__(
         self,
-        assembly: "Assembly",
+        graph: "ServingGraph",
         worker: Worker,
         *,
         slots: int,
         pieces: int,
         max_weight_bytes: int,
     ):
-        """Takes up an assembly of which nothing is on the device yet.
+        """Takes up a graph of which nothing is on the device yet.
 
         Args:
-          assembly: the chains that may be asked for.
+          graph: the chains that may be asked for.
           worker: does the reading.
           slots: adapters that fit, each with one slot; numbered from 1.
           pieces: pieces they share; numbered from 1.
@@ -74,8 +74,8 @@ class Residency:
         self.failed: list[Lease] = []
         self.weight_bytes = 0
         self.max_weight_bytes = max_weight_bytes
-        self._assembly, self._worker = assembly, worker
-        self._slots, self._pieces = Allocator(slots, 1), Allocator(pieces, 1)
+        self._graph, self._worker = graph, worker
+        self._slots, self._pieces = IdAllocator(slots, 1), IdAllocator(pieces, 1)
         self._wanting: collections.deque[Lease] = collections.deque()
         # READY, without leases and not pinned; unused longest first.
         self._idle: collections.OrderedDict[Resident, None] = collections.OrderedDict()
@@ -108,7 +108,7 @@ class Residency:
     def resident_chains(self) -> int:
         """Served chains that a request would find ready."""
         if self._resident_chains is None:
-            routes = self._assembly.routes.values()
+            routes = self._graph.routes.values()
             ready = {
                 s: all(w.state is State.READY for w in s.members)
                 for s in {r.weights for r in routes}
@@ -189,30 +189,30 @@ class Residency:
         self._settle(resident)
         self._grant()
 
-    def switch(self, assembly: "Assembly") -> None:
-        """Takes up another assembly. What it does not have leaves, at once or with its last lease; leases
+    def switch(self, graph: "ServingGraph") -> None:
+        """Takes up another graph. What it does not have leaves, at once or with its last lease; leases
         that wait for a chain it has too go over to its route."""
-        self._drop(self._assembly, assembly)
-        self._assembly = assembly
+        self._drop(self._graph, graph)
+        self._graph = graph
         self._resident_chains = None
-        for resident in assembly.residents:
+        for resident in graph.residents:
             resident.dropped = False
         self._mark_pinned()
         for lease in self._wanting:
-            route = assembly.routes.get(lease.route.chain.name)
+            route = graph.routes.get(lease.route.chain.name)
             if route is not None and route.chain == lease.route.chain:
                 lease.route = route
             if lease.route.adapter is not None and lease.route.adapter.targets is not None:
                 lease.route.adapter.probing = False  # it waited for these tables, if for any
         for lease in [w for w in self._wanting if w.route.lacks_targets]:
-            if lease.route not in assembly.routes.values():
+            if lease.route not in graph.routes.values():
                 name = lease.route.chain.name
                 self._fail(lease, f"model {name!r} was unloaded meanwhile", "NOT_FOUND")
         self._grant()
 
-    def abandon(self, assembly: "Assembly") -> None:
-        """Lets go of what was loaded for an assembly that is not taken up after all."""
-        self._drop(assembly, self._assembly)
+    def abandon(self, graph: "ServingGraph") -> None:
+        """Lets go of what was loaded for a graph that is not taken up after all."""
+        self._drop(graph, self._graph)
 
     def problem(self, route: "Route") -> str:
         """Why a chain can never have its room, or ""."""
@@ -445,7 +445,7 @@ class Residency:
             self._pieces.give(resident.pieces)
             resident.slot, resident.pieces = 0, []
 
-    def _drop(self, old: "Assembly", new: "Assembly") -> None:
+    def _drop(self, old: "ServingGraph", new: "ServingGraph") -> None:
         kept = set(new.residents)
         for resident in old.residents:
             if resident not in kept:
@@ -455,10 +455,10 @@ class Residency:
 
     def _mark_pinned(self) -> None:
         self._pinned: set[Resident] = set()
-        for name in self._assembly.pinned:
-            route = self._assembly.routes[name]
+        for name in self._graph.pinned:
+            route = self._graph.routes[name]
             self._pinned.update(route.weights.members, [route.adapter] if route.adapter else [])
-        for resident in self._assembly.residents:
+        for resident in self._graph.residents:
             resident.pinned = resident in self._pinned
             if resident.pinned:
                 self._idle.pop(resident, None)

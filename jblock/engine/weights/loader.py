@@ -24,8 +24,8 @@ from jblock.engine.weights.residents import Adapter, Lease, Resident, Weights
 from jblock.zoo.records import ZooError
 
 if TYPE_CHECKING:
-    from jblock.engine.graph.graph import Assembly, Route
-    from jblock.engine.runner.runner import Device
+    from jblock.engine.graph.graph import Route, ServingGraph
+    from jblock.engine.runner.runner import Runner
 
 Done = Callable[[Any, Exception | None], None]
 Targets = Mapping[ComponentSpec, frozenset[str]]
@@ -97,7 +97,7 @@ class Probe:
 class Warming(NamedTuple):
     """Chains that are brought to the device before they are asked for, and who waits for them."""
 
-    assembly: "Assembly"
+    graph: "ServingGraph"
     leases: list[Lease]
     done: concurrent.futures.Future[list[Lease]]
 
@@ -114,35 +114,35 @@ class Loads:
         them; `residency.switch` or `refuse` follows.
     """
 
-    def __init__(self, assembly: "Assembly", config: EngineConfig):
+    def __init__(self, graph: "ServingGraph", config: EngineConfig):
         """Adapters wait until `attach` has named the device that writes them."""
         self.cache = HostCache(config.host_cache_mb * 10**6)
         self.background: Background = self._defer
-        self._assembly, self._zoo, self._config = assembly, assembly.zoo, config
-        self._placement = assembly.placement
+        self._graph, self._zoo, self._config = graph, graph.zoo, config
+        self._placement = graph.placement
         self._deferred: collections.deque = collections.deque()
         self._warming: list[Warming] = []
         self.residency = Residency(
-            assembly,
+            graph,
             self,
             slots=config.adapter_slots,
             pieces=config.adapter_pieces,
             max_weight_bytes=config.weights_memory_mb * 10**6,
         )
 
-    def attach(self, device: "Device", widen_tables: WidenTables) -> None:
+    def attach(self, device: "Runner", widen_tables: WidenTables) -> None:
         """Names the device that writes adapters, and who makes tables."""
         self._device, self.widen_tables = device, widen_tables
 
     def preload(self, routes: Iterable["Route"]) -> None:
-        """Brings chains of the first assembly to the device, in this order, for as long as there is room;
+        """Brings chains of the first graph to the device, in this order, for as long as there is room;
         on the caller's own thread.
 
         Raises:
           ValueError: one cannot be read.
         """
         done: concurrent.futures.Future[list[Lease]] = concurrent.futures.Future()
-        self.warm(self._assembly, routes, done)
+        self.warm(self._graph, routes, done)
         while not done.done():
             self.pump()
         for lease in done.result():
@@ -159,7 +159,7 @@ class Loads:
             if failed is not None:
                 for lease in leases:
                     self.residency.release(lease)
-                self.residency.abandon(warming.assembly)
+                self.residency.abandon(warming.graph)
                 warming.done.set_exception(ValueError(failed.error))
             elif all(lease.ready for lease in leases):
                 warming.done.set_result(leases)
@@ -169,14 +169,14 @@ class Loads:
 
     def warm(
         self,
-        assembly: "Assembly",
+        graph: "ServingGraph",
         routes: Iterable["Route"],
         done: concurrent.futures.Future[list[Lease]],
     ) -> None:
-        """Brings chains of an assembly, taken up or not, to the device, as far as there is room without
+        """Brings chains of a graph, taken up or not, to the device, as far as there is room without
         waiting for it. `pump` gives `done` their leases, or the error of the first that cannot be read."""
         leases = [self.residency.acquire(route, optional=True) for route in routes]
-        self._warming.append(Warming(assembly, leases, done))
+        self._warming.append(Warming(graph, leases, done))
 
     # What residency asks for
 
@@ -293,11 +293,11 @@ class Loads:
         self._deferred.append((work, done))
 
 
-def weights_of(assembly: "Assembly") -> list["Route"]:
-    """Routes that stand for all weights of an assembly, without adapters; pinned ones first."""
+def weights_of(graph: "ServingGraph") -> list["Route"]:
+    """Routes that stand for all weights of a graph, without adapters; pinned ones first."""
     by_set: dict[int, Route] = {}
-    for name in (*assembly.pinned, *assembly.routes):
-        by_set.setdefault(id(assembly.routes[name].weights), assembly.routes[name])
+    for name in (*graph.pinned, *graph.routes):
+        by_set.setdefault(id(graph.routes[name].weights), graph.routes[name])
     return [dataclasses.replace(route, adapter=None) for route in by_set.values()]
 
 
