@@ -159,9 +159,9 @@ def run(weights: Weights, x: jax.Array, first_layer: int = 0) -> jax.Array:
     for at, (spec, tensors) in enumerate(parts):
         match spec:
             case AttentionSpec():
-                source = x if spec.parallel else None
-                attend = functools.partial(_attend, spec)
-                x = Attention(spec, tensors, {})(x, rows, attend)
+                block = Attention(spec, tensors, {})
+                source = block.ffn_source(x, rows)
+                x = block(x, rows, functools.partial(_attend, spec))
                 depth += 1
             case FfnSpec():
                 x = Ffn(spec, tensors, {})(x, rows, source)

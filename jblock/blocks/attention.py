@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jblock.blocks.linear import Linear, project
@@ -59,12 +60,22 @@ class Attention(nnx.Module):
             inv_freq = inverse_frequencies(spec.rope, spec.head_dim)
             scale, on_cpu = spec.rope.attention_factor, rows.platform.name == "cpu"
             cos, sin = turns(rows.positions, inv_freq, scale, materialized=on_cpu)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = (rotate(y, cos, sin, interleaved=spec.rope.interleaved) for y in (q, k))
+        if spec.log_scale_beta:
+            periods = (rows.positions // spec.log_scale_positions).astype(jnp.float32)
+            q = q * (1 + spec.log_scale_beta * jnp.log1p(periods))[..., None, None]
         k, v = self._with_prefix("k", k, rows), self._with_prefix("v", v, rows)
         out = attend(q, k, v)
         out = self.o(out.reshape(x.shape[0], -1), rows)
         out = out if self.post_norm is None else self.post_norm(out, rows)
+        out = out if spec.residual_scale == 1.0 else out * spec.residual_scale
         return self.slots.add_residual(x, out, rows)
+
+    def ffn_source(self, x: jax.Array, rows: Rows) -> jax.Array | None:
+        """What the ffn behind reads, of the x this block read; None: what this block wrote."""
+        if self.spec.shared_norm and self.norm is not None:
+            return self.norm(x, rows)
+        return x if self.spec.parallel else None
 
     def _with_prefix(self, part: str, x: jax.Array, rows: Rows) -> jax.Array:
         """Keys or values [S, Q, heads, d], with the tuned ones in the places of virtual tokens."""

@@ -87,7 +87,8 @@ class Head(nnx.Module):
         self.norm = Norm(norm.norm, params[0], "", norm.eps, Slots(deltas[0]))
         self.slots = Slots(deltas[1])
         self.weight = nnx.Param(params[1]["weight"])
-        self.softcap, self.platform = unembedding.softcap, platform
+        self.softcap, self.scale = unembedding.softcap, unembedding.scale
+        self.platform = platform
         self.transposed = tied or platform.out_in
         self.vocab_size, self.mesh_axes = unembedding.vocab_size, mesh_axes
 
@@ -102,4 +103,5 @@ class Head(nnx.Module):
         if self.mesh_axes:
             logits = jax.lax.all_gather(logits, self.mesh_axes, axis=1, tiled=True)
             logits = logits[:, : self.vocab_size]
+        logits = logits if self.scale == 1.0 else logits * self.scale
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)

@@ -53,4 +53,5 @@ class Ffn(nnx.Module):
             inner = activation(gate) * up
         out = self.down(inner, rows)
         out = out if self.post_norm is None else self.post_norm(out, rows)
-        return self.slots.add_residual(x, out, rows)
+        scale = self.spec.residual_scale
+        return self.slots.add_residual(x, out if scale == 1.0 else out * scale, rows)

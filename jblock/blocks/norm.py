@@ -14,7 +14,7 @@ class Norm(nnx.Module):
     """Normalises the last axis of `x [..., d]`; the kinds are those of `spec.norm_tensors`.
 
     "rms" scales to unit mean square, then by the weight; "rms_plus_one" by 1 + weight; "layer" makes
-    mean 0 and variance 1, then scales and adds a bias.
+    mean 0 and variance 1, then scales and adds a bias; "layer_no_bias" adds none.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Norm(nnx.Module):
 
     def __call__(self, x: jax.Array, rows: Rows | None = None) -> jax.Array:
         """[T, d] or [S, Q, heads, d], float32, -> the same; rows may be left out without slot tables."""
-        if self.bias is not None:
+        if self.kind.startswith("layer"):
             x = x - jnp.mean(x, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
         weight = self._own("weight", self.weight[...], x, rows)

@@ -81,11 +81,19 @@ def turns(
     return (cos, sin) if scale == 1.0 else (cos * scale, sin * scale)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(
+    x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False
+) -> jax.Array:
     """Rotates the leading 2 * pairs dimensions of `x [..., heads, head_dim]` by `turns` of its positions
-    ([..., pairs]); their first half pairs with their second half."""
+    ([..., pairs]); their first half pairs with their second half, or if interleaved each even dimension
+    with the odd one behind it."""
     cos, sin = cos[..., None, :], sin[..., None, :]
     dim = 2 * cos.shape[-1]
+    if interleaved:
+        first, second = x[..., 0:dim:2], x[..., 1:dim:2]
+        pairs = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        rotated = pairs.reshape(*x.shape[:-1], dim)
+        return jnp.concatenate([rotated, x[..., dim:]], axis=-1) if dim < x.shape[-1] else rotated
     first, second = jnp.split(x[..., :dim], 2, axis=-1)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate([*rotated, x[..., dim:]] if dim < x.shape[-1] else rotated, axis=-1)
+    halves = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*halves, x[..., dim:]] if dim < x.shape[-1] else halves, axis=-1)

@@ -11,7 +11,8 @@ class SpecError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeSpec:
-    """Rotary position embedding (arXiv 2104.09864), half-split layout as in Hugging Face Llama.
+    """Rotary position embedding (arXiv 2104.09864), half-split layout as in Hugging Face Llama unless
+    interleaved.
 
     Attributes:
       kind: how the wavelengths are stretched: "default" not at all, "linear" all by `factor`,
@@ -28,6 +29,8 @@ class RopeSpec:
       truncate: yarn: whether the two bounds above are rounded outwards to whole dimensions.
       attention_factor: cosines and sines are multiplied by it.
       factors: longrope: the stretch of each wavelength.
+      interleaved: each even dimension pairs with the odd one behind it (GLM, Cohere), instead of the
+        first half of the rotated dimensions with their second half.
     """
 
     kind: str = "default"
@@ -42,6 +45,7 @@ class RopeSpec:
     truncate: bool = True
     attention_factor: float = 1.0
     factors: tuple[float, ...] = ()
+    interleaved: bool = False
 
     def __post_init__(self):
         if self.kind not in ROPE_KINDS:

@@ -17,17 +17,17 @@ from jblock.blocks.quant_spec import QuantSpec
 from jblock.blocks.rope_spec import RopeSpec, SpecError
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-NORMS = ("rms", "rms_plus_one", "layer")
+NORMS = ("rms", "rms_plus_one", "layer", "layer_no_bias")
 # The name that stored specs, and so the ids of components, have for it.
 _STORED_TRANSPOSED = {"stored_as": "in_out"}
 QKV_LAYOUTS = ("apart", "joined", "by_head")
 
 
 def norm_tensors(norm: str, name: str, width: int) -> dict[str, tuple[int, ...]]:
-    """Tensors of a norm called `name`: a weight, and a bias where it is a LayerNorm.
+    """Tensors of a norm called `name`: a weight, and a bias where it is "layer".
 
     "rms" is RMSNorm (arXiv 1910.07467), "rms_plus_one" one that scales by 1 + weight (Gemma), "layer"
-    is LayerNorm (arXiv 1607.06450).
+    is LayerNorm (arXiv 1607.06450), "layer_no_bias" LayerNorm without its bias (Cohere).
     """
     if norm not in NORMS:
         raise SpecError(f"norm {norm!r} is not known; known: {', '.join(NORMS)}")
@@ -90,6 +90,12 @@ class AttentionSpec:
         first, then k's, then v's (Phi-3); "by_head" as one, for each head its q, k and v (GPT-NeoX).
       transposed: projections are stored [in, out] (GPT-2's Conv1D) instead of [out, in].
       parallel: the ffn behind it reads what this one read, not what it wrote (GPT-NeoX).
+      shared_norm: with parallel, the ffn reads what this one's norm made of that (Cohere), and has no
+        norm of its own.
+      residual_scale: multiplies what is added to the residual (Granite).
+      log_scale_beta: queries at position p are multiplied by
+        1 + log_scale_beta * log(1 + floor(p / log_scale_positions)) (Ministral 3); 0 leaves them.
+      log_scale_positions: see log_scale_beta.
       quant: how the projections are quantised; None: they are as the checkpoint had them.
     """
 
@@ -113,6 +119,10 @@ class AttentionSpec:
     qkv: str = "apart"
     transposed: bool = dataclasses.field(default=False, metadata=_STORED_TRANSPOSED)
     parallel: bool = False
+    shared_norm: bool = False
+    residual_scale: float = 1.0
+    log_scale_beta: float = 0.0
+    log_scale_positions: int = 0
     quant: QuantSpec | None = None
 
     def __post_init__(self):
@@ -127,6 +137,12 @@ class AttentionSpec:
             raise SpecError(
                 f"qkv by head needs as many key/value heads as heads, not {self.num_kv_heads} and "
                 f"{self.num_heads}"
+            )
+        if self.shared_norm and not (self.parallel and self.pre_norm):
+            raise SpecError("shared_norm needs parallel and pre_norm: there is no norm to share")
+        if self.log_scale_beta and self.log_scale_positions < 1:
+            raise SpecError(
+                f"log_scale_positions is {self.log_scale_positions!r}; log_scale_beta needs at least 1"
             )
         if self.rope is not None and self.head_dim % 2 and not self.rope.dim:
             raise SpecError(f"head_dim {self.head_dim} is odd; rotary embedding needs an even one")
@@ -173,6 +189,7 @@ class FfnSpec:
       bias: biases on every projection.
       joined: the checkpoint has gate and up as one projection "gate_up", gate's rows first (Phi-3).
       transposed: projections are stored [in, out] (GPT-2's Conv1D) instead of [out, in].
+      residual_scale: multiplies what is added to the residual (Granite).
       quant: how the projections are quantised; None: they are as the checkpoint had them.
     """
 
@@ -188,6 +205,7 @@ class FfnSpec:
     bias: bool = False
     joined: bool = False
     transposed: bool = dataclasses.field(default=False, metadata=_STORED_TRANSPOSED)
+    residual_scale: float = 1.0
     quant: QuantSpec | None = None
 
     def __post_init__(self):
@@ -296,12 +314,14 @@ class UnembeddingSpec:
       vocab_size: logits of a row.
       hidden_size: width of the register it reads.
       softcap: logits become softcap * tanh(logits / softcap) (Gemma 2); None leaves them.
+      scale: multiplies the logits (Cohere, Granite), before the softcap.
     """
 
     kind: ClassVar[str] = "unembedding"
     vocab_size: int
     hidden_size: int
     softcap: float | None = None
+    scale: float = 1.0
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor the component needs (its own, or by reference)."""

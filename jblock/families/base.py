@@ -118,6 +118,18 @@ def no_options(config: Config, layer: int) -> Mapping[str, Any]:
     return {}
 
 
+def attention_bias(config: Config, layer: int = 0) -> Mapping[str, Any]:
+    """The rule of families where the field `attention_bias` gives q, k, v and o biases."""
+    del layer
+    biased = cfg.flag(config, "attention_bias", False)
+    return {"qkv_bias": biased, "o_bias": biased}
+
+
+def mlp_bias(config: Config) -> Mapping[str, Any]:
+    """The rule of families where the field `mlp_bias` gives a dense layer's projections biases."""
+    return {"bias": cfg.flag(config, "mlp_bias", False)}
+
+
 def no_mixture(config: Config, layer: int) -> Mixture | None:
     """The rule of families whose layers are all dense."""
     del config, layer
@@ -145,12 +157,14 @@ class Family:
       num_kv_heads: key/value heads when the config lacks the field; None: as many as query heads.
       eps: epsilon of norms when the config has none.
       activation: the activation when the config names none, as the config would.
+      activations: what a config may name -> what it means.
       tied: whether the unembedding is tied when the config does not say.
       norm: kind of all norms.
       attention: fields of AttentionSpec that are the same in every layer.
       attention_options: (config, layer) -> fields of AttentionSpec that depend on them.
       rope: (config, layer, head_dim) -> the rotary embedding, None for none.
-      ffn: fields of FfnSpec that are the same in every layer.
+      ffn: fields of FfnSpec that are the same in every model.
+      ffn_options: config -> fields of FfnSpec that depend on it.
       intermediate: config -> columns of a dense layer; None: its field intermediate_size.
       mixture: (config, layer) -> the experts of the layer; None: the layer is dense.
       embedding: config -> fields of EmbeddingSpec beside its dimensions.
@@ -170,12 +184,14 @@ class Family:
     num_kv_heads: int | None = None
     eps: float = 1e-6
     activation: str = "silu"
+    activations: Mapping[str, str] = dataclasses.field(default_factory=lambda: ACTIVATIONS)
     tied: bool = False
     norm: str = "rms"
     attention: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     attention_options: Callable[[Config, int], Mapping[str, Any]] = no_options
     rope: Callable[[Config, int, int], RopeSpec | None] = plain_rope
     ffn: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    ffn_options: Callable[[Config], Mapping[str, Any]] = lambda config: {}
     intermediate: Callable[[Config], int] | None = None
     mixture: Callable[[Config, int], Mixture | None] = no_mixture
     embedding: Callable[[Config], Mapping[str, Any]] = lambda config: {}
@@ -287,7 +303,9 @@ class Family:
 
     def _feed_forward(self, config: Config, i: int, fused_with_previous: bool) -> list[PlannedStep]:
         hidden, eps = cfg.integer(config, self.field("hidden_size")), self._eps(config)
-        activation = cfg.one_of(config, self.field("hidden_act"), ACTIVATIONS, self.activation)
+        activation = cfg.one_of(
+            config, self.field("hidden_act"), self.activations, self.activation
+        )
         mixture = self.mixture(config, i)
         if mixture is None:
             width = self.intermediate(config) if self.intermediate else None
@@ -297,7 +315,7 @@ class Family:
                 norm_eps=eps,
                 activation=activation,
                 norm=self.norm,
-                **self.ffn,
+                **{**self.ffn, **self.ffn_options(config)},
             )
             return [self._step(ffn, i, fused_with_previous=fused_with_previous)]
         router = RouterSpec(

@@ -4,7 +4,7 @@ embeddings, and a sliding window on every other layer."""
 import math
 
 from jblock.families import config as cfg
-from jblock.families.base import Config, Family
+from jblock.families.base import Config, Family, attention_bias
 from jblock.families.names import llama_but
 from jblock.families.windows import alternating
 
@@ -24,6 +24,7 @@ def embedding_scale(config: Config) -> dict[str, float]:
 def _options(config: Config, layer: int) -> dict[str, object]:
     return {
         **alternating(config, layer, 2, 4096),
+        **attention_bias(config, layer),
         "scale": cfg.number(config, "query_pre_attn_scalar", 256) ** -0.5,
         "softcap": softcap(config, "attn_logit_softcapping", 50.0),
     }
@@ -45,5 +46,5 @@ FAMILY = Family(
     ffn={"post_norm": True},
     embedding=embedding_scale,
     unembedding=lambda config: {"softcap": softcap(config, "final_logit_softcapping", 30.0)},
-    fixed={"attention_bias": (False,), "use_bidirectional_attention": (False,)},
+    fixed={"use_bidirectional_attention": (False,)},
 )

@@ -2,13 +2,11 @@
 with two rotary embeddings: one for the layers that slide, one for every sixth, which does not."""
 
 from jblock.families import config as cfg
-from jblock.families.base import Config, Family
+from jblock.families.base import Config, Family, attention_bias
 from jblock.families.gemma2 import NAMES, embedding_scale, softcap
-from jblock.families.rope import RopeSpec, rope
+from jblock.families.rope import RopeSpec
+from jblock.families.rope_by_layer import LayerRope, rope_of_layer
 from jblock.families.windows import alternating
-
-_FULL, _SLIDING = "full_attention", "sliding_attention"
-_THETA = {_FULL: 1e6, _SLIDING: 1e4}
 
 
 def _window(config: Config, layer: int) -> dict[str, int | None]:
@@ -20,29 +18,20 @@ def _window(config: Config, layer: int) -> dict[str, int | None]:
 def _options(config: Config, layer: int) -> dict[str, object]:
     return {
         **_window(config, layer),
+        **attention_bias(config, layer),
         "scale": cfg.number(config, "query_pre_attn_scalar", 256) ** -0.5,
         "softcap": softcap(config, "attn_logit_softcapping", None),
     }
 
 
 def _rope(config: Config, layer: int, head_dim: int) -> RopeSpec:
-    kind = _FULL if _window(config, layer)["sliding_window"] is None else _SLIDING
-    sections = config.get("rope_parameters")
-    if sections is not None:
-        if not isinstance(sections, dict) or not sections.keys() <= _THETA.keys():
-            raise cfg.ConfigError(
-                f"config.json: rope_parameters is {sections!r}; give a set of fields for each of "
-                f"{', '.join(map(repr, _THETA))}"
-            )
-        section = sections.get(kind) or {}
-        inner = {**config, "rope_parameters": section, "rope_scaling": None}
-        # The older fields outside say the same, or nothing.
-        outer = "rope_theta" if kind == _FULL else "rope_local_base_freq"
-        return rope(inner, head_dim, theta=_THETA[kind], theta_field=outer)
-    if kind == _SLIDING:
-        inner = {**config, "rope_scaling": None}
-        return rope(inner, head_dim, theta=_THETA[kind], theta_field="rope_local_base_freq")
-    return rope(config, head_dim, theta=_THETA[kind])
+    return rope_of_layer(
+        config,
+        head_dim,
+        slides=_window(config, layer)["sliding_window"] is not None,
+        full=LayerRope(theta=1e6, scaled=True),
+        sliding=LayerRope(theta=1e4, theta_field="rope_local_base_freq"),
+    )
 
 
 FAMILY = Family(
@@ -62,5 +51,5 @@ FAMILY = Family(
     ffn={"post_norm": True},
     embedding=embedding_scale,
     unembedding=lambda config: {"softcap": softcap(config, "final_logit_softcapping", None)},
-    fixed={"attention_bias": (False,), "use_bidirectional_attention": (False,)},
+    fixed={"use_bidirectional_attention": (False,)},
 )

@@ -1,6 +1,7 @@
-"""Qwen 3, dense (arXiv 2505.09388): RMSNorm on q and k, heads of a size of their own, no biases."""
+"""Qwen 3, dense (arXiv 2505.09388): RMSNorm on q and k, heads of a size of their own, biases only where the
+config asks for them."""
 
-from jblock.families.base import Family
+from jblock.families.base import Family, attention_bias
 from jblock.families.windows import qwen
 
 FAMILY = Family(
@@ -10,6 +11,9 @@ FAMILY = Family(
     head_dim=128,
     num_kv_heads=32,
     attention={"qk_norm": True},
-    attention_options=qwen,
-    fixed={"attention_bias": (False,), "mlp_bias": (False,), "use_mrope": (False,)},
+    attention_options=lambda config, layer: {
+        **qwen(config, layer),
+        **attention_bias(config, layer),
+    },
+    fixed={"use_mrope": (False,)},
 )

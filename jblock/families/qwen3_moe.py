@@ -1,14 +1,15 @@
 """Qwen 3 MoE (arXiv 2505.09388): Qwen3 with a mixture of experts, none of them shared."""
 
 from jblock.families import config as cfg
-from jblock.families.base import Config, Family
+from jblock.families.base import Config, Family, attention_bias
 from jblock.families.qwen2_moe import qwen_mixture
 from jblock.families.windows import every_layer
 
 
-def _options(config: Config, layer: int) -> dict[str, int | None]:
+def _options(config: Config, layer: int) -> dict[str, object]:
     slides = cfg.flag(config, "use_sliding_window", False)
-    return every_layer(config, layer, 4096) if slides else {}
+    window = every_layer(config, layer, 4096) if slides else {}
+    return {**window, **attention_bias(config, layer)}
 
 
 FAMILY = Family(
@@ -19,5 +20,5 @@ FAMILY = Family(
     attention={"qk_norm": True},
     attention_options=_options,
     mixture=qwen_mixture,
-    fixed={"attention_bias": (False,), "layer_types": ()},
+    fixed={"layer_types": ()},
 )

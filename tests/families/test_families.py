@@ -160,7 +160,7 @@ def test_windows(name, change, windows):
         ("Qwen2", {"layer_types": ["sliding_attention"] * 4}, "use_sliding_window"),
         ("Qwen2", {"layer_types": ["full_attention"]}, "layer_types"),
         ("Qwen3", {"layer_types": ["linear_attention"] * 4}, "linear_attention"),
-        ("Qwen3", {"attention_bias": True}, "attention_bias"),
+        ("Qwen3", {"attention_bias": "yes"}, "attention_bias"),
         ("Qwen2", {"use_mrope": True}, "use_mrope"),
         ("Mistral", {"layer_types": ["full_attention"] * 4}, "layer_types"),
         ("Mistral", {"sliding_window": 0}, "sliding_window"),

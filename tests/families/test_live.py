@@ -77,14 +77,15 @@ def forward(zoo, chain, ids):
     source = None
     for spec, tensors in layers:
         if spec.kind == "attention":
-            source = x if spec.parallel else None
 
             def attend(q, k, v, spec=spec):
                 return jnp.asarray(attention(q[0], k[0], v[0], 0, None, spec.softcap, spec.scale))[
                     None
                 ]
 
-            x = Attention(spec, tensors, {})(x, rows, attend)
+            block = Attention(spec, tensors, {})
+            source = block.ffn_source(x, rows)
+            x = block(x, rows, attend)
         else:
             x = Ffn(spec, tensors, {})(x, rows, source)
     return np.asarray(Head((norm, head), (scale, weight), here(), tied=False)(x))

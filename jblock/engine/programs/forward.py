@@ -136,9 +136,10 @@ def segment_program(
                     updated.append(new)
                     return rows.by_sequence(out)
 
-                source = x if spec.parallel else None
+                block = Attention(spec, tensors, deltas)
                 with jax.named_scope("attention"):
-                    x = Attention(spec, tensors, deltas)(x, rows, attend)
+                    source = block.ffn_source(x, rows)
+                    x = block(x, rows, attend)
             elif isinstance(spec, FfnSpec):
                 with jax.named_scope("ffn"):
                     x = Ffn(spec, tensors, deltas)(x, rows, source)
