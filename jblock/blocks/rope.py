@@ -81,9 +81,7 @@ def turns(
     return (cos, sin) if scale == 1.0 else (cos * scale, sin * scale)
 
 
-def rotate(
-    x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False
-) -> jax.Array:
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False) -> jax.Array:
     """Rotates the leading 2 * pairs dimensions of `x [..., heads, head_dim]` by `turns` of its positions
     ([..., pairs]); their first half pairs with their second half, or if interleaved each even dimension
     with the odd one behind it."""

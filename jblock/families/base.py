@@ -303,9 +303,7 @@ class Family:
 
     def _feed_forward(self, config: Config, i: int, fused_with_previous: bool) -> list[PlannedStep]:
         hidden, eps = cfg.integer(config, self.field("hidden_size")), self._eps(config)
-        activation = cfg.one_of(
-            config, self.field("hidden_act"), self.activations, self.activation
-        )
+        activation = cfg.one_of(config, self.field("hidden_act"), self.activations, self.activation)
         mixture = self.mixture(config, i)
         if mixture is None:
             width = self.intermediate(config) if self.intermediate else None

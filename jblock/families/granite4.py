@@ -45,9 +45,7 @@ FAMILY = Family(
     name="granite4",
     architectures=("GraniteMoeHybridForCausalLM",),
     model_types=("granitemoehybrid",),
-    names=llama_but(
-        ffn={"gate_up": "shared_mlp.input_linear", "down": "shared_mlp.output_linear"}
-    ),
+    names=llama_but(ffn={"gate_up": "shared_mlp.input_linear", "down": "shared_mlp.output_linear"}),
     attention_options=_options,
     rope=_rope,
     ffn={"joined": True},
