@@ -38,7 +38,7 @@ def run(targets: Sequence[str], quick: bool) -> list[Result]:
     for name in targets:
         with Checker(Target.parse(name)) as checker:
             queued = [checker.model(*case[:2]) for case in cases if case[2] == name]
-            if name == matrix.QUICK_KERNELS if quick else name in matrix.KERNEL_TARGETS:
+            if name in (matrix.QUICK_KERNELS if quick else matrix.KERNEL_TARGETS):
                 for op in matrix.ops(checker.target):
                     models = matrix.KERNEL_TARGETS[name]
                     queued.append(checker.kernels(op, models, most=1 if quick else None))
@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     logging.set_verbosity(logging.ERROR)  # no kernel is tuned for a chip that nobody has
     names: tuple[str, ...] = matrix.TARGETS
     if _QUICK.value:
-        names = tuple(dict.fromkeys(case[2] for case in matrix.QUICK))
+        names = tuple(dict.fromkeys((*(c[2] for c in matrix.QUICK), *matrix.QUICK_KERNELS)))
     began = time.monotonic()
     try:
         results = run([n for n in names if not _ONLY.value or n in _ONLY.value], _QUICK.value)

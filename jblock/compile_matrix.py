@@ -76,7 +76,7 @@ KERNEL_TARGETS = {
     "tpu:v5p:1x1x1": ("llama-3-8b", "mixtral-8x7b"),
     "cuda:h200": _SPREAD,
 }
-QUICK_KERNELS = "tpu:v6e:1x1"  # one program of each op
+QUICK_KERNELS = ("tpu:v6e:1x1", "cuda:h200")  # one program of each op
 # By op: the arguments that a program updates in place.
 _DONATED = {"paged_attention": (3,), "grouped_delta_matmul": (0,)}
 _KERNELS = Path(__file__).parent / "pallas_kernels"

@@ -1,7 +1,7 @@
 """Devices that programs are compiled for without having them.
 
 The real compilers run here: libtpu's for TPUs, and that of jax-cuda13-plugin for GPUs (the `compile`
-extra has both).
+extra has both, and ptxas and libdevice of CUDA, which the GPU's compiler calls).
 """
 
 import dataclasses
@@ -9,7 +9,9 @@ import importlib.util
 import math
 import os
 import re
+import shutil
 import sys
+from pathlib import Path
 
 import jax
 from jax.experimental import topologies
@@ -117,6 +119,8 @@ class Target:
             raise ValueError(
                 f"target {self} needs the compiler in {package}: pip install 'jblock[compile]'"
             )
+        if self.platform == "cuda" and ptxas() is None:
+            raise ValueError(f"target {self} needs CUDA's ptxas: pip install 'jblock[compile]'")
         try:
             return tuple(self._topology().devices)
         except Exception as e:
@@ -134,6 +138,18 @@ class Target:
         return topologies.get_topology_desc(
             "h200", platform="cuda", topology=f"1x1x{self.chips}", target_config=_H200
         )
+
+
+def ptxas() -> str | None:
+    """The assembler that jax calls for GPU programs: of the wheel nvidia-cuda-nvcc, or of a CUDA toolkit;
+    None: there is none."""
+    if _installed("nvidia.cu13"):
+        spec = importlib.util.find_spec("nvidia.cu13")
+        for folder in (spec and spec.submodule_search_locations) or ():
+            if (found := Path(folder) / "bin" / "ptxas").exists():
+                return str(found)
+    toolkit = os.environ.get("CUDA_ROOT") or "/usr/local/cuda"
+    return shutil.which("ptxas", path=f"{toolkit}/bin") or shutil.which("ptxas")
 
 
 def _installed(package: str) -> bool:

@@ -14,6 +14,7 @@ from jblock import compile_check, compile_matrix
 from jblock.blocks.platform import Platform
 from jblock.compile_matrix import Result
 from jblock.engine.weights.params import abstract_params
+from jblock.parallel import targets
 from jblock.parallel.placement import Placement
 from jblock.parallel.rules import ONE_DEVICE
 from jblock.parallel.spread import kv_heads
@@ -21,7 +22,7 @@ from jblock.parallel.targets import CHIPS, Target
 from jblock.tools.real_models import MODELS
 
 # What the `compile` extra installs.
-COMPILERS = ("libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt")
+COMPILERS = ("libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc")
 
 
 @pytest.fixture
@@ -51,7 +52,9 @@ def test_a_spread_of_the_compile_matrix(compilers):
     assert done.returncode == 0, done.stderr[-4000:]
     for model, _, target in compile_matrix.QUICK:
         assert f"| {model} | bfloat16 | {target} |" in done.stderr
-    assert "| paged_attention |  | tpu:v6e:1x1 |" in done.stderr
+    for target in compile_matrix.QUICK_KERNELS:
+        for op in compile_matrix.ops(Target.parse(target)):
+            assert f"| {op} |  | {target} |" in done.stderr
 
 
 @pytest.mark.long
@@ -136,3 +139,10 @@ def test_a_page_takes_the_rows_of_the_targets_that_were_checked(tmp_path):
     assert text.index("tpu:v5e:1x1") < text.index("cuda:h200") and text.count("h200") == 1
     assert "refused, NOT EXPECTED" in text
     assert not result("cuda:h200", failures=("x: no",)).as_expected
+
+
+def test_without_ptxas_a_gpu_is_refused_with_the_extra_that_brings_it(monkeypatch):
+    monkeypatch.setattr(targets, "_installed", lambda package: package == "jax_plugins.xla_cuda13")
+    monkeypatch.setattr(targets.shutil, "which", lambda *_, **__: None)
+    with pytest.raises(ValueError, match=r"ptxas: pip install 'jblock\[compile\]'"):
+        Target.parse("cuda:h200").devices()
