@@ -16,7 +16,6 @@ from llvmlite import ir
 from jblock.cpu_kernels.emit import I32, I64, PTR, Function, Value
 
 _SIZES = {"size_t": 8, "int64_t": 8, "int": 4, "int32_t": 4, "uint32_t": 4}
-_METADATA, _EXECUTE = 1, 3
 
 
 class Unsupported(RuntimeError):
@@ -25,10 +24,18 @@ class Unsupported(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Offsets in bytes, by "struct.field" with the nested ones resolved, and the version of the header."""
+    """What a header says; names are without their prefix XLA_FFI_.
+
+    Attributes:
+      offsets: in bytes, by "struct.field", nested structs resolved.
+      sizes: in bytes, by struct.
+      enums: the number of each enumerator, such as "ExecutionStage_EXECUTE".
+      major, minor: version of the header.
+    """
 
     offsets: dict[str, int]
     sizes: dict[str, int]
+    enums: dict[str, int]
     major: int
     minor: int
 
@@ -38,6 +45,13 @@ class Layout:
             return self.offsets[path]
         except KeyError:
             raise Unsupported(f"jaxlib's FFI header has no {path}") from None
+
+    def number(self, enumerator: str) -> int:
+        """The number of an enumerator. Raises Unsupported if there is none."""
+        try:
+            return self.enums[enumerator]
+        except KeyError:
+            raise Unsupported(f"jaxlib's FFI header has no {enumerator}") from None
 
 
 @functools.cache
@@ -57,9 +71,18 @@ def parse(header: str) -> Layout:
       Unsupported: it holds something else.
     """
     text = re.sub(r"//.*", "", header)
-    enums = set(
-        re.findall(r"\}\s*(\w+)\s*;", "".join(re.findall(r"enum\s*\{[^}]*\}\s*\w+;", text)))
-    )
+    definitions = re.findall(r"typedef enum\s*\{([^}]*)\}\s*(\w+)\s*;", text)
+    enums = {name for _, name in definitions}
+    numbers: dict[str, int] = {}
+    for body, _ in definitions:
+        following = 0  # C numbers an enumerator without a value one above the one before it.
+        for enumerator in filter(str.strip, body.split(",")):
+            name, _, value = map(str.strip, enumerator.partition("="))
+            try:
+                numbers[name] = following = int(value or str(following), 0)
+            except ValueError:
+                raise Unsupported(f"jaxlib's FFI header numbers {name} by {value!r}") from None
+            following += 1
     aliases = {b: a for a, b in re.findall(r"typedef (\w+) (\w+);", text)}
     bodies = dict(re.findall(r"struct (\w+) \{([^}]*)\}", text))
     offsets: dict[str, int] = {}
@@ -107,6 +130,7 @@ def parse(header: str) -> Layout:
     return Layout(
         offsets={k.removeprefix(prefix): v for k, v in offsets.items()},
         sizes={k.removeprefix(prefix): v for k, v in sizes.items()},
+        enums={k.removeprefix(prefix): v for k, v in numbers.items()},
         major=int(versions["MAJOR"]),
         minor=int(versions["MINOR"]),
     )
@@ -184,7 +208,7 @@ def open_handler(
         # An extension begins with its size; then comes its type.
         with f.b.if_then(f.b.icmp_unsigned("!=", extension, null)):
             kind = f.b.load(f.at(extension, 8), typ=I32)
-            with f.b.if_then(f.b.icmp_unsigned("==", kind, I32(_METADATA))):
+            with f.b.if_then(f.b.icmp_unsigned("==", kind, I32(at.number("Extension_Metadata")))):
                 metadata = f.pointer(extension, at("Metadata_Extension.metadata"))
                 version = at("Metadata.api_version")
                 f.store(I32(at.major), metadata, version + at("Api_Version.major_version"))
@@ -194,7 +218,7 @@ def open_handler(
 
     answer()
     stage = f.b.load(f.at(frame, at("CallFrame.stage")), typ=I32)
-    with f.b.if_then(f.b.icmp_unsigned("!=", stage, I32(_EXECUTE))):
+    with f.b.if_then(f.b.icmp_unsigned("!=", stage, I32(at.number("ExecutionStage_EXECUTE")))):
         f.b.ret(null)
 
     args = Buffers(f, f.at(frame, at("CallFrame.args")), "Args", "args")

@@ -44,8 +44,13 @@ def available() -> bool:
         at = ffi.layout()
         for needed in ("CallFrame.ctx", "Buffer.dims", "Api.XLA_FFI_ThreadPool_Schedule"):
             at(needed)
+        for needed in ("ExecutionStage_EXECUTE", "Extension_Metadata"):
+            at.number(needed)
     except ffi.Unsupported as e:
         logging.warning("XLA's own code serves the CPU: %s", e)
+        return False
+    if not has_fma():
+        logging.warning("XLA's own code serves the CPU: it has no instruction for x * y + z (FMA)")
         return False
     return True
 
@@ -110,6 +115,16 @@ def _engine() -> Any:
         cpu=llvm.get_host_cpu_name(), features=text, opt=3, jit=True
     )
     return llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+
+
+@functools.cache
+def has_fma() -> bool:
+    """Whether x * y + z is one instruction: without it LLVM calls a function for each element."""
+    import llvmlite.binding as llvm
+
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return bool(llvm.get_host_cpu_features().get("fma"))
+    return platform.machine().lower() in ("aarch64", "arm64")
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """The op's machine code for the CPU against the reference, and what it promises beyond."""
 
 import concurrent.futures
+import dataclasses
 import functools
 
 import jax
@@ -105,6 +106,35 @@ def test_a_row_has_the_same_bits_whatever_its_neighbors_and_threads(q_len, kv):
         np.testing.assert_array_equal(alone[s].view(np.int32), together[s].view(np.int32))
         # What is not used is zero, never whatever memory held.
         assert not np.delete(alone, s, axis=0).any()
+
+
+@pytest.mark.parametrize("grid", [True, False])
+def test_wrong_ids_rows_and_lengths_stay_within_the_arrays(grid):
+    """Sequences 1 to 3 name what is not there; sequence 0 and its pages must not notice."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    shapes = PAGES(5, 8, 2, 16)
+    pages = tuple(draw(*a.shape) for a in shapes)
+    table = jnp.asarray([[1, 2], [900_000_000, 3], [-7, 3], [4, 4]], jnp.int32)
+    q, k, v = draw(8, 4, 16), draw(8, 2, 16), draw(8, 2, 16)
+    ragged = Ragged(
+        row_starts=jnp.asarray([0, 2, 4, 6], jnp.int32),
+        q_lens=jnp.asarray([2, 2, 2, 2], jnp.int32),
+        kv_lens=jnp.asarray([9, 9, 9, 2_000_000_000], jnp.int32),
+        page_table=table,
+        max_q_len=2,
+        is_grid=grid,
+    )
+    if not grid:
+        starts = jnp.asarray([0, 1 << 30, -(1 << 30), 7], jnp.int32)
+        lens = jnp.asarray([2, 2, -5, 1 << 30], jnp.int32)
+        ragged = dataclasses.replace(ragged, row_starts=starts, q_lens=lens)
+    out, after = ATTEND(q, k, v, pages, ragged)
+    alone = dataclasses.replace(ragged, q_lens=jnp.asarray([2, 0, 0, 0], jnp.int32))
+    wanted, after_alone = ATTEND(q, k, v, pages, alone)
+    np.testing.assert_array_equal(out[:2], wanted[:2])
+    for got, before in zip(after, after_alone, strict=True):
+        np.testing.assert_array_equal(got[:3], before[:3])
 
 
 def test_many_calls_at_once_neither_wait_for_each_other_nor_mix():

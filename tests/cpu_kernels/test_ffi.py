@@ -1,6 +1,8 @@
 """What machine code for the CPU is made of: arithmetic, XLA's FFI, and targets that outlive a process."""
 
 import ctypes
+import dataclasses
+import re
 import subprocess
 import sys
 import textwrap
@@ -64,7 +66,7 @@ def test_tanh_is_within_4e7():
 
 
 HEADER = """
-typedef enum { A_ONE = 1, } A;
+typedef enum { A_ONE = 1, XLA_FFI_A_TWO, A_NINE = 0x9, } A;
 typedef uint32_t Traits;
 #define XLA_FFI_API_MAJOR 0
 #define XLA_FFI_API_MINOR 7
@@ -81,15 +83,38 @@ def test_structs_are_laid_out_as_c_does():
     offsets = [at(f"Outer.{f}") for f in ("traits", "inner", "list")]
     assert offsets == [0, 8, 24] and at.sizes["Outer"] == 32
     assert at("Inner.kind") == 12 and at("Api.XLA_FFI_Go") == 8
+    assert [at.number(n) for n in ("A_ONE", "A_TWO", "A_NINE")] == [1, 2, 9]
 
 
 def test_a_header_that_changed_is_refused():
     with pytest.raises(ffi.Unsupported, match=r"no Outer\.gone"):
         ffi.parse(HEADER)("Outer.gone")
+    with pytest.raises(ffi.Unsupported, match="no ExecutionStage_EXECUTE"):
+        ffi.parse(HEADER).number("ExecutionStage_EXECUTE")
+    with pytest.raises(ffi.Unsupported, match="numbers A_NINE by 'MANY'"):
+        ffi.parse(HEADER.replace("0x9", "MANY"))
     with pytest.raises(ffi.Unsupported, match="unknown type Strange"):
         ffi.parse(HEADER.replace("Traits traits", "Strange traits"))
     with pytest.raises(ffi.Unsupported, match="no version"):
         ffi.parse(HEADER.replace("#define", "#undef"))
+
+
+@pytest.mark.parametrize("number", [3, 7])
+def test_code_runs_in_the_stage_that_the_header_numbers(monkeypatch, number):
+    real = ffi.layout()
+    moved = dataclasses.replace(real, enums=real.enums | {"ExecutionStage_EXECUTE": number})
+    monkeypatch.setattr(ffi, "layout", lambda: moved)
+    module = ir.Module()
+    ffi.handler(module, "entry", 0, 0, lambda *_: None)
+    compared = re.findall(r"icmp ne i32 .*, (\d+)", str(module))
+    assert compared == [str(number)]
+
+
+def test_a_cpu_without_fma_is_xlas(monkeypatch):
+    targets.available.cache_clear()
+    monkeypatch.setattr(targets, "has_fma", lambda: False)
+    assert backends.backend_of("cpu") == "xla"
+    targets.available.cache_clear()
 
 
 def test_without_llvmlite_or_with_another_ffi_the_cpu_is_xlas(monkeypatch):

@@ -10,9 +10,19 @@ from jblock.blocks.platform import here
 from jblock.cpu_kernels import targets
 from jblock.cpu_kernels.matmul import api as products
 
-pytestmark = pytest.mark.skipif(
-    not (targets.available() and targets.has_amx()), reason="this CPU has no AMX tiles to test with"
+BFLOAT16 = pytest.param(
+    "bfloat16",
+    marks=pytest.mark.skipif(
+        not (targets.available() and targets.has_amx()), reason="this CPU has no AMX"
+    ),
 )
+FLOAT32 = pytest.param(
+    "float32",
+    marks=pytest.mark.skipif(
+        not (targets.available() and targets.has_avx512()), reason="this CPU has no AVX-512"
+    ),
+)
+DTYPES = [BFLOAT16, FLOAT32]
 
 
 def arrays(count, out, width, dtype="bfloat16"):
@@ -26,13 +36,13 @@ def alone(x, weight):
     return products.matmul(x, [weight])[0]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 3, 8, 11, 16, 17, 24, 32, 64])
 @pytest.mark.parametrize(("out", "width"), [(32, 32), (96, 160), (1024, 96), (64, 2816)])
 def test_multiplies(count, out, width, dtype):
     x, weight = arrays(count, out, width, dtype)
     if not products.serves(count, [weight]):
-        assert (dtype, count) == ("float32", 64)
+        assert dtype == "float32" and count > 24
         return
     got = jax.jit(alone)(x, weight)
     rounded = np.asarray(jnp.asarray(x, dtype), np.float64)
@@ -41,7 +51,7 @@ def test_multiplies(count, out, width, dtype):
     np.testing.assert_allclose(got, wanted, rtol=0, atol=close * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [2, 24])
 def test_several_weights_at_once(count, dtype):
     x, _ = arrays(count, 32, 512)
@@ -54,10 +64,12 @@ def test_several_weights_at_once(count, dtype):
 @pytest.mark.parametrize(
     ("dtype", "of", "parts"),
     [
-        ("bfloat16", 64, (slice(0, 1), slice(5, 12), slice(20, 53))),
-        # In float32 up to 24 rows are summed in one order, and more in another.
-        ("float32", 24, (slice(0, 1), slice(5, 8), slice(3, 23))),
-        ("float32", 32, (slice(0, 25), slice(3, 30))),
+        pytest.param(
+            *("bfloat16", 64, (slice(0, 1), slice(5, 12), slice(20, 53))), marks=BFLOAT16.marks
+        ),
+        pytest.param(
+            *("float32", 24, (slice(0, 1), slice(5, 8), slice(3, 23))), marks=FLOAT32.marks
+        ),
     ],
 )
 def test_a_rows_bits_are_its_own(dtype, of, parts):
@@ -67,7 +79,7 @@ def test_a_rows_bits_are_its_own(dtype, of, parts):
         np.testing.assert_array_equal(jax.jit(alone)(x[rows], weight), together[rows])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [8, 20])
 def test_poison_stays_in_its_row(count, dtype):
     x, weight = arrays(count, 64, 64, dtype)
@@ -82,11 +94,21 @@ def test_poison_stays_in_its_row(count, dtype):
 def test_other_shapes_are_left_to_xla(out, width):
     x, weight = arrays(4, out, width)
     assert not products.serves(4, [weight])
-    got = jax.jit(lambda x, w: matmul(x, w, here()))(x, weight)
+    got = jax.jit(lambda x, w: matmul(x, w, here(), transposed=True))(x, weight)
     wanted = x @ np.asarray(weight, np.float32).T
     np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-2 * np.abs(wanted).max())
 
 
-def test_rows_too_large_for_a_threads_stack_are_left_to_xla():
-    assert not products.serves(32, [jax.ShapeDtypeStruct((64, 16384), jnp.float32)])
-    assert products.serves(16, [jax.ShapeDtypeStruct((64, 16384), jnp.float32)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_too_large_for_a_threads_stack_are_left_to_xla(dtype):
+    assert not products.serves(20, [jax.ShapeDtypeStruct((64, 16384), dtype)])
+    assert products.serves(16, [jax.ShapeDtypeStruct((64, 16384), dtype)])
+
+
+def test_a_cpu_without_the_instructions_is_served_by_xla(monkeypatch):
+    monkeypatch.setattr(targets, "has_amx", lambda: False)
+    monkeypatch.setattr(targets, "has_avx512", lambda: False)
+    assert not products.serves(4, [jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)])
+    assert not products.serves(4, [jax.ShapeDtypeStruct((64, 64), jnp.float32)])
+    with pytest.raises(RuntimeError, match="bfloat16 weights in this process: the CPU has no AMX"):
+        targets.target("matmul", "bfloat16", 4)

@@ -1,4 +1,8 @@
-"""Projections of few rows on a CPU with AMX in machine code of our own; see `kernel`."""
+"""Projections of few rows in machine code of our own; see `kernel`.
+
+bfloat16 weights take AMX, float32 ones AVX-512. The engine calls it only where there is AMX
+(`blocks/linear.py`): that is where it was measured to be faster than XLA.
+"""
 
 from collections.abc import Sequence
 
@@ -13,13 +17,14 @@ _MOST_BYTES = 1 << 20
 
 def serves(count: int, weights: Sequence[jax.Array]) -> bool:
     """Whether `matmul` has code for so many rows of x and such weights [out, in] on this machine."""
-    if not targets.available() or not targets.has_amx():
+    if not targets.available():
         return False
     from jblock.cpu_kernels.matmul import items, kernel
 
     first = weights[0]
     return (
         count <= kernel.MOST_ROWS.get(str(first.dtype), 0)
+        and kernel.runs_here(str(first.dtype))
         and 4 * (-(-count // 16) * 16) * first.shape[1] <= _MOST_BYTES
         and all(w.dtype == first.dtype and w.shape[1] == first.shape[1] for w in weights)
         and all(size % items.UNIT == 0 for w in weights for size in w.shape)

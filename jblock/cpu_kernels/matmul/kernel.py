@@ -9,13 +9,17 @@ from llvmlite import ir
 
 from jblock.cpu_kernels import ffi, targets
 from jblock.cpu_kernels.matmul import items
-from jblock.cpu_kernels.matmul.lanes import Lanes
 from jblock.cpu_kernels.matmul.quads import MOST_ROWS as QUADS_ROWS
 from jblock.cpu_kernels.matmul.quads import Quads
 from jblock.cpu_kernels.matmul.tiles import Tiles
 
-MOST_ROWS = {"bfloat16": 64, "float32": 32}
-"""Of x, by the dtype of the weights: beyond, XLA's is as fast."""
+MOST_ROWS = {"bfloat16": 64, "float32": QUADS_ROWS}
+"""Of x, by the dtype of the weights: beyond, XLA's is as fast, or nearly."""
+
+
+def runs_here(dtype: str) -> bool:
+    """Whether this process may use the instructions that products by weights of a dtype take."""
+    return targets.has_amx() if dtype == "bfloat16" else targets.has_avx512()
 
 
 def emit(module: ir.Module, name: str, fields: Sequence[str]) -> None:
@@ -26,12 +30,12 @@ def emit(module: ir.Module, name: str, fields: Sequence[str]) -> None:
       RuntimeError: this process may not use the instructions it takes.
     """
     dtype, count = fields[0], int(fields[1])
-    if not targets.has_amx() if dtype == "bfloat16" else not targets.has_avx512():
+    if not runs_here(dtype):
         raise RuntimeError(
-            f"what products by {dtype} weights take is not to be had in this process"
+            f"cannot multiply by {dtype} weights in this process: the CPU has no "
+            f"{'AMX' if dtype == 'bfloat16' else 'AVX-512'}"
         )
-    few = Quads if count <= QUADS_ROWS else Lanes
-    kernel = (Tiles if dtype == "bfloat16" else few)(count)
+    kernel = (Tiles if dtype == "bfloat16" else Quads)(count)
 
     def body(f, args: ffi.Buffers, results: ffi.Buffers, pool: ffi.Pool) -> None:
         items.run(f, kernel, args, results, pool)

@@ -20,7 +20,7 @@ from jblock.cpu_kernels.paged_attention.form import BYTES, MASKED, TILE_ROWS, Fo
 _SHARED = (
     *("q", "k", "v", "row_starts", "q_lens", "kv_lens", "table"),
     *("k_pages", "v_pages", "k_scale", "v_scale", "out"),
-    *("kv_heads", "max_pages", "num_pages", "heads_of_item", "chunks", "rows_of_seq"),
+    *("kv_heads", "max_pages", "num_pages", "heads_of_item", "chunks", "rows", "rows_of_seq"),
 )
 
 
@@ -65,7 +65,8 @@ def emit(module: ir.Module, name: str, fields: Sequence[str]) -> None:
             "v_scale": pages[3].data if scaled else pages[0].data,
             "out": out.data, "kv_heads": kv_heads, "max_pages": max_pages,
             "num_pages": f.int64(pages[0].dims, 0), "heads_of_item": heads_of_item,
-            "chunks": chunks, "rows_of_seq": b.sdiv(f.int64(q.dims, 0), seqs),
+            "chunks": chunks, "rows": f.int64(q.dims, 0),
+            "rows_of_seq": b.sdiv(f.int64(q.dims, 0), seqs),
         }  # fmt: skip
         for at, slot in enumerate(_SHARED):
             f.store(values[slot], shared, 8 * at)
@@ -112,20 +113,25 @@ class _Kernel:
         s = b.sdiv(i, chunks)
         first_head = b.mul(b.srem(i, chunks), got["heads_of_item"])
         end_head = f.smaller(b.add(first_head, got["heads_of_item"]), kv_heads)
-        row0 = f.int32(got["row_starts"], s)
-        new = f.larger(f.int32(got["q_lens"], s), I64(0))
-        if form.grid:
-            new = f.smaller(new, got["rows_of_seq"])
+        # Lengths, rows and page ids are device data: wrong ones must not reach memory that is another's.
         # A table bounds what a sequence can hold.
         end = f.smaller(f.int32(got["kv_lens"], s), b.mul(got["max_pages"], I64(page)))
-        start = f.larger(b.sub(end, new), I64(0))
+        new = f.smaller(f.int32(got["q_lens"], s), end)
+        if form.grid:
+            row0 = b.mul(s, got["rows_of_seq"])
+            new = f.smaller(new, got["rows_of_seq"])
+        else:
+            row0 = f.larger(f.int32(got["row_starts"], s), I64(0))
+            new = f.smaller(new, b.sub(got["rows"], row0))
+        new = f.larger(new, I64(0))
+        start = b.sub(end, new)
         entries = f.at(got["table"], b.mul(s, got["max_pages"]), 4)
 
         def page_id(j: Value) -> Value:
-            found = f.larger(
-                f.int32(entries, f.smaller(j, b.sub(got["max_pages"], I64(1)))), I64(0)
-            )
-            return f.smaller(found, b.sub(got["num_pages"], I64(1)))
+            """Of a page to read; the null page for an id that there is none of."""
+            found = f.int32(entries, f.smaller(j, b.sub(got["max_pages"], I64(1))))
+            there = b.icmp_unsigned("<", found, got["num_pages"])
+            return b.select(there, found, I64(0))
 
         def rows_of(base: Value, row: Value, head: Value, heads: Value) -> Value:
             """Of q, k, v or the output."""
