@@ -8,6 +8,7 @@ from typing import Any
 from checkpoints.adapter_plan import AdapterPlan
 from checkpoints.adapterhub import is_adapterhub, plan_bottlenecks
 from checkpoints.errors import CheckpointError
+from checkpoints.folders import ADAPTER_CONFIG, expect_adapter
 from checkpoints.peft_config import read_settings
 from checkpoints.peft_plan import plan_peft
 from checkpoints.source import Source, open_source, read_json
@@ -30,7 +31,8 @@ def open_adapter(path: Path) -> tuple[dict[str, Any], Source]:
     Raises:
       CheckpointError: a file is missing, pickled or malformed.
     """
-    config = read_json(path / "adapter_config.json")
+    expect_adapter(path)
+    config = read_json(path / ADAPTER_CONFIG)
     if not is_adapterhub(config):
         return config, open_source(path, "adapter_model")
     source = open_source(path, "adapter", _SAVE)

@@ -9,20 +9,21 @@ import os
 import secrets
 import shutil
 import struct
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
 
+from checkpoints import layouts
 from checkpoints.adapter import plan_adapter
 from checkpoints.bitfit import with_vectors
 from checkpoints.errors import CheckpointError
 from checkpoints.hf import LEFT_OUT
 from checkpoints.progress import Progress
-from checkpoints.safetensors_file import TensorInfo, parse_header
+from checkpoints.safetensors_file import TensorInfo, parse_header, unpack_tensors
 from checkpoints.source import TOKENIZER_LIST, Source
-from jblock.families import families
+from jblock.families import Plan, families
 from jblock.zoo import disk
 from jblock.zoo.ids import raw_bytes
 from jblock.zoo.records import Chain
@@ -70,13 +71,16 @@ def export(
         try:
             source = _lay_out(aside, headers)
             small = {n: b for n, b in kept.items() if not n.endswith(_HEADER)}
-            left_out = safetensors.numpy.load(small.pop(LEFT_OUT, _NO_TENSORS))
+            left_out = _left_out(small)
+            plan = None
+            if chain.base is None:
+                plan, source = layouts.fit(families()[chain.family].plan(chain.source), source)
             for file, data in (small | _tokenizer(zoo, chain, small)).items():
                 (aside / file).write_bytes(data)
             total = sum(t.nbytes for t in source.tensors.values())
             with progress.bar(f"{name}: writing", total) as advance:
                 missing = set(source.tensors)
-                for values in (left_out, *_values(zoo, chain, source)):
+                for values in (left_out, *_values(zoo, chain, plan, source)):
                     for tensor in values.keys() & missing:
                         advance(_write(source.tensors[tensor], values[tensor]))
                     missing -= values.keys()
@@ -107,7 +111,13 @@ def _why_not(chain: Chain) -> str:
     )
 
 
-_NO_TENSORS = safetensors.numpy.save({})
+def _left_out(small: dict[str, bytes]) -> dict[str, np.ndarray]:
+    """The tensors that the model does not need; takes them out of `small`."""
+    if LEFT_OUT in small:
+        return unpack_tensors(zlib.decompress(small.pop(LEFT_OUT)))
+    # As earlier versions kept them.
+    plain = small.pop("left_out.safetensors", None)
+    return {} if plain is None else unpack_tensors(plain)
 
 
 def _lay_out(folder: Path, headers: Mapping[str, bytes]) -> Source:
@@ -146,12 +156,13 @@ def _tokenizer(zoo: Zoo, chain: Chain, small: dict[str, bytes]) -> dict[str, byt
     return files if chain.base is None else {}
 
 
-def _values(zoo: Zoo, chain: Chain, source: Source) -> Iterator[dict[str, np.ndarray]]:
+def _values(
+    zoo: Zoo, chain: Chain, plan: Plan | None, source: Source
+) -> Iterator[dict[str, np.ndarray]]:
     """The tensors by their names in the files, those of one component or delta at a time."""
-    if chain.base is not None:
+    if plan is None:
         yield from _adapter(zoo, chain, source)
         return
-    plan = families()[chain.family].plan(chain.source).fitting(source.tensors)
     if len(plan.steps) != len(chain.steps):
         raise CheckpointError(
             f"{chain.name} has {len(chain.steps)} components, its config.json makes "

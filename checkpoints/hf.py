@@ -1,33 +1,27 @@
 """`jblock-convert hf`: a Hugging Face checkpoint becomes a chain of components."""
 
 import contextlib
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
 
-from checkpoints import prequantized
 from checkpoints.bitfit import BitFitMatcher, Shared
-from checkpoints.errors import CheckpointError
+from checkpoints.checkpoint import Checkpoint, open_checkpoint
 from checkpoints.progress import Progress
-from checkpoints.source import Source, open_source, read_json
+from checkpoints.safetensors_file import pack_tensors
 from checkpoints.tokenizer import TokenizerFiles, read_tokenizer
-from jblock.blocks.spec import (
-    AttentionSpec,
-    ComponentSpec,
-    NormSpec,
-    canonical_json,
-    spec_to_json,
-)
-from jblock.families import Plan, family_for
+from jblock.blocks.spec import ComponentSpec, NormSpec, canonical_json, spec_to_json
+from jblock.families import Plan
 from jblock.families.config import token_ids
 from jblock.zoo.records import Chain, NotFoundError, Step, check_name
 from jblock.zoo.store import Zoo
 
 _SMALL = ("config.json", "generation_config.json", "model.safetensors.index.json")
-# In a folder of small files: tensors that the model does not need but an export writes again.
-LEFT_OUT = "left_out.safetensors"
+# In a folder of small files: tensors that no model needs but an export writes again, deflated, as masks
+# are the same few numbers over and over.
+LEFT_OUT = "left_out.safetensors.z"
 _SAMPLING = (
     "do_sample",
     "temperature",
@@ -53,25 +47,16 @@ def convert(source_path: Path, zoo_path: Path, name: str, progress: Progress) ->
       CheckpointError, ConfigError, SpecError, ZooError: see `errors.BAD_INPUT`.
     """
     check_name(name)
-    config = read_json(source_path / "config.json")
-    generation = read_json(source_path / "generation_config.json", required=False)
-    family = family_for(config)
-    source = open_source(source_path)
-    packing = prequantized.packing_of(config) if config.get(prequantized.FIELD) else None
-    described = {n: v for n, v in config.items() if n != prequantized.FIELD}
-    plan = family.plan(described).fitting(source.tensors)
-    if packing is not None:
-        plan, source = prequantized.unpacked(plan, source, packing)
-    check_tensors(plan, source)
-    eos = token_ids(generation, "eos_token_id", plan.vocab_size)
-    bos = token_ids(generation, "bos_token_id", plan.vocab_size)
-    eos = eos or token_ids(config, "eos_token_id", plan.vocab_size)
-    bos = bos or token_ids(config, "bos_token_id", plan.vocab_size)
+    checkpoint = open_checkpoint(source_path)
+    plan, source = checkpoint.plan, checkpoint.source
+    eos, bos = (_token_ids(checkpoint, f"{which}_token_id") for which in ("eos", "bos"))
     tokenizer = read_tokenizer(source_path)
+    for note in checkpoint.notes:
+        progress.note(f"{name}: {note}")
     note_tokenizer(tokenizer, plan.vocab_size, source_path, progress)
 
-    given = tokenizer.given if tokenizer else ()
-    small = source.small_files(_SMALL, given) | _left_out(plan, source)
+    packed, given = checkpoint.packed, tokenizer.given if tokenizer else ()
+    small = source.small_files(_SMALL, given) | _left_out(checkpoint)
 
     zoo = Zoo.create(zoo_path)
     before = zoo.versions(name)
@@ -108,7 +93,7 @@ def convert(source_path: Path, zoo_path: Path, name: str, progress: Progress) ->
                     advance(sum(source.tensors[step.tensors[t]].nbytes for t in own))
             chain = Chain(
                 name=name,
-                family=family.name,
+                family=checkpoint.family.name,
                 steps=tuple(steps[i] for i in sorted(steps)),
                 tokenizer=None
                 if tokenizer is None
@@ -117,11 +102,13 @@ def convert(source_path: Path, zoo_path: Path, name: str, progress: Progress) ->
                 vocab_size=plan.vocab_size,
                 eos_token_ids=eos,
                 bos_token_id=bos[0] if bos else None,
-                generation={k: v for k, v in generation.items() if k in _SAMPLING and _plain(v)},
-                source=described,
+                generation={
+                    k: v for k, v in checkpoint.generation.items() if k in _SAMPLING and _plain(v)
+                },
+                source=checkpoint.described,
                 # Packed weights are kept otherwise, so the same files cannot be written again.
-                source_files=writer.put_files("sources", small) if packing is None else None,
-                derived={} if packing is None else {"packed": config[prequantized.FIELD]},
+                source_files=None if packed else writer.put_files("sources", small),
+                derived={"packed": packed} if packed else {},
             )
             shared_steps = sum(bool(step.deltas) for step in chain.steps)
             if shared_steps:
@@ -165,52 +152,6 @@ def again_if_gone(add: Callable[[], Chain]) -> Chain:
     return add()
 
 
-def check_tensors(plan: Plan, source: Source) -> None:
-    """Checks that a checkpoint holds what its config promises, and nothing else.
-
-    Raises:
-      CheckpointError: a tensor is missing, surplus, or of another shape; or a copy that differs.
-    """
-    wanted: dict[str, tuple[int, ...]] = {}
-    for step in plan.steps:
-        shapes = step.spec.tensors()
-        wanted |= {source_name: shapes[name] for name, source_name in step.tensors.items()}
-    missing = [name for name in wanted if name not in source.tensors]
-    if missing:
-        names = ", ".join(map(repr, missing[:8])) + (", ..." if len(missing) > 8 else "")
-        raise CheckpointError(
-            f"{source.path}: {len(missing)} tensors are missing: {names}: give the whole checkpoint, "
-            "and the config.json that belongs to it"
-        )
-    for name, shape in wanted.items():
-        if source.tensors[name].shape != shape:
-            raise CheckpointError(
-                f"{source.path}: tensor {name!r} has shape {list(source.tensors[name].shape)}, "
-                f"config.json makes it {list(shape)}: one of the two is of another model"
-            )
-    surplus = []
-    for name in sorted(source.tensors.keys() - wanted.keys()):
-        if name in plan.copies:
-            if not source.equal(name, plan.copies[name]):
-                raise CheckpointError(
-                    f"{source.path}: config.json ties {name!r} to {plan.copies[name]!r}, but the "
-                    "two differ: set tie_word_embeddings to false if both are meant"
-                )
-        elif name in plan.inverse_frequencies:
-            _check_frequencies(plan, source, name)
-        elif name in plan.masks:
-            _check_mask(source, name)
-        else:
-            surplus.append(name)
-    if surplus:
-        names = ", ".join(map(repr, surplus[:8]))
-        raise CheckpointError(
-            f"{source.path}: {len(surplus)} tensors are surplus: {names}"
-            + (", ..." if len(surplus) > 8 else "")
-            + ": config.json describes a model without them, so what they are for is not known"
-        )
-
-
 def note_tokenizer(
     tokenizer: TokenizerFiles | None, vocab_size: int, path: Path, progress: Progress
 ) -> None:
@@ -231,39 +172,18 @@ def _plain(value: object) -> bool:
     return isinstance(value, (bool, int, float))
 
 
-def _left_out(plan: Plan, source: Source) -> dict[str, bytes]:
-    """Rope tables and masks kept aside, so that an export can write them again."""
-    names = [n for n in (*plan.inverse_frequencies, *plan.masks) if n in source.tensors]
-    tensors = {n: source.read(n) for n in names}
-    return {LEFT_OUT: safetensors.numpy.save(tensors)} if tensors else {}
+def _left_out(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Buffers kept aside, so that an export can write them again."""
+    tensors = {n: checkpoint.source.tensors[n].read_unchecked() for n in checkpoint.buffers}
+    return {LEFT_OUT: zlib.compress(pack_tensors(tensors), 1)} if tensors else {}
 
 
-def _check_mask(source: Source, name: str) -> None:
-    """A mask must be the causal one, or the value that masked scores once took.
+def _token_ids(checkpoint: Checkpoint, field: str) -> tuple[int, ...]:
+    """The ids of a field, of generation_config.json if it stands there, else of config.json.
 
     Raises:
-      CheckpointError: it is something else.
+      ConfigError: no ids, or some outside the vocabulary.
     """
-    info = source.tensors[name]
-    if info.shape in ((), (1,)):
-        return
-    square = len(info.shape) == 4 and info.shape[:2] == (1, 1) and info.shape[2] == info.shape[3]
-    if not square or not np.array_equal(source.read(name)[0, 0], np.tri(info.shape[2])):
-        raise CheckpointError(
-            f"{source.path}: {name!r} is not a causal mask: other masks cannot be served"
-        )
-
-
-def _check_frequencies(plan: Plan, source: Source, name: str) -> None:
-    spec = next(s.spec for s in plan.steps if isinstance(s.spec, AttentionSpec))
-    if spec.rope is not None and spec.rope.kind == "default":
-        dim = spec.rope.rotated(spec.head_dim)
-        expected = spec.rope.theta ** -(np.arange(0, dim, 2) / dim)
-        if source.tensors[name].shape == expected.shape:
-            found = source.read(name).astype(np.float64)
-            if np.allclose(found, expected, rtol=1e-2, atol=0):
-                return
-    raise CheckpointError(
-        f"{source.path}: {name!r} is not the rope that config.json describes ({spec.rope}): only "
-        "what config.json says can be served"
-    )
+    size = checkpoint.plan.vocab_size
+    found = token_ids(checkpoint.generation, field, size, "generation_config.json")
+    return found or token_ids(checkpoint.config, field, size)

@@ -8,12 +8,12 @@ from checkpoints import hf
 from checkpoints.adapter import open_adapter, plan_adapter
 from checkpoints.adapter_plan import component_tensors
 from checkpoints.bitfit import BitFitMatcher
+from checkpoints.checkpoint import open_checkpoint
 from checkpoints.errors import CheckpointError
+from checkpoints.folders import is_adapter
 from checkpoints.progress import Progress
-from checkpoints.source import open_source, read_json
 from jblock.blocks.delta_spec import delta_to_json
 from jblock.blocks.spec import spec_to_json
-from jblock.families import family_for
 from jblock.zoo import ids
 from jblock.zoo.cut_plan import cut_plan
 from jblock.zoo.records import Chain, NotFoundError, Step, ZooError, check_name
@@ -34,7 +34,7 @@ def plan(
       CheckpointError, ConfigError, SpecError, ZooError: see `errors.BAD_INPUT`.
     """
     check_name(name)
-    if base is None and (source_path / "adapter_config.json").is_file():
+    if base is None and is_adapter(source_path):
         raise CheckpointError(
             f"{source_path} is an adapter: give --base, the model it was made for"
         )
@@ -82,11 +82,10 @@ Planned = tuple[Chain, list[dict[str, Any]], dict[str, int]]
 
 
 def _checkpoint(path: Path, zoo: Zoo | None, name: str, progress: Progress) -> Planned:
-    config = read_json(path / "config.json")
-    family = family_for(config)
-    source = open_source(path)
-    plan = family.plan(config).fitting(source.tensors)
-    hf.check_tensors(plan, source)
+    checkpoint = open_checkpoint(path)
+    plan, source = checkpoint.plan, checkpoint.source
+    for note in checkpoint.notes:
+        progress.note(f"{name}: {note}")
     owners: dict[str, tuple[str, str]] = {}
     rows, nbytes = [], {}
     steps: dict[int, Step] = {}
@@ -120,7 +119,7 @@ def _checkpoint(path: Path, zoo: Zoo | None, name: str, progress: Progress) -> P
     rows.sort(key=lambda row: row["step"])
     chain = Chain(
         name=name,
-        family=family.name,
+        family=checkpoint.family.name,
         steps=tuple(steps[i] for i in sorted(steps)),
         tokenizer=None,
         max_position=plan.max_position,

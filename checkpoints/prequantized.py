@@ -14,7 +14,7 @@ What these do not settle is refused, and the message says what is not known.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,10 @@ class UnpackedSource(Source):
     under: Source
     packing: Packing
     packed: Mapping[str, tuple[str, QuantSpec, tuple[int, int]]]
+
+    @property
+    def made(self) -> Collection[str]:
+        return self.packed.keys()
 
     def read(self, name: str) -> np.ndarray:
         """A tensor as it is, or the part of a packed projection that `unpacked` gave this name."""
@@ -194,6 +198,7 @@ def unpacked(plan: Plan, source: Source, packing: Packing) -> tuple[Plan, Unpack
         path=source.path,
         tensors=left | tensors,
         headers=source.headers,
+        notes=source.notes,
         under=source,
         packing=packing,
         packed=packed,

@@ -9,20 +9,41 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from checkpoints.errors import CheckpointError
-from jblock.zoo.ids import DTYPES, raw_bytes
+from jblock.zoo.ids import FLOATS, raw_bytes
 
 _MAX_HEADER = 100_000_000  # as in the safetensors library
 _CHUNK = 1 << 24
-_DTYPES = {"F32": DTYPES["float32"], "F16": DTYPES["float16"], "BF16": DTYPES["bfloat16"]}
-_DTYPES["I32"] = DTYPES["int32"]  # of packed weights
+# Every dtype whose elements are whole bytes: what a model does not need may have any of them.
+_DTYPES = {
+    code: np.dtype(kind)
+    for code, kind in {
+        "F32": np.float32,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "F64": np.float64,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+        "I8": np.int8,
+        "I16": np.int16,
+        "I32": np.int32,
+        "I64": np.int64,
+        "U8": np.uint8,
+        "U16": np.uint16,
+        "U32": np.uint32,
+        "U64": np.uint64,
+        "BOOL": np.bool_,
+    }.items()
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +92,16 @@ class TensorInfo:
         Raises:
           CheckpointError: the file became shorter, or the tensor holds NaN or Inf.
         """
+        value = self.read_unchecked()
+        _check_finite(self.name, value)
+        return value
+
+    def read_unchecked(self) -> np.ndarray:
+        """The tensor, in memory of its own, whatever its numbers are.
+
+        Raises:
+          CheckpointError: the file became shorter.
+        """
         count = math.prod(self.shape)
         try:
             value = np.fromfile(self.path, dtype=self.dtype, count=count, offset=self.start)
@@ -78,7 +109,6 @@ class TensorInfo:
             raise CheckpointError(f"{self.path} cannot be read: {e.strerror}") from e
         if value.nbytes != self.nbytes:
             raise CheckpointError(f"{self.path} ended within {self.name!r}: copy it again")
-        _check_finite(self.name, value)
         return value.reshape(self.shape)
 
 
@@ -134,6 +164,36 @@ def parse_header(path: Path, raw: bytes, size: int | None = None) -> dict[str, T
     return tensors
 
 
+def pack_tensors(tensors: Mapping[str, np.ndarray]) -> bytes:
+    """A safetensors file with these tensors, as bytes."""
+    codes = {dtype: code for code, dtype in _DTYPES.items()}
+    header, at = {}, 0
+    for name, value in tensors.items():
+        header[name] = {
+            "dtype": codes[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [at, at + value.nbytes],
+        }
+        at += value.nbytes
+    encoded = json.dumps(header).encode()
+    data = (raw_bytes(value).tobytes() for value in tensors.values())
+    return b"".join((struct.pack("<Q", len(encoded)), encoded, *data))
+
+
+def unpack_tensors(file: bytes) -> dict[str, np.ndarray]:
+    """What `pack_tensors` packed.
+
+    Raises:
+      CheckpointError: the bytes are damaged.
+    """
+    (length,) = struct.unpack("<Q", file[:8])
+    found = parse_header(Path("tensors"), file[8 : 8 + length], len(file))
+    return {
+        name: np.frombuffer(file[t.start : t.end], t.dtype).reshape(t.shape)
+        for name, t in found.items()
+    }
+
+
 def _tensor(path: Path, name: str, entry: Any, base: int, size: int | None) -> TensorInfo:
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -144,8 +204,8 @@ def _tensor(path: Path, name: str, entry: Any, base: int, size: int | None) -> T
         raise CheckpointError(f"{path}: entry of tensor {name!r} is malformed: {e}") from e
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise CheckpointError(
-            f"{path}: tensor {name!r} has dtype {dtype!r}; served: {', '.join(_DTYPES)}: convert "
-            "the unquantized checkpoint"
+            f"{path}: tensor {name!r} has dtype {dtype!r}, which cannot be read; known: "
+            f"{', '.join(_DTYPES)}: convert the unquantized checkpoint"
         )
     if size is not None and base + end > size:
         raise CheckpointError(
@@ -168,7 +228,7 @@ def _tensor(path: Path, name: str, entry: Any, base: int, size: int | None) -> T
 
 
 def _check_finite(name: str, value: np.ndarray) -> None:
-    if value.dtype == DTYPES["int32"]:
+    if value.dtype.name not in FLOATS:
         return
     # By the bits of the exponent: numpy has no fast isfinite for bfloat16.
     word, mask = {

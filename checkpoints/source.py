@@ -4,6 +4,8 @@ import hashlib
 import json
 import math
 import os
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +28,28 @@ class Source:
       path: the folder.
       tensors: every tensor, by name.
       headers: weight file -> its header, byte by byte.
+      notes: what is odd about the files, though they can be read.
     """
 
     path: Path
     tensors: dict[str, TensorInfo]
     headers: dict[str, bytes]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def made(self) -> Collection[str]:
+        """Names of tensors that are worked out when they are read, in dtypes of their own."""
+        return ()
 
     def read(self, name: str) -> np.ndarray:
         """One tensor; see `TensorInfo.read`."""
         return self.tensors[name].read()
+
+    def holds(self, name: str, value: np.ndarray) -> bool:
+        """Whether a tensor is `value` bit by bit, where dtype and shape are the same."""
+        if name in self.made:
+            return self.read(name).tobytes() == value.tobytes()
+        return self.tensors[name].holds(value)
 
     def key(self) -> str:
         """64 hexadecimal digits that change when a file was exchanged or written to."""
@@ -78,20 +93,19 @@ def open_source(
     Raises:
       CheckpointError: no weights, pickled weights only, or shards that do not fit their index.
     """
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is no folder: give a checkpoint as saved by transformers")
     single, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
-    if single.is_file() and index.is_file():
+    weight_map = _weight_map(index) if index.is_file() else None
+    if single.is_file() and weight_map is not None and set(weight_map.values()) != {single.name}:
         raise CheckpointError(
-            f"{path} has both {single.name} and {index.name}: remove the one that is out of date"
+            f"{path} has {single.name}, and {index.name} names other files: remove the one that is out "
+            "of date"
         )
-    if single.is_file():
-        files, weight_map = [single.name], None
-    elif index.is_file():
-        weight_map = _weight_map(index)
+    if weight_map is not None:
         files = sorted(set(weight_map.values()))
+    elif single.is_file():
+        files = [single.name]
     else:
-        raise CheckpointError(_no_weights(path, single.name, save))
+        raise CheckpointError(_no_weights(path, stem, save))
     tensors: dict[str, TensorInfo] = {}
     headers = {}
     for file in files:
@@ -100,17 +114,31 @@ def open_source(
         headers[file], found = read_header(path / file)
         twice = sorted(found.keys() & tensors.keys())
         if twice:
-            raise CheckpointError(f"{path}: tensor {twice[0]!r} is in more than one shard")
+            raise CheckpointError(
+                f"{path}: tensor {twice[0]!r} is in {tensors[twice[0]].path.name} and in {file}: which is "
+                "meant is not known; save the checkpoint again"
+            )
         tensors |= found
-    if weight_map is not None:
-        for name in sorted(weight_map.keys() | tensors.keys()):
-            held = tensors[name].path.name if name in tensors else None
-            if held != weight_map.get(name):
-                raise CheckpointError(
-                    f"{path}: {index.name} puts tensor {name!r} in {weight_map.get(name)}, but it "
-                    f"is in {held}: download both again"
-                )
-    return Source(path=path, tensors=tensors, headers=headers)
+    notes = () if weight_map is None else _notes_on(index, weight_map, tensors)
+    return Source(path=path, tensors=tensors, headers=headers, notes=notes)
+
+
+def _notes_on(
+    index: Path, weight_map: dict[str, str], tensors: Mapping[str, TensorInfo]
+) -> tuple[str, ...]:
+    """How an index differs from its shards. Only the files that it names are taken from it, as transformers
+    does: every tensor of theirs is read, and none that is only a row."""
+    odd = [
+        name
+        for name in sorted(weight_map.keys() | tensors.keys())
+        if name not in tensors or tensors[name].path.name != weight_map.get(name)
+    ]
+    if not odd:
+        return ()
+    return (
+        f"{index.name} disagrees with its files on {len(odd)} tensors ({odd[0]!r} first): the files are "
+        "followed",
+    )
 
 
 def read_json(path: Path, required: bool = True) -> dict[str, Any]:
@@ -151,8 +179,27 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _no_weights(path: Path, wanted: str, save: str) -> str:
-    pickled = sorted(f for f in os.listdir(path) if f.endswith(_PICKLE))
+def _no_weights(path: Path, stem: str, save: str) -> str:
+    """Why a folder has no weights that can be read, and what to do."""
+    wanted, files = f"{stem}.safetensors", sorted(os.listdir(path))
+    shards = [f for f in files if re.fullmatch(rf"{stem}-\d+-of-\d+\.safetensors", f)]
+    if shards:
+        return (
+            f"{path} has {len(shards)} shards ({shards[0]} first) but no {wanted}.index.json, which says "
+            "what belongs together: download it too, or save the model again"
+        )
+    others = [f for f in files if f.endswith(".safetensors")]
+    if others:
+        return (
+            f"{path} has {others[0]} but no {wanted}: rename it if it holds the model's weights in the "
+            f"layout of transformers, or save it so ({save})"
+        )
+    gguf = [f for f in files if f.endswith(".gguf")]
+    if gguf:
+        return (
+            f"{path} has {gguf[0]}, which is not read by this command: take the safetensors files"
+        )
+    pickled = [f for f in files if f.endswith(_PICKLE)]
     if pickled:
         return (
             f"{path}: {pickled[0]} is a pickle, which can run code when loaded, so it is never "

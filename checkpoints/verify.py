@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints import hf
 from checkpoints.adapter import open_adapter, plan_adapter
 from checkpoints.bitfit import with_vectors
+from checkpoints.checkpoint import open_checkpoint
+from checkpoints.folders import is_adapter
 from checkpoints.progress import Progress
-from checkpoints.source import Source, open_source, read_json
+from checkpoints.source import Source
 from checkpoints.tokenizer import read_tokenizer
-from jblock.families import family_for
 from jblock.zoo.ids import files_id
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
@@ -25,7 +25,7 @@ def verify(zoo_path: Path, name: str, source_path: Path, progress: Progress) -> 
     """
     zoo = Zoo.open(zoo_path)
     chain = zoo.chain(name)
-    if (source_path / "adapter_config.json").is_file():
+    if is_adapter(source_path):
         differences = _adapter(zoo, chain, source_path, progress)
     else:
         differences = _checkpoint(zoo, chain, source_path, progress)
@@ -38,13 +38,13 @@ def verify(zoo_path: Path, name: str, source_path: Path, progress: Progress) -> 
 
 
 def _checkpoint(zoo: Zoo, chain: Chain, path: Path, progress: Progress) -> list[str]:
-    config = read_json(path / "config.json")
-    source = open_source(path)
-    plan = family_for(config).plan(config).fitting(source.tensors)
-    hf.check_tensors(plan, source)
     if chain.base is not None:
         return [f"{chain.name} is an adapter on {chain.base}, {path} a whole model"]
-    differences = [] if config == chain.source else ["config.json differs"]
+    checkpoint = open_checkpoint(path)
+    plan, source = checkpoint.plan, checkpoint.source
+    packed = chain.derived.get("packed")
+    same = checkpoint.described == chain.source and checkpoint.packed == packed
+    differences = [] if same else ["config.json differs"]
     if len(plan.steps) != len(chain.steps):
         return [*differences, f"{len(plan.steps)} components, the zoo has {len(chain.steps)}"]
     total = sum(t.nbytes for t in source.tensors.values())
@@ -103,6 +103,6 @@ def _compare(
         info, value = source.tensors[source_name], stored[name]
         if (info.dtype, info.shape) != (value.dtype, value.shape):
             out.append(f"tensor {source_name!r} has another dtype or shape")
-        elif not info.holds(value):
+        elif not source.holds(source_name, value):
             out.append(f"tensor {source_name!r} differs")
     return out

@@ -34,6 +34,21 @@ ACTIVATIONS = {
 }
 
 
+# Last parts of names under which releases of transformers have saved buffers, wherever they stood.
+BUFFERS = frozenset(
+    {
+        "inv_freq",
+        "original_inv_freq",
+        "cos_cached",
+        "sin_cached",
+        "masked_bias",
+        "causal_mask",
+        "position_ids",
+        "embed_scale",
+    }
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlannedStep:
     """One component to take from a checkpoint.
@@ -60,9 +75,8 @@ class Plan:
       steps: embedding, then the layers, then norm, unembedding. A layer is an attention, and an ffn or
         a router with its experts.
       copies: names that a checkpoint may also carry, as bit-identical copies of another tensor.
-      inverse_frequencies: names of rope tables that old checkpoints carry though the config says
-        the same; checked against it and left out.
-      masks: names of causal masks that old checkpoints carry; checked and left out.
+      buffers: ends of names of tensors that a checkpoint may also carry and no model needs, as
+        `is_buffer` reads them.
       max_position: longest sequence in tokens.
       vocab_size: rows of the embedding.
       optional_prefix: what some checkpoints leave out at the start of their names.
@@ -70,16 +84,20 @@ class Plan:
 
     steps: tuple[PlannedStep, ...]
     copies: dict[str, str]
-    inverse_frequencies: tuple[str, ...]
-    masks: tuple[str, ...]
     max_position: int
     vocab_size: int
     optional_prefix: str = ""
+    buffers: tuple[str, ...] = ()
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether a tensor that no step takes is a buffer: a mask, a rope table and the like, which the
+        architecture computes from the config whatever the checkpoint says."""
+        return name.rpartition(".")[2] in BUFFERS or name.endswith(self.buffers)
 
     def fitting(self, names: Collection[str]) -> "Plan":
-        """The plan for a checkpoint with these tensors: without `optional_prefix`, if none has it."""
-        prefix = self.optional_prefix
-        if not prefix or any(n.startswith(prefix) for n in names):
+        """The plan for a checkpoint with these tensors: without `optional_prefix`, if they lack it."""
+        prefix, first = self.optional_prefix, self.steps[0].tensors["weight"]
+        if not prefix or first in names or first.removeprefix(prefix) not in names:
             return self
 
         def bare(of: Mapping[str, str]) -> dict[str, str]:
@@ -89,7 +107,6 @@ class Plan:
             self,
             steps=tuple(dataclasses.replace(s, tensors=bare(s.tensors)) for s in self.steps),
             copies=bare(self.copies),
-            masks=tuple(n.removeprefix(prefix) for n in self.masks),
         )
 
 
@@ -169,8 +186,7 @@ class Family:
       mixture: (config, layer) -> the experts of the layer; None: the layer is dense.
       embedding: config -> fields of EmbeddingSpec beside its dimensions.
       unembedding: config -> fields of UnembeddingSpec beside its dimensions.
-      rope_table: name of a rope table that old checkpoints carry, with `{i}`.
-      masks: names of causal masks that old checkpoints carry, with `{i}`.
+      buffers: ends of names of tensors, beside BUFFERS, that old checkpoints carry and no model needs.
       optional_prefix: what some checkpoints leave out at the start of their tensors' names.
     """
 
@@ -196,9 +212,8 @@ class Family:
     mixture: Callable[[Config, int], Mixture | None] = no_mixture
     embedding: Callable[[Config], Mapping[str, Any]] = lambda config: {}
     unembedding: Callable[[Config], Mapping[str, Any]] = lambda config: {}
-    rope_table: str = "model.layers.{i}.self_attn.rotary_emb.inv_freq"
-    masks: tuple[str, ...] = ()
-    optional_prefix: str = ""
+    buffers: tuple[str, ...] = ()
+    optional_prefix: str = "model."
 
     def plan(self, config: Config) -> Plan:
         """Lays out the steps of a checkpoint with this config.
@@ -236,11 +251,10 @@ class Family:
         return Plan(
             steps=(*steps, self._step(norm), head),
             copies=copies,
-            inverse_frequencies=tuple(self.rope_table.format(i=i) for i in range(layers)),
-            masks=tuple(name.format(i=i) for i in range(layers) for name in self.masks),
             max_position=min(positions, self._longest(config, steps, positions)),
             vocab_size=table["vocab_size"],
             optional_prefix=self.optional_prefix,
+            buffers=self.buffers,
         )
 
     def _longest(self, config: Config, steps: list[PlannedStep], positions: int) -> int:

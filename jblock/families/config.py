@@ -89,7 +89,9 @@ def require(config: Mapping[str, Any], field: str, allowed: tuple[Any, ...], why
     )
 
 
-def token_ids(config: Mapping[str, Any], field: str, vocab_size: int) -> tuple[int, ...]:
+def token_ids(
+    config: Mapping[str, Any], field: str, vocab_size: int, file: str = "config.json"
+) -> tuple[int, ...]:
     """A token id field, written as null, one id or a list of ids, as a tuple without repeats.
 
     Raises:
@@ -99,7 +101,10 @@ def token_ids(config: Mapping[str, Any], field: str, vocab_size: int) -> tuple[i
     ids = [] if value is None else value if isinstance(value, list) else [value]
     for i in ids:
         if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocab_size:
-            raise ConfigError(f"{field} has {i!r}; ids go from 0 to {vocab_size - 1} (vocab_size)")
+            raise ConfigError(
+                f"{file}: {field} has {i!r}, which the model cannot give: ids go from 0 to "
+                f"{vocab_size - 1} (vocab_size); correct it there, or take it out"
+            )
     return tuple(dict.fromkeys(ids))
 
 

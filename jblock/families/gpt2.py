@@ -49,6 +49,6 @@ FAMILY = Family(
     ffn={"gated": False, "bias": True, "transposed": True},
     intermediate=lambda config: cfg.integer(config, "n_inner", 4 * cfg.integer(config, "n_embd")),
     embedding=lambda config: {"num_positions": cfg.integer(config, "n_positions")},
-    masks=("transformer.h.{i}.attn.bias", "transformer.h.{i}.attn.masked_bias"),
+    buffers=(".attn.bias",),
     fixed={"add_cross_attention": (False,), "num_key_value_heads": (), "head_dim": ()},
 )

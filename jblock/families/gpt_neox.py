@@ -55,7 +55,7 @@ FAMILY = Family(
     attention_options=_options,
     rope=_rope,
     ffn={"gated": False, "bias": True},
-    rope_table="gpt_neox.layers.{i}.attention.rotary_emb.inv_freq",
-    masks=("gpt_neox.layers.{i}.attention.bias", "gpt_neox.layers.{i}.attention.masked_bias"),
+    buffers=(".attention.bias",),
+    optional_prefix="gpt_neox.",
     fixed={"num_key_value_heads": (), "head_dim": (), "is_decoder": (True, False)},
 )

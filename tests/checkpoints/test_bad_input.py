@@ -199,13 +199,11 @@ def test_shards_and_their_index(tmp_path, cli):
     refused(cli, ["../model.safetensors"], "hf", source, "--name", "bad")
     with_map({GATE: "model-00003-of-00002.safetensors"})
     refused(cli, ["model-00003-of-00002.safetensors"], "hf", source, "--name", "bad")
-    with_map({"extra": "model-00001-of-00002.safetensors"})
-    refused(cli, ["extra"], "hf", source, "--name", "bad")
     index.write_text("{")
     refused(cli, ["index.json"], "hf", source, "--name", "bad")
     with_map({})
     (source / "model.safetensors").write_bytes(b"")
-    refused(cli, ["both"], "hf", source, "--name", "bad")
+    refused(cli, ["other files", "out of date"], "hf", source, "--name", "bad")
 
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "model.pth", "consolidated.00.pt"])
@@ -229,7 +227,7 @@ def test_unknown_models(tmp_path, cli, name):
 
 
 def test_folders(tmp_path, cli):
-    refused(cli, ["config.json"], "hf", tmp_path / "nowhere", "--name", "bad")
+    refused(cli, ["no folder", "nowhere"], "hf", tmp_path / "nowhere", "--name", "bad")
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "config.json").write_text(json.dumps(CONFIG))
     refused(cli, ["model.safetensors"], "hf", tmp_path / "src", "--name", "bad")

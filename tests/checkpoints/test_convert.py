@@ -133,17 +133,6 @@ def test_token_ids_and_sampling_come_from_generation_config_first(tmp_path, cli)
     assert raw[8 : 8 + len(header)] == header
 
 
-def test_rope_tables_of_old_checkpoints_are_checked_and_kept_aside(tmp_path, cli):
-    tensors = tiny.weights(CONFIG)
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    tensors[name] = (10000.0 ** -(np.arange(0, 4, 2) / 4)).astype(np.float32)
-    cli.ok("hf", tiny.write_checkpoint(tmp_path / "old", tensors=tensors), "--name", "old")
-    tensors[name] = tensors[name] * 2
-    result = cli("hf", tiny.write_checkpoint(tmp_path / "odd", tensors=tensors), "--name", "odd")
-    assert result.code == 2
-    assert "inv_freq" in result.err
-
-
 def test_an_adapter_adds_deltas_to_shared_components(tmp_path, cli):
     cli.ok("hf", tiny.write_checkpoint(tmp_path / "base"), "--name", "base")
     before = inspect(cli)["totals"]

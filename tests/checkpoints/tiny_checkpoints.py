@@ -11,7 +11,15 @@ import numpy as np
 
 from jblock.families import family_for
 
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DTYPES = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float64": "F64",
+    "int64": "I64",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 LAYERS = 2
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -1,0 +1,188 @@
+"""A checkpoint opened for the zoo: its config understood, its tensors named, counted and checked.
+
+`hf`, `plan` and `verify` all open a checkpoint here, so that they take and refuse the same ones.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from checkpoints import layouts, naming, prequantized
+from checkpoints.errors import CheckpointError
+from checkpoints.folders import expect_checkpoint
+from checkpoints.safetensors_file import TensorInfo
+from checkpoints.source import Source, open_source, read_json
+from jblock.families import Family, Plan, family_for
+from jblock.zoo.ids import FLOATS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint that can be added.
+
+    Attributes:
+      path: its folder.
+      config: config.json as it is.
+      described: config.json without what says how weights are packed.
+      generation: generation_config.json; {} when there is none.
+      family: its architecture.
+      plan: its components, under the names that its files have.
+      source: its tensors.
+      buffers: names of tensors that no model needs, which only an export writes again.
+      notes: what its user should know: what was left out or ignored.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    described: dict[str, Any]
+    generation: dict[str, Any]
+    family: Family
+    plan: Plan
+    source: Source
+    buffers: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def packed(self) -> dict[str, Any] | None:
+        """What config.json says of packed weights; None where they are plain."""
+        return self.config.get(prequantized.FIELD) or None
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Reads all of a checkpoint but its tensors' numbers.
+
+    Raises:
+      CheckpointError, ConfigError, SpecError: see `errors.BAD_INPUT`.
+    """
+    expect_checkpoint(path)
+    config = read_json(path / "config.json")
+    generation = read_json(path / "generation_config.json", required=False)
+    family = family_for(config)
+    source = open_source(path)
+    described = {n: v for n, v in config.items() if n != prequantized.FIELD}
+    plan, source = layouts.fit(family.plan(described), source)
+    if config.get(prequantized.FIELD):
+        _check_packing_is_meant(config[prequantized.FIELD], source)
+        packing = prequantized.packing_of(config)
+        plan, source = prequantized.unpacked(plan, source, packing)
+    buffers = check_tensors(plan, source)
+    notes = list(source.notes)
+    if buffers:
+        notes.append(
+            f"{len(buffers)} buffers (masks, rope tables) are left out, which the config decides: "
+            + shortened(buffers, 2)
+        )
+    return Checkpoint(
+        path=path,
+        config=config,
+        described=described,
+        generation=generation,
+        family=family,
+        plan=plan,
+        source=source,
+        buffers=buffers,
+        notes=tuple(notes),
+    )
+
+
+def check_tensors(plan: Plan, source: Source) -> tuple[str, ...]:
+    """Checks that a checkpoint holds what its config promises, and nothing else that a model could need.
+
+    Returns:
+      Names of the buffers that it holds beside, sorted.
+
+    Raises:
+      CheckpointError: a tensor is missing, surplus, empty, or of another shape or dtype; or a copy that
+        differs.
+    """
+    wanted: dict[str, tuple[int, ...]] = {}
+    for step in plan.steps:
+        shapes = step.spec.tensors()
+        wanted |= {source_name: shapes[name] for name, source_name in step.tensors.items()}
+    left = source.tensors.keys() - wanted.keys() - plan.copies.keys()
+    buffers = tuple(sorted(n for n in left if plan.is_buffer(n)))
+    surplus = sorted(left - set(buffers))
+    missing = [name for name in wanted if name not in source.tensors]
+    if missing:
+        raise CheckpointError(
+            f"{source.path}: {len(missing)} tensors are missing: {shortened(missing)}: "
+            + (naming.explain(surplus, missing) or _GIVE_ALL)
+        )
+    for name, shape in wanted.items():
+        _check_tensor(source, source.tensors[name], shape)
+    for name in sorted(plan.copies.keys() & source.tensors.keys()):
+        if not source.equal(name, plan.copies[name]):
+            raise CheckpointError(
+                f"{source.path}: config.json ties {name!r} to {plan.copies[name]!r}, but the "
+                "two differ: set tie_word_embeddings to false if both are meant"
+            )
+    if surplus:
+        raise CheckpointError(
+            f"{source.path}: {len(surplus)} tensors are surplus: {shortened(surplus)}: "
+            + _why_surplus(surplus)
+        )
+    return buffers
+
+
+def shortened(names: Sequence[str], most: int = 8) -> str:
+    """The first of some names, quoted."""
+    return ", ".join(map(repr, names[:most])) + (", ..." if len(names) > most else "")
+
+
+_GIVE_ALL = "give the whole checkpoint, and the config.json that belongs to it"
+
+
+def _check_tensor(source: Source, info: TensorInfo, shape: tuple[int, ...]) -> None:
+    if info.shape != shape:
+        if 0 in info.shape:
+            raise CheckpointError(
+                f"{source.path}: tensor {info.name!r} is empty (shape {list(info.shape)}), as DeepSpeed "
+                "ZeRO-3 leaves partitioned parameters: gather them when saving (stage3_gather_16bit_"
+                "weights_on_model_save, or zero_to_fp32.py in the checkpoint's folder)"
+            )
+        raise CheckpointError(
+            f"{source.path}: tensor {info.name!r} has shape {list(info.shape)}, config.json makes it "
+            f"{list(shape)}: one of the two is of another model"
+        )
+    if info.dtype.name not in FLOATS and info.name not in source.made:
+        raise CheckpointError(
+            f"{source.path}: tensor {info.name!r} is {info.dtype.name}; weights are served in "
+            f"{', '.join(FLOATS)}: "
+            + (
+                "save it as one of these (transformers: model.to(torch.bfloat16).save_pretrained(folder))"
+                if info.dtype.name == "float64"
+                else "such numbers stand for packed weights, and config.json does not say how: take the "
+                "unquantized checkpoint, or the config.json that belongs to this one"
+            )
+        )
+
+
+def _why_surplus(surplus: Sequence[str]) -> str:
+    if any(".lora_" in n or ".base_layer." in n for n in surplus):
+        return (
+            "an adapter was saved within the model: call PEFT's merge_and_unload() and save the result, "
+            "or save the adapter alone and add it with 'peft'"
+        )
+    return "config.json describes a model without them, so what they are for is not known"
+
+
+def _check_packing_is_meant(section: Any, source: Source) -> None:
+    """A merge of a QLoRA adapter leaves the section of bitsandbytes over plain float weights.
+
+    Raises:
+      CheckpointError: that is so here.
+    """
+    method = section.get("quant_method") if isinstance(section, Mapping) else None
+    loads = isinstance(section, Mapping) and any(
+        k.startswith(("load_in_", "_load_in_")) for k in section
+    )
+    if method not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit") and not loads:
+        return
+    packed = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4", ".absmax", ".SCB")
+    if not any(n.endswith(packed) for n in source.tensors):
+        raise CheckpointError(
+            f"{source.path}: config.json has a {prequantized.FIELD} of bitsandbytes, but the weights are "
+            "plain floats, as after merging a QLoRA adapter: remove the section from config.json to serve "
+            "them as they are, or use 'jblock-convert quantize' afterwards for few bits"
+        )
