@@ -103,7 +103,7 @@ def _serve(
     except ValueError as error:
         raise RequestError(grpc.StatusCode.FAILED_PRECONDITION, f"name: {error}") from error
     except api.EngineDied as error:
-        raise unavailable(f"engine: {error}; restart the server") from error
+        raise unavailable(f"engine: {error}; try again") from error
     except Exception as error:
         logging.exception("serving %s failed", ", ".join(wanted))
         raise RequestError(

@@ -34,6 +34,9 @@ class Dispatcher:
     Attributes:
       models: what is served, by name; empty until the engine is warm.
       ready: set once the engine is warm.
+      up: whether the engine computes now; False while a process that died is replaced. Requests are taken
+        all the same, and wait.
+      changed: set when `up` changed.
       dead: set once the engine can serve no more; `failure` says why.
       failure: an exception of the engine, ValueError when it refused its configuration.
     """
@@ -44,6 +47,8 @@ class Dispatcher:
         self.models: Mapping[str, ServedModel] = {}
         self.ready = asyncio.Event()
         self.dead = asyncio.Event()
+        self.up = False
+        self.changed = asyncio.Event()
         self.failure: Exception | None = None
         self._max_queue = max_queue
         self._open: dict[str, Ticket] = {}
@@ -164,10 +169,14 @@ class Dispatcher:
         try:
             models = load_models(self.engine.models())
             self._call(self._become_ready, models)
+            up = True
             while not self._stop.is_set():
                 outputs = self.engine.poll(_POLL_SECONDS)
                 if outputs:
                     self._call(self._deliver, outputs)
+                if self.engine.is_up is not up:
+                    up = not up
+                    self._call(self._turn, up)
         except Exception as error:
             if not isinstance(error, ValueError | api.EngineDied):
                 logging.exception("reading the engine failed")
@@ -182,6 +191,11 @@ class Dispatcher:
     def _become_ready(self, models: Mapping[str, ServedModel]) -> None:
         self.models = models
         self.ready.set()
+        self._turn(True)
+
+    def _turn(self, up: bool) -> None:
+        self.up = up
+        self.changed.set()
 
     def _deliver(self, outputs: list[api.Output]) -> None:
         for output in outputs:
@@ -197,6 +211,7 @@ class Dispatcher:
             return
         self.failure = error
         self.dead.set()
+        self._turn(False)
         for ticket in list(self._open.values()):
             ticket.fail(errors.unavailable(f"engine: {error}; try again elsewhere"))
             self.release(ticket)

@@ -4,12 +4,15 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags
 
 from jblock.engine import api
 from jblock.engine.process.client import ProcessEngine
 from jblock.engine.process.server import load_factory
+from jblock.engine.process.supervisor import SupervisedEngine
 from serving.engine_flags import engine_kwargs
 from serving.server import Server, ServerConfig, serve
 from serving.tenants import EVERYBODY, Tenants
@@ -35,6 +38,12 @@ _OPEN_HEALTH = flags.DEFINE_bool(
 )
 _ENGINE = flags.DEFINE_enum(
     "engine", "process", ["process", "thread"], "Where the engine's loop runs."
+)
+_HEARTBEAT = flags.DEFINE_float(
+    "heartbeat_seconds",
+    10.0,
+    "An engine process that is silent for longer is frozen, and is replaced; 0: never.",
+    lower_bound=0.0,
 )
 _PROFILER_PORT = flags.DEFINE_integer(
     "profiler_port",
@@ -70,8 +79,18 @@ async def _serve(config: ServerConfig, engine: api.Engine) -> bool:
     return drained
 
 
+def _start(kwargs: dict[str, Any], served: Sequence[str]) -> ProcessEngine:
+    """An engine process that serves these ("name@version"), or of none what the flags say."""
+    if served:
+        names = {model.partition("@")[0] for model in served}
+        pinned = [name for name in kwargs.get("pinned", ()) if name in names]
+        kwargs = {**kwargs, "models": list(served), "pinned": pinned}
+    return ProcessEngine(_FACTORY, kwargs, heartbeat_seconds=_HEARTBEAT.value)
+
+
 def main(argv: list[str]) -> int:
-    """Runs the server; returns the exit code: 0, 1 if the engine fails, 2 on bad configuration."""
+    """Runs the server; returns the exit code: 0, 1 if the engine fails and cannot be replaced, 2 on bad
+    configuration."""
     try:
         if len(argv) > 1:
             raise ValueError(f"arguments: {argv[1:]} are not understood; all options are flags")
@@ -90,7 +109,7 @@ def main(argv: list[str]) -> int:
             kwargs["profiler_port"] = _PROFILER_PORT.value
         engine: api.Engine
         if _ENGINE.value == "process":
-            engine = ProcessEngine(_FACTORY, kwargs)
+            engine = SupervisedEngine(lambda served: _start(kwargs, served))
         else:
             engine = load_factory(_FACTORY)(**kwargs)
         asyncio.run(_serve(config, engine))

@@ -42,6 +42,13 @@ _HELP = {
     "swaps": ("counter", "How many of those went by copies of their pages on the host."),
     "host_kv_bytes": ("gauge", "Host memory that copies of pages take."),
     "generated_tokens": ("counter", "Tokens generated."),
+    "hung_reads": ("counter", "Reads of the zoo that took too long and were given up."),
+    "restarts": ("counter", "Engine processes that died or froze and were replaced."),
+    "resumed_requests": ("counter", "Requests that went on in a new engine process."),
+    "suspects": (
+        "gauge",
+        "Requests that an engine process died under and that did not go on since.",
+    ),
 }
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 

@@ -95,8 +95,8 @@ class Server:
 
     @property
     def is_serving(self) -> bool:
-        """Whether the engine is warm and alive."""
-        return self._dispatcher.ready.is_set() and not self._dispatcher.dead.is_set()
+        """Whether the engine is warm and alive, and not just being replaced."""
+        return self._dispatcher.up
 
     @property
     def num_models(self) -> int:
@@ -154,6 +154,12 @@ class Server:
             raise self._dispatcher.failure
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
+    async def failed(self) -> Exception:
+        """Waits until the engine is gone for good; why it is."""
+        await self._dispatcher.dead.wait()
+        assert self._dispatcher.failure is not None
+        return self._dispatcher.failure
+
     async def stop(self) -> bool:
         """Admits no more, lets open requests end, then closes everything.
 
@@ -171,11 +177,13 @@ class Server:
 
     async def _watch(self) -> None:
         """Keeps health true to the engine."""
-        await self._dispatcher.ready.wait()
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
-        await self._dispatcher.dead.wait()
-        logging.error("the engine is gone: %s", self._dispatcher.failure)
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        dispatcher = self._dispatcher
+        while not dispatcher.dead.is_set():
+            await dispatcher.changed.wait()
+            dispatcher.changed.clear()
+            status = health_pb2.HealthCheckResponse
+            await self._set_health(status.SERVING if dispatcher.up else status.NOT_SERVING)
+        logging.error("the engine is gone: %s", dispatcher.failure)
 
     async def _set_health(self, status: int) -> None:
         for service in ("", *_SERVICES):
@@ -188,7 +196,7 @@ async def serve(
     stop: asyncio.Event,
     on_ready: Callable[[Server], None] = lambda server: None,
 ) -> bool:
-    """Serves until `stop` is set, then drains and closes the engine.
+    """Serves until `stop` is set or the engine is gone for good, then drains and closes the engine.
 
     Args:
       config: how to serve.
@@ -202,20 +210,24 @@ async def serve(
     Raises:
       OSError: a port is taken.
       ValueError: the engine refused its configuration.
-      EngineDied: the engine ended before it was warm.
+      EngineDied: the engine ended before it was warm, or later, and could not be replaced.
     """
     server = Server(config, engine)
     try:
         await server.start()
         stopped = asyncio.create_task(stop.wait())
         warm = asyncio.create_task(server.warm())
+        failed = asyncio.create_task(server.failed())
         await asyncio.wait((stopped, warm), return_when=asyncio.FIRST_COMPLETED)
         if warm.done():
             warm.result()
             on_ready(server)
         else:
             warm.cancel()
-        await stopped
+        await asyncio.wait((stopped, failed), return_when=asyncio.FIRST_COMPLETED)
+        if failed.done():
+            raise failed.result()
+        failed.cancel()
     finally:
         drained = await server.stop()
     return drained

@@ -5,7 +5,7 @@ frozen dataclass of ints, floats, strings and tuples of them: no arrays, no call
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 MAX_LOGIT_BIAS = 64
@@ -82,6 +82,9 @@ class Request:
       cache_salt: cached prompts are shared between requests of equal salt only; a tenant's own.
       version: of the chain the prompt was made for; refused with ABORTED where another version is
         served by now. 0 takes whichever is.
+      generated: tokens that an engine before this one generated and delivered. The request goes on after
+        them: they count towards max_tokens and min_tokens and in penalties, draws go on at their positions,
+        and neither they nor the log-probabilities of the prompt are sent again.
     """
 
     request_id: str
@@ -90,6 +93,7 @@ class Request:
     sampling: SamplingParams = SamplingParams()
     cache_salt: str = ""
     version: int = 0
+    generated: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,6 +187,10 @@ class EngineStats:
       swaps: how many of them by copies of their pages on the host; the others were computed anew.
       host_kv_bytes: host memory those copies take now.
       generated_tokens: tokens generated.
+      hung_reads: reads of adapters and parameters that took longer than the limit and were given up.
+      restarts: engine processes that died or froze and were replaced.
+      resumed_requests: requests that went on in a new process after their tokens so far.
+      suspects: requests that a process died under and that have not gone on since.
     """
 
     steps: int = 0
@@ -216,6 +224,30 @@ class EngineStats:
     swaps: int = 0
     host_kv_bytes: int = 0
     generated_tokens: int = 0
+    hung_reads: int = 0
+    restarts: int = 0
+    resumed_requests: int = 0
+    suspects: int = 0
+
+
+# Fields of EngineStats that say how things are now; the others only grow.
+GAUGES = frozenset(
+    {
+        "running",
+        "waiting",
+        "pages_free",
+        "pages_total",
+        "rows_free",
+        "rows_total",
+        "resident_bytes",
+        "chains",
+        "chains_resident",
+        "adapters_resident",
+        "host_bytes",
+        "host_kv_bytes",
+        "suspects",
+    }
+)
 
 
 class EngineDied(RuntimeError):
@@ -224,6 +256,10 @@ class EngineDied(RuntimeError):
 
 class UnknownChain(ValueError):
     """The zoo has no such chain; the message names those it has."""
+
+
+# Takes the ids that a step computes and the last one did not, and those the other way round.
+ReportRunning = Callable[[tuple[str, ...], tuple[str, ...]], None]
 
 
 class Engine(Protocol):
@@ -270,3 +306,13 @@ class Engine(Protocol):
     def close(self) -> None:
         """Stops the loop and frees what it held. Safe to call twice."""
         ...
+
+    @property
+    def is_up(self) -> bool:
+        """Whether requests are being computed, and not held until a new process is there."""
+        return True
+
+    def report_running(self, report: ReportRunning) -> None:
+        """Has `report` called before each step that computes other requests than the one before. An engine
+        that reports nothing is one whose process ends with all its requests under suspicion."""
+        return None

@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 from absl import logging
 
 from jblock.engine.api import (
+    Engine,
     EngineDied,
     EngineStats,
     ModelInfo,
     Output,
+    ReportRunning,
     Request,
     UnknownChain,
 )
@@ -43,7 +45,7 @@ _STUCK_SECONDS = 300.0
 Message = Request | str | Callable[[Loop], object] | None
 
 
-class ThreadEngine:
+class ThreadEngine(Engine):
     """An `api.Engine` whose loop is a thread of this process."""
 
     def __init__(
@@ -110,6 +112,10 @@ class ThreadEngine:
     def cancel(self, request_id: str) -> None:
         """Asks the loop to end a request."""
         self._inbox.put(request_id)
+
+    def report_running(self, report: ReportRunning) -> None:
+        """Has the ids of the sequences in a step reported before it begins, where they changed."""
+        self._inbox.put(lambda loop: setattr(loop, "report_running", report))
 
     def poll(self, timeout: float) -> list[Output]:
         """Outputs since the last call; waits up to `timeout` seconds for the first.

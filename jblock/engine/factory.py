@@ -27,7 +27,8 @@ def build_engine(
 
     Args:
       zoo: folder of the zoo.
-      models: chain names to serve; when empty all of the zoo's that are exact.
+      models: chains to serve, "name" in its live version or "name@version"; when empty all of the zoo's
+        that are exact.
       profiler_port: port an XLA profiler session may attach to; 0 opens none.
       executable_cache: folder of compiled programs; `executable_cache.default_folder()` when empty.
       **settings: fields of EngineConfig.
@@ -64,7 +65,7 @@ def cache_folder(zoo: Zoo, named: str) -> Path:
 
 
 def served_chains(store: Zoo, models: Sequence[str], config: EngineConfig) -> dict[str, Chain]:
-    """The chains of these names; of none, all that are exact.
+    """These chains, "name" or "name@version", by name; of none, all that are exact.
 
     Raises:
       ZooError: there are none, or one cannot be read.
@@ -77,9 +78,25 @@ def served_chains(store: Zoo, models: Sequence[str], config: EngineConfig) -> di
             f"zoo {str(store.path)!r} has no exact chains; convert a model first (jblock-convert hf "
             "--help), or name the models to serve"
         )
-    unknown = sorted(set(config.pinned) - set(names))
+    chains = [find_chain(store, name) for name in names]
+    served = {chain.name: chain for chain in chains}
+    unknown = sorted(set(config.pinned) - served.keys())
     if unknown:
         raise ValueError(
             f"pinned names {', '.join(unknown)}, which are not among the models served"
         )
-    return {name: store.chain(name) for name in names}
+    return served
+
+
+def find_chain(zoo: Zoo, model: str) -> Chain:
+    """The chain "name" in its live version, or "name@version".
+
+    Raises:
+      ZooError: there is none, or it cannot be read.
+    """
+    name, at, version = model.partition("@")
+    if not at:
+        return zoo.chain(name)
+    if not version.isdecimal():
+        raise ZooError(f"models: {model!r} has no number after its '@'; give name or name@version")
+    return zoo.chain(name, int(version))

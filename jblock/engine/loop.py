@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.profiler import TraceAnnotation
 
-from jblock.engine.api import EngineStats, Output, Request
+from jblock.engine.api import EngineStats, Output, ReportRunning, Request
 from jblock.engine.config import EngineConfig
 from jblock.engine.graph.build import assemble
 from jblock.engine.graph.graph import Route, ServingGraph
@@ -86,6 +86,8 @@ class Loop:
         self._outputs: list[Output] = []
         self._in_flight: Step | None = None
         self._generated_tokens = 0
+        self.report_running: ReportRunning = lambda begun, ended: None
+        self._reported: set[str] = set()
 
     @property
     def kv(self) -> KVCacheManager:
@@ -163,13 +165,19 @@ class Loop:
             self._refuse(request, "INVALID_ARGUMENT", problem)
             return
         sampling = request.sampling
+        max_tokens = min(sampling.max_tokens, limit - len(request.token_ids))
+        if len(request.generated) >= max_tokens:
+            # An engine before this one ended with the last token, before it could say so.
+            self._outputs.append(Output(request_id=request.request_id, finish_reason="length"))
+            return
         self._sequences.waiting.append(
             Sequence(
                 request=request,
                 route=route,
-                max_tokens=min(sampling.max_tokens, limit - len(request.token_ids)),
+                max_tokens=max_tokens,
                 seed=secrets.randbits(32) if sampling.seed is None else sampling.seed,
                 lease=self.residency.acquire(route),
+                generated=list(request.generated),
             )
         )
 
@@ -192,6 +200,7 @@ class Loop:
             self._finish(sequence, "error", error_message=sequence.lease.error, **fields)
         with TraceAnnotation("admit"):
             self._sequences.admit()
+        self._report_running()
         enqueued = self._enqueue()
         if self._in_flight is not None:
             with TraceAnnotation("read_tokens"):
@@ -203,6 +212,14 @@ class Loop:
             self._merge_instances()
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    def _report_running(self) -> None:
+        """Says which requests the step to come computes, before it can end the process."""
+        running = self._sequences.running.keys()
+        if running != self._reported:
+            begun, ended = running - self._reported, self._reported - running
+            self.report_running(tuple(begun), tuple(ended))
+            self._reported = set(running)
 
     def measure(self) -> bool:
         """Times one call of a program that the profile lacks. Call it when idle; False: none is lacking."""

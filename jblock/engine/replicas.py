@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import jax
 
-from jblock.engine.api import EngineStats, ModelInfo, Output, Request
+from jblock.engine.api import Engine, EngineStats, ModelInfo, Output, ReportRunning, Request
 from jblock.engine.config import EngineConfig
 from jblock.engine.engine import ThreadEngine
 from jblock.engine.programs.executable_cache import ExecutableCache
@@ -25,7 +25,7 @@ from jblock.zoo.store import Zoo
 _COMMON = ("chains",)
 
 
-class DataParallelEngine:
+class DataParallelEngine(Engine):
     """An `api.Engine` over the groups of a mesh with `dp`."""
 
     def __init__(
@@ -80,6 +80,11 @@ class DataParallelEngine:
         with self._lock:
             group, _ = self._open.get(request_id, (0, 0))
             self._engines[group].cancel(request_id)
+
+    def report_running(self, report: ReportRunning) -> None:
+        """Each group reports what it computes; no request is in two of them."""
+        for engine in self._engines:
+            engine.report_running(report)
 
     def poll(self, timeout: float) -> list[Output]:
         """Outputs of all groups since the last call; waits up to `timeout` seconds for the first.

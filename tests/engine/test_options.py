@@ -66,6 +66,38 @@ def test_tokens_are_the_same_alone_together_and_when_giving_way(zoo, agent):
     assert tight.loop.stats().preemptions > 0
 
 
+@pytest.mark.parametrize("options", [*OPTIONS, {"prompt_logprobs": True}])
+@pytest.mark.parametrize("had", [1, 2, 17, 44])
+def test_a_request_goes_on_after_what_another_engine_generated(agent, options, had):
+    one = request("r", BASE, prompt(3), **{"max_tokens": 45, "logprobs": True, **options})
+    agent.loop.submit(one)
+    whole = [o for o in agent.run()["r"] if o.token_ids]
+    tokens = tuple(t for o in whole for t in o.token_ids)
+    assert len(tokens) == 45
+    agent.loop.submit(dataclasses.replace(one, generated=tokens[:had]))
+    rest = agent.run()["r"]
+    assert tuple(t for o in rest for t in o.token_ids) == tokens[had:]
+    assert rest[-1].finish_reason == "length" and not any(o.prompt_logprobs for o in rest)
+    np.testing.assert_allclose(
+        [p for o in rest for p in o.logprobs],
+        [p for o in whole[had:] for p in o.logprobs],
+        atol=1e-4,
+    )
+
+
+def test_a_request_that_had_all_its_tokens_ends_at_once(agent):
+    one = request("r", BASE, prompt(3), max_tokens=3)
+    agent.loop.submit(dataclasses.replace(one, generated=(4, 5, 6)))
+    (output,) = agent.run()["r"]
+    assert (output.finish_reason, output.token_ids) == ("length", ())
+
+
+def test_generated_ids_are_checked_as_those_of_a_prompt(agent):
+    agent.loop.submit(dataclasses.replace(request("r", BASE, prompt(3)), generated=(4, 999)))
+    (output,) = agent.run()["r"]
+    assert "generated has 999" in output.error_message
+
+
 def generated(agent, **options) -> list[int]:
     return agent.generate({"r": (BASE, prompt(0))}, **{"max_tokens": 30, **options})["r"]
 

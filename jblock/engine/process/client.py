@@ -1,7 +1,7 @@
 """The engine in a process of its own, behind the same interface.
 
 The server's event loop and the engine's loop then never wait for one another's interpreter lock,
-the server needs no jax, and a crash of the engine is a status code instead of a dead server.
+the server needs no jax, and a crash of the engine does not end the server.
 """
 
 import collections
@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
@@ -32,27 +33,36 @@ class ProcessEngine(api.Engine):
 
     The child builds the real engine with a factory named as "module:function" and plain keyword
     arguments; see `jblock.engine.process.server` for its side. Nothing here blocks on the child:
-    one thread writes to it, one reads from it, one passes its stderr on.
+    one thread writes to it, one reads from it, one passes its stderr on, one watches its heartbeat.
     """
 
-    def __init__(self, factory: str, kwargs: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        factory: str,
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        heartbeat_seconds: float = 0.0,
+    ):
         """Starts the child and returns at once; `models` waits for it.
 
         Args:
           factory: "module:function"; the function returns an Engine.
           kwargs: its arguments: None, bools, ints, floats, strings, and lists and maps of them.
+          heartbeat_seconds: a child that is silent for longer is frozen and is killed; 0 never.
 
         Raises:
           TypeError: an argument is no plain data.
         """
-        start = wire.pack("start", {"factory": factory, "kwargs": dict(kwargs or {})})
+        start = wire.pack(wire.Start(factory, dict(kwargs or {}), heartbeat_seconds))
         self._changed = threading.Condition()
         self._models: tuple[api.ModelInfo, ...] | None = None
         self._numbers = itertools.count()
-        self._served: dict[int, tuple[str, Any]] = {}  # answers to `serve`, by its number
-        # What each step brought; an empty list when there will be no more.
-        self._steps: queue.SimpleQueue[list[api.Output]] = queue.SimpleQueue()
+        self._served: dict[int, wire.Served] = {}  # answers to `serve`, by its number
+        # What each step brought; an empty tuple when there will be no more.
+        self._steps: queue.SimpleQueue[tuple[api.Output, ...]] = queue.SimpleQueue()
         self._stats = api.EngineStats()
+        self._running: set[str] = set()
+        self._frames = 0
         self._invalid: str | None = None
         self._died: str | None = None
         self._told = ""
@@ -62,18 +72,38 @@ class ProcessEngine(api.Engine):
         self._connection, theirs = Pipe()
         with theirs:
             self._process = _spawn(theirs)
+        targets = [self._write, self._read, self._pass_stderr_on]
         self._threads = [
             threading.Thread(target=target, name=f"engine-{target.__name__}", daemon=True)
-            for target in (self._write, self._read, self._pass_stderr_on)
+            for target in targets
         ]
         for thread in self._threads:
             thread.start()
+        if heartbeat_seconds:
+            threading.Thread(
+                target=self._watch, args=(heartbeat_seconds,), name="engine-watch", daemon=True
+            ).start()
         self._outbox.put(start)
 
     @property
     def pid(self) -> int:
         """Process id of the child."""
         return self._process.pid
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether `models` would return at once."""
+        return self._models is not None and not self._ended()
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the child is warm and alive."""
+        return self.is_warm
+
+    @property
+    def running(self) -> frozenset[str]:
+        """Ids of the requests that the present step computes, or the last step of a child that is gone."""
+        return frozenset(self._running)
 
     def models(self) -> tuple[api.ModelInfo, ...]:
         """The served chains; blocks until the engine is warm.
@@ -94,11 +124,11 @@ class ProcessEngine(api.Engine):
 
     def submit(self, request: api.Request) -> None:
         """Hands a request to the child; never blocks."""
-        self._outbox.put(wire.pack("submit", wire.to_plain(request)))
+        self._outbox.put(wire.pack(wire.Submit(request)))
 
     def cancel(self, request_id: str) -> None:
         """Asks the child to end a request; never blocks."""
-        self._outbox.put(wire.pack("cancel", request_id))
+        self._outbox.put(wire.pack(wire.Cancel(request_id)))
 
     def poll(self, timeout: float) -> list[api.Output]:
         """Outputs since the last call; waits up to `timeout` seconds for the first.
@@ -125,17 +155,17 @@ class ProcessEngine(api.Engine):
         self.models()
         with self._changed:
             number = next(self._numbers)
-            self._outbox.put(wire.pack("serve", [number, list(models)]))
+            self._outbox.put(wire.pack(wire.Serve(number, tuple(models))))
             self._changed.wait_for(lambda: number in self._served or self._ended())
             if number not in self._served:
                 raise api.EngineDied(self._died or "the engine was closed; build another one")
-            refused, body = self._served.pop(number)
-        if refused:
-            raise wire.ERRORS.get(refused, RuntimeError)(body)
-        return tuple(wire.from_plain(api.ModelInfo, m) for m in body)
+            answer = self._served.pop(number)
+        if answer.refused:
+            raise wire.ERRORS.get(answer.refused, RuntimeError)(answer.message)
+        return answer.models
 
     def stats(self) -> api.EngineStats:
-        """The counters that came with the last step."""
+        """The counters that came last."""
         return self._stats
 
     def close(self) -> None:
@@ -145,8 +175,8 @@ class ProcessEngine(api.Engine):
                 return
             self._closed = True
             self._changed.notify_all()
-        self._steps.put([])
-        self._outbox.put(wire.pack("close"))
+        self._steps.put(())
+        self._outbox.put(wire.pack(wire.Close()))
         self._outbox.put(None)
         try:
             self._process.wait(_CLOSE_SECONDS)
@@ -170,37 +200,58 @@ class ProcessEngine(api.Engine):
     def _read(self) -> None:
         while True:
             try:
-                kind, body = wire.unpack(self._connection.recv_bytes())
+                frame = wire.for_parent(self._connection.recv_bytes())
             except (EOFError, OSError):
                 break
             except ValueError as error:
                 self._told = str(error)
                 self._process.kill()  # It speaks another language; nothing it says can be used.
                 break
-            if kind == "step":
-                outputs, stats = body
-                self._stats = wire.from_plain(api.EngineStats, stats)
-                if outputs:
-                    self._steps.put([wire.from_plain(api.Output, o) for o in outputs])
-                continue
-            with self._changed:
-                if kind == "models":
-                    self._models = tuple(wire.from_plain(api.ModelInfo, m) for m in body)
-                elif kind == "served":
-                    number, refused, answer = body
-                    self._served[number] = (refused, answer)
-                    if not refused:
-                        self._models = tuple(wire.from_plain(api.ModelInfo, m) for m in answer)
-                elif kind == "invalid":
-                    self._invalid = self._told = body
-                else:
-                    self._told = body
-                self._changed.notify_all()
+            self._frames += 1
+            if isinstance(frame, wire.Step):
+                if frame.stats is not None:
+                    self._stats = frame.stats
+                if frame.outputs:
+                    self._steps.put(frame.outputs)
+            elif isinstance(frame, wire.Running):
+                self._running = self._running.difference(frame.ended).union(frame.begun)
+            elif not isinstance(frame, wire.Beat):
+                self._take(frame)
         died = self._how_it_died()
         with self._changed:
             self._died = died
             self._changed.notify_all()
-        self._steps.put([])
+        self._steps.put(())
+
+    def _take(self, frame: wire.Models | wire.Served | wire.Invalid | wire.Died) -> None:
+        """What somebody may be waiting for."""
+        with self._changed:
+            if isinstance(frame, wire.Models):
+                self._models = frame.models
+            elif isinstance(frame, wire.Served):
+                self._served[frame.number] = frame
+                if not frame.refused:
+                    self._models = frame.models
+            elif isinstance(frame, wire.Invalid):
+                self._invalid = self._told = frame.message
+            else:
+                self._told = frame.message
+            self._changed.notify_all()
+
+    def _watch(self, seconds: float) -> None:
+        """Kills a child that sends nothing for so long: it is frozen, or its main thread is stuck."""
+        silent, frames, looked = 0.0, -1, time.monotonic()
+        while not self._ended():
+            time.sleep(min(0.25, seconds / 8))
+            now = time.monotonic()
+            # No more than a second counts: this process may have been paused too, or the machine slept.
+            passed, looked = min(now - looked, 1.0), now
+            silent = silent + passed if frames == self._frames else 0.0
+            frames = self._frames
+            if silent > seconds and not self._ended():
+                self._told = f"it was frozen: no sign of life for {seconds:g} seconds"
+                self._process.kill()
+                return
 
     def _how_it_died(self) -> str:
         """Exit code, then what the child said last."""

@@ -7,6 +7,7 @@ everything came back.
 
 import dataclasses
 import os
+import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -66,6 +67,9 @@ class MockEngine(api.Engine):
         pages: int = 4096,
         page_size: int = 16,
         die_after_steps: int = 0,
+        kill_token: int = -1,
+        freeze_token: int = -1,
+        fatal_after: int = 0,
     ):
         """Starts the loop.
 
@@ -79,6 +83,10 @@ class MockEngine(api.Engine):
           pages: KV pages pretended to exist.
           page_size: tokens a page holds.
           die_after_steps: the loop ends with EngineDied after so many working steps; 0: never.
+          kill_token: a prompt that has this id kills the process (SIGKILL), when its request has generated
+            `fatal_after` tokens; only for an engine in a process of its own.
+          freeze_token: the same, but the process is stopped (SIGSTOP).
+          fatal_after: see `kill_token`.
         """
         self.step_delay = step_delay
         self.zoo = [*models, *more]
@@ -89,6 +97,10 @@ class MockEngine(api.Engine):
         self._pages_total = self._pages_free = pages
         self._page_size = page_size
         self._die_after_steps = die_after_steps
+        self._fatal = {kill_token: signal.SIGKILL, freeze_token: signal.SIGSTOP}
+        self._fatal_after = fatal_after
+        self._report: api.ReportRunning = lambda begun, ended: None
+        self._reported: set[str] = set()
         self._changed = threading.Condition()
         self._waiting: list[_Running] = []
         self._running: dict[str, _Running] = {}
@@ -136,7 +148,7 @@ class MockEngine(api.Engine):
             elif request.version not in (0, model.info.version):
                 self._fail(request.request_id, "ABORTED", "version: another is served by now")
             else:
-                self._waiting.append(_Running(request, model))
+                self._waiting.append(_Running(request, model, generated=len(request.generated)))
             self._changed.notify_all()
 
     def cancel(self, request_id: str) -> None:
@@ -179,6 +191,10 @@ class MockEngine(api.Engine):
                 generated_tokens=self._generated_tokens,
             )
 
+    def report_running(self, report: api.ReportRunning) -> None:
+        """Has the ids of running requests reported before each step."""
+        self._report = report
+
     def close(self) -> None:
         """Stops the loop."""
         with self._changed:
@@ -210,6 +226,10 @@ class MockEngine(api.Engine):
             self._pages_free -= pages
             self._prompt_tokens += len(request.token_ids)
             self._running[request.request_id] = running
+        begun, ended = self._running.keys() - self._reported, self._reported - self._running.keys()
+        if begun or ended:
+            self._report(tuple(sorted(begun)), tuple(sorted(ended)))
+            self._reported = set(self._running)
         for running in list(self._running.values()):
             self._advance(running)
         self._steps += 1
@@ -224,7 +244,14 @@ class MockEngine(api.Engine):
             self._fail(name, model.error_code, "model: told to fail; ask for another one")
             return
         prompt = request.token_ids
+        if running.generated >= self._fatal_after:
+            for fatal, number in self._fatal.items():
+                if fatal in prompt:
+                    os.kill(os.getpid(), number)
         token = prompt[running.generated % len(prompt)] + model.offset
+        if sampling.temperature:
+            # As a draw by seed and position would be: the same wherever the request runs.
+            token += hash((sampling.seed, running.generated))
         token %= model.info.vocab_size
         ends = sampling.stop_token_ids
         if not sampling.ignore_eos:

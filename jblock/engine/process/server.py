@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from multiprocessing.connection import Connection
 from typing import Any
@@ -42,18 +43,20 @@ class _Sender:
     """Writes to the parent, from several threads."""
 
     def __init__(self, connection: Connection):
+        self.last = time.monotonic()
         self._connection = connection
         self._lock = threading.Lock()
 
-    def send(self, kind: str, body: Any) -> None:
+    def send(self, frame: wire.ToParent) -> None:
         """Sends one frame.
 
         Raises:
           OSError: the parent is gone.
         """
-        frame = wire.pack(kind, body)
+        data = wire.pack(frame)
         with self._lock:
-            self._connection.send_bytes(frame)
+            self._connection.send_bytes(data)
+            self.last = time.monotonic()
 
 
 class _Inbox(threading.Thread):
@@ -66,14 +69,14 @@ class _Inbox(threading.Thread):
         self._connection, self._sender = connection, sender
         self._lock = threading.Lock()
         self._engine: api.Engine | None = None
-        self._early: list[tuple[str, Any]] = []
+        self._early: list[wire.ToChild] = []
 
     def attach(self, engine: api.Engine) -> None:
         """Hands the engine what came so far, and from now on everything at once."""
         with self._lock:
             self._engine = engine
-            for kind, body in self._early:
-                self._pass_on(engine, kind, body)
+            for frame in self._early:
+                self._pass_on(engine, frame)
 
     def run(self) -> None:
         """Reads until told to close. An engine that hears nothing any more must not live on."""
@@ -87,65 +90,90 @@ class _Inbox(threading.Thread):
     def _read(self) -> None:
         while True:
             try:
-                kind, body = wire.unpack(self._connection.recv_bytes())
+                frame = wire.for_child(self._connection.recv_bytes())
             except (EOFError, OSError):
                 os._exit(0)
-            if kind == "close":
+            if isinstance(frame, wire.Close):
                 if not self.warm:
                     os._exit(0)  # A compilation cannot be interrupted otherwise.
                 self.closing.set()
                 continue
             with self._lock:
                 if self._engine is None:
-                    self._early.append((kind, body))
+                    self._early.append(frame)
                 else:
-                    self._pass_on(self._engine, kind, body)
+                    self._pass_on(self._engine, frame)
 
-    def _pass_on(self, engine: api.Engine, kind: str, body: Any) -> None:
-        if kind == "submit":
-            engine.submit(wire.from_plain(api.Request, body))
-        elif kind == "cancel":
-            engine.cancel(body)
-        elif kind == "serve":
+    def _pass_on(self, engine: api.Engine, frame: wire.ToChild) -> None:
+        if isinstance(frame, wire.Submit):
+            engine.submit(frame.request)
+        elif isinstance(frame, wire.Cancel):
+            engine.cancel(frame.request_id)
+        elif isinstance(frame, wire.Serve):
             # It may take a minute, and requests go on meanwhile.
             threading.Thread(
-                target=_change, args=(self._sender, engine, *body), name="engine-serve", daemon=True
+                target=_change, args=(self._sender, engine, frame), name="engine-serve", daemon=True
             ).start()
-        else:
-            raise ValueError(f"kind: {kind!r} is unknown; both ends must run the same jblock")
 
 
-def _change(sender: _Sender, engine: api.Engine, number: int, models: list[str]) -> None:
+def _change(sender: _Sender, engine: api.Engine, frame: wire.Serve) -> None:
     """Serves other chains and answers with them, or with the error."""
-    answer: list[Any]
     try:
-        answer = [number, "", [wire.to_plain(m) for m in engine.serve(models)]]
+        answer = wire.Served(frame.number, tuple(engine.serve(frame.models)))
     except api.EngineDied:
         return  # The loop's own report follows.
     except Exception as error:
         kind = next((k for k, cls in wire.ERRORS.items() if isinstance(error, cls)), "other")
         if kind == "other":
             traceback.print_exc()
-        answer = [number, kind, str(error) or type(error).__name__]
+        message = str(error) or type(error).__name__
+        answer = wire.Served(frame.number, refused=kind, message=message)
     with contextlib.suppress(OSError):
-        sender.send("served", answer)
+        sender.send(answer)
 
 
-def _serve(sender: _Sender, inbox: _Inbox, engine: api.Engine) -> None:
+class _Heart(threading.Thread):
+    """Sends a beat whenever the parent has heard nothing for a quarter of the silence it allows.
+
+    Attributes:
+      rounds: of the main thread, once the engine is warm. Where they stop, so do the beats.
+    """
+
+    def __init__(self, sender: _Sender, inbox: _Inbox, seconds: float):
+        super().__init__(name="engine-heart", daemon=True)
+        self.rounds = 0
+        self._sender, self._inbox, self._seconds = sender, inbox, seconds
+
+    def run(self) -> None:
+        """Beats until the process ends."""
+        seen = -1
+        interval = self._seconds / 4
+        while True:
+            time.sleep(interval / 2)
+            if time.monotonic() - self._sender.last < interval:
+                continue
+            if self._inbox.warm and seen == self.rounds:
+                continue
+            seen = self.rounds
+            with contextlib.suppress(OSError):
+                self._sender.send(wire.Beat())
+
+
+def _serve(sender: _Sender, inbox: _Inbox, heart: _Heart, engine: api.Engine) -> None:
     """Passes what the engine brings to the parent until told to close."""
     models = engine.models()
     inbox.warm = True
     # Counters first: whoever has seen the engine warm must not read those of one that is not.
     sent = engine.stats()
-    sender.send("step", [[], wire.to_plain(sent)])
-    sender.send("models", [wire.to_plain(m) for m in models])
+    sender.send(wire.Step((), sent))
+    sender.send(wire.Models(tuple(models)))
     while not inbox.closing.is_set():
         outputs = engine.poll(_POLL_SECONDS)
         stats = engine.stats()
         if outputs or stats != sent:
-            body = [[wire.to_plain(o) for o in outputs], wire.to_plain(stats)]
-            sender.send("step", body)
+            sender.send(wire.Step(tuple(outputs), None if stats == sent else stats))
             sent = stats
+        heart.rounds += 1
 
 
 def main(fd: int) -> int:
@@ -154,30 +182,36 @@ def main(fd: int) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     connection = Connection(fd)
-    _, start = wire.unpack(connection.recv_bytes())
+    start = wire.for_child(connection.recv_bytes())
+    if not isinstance(start, wire.Start):
+        raise ValueError(f"the first frame is {type(start).__name__}, not Start")
     sender = _Sender(connection)
     inbox = _Inbox(connection, sender)
     inbox.start()
+    heart = _Heart(sender, inbox, start.heartbeat)
+    if start.heartbeat:
+        heart.start()
     built = False
     try:
-        engine = load_factory(start["factory"])(**start["kwargs"])
+        engine = load_factory(start.factory)(**start.kwargs)
         built = True
+        engine.report_running(lambda begun, ended: sender.send(wire.Running(begun, ended)))
         inbox.attach(engine)
-        _serve(sender, inbox, engine)
+        _serve(sender, inbox, heart, engine)
         engine.close()
     except BrokenPipeError:
         return 0
     except ValueError as error:
         if built:
             traceback.print_exc()
-        sender.send("died" if built else "invalid", str(error))
+        sender.send(wire.Died(str(error)) if built else wire.Invalid(str(error)))
         return 1
     except api.EngineDied as error:
-        sender.send("died", str(error))
+        sender.send(wire.Died(str(error)))
         return 1
     except Exception as error:
         traceback.print_exc()
-        sender.send("died", f"{type(error).__name__}: {error}")
+        sender.send(wire.Died(f"{type(error).__name__}: {error}"))
         return 1
     return 0
 

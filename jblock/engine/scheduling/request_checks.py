@@ -29,9 +29,10 @@ def request_problem(request: Request, chain: Chain, limit: int, remedy: str) -> 
             f"token_ids has {count} tokens; model {request.model!r} takes at most {limit - 1} "
             f"and one to generate: {remedy}"
         )
-    wrong = next((t for t in request.token_ids if not 0 <= t < vocab), None)
-    if wrong is not None:
-        return f"token_ids has {wrong}; ids of {request.model!r} go from 0 to {vocab - 1}"
+    for field in ("token_ids", "generated"):
+        wrong = next((t for t in getattr(request, field) if not 0 <= t < vocab), None)
+        if wrong is not None:
+            return f"{field} has {wrong}; ids of {request.model!r} go from 0 to {vocab - 1}"
     return sampling_problem(request.sampling, chain)
 
 
