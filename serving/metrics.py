@@ -49,6 +49,7 @@ _HELP = {
         "gauge",
         "Requests that an engine process died under and that did not go on since.",
     ),
+    "kernels_replaced": ("gauge", "Ops whose kernel failed its self-test: XLA's form serves."),
 }
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 

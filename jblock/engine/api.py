@@ -191,6 +191,7 @@ class EngineStats:
       restarts: engine processes that died or froze and were replaced.
       resumed_requests: requests that went on in a new process after their tokens so far.
       suspects: requests that a process died under and that have not gone on since.
+      kernels_replaced: ops whose kernel failed its self-test at start, served by XLA instead (promise: 0).
     """
 
     steps: int = 0
@@ -228,6 +229,7 @@ class EngineStats:
     restarts: int = 0
     resumed_requests: int = 0
     suspects: int = 0
+    kernels_replaced: int = 0
 
 
 # Fields of EngineStats that say how things are now; the others only grow.
@@ -246,6 +248,7 @@ GAUGES = frozenset(
         "host_bytes",
         "host_kv_bytes",
         "suspects",
+        "kernels_replaced",
     }
 )
 

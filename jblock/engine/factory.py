@@ -11,6 +11,7 @@ from jblock.engine.config import EngineConfig
 from jblock.engine.engine import ThreadEngine
 from jblock.engine.programs.executable_cache import ExecutableCache, default_folder
 from jblock.engine.replicas import DataParallelEngine
+from jblock.pallas_kernels import self_test
 from jblock.zoo.records import Chain, ZooError
 from jblock.zoo.store import Zoo
 
@@ -42,6 +43,7 @@ def build_engine(
     chains = served_chains(store, models, config)
     if profiler_port:
         jax.profiler.start_server(profiler_port)
+    self_test.run(config.kv_dtype)
     cache = ExecutableCache(cache_folder(store, executable_cache))
     cache.prune()
     if config.sharding.mesh.dp > 1:

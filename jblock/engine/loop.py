@@ -25,6 +25,7 @@ from jblock.engine.scheduling.scheduler import Admission
 from jblock.engine.scheduling.sequence import Sequence
 from jblock.engine.weights.loader import Loads, Targets
 from jblock.engine.weights.residents import Adapter
+from jblock.pallas_kernels import backends
 
 
 class Picked(NamedTuple):
@@ -293,6 +294,7 @@ class Loop:
             swaps=sequences.swaps,
             host_kv_bytes=self.kv.host.used,
             generated_tokens=self._generated_tokens,
+            kernels_replaced=len(backends.replaced()),
         )
 
     def _refuse(self, request: Request, code: str, message: str) -> None:

@@ -22,7 +22,7 @@ from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
 
 # What all groups have alike; the other counters and gauges are added up.
-_COMMON = ("chains",)
+_COMMON = ("chains", "kernels_replaced")
 
 
 class DataParallelEngine(Engine):

@@ -17,6 +17,9 @@ BACKENDS = ("xla", "cpu", "tpu", "mosaic_gpu")
 # runs them on one.
 _OF_PLATFORM = {"tpu": "tpu"}
 
+_replaced: set[tuple[str, str]] = set()
+"""(op, backend) whose kernel failed its self-test in this process."""
+
 
 def backend_of(platform: str | None = None) -> str:
     """The backend that serves a platform ("cpu", "tpu", "gpu"); None: the one jax computes on."""
@@ -41,9 +44,19 @@ def serving(platform: str, backend: str) -> Iterator[None]:
         _OF_PLATFORM.update(before)
 
 
+def replace_by_xla(op: str, backend: str) -> None:
+    """Has XLA's form of an op stand for a backend's kernel from now on, in this process."""
+    _replaced.add((op, backend))
+
+
+def replaced() -> tuple[str, ...]:
+    """Ops whose kernel XLA's form stands for, each as "op/backend"."""
+    return tuple(sorted(f"{op}/{backend}" for op, backend in _replaced))
+
+
 def module(op: str, backend: str | None = None) -> ModuleType:
     """The module of an op's backend; None: of the one for the platform jax computes on. An op that a
-    backend has no module for is XLA's there.
+    backend has no module for, or that `replace_by_xla` named, is XLA's there.
 
     Raises:
       ValueError: there is no such backend.
@@ -52,5 +65,5 @@ def module(op: str, backend: str | None = None) -> ModuleType:
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not known; give one of {', '.join(BACKENDS)}")
     name = f"jblock.pallas_kernels.{op}.{backend}"
-    there = importlib.util.find_spec(name) is not None
+    there = (op, backend) not in _replaced and importlib.util.find_spec(name) is not None
     return importlib.import_module(name if there else f"jblock.pallas_kernels.{op}.xla")

@@ -14,10 +14,18 @@ from jblock.cpu_kernels import targets
 _MOST_BYTES = 1 << 20
 """Of x as float32: it is laid on the stack of a thread."""
 
+_disabled: list[bool] = []
+"""Not empty after `disable`."""
+
+
+def disable() -> None:
+    """Leaves all products to XLA from now on, in this process."""
+    _disabled.append(True)
+
 
 def serves(count: int, weights: Sequence[jax.Array]) -> bool:
     """Whether `matmul` has code for so many rows of x and such weights [out, in] on this machine."""
-    if not targets.available():
+    if _disabled or not targets.available():
         return False
     from jblock.cpu_kernels.matmul import items, kernel
 

@@ -24,6 +24,7 @@ from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 
 from jblock.cpu_kernels import targets
+from jblock.pallas_kernels import backends
 
 MAX_ENTRIES = 4096
 _CODE = ("blocks", "pallas_kernels", "cpu_kernels", "parallel", "engine")
@@ -179,6 +180,7 @@ def environment(devices: tuple[jax.Device, ...] = ()) -> str:
                 }
             ),
             _cpu_features() if platform == "cpu" else "",
+            *backends.replaced(),
             _CODE_DIGEST,
         )
     )
