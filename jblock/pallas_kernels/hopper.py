@@ -14,6 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+Ref = Any
+"""Memory or barriers that a kernel names, or a part of them; the type that jax has for it is private."""
+
 SHARED_MEMORY = 227 * 1024 - 2048
 """Bytes of shared memory a block may use on sm_90, less a little for barriers."""
 
@@ -75,21 +78,31 @@ def matmul(
     return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 
-def add_product(total: jax.Array, a: jax.Array, b: Any) -> jax.Array:
+def add_product(
+    total: jax.Array, a: jax.Array, b: Any, *, then: Callable[[], None] | None = None
+) -> jax.Array:
     """total + a @ b, summed where total lies: a product of its own would take as many registers again.
 
     Args:
       total: float32 [64, n] in the accumulator's layout.
       a: [64, k] in registers, in that layout.
       b: [k, n] in shared memory.
+      then: run after the matmul is issued, before it is awaited.
     """
-    return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(total))
+
+    def run(acc: Any) -> None:
+        plgpu.wgmma(acc, a, b)
+        if then is not None:
+            then()
+
+    return pl.run_state(run)(plgpu.ACC.init(total))
 
 
 def sum_of_products(
     shape: tuple[int, int],
     steps: Any,
-    operands: Callable[[Any], tuple[Any, Any]],
+    arrived: Callable[[Any], None],
+    operands: Callable[[Any], tuple[Ref, Ref]],
     read: Callable[[Any], None],
 ) -> jax.Array:
     """The sum of a_i @ b_i.T over i < steps in float32, kept in the accumulator all the while.
@@ -97,13 +110,16 @@ def sum_of_products(
     Args:
       shape: of the sum, [64, n].
       steps: how many products; none gives zeros.
-      operands: i -> a_i [64, k] and b_i [n, k] in shared memory, once they are there.
-      read: called with i when the operands of product i were read, while the next one runs.
+      arrived: waits until the operands of product i are there.
+      operands: i -> a_i [64, k] and b_i [n, k] in shared memory.
+      read: called with i when the operands of product i were read, while the next one runs: that one
+        product is outstanding says that the one before it is done, not that this one is.
     """
 
     def run(acc: Any) -> jax.Array:
         @pl.loop(0, steps)
         def _step(i: Any) -> None:
+            arrived(i)
             a, b = operands(i)
             plgpu.wgmma(acc, a, plgpu.transpose_ref(b, (1, 0)))
             plgpu.wgmma_wait(1)

@@ -326,25 +326,33 @@ def _prepare() -> None:
     gpu_callbacks.copy_smem_to_gmem = store_and_count
 
     def matmul(a, b, *, transpose_b=False, then=None):
-        a = a[...]
-        b = b[...].T if transpose_b else b[...]
         if then is not None:
             then()
+        # The tensor cores may read as late as when the product is awaited.
+        a = a[...]
+        b = b[...].T if transpose_b else b[...]
         flops = 2 * a.shape[0] * a.shape[1] * b.shape[1]
         jax.debug.callback(lambda: count("flops", flops))
         return jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
 
-    def sum_of_products(shape, steps, operands, read):
+    def sum_of_products(shape, steps, arrived, operands, read):
+        # Waiting until one product is outstanding frees the operands of the one before it. Those of the
+        # outstanding one may be read as late as here, after the next one's have come.
         def step(i, total):
+            arrived(i)
+            return jax.lax.cond(i > 0, lambda t: finish(i - 1, t), lambda t: t, total)
+
+        def finish(i, total):
             a, b = operands(i)
             total += matmul(a, b, transpose_b=True)
             read(i)
             return total
 
-        return jax.lax.fori_loop(0, steps, step, jnp.zeros(shape, jnp.float32))
+        total = jax.lax.fori_loop(0, steps, step, jnp.zeros(shape, jnp.float32))
+        return jax.lax.cond(steps > 0, lambda t: finish(steps - 1, t), lambda t: t, total)
 
     hopper.matmul = matmul
-    hopper.add_product = lambda total, a, b: total + matmul(a, b)
+    hopper.add_product = lambda total, a, b, then=None: total + matmul(a, b, then=then)
     hopper.sum_of_products = sum_of_products
     hopper.accumulator = lambda shape, value: jnp.full(shape, value, jnp.float32)
     hopper.per_row = lambda rows, value: jnp.full((rows,), value, jnp.float32)

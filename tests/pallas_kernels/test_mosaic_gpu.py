@@ -181,6 +181,41 @@ def test_walk_visits_what_is_visible_and_no_page_more(
     assert pages == {key // page_size for key in visible if key < cached}
 
 
+@settings(max_examples=400, deadline=None)
+@given(
+    cached=st.integers(0, 40),
+    first=st.integers(0, 20),
+    count=st.integers(1, 9),
+    window=st.sampled_from([None, 1, 3, 8, 21]),
+    block_kv=st.sampled_from([4, 8]),
+    splits=st.integers(1, 4),
+)
+def test_runs_without_a_mask_are_the_blocks_that_need_none(
+    cached, first, count, window, block_kv, splits
+):
+    walk = gpu_walk.walk(count, cached, first, block_kv=block_kv, window=window)
+    for split in range(splits):
+        begin, end = gpu_walk.split_range(walk.num_steps, split, splits)
+        runs = gpu_walk.segments(walk, begin, end, block_kv=block_kv, window=window)
+        found = []
+        for start, masked, last in runs:
+            found += [(i, False) for i in range(start, masked)]
+            found += [(i, True) for i in range(masked, last)]
+        assert [i for i, _ in found] == list(range(begin, end))
+        for i, masked in found:
+            block = gpu_walk.block_at(walk, i, block_kv=block_kv)
+            assert masked == bool(
+                gpu_walk.needs_mask(walk, block, block_kv=block_kv, window=window)
+            )
+
+
+def test_tiles_that_see_most_keys_come_first():
+    ragged = ragged_of([(500, 7), (0, 30), (40, 23)], 30)
+    table = np.asarray(gpu_walk.tile_table(ragged, 60, 8))
+    keys = np.where(table[:, 2] > 0, table[:, 2:].sum(axis=1), 0)
+    assert keys.tolist() == sorted(keys.tolist(), reverse=True) and keys[0] == 507
+
+
 WRITE_SCALES = jax.jit(mosaic_gpu.write_scales)
 
 

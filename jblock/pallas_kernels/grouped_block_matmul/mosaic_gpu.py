@@ -150,15 +150,17 @@ def _body(refs: Any, s: Any, warpgroups: int, stages: int, steps: int) -> None:
 
     @pl.when((wg < warpgroups) & (last > first))
     def _compute() -> None:
-        def operands(i: Any) -> tuple[Any, Any]:
+        def arrived(i: Any) -> None:
+            plgpu.barrier_wait(s.full.at[lax.rem(i, stages)])
+
+        def operands(i: Any) -> tuple[hopper.Ref, hopper.Ref]:
             slot = lax.rem(i, stages)
-            plgpu.barrier_wait(s.full.at[slot])
             return s.x.at[slot, pl.ds(wg * ROWS, ROWS)], s.w.at[slot]
 
         def read(i: Any) -> None:
             plgpu.barrier_arrive(s.free.at[lax.rem(i, stages)])
 
-        s.result[wg] = hopper.sum_of_products((ROWS, size), products, operands, read)
+        s.result[wg] = hopper.sum_of_products((ROWS, size), products, arrived, operands, read)
         plgpu.commit_smem()
         low = jnp.clip(first - wg * ROWS, 0, ROWS)
         high = jnp.clip(last - wg * ROWS, 0, ROWS)

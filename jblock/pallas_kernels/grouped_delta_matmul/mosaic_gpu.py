@@ -344,15 +344,18 @@ def _shrink(plan: Plan, s: Any, part: Any) -> None:
     """[rows, ranks] of a part of the inputs, into s.sums."""
     _, count = share(plan.steps, part, plan.input_parts)
 
-    def operands(i: Any) -> tuple[Any, Any]:
+    def arrived(i: Any) -> None:
+        plgpu.barrier_wait(s.a_full.at[lax.rem(i, _SHRINK_STAGES)])
+
+    def operands(i: Any) -> tuple[hopper.Ref, hopper.Ref]:
         slot = lax.rem(i, _SHRINK_STAGES)
-        plgpu.barrier_wait(s.a_full.at[slot])
         return s.x.at[slot], s.a.at[slot]
 
     def read(i: Any) -> None:
         plgpu.barrier_arrive(s.a_free.at[lax.rem(i, _SHRINK_STAGES)])
 
-    s.sums[0:ROWS] = hopper.sum_of_products((ROWS, plan.ranks), count, operands, read)
+    shape = (ROWS, plan.ranks)
+    s.sums[0:ROWS] = hopper.sum_of_products(shape, count, arrived, operands, read)
 
 
 def _expand(

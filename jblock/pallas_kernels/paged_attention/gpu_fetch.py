@@ -1,7 +1,10 @@
 """What the memory warpgroup of the Hopper kernel does: it brings keys and values, and writes the new ones.
 
 Keys and values arrive by TMA through a ring of shared memory buffers, new ones from the call's own arrays.
-The tile's new rows are stored into the pages meanwhile, to slots that no block reads as cached.
+A block that is seen whole arrives by one copy a page, on the barrier that the compute warpgroups wait for:
+every copy costs that barrier 128 arrivals. A block that is seen in part comes in runs of 16 keys on a
+barrier of its own, which the memory warpgroup awaits before it passes the block on. The tile's new rows are
+stored into the pages as soon as the last block is on its way, to slots that no block reads as cached.
 
 Pages of 8 bits arrive through a ring of their own. The memory warpgroup widens and scales what has arrived,
 into the ring that the compute warpgroups read, which know nothing of it. Their scales are read as they lie.
@@ -20,6 +23,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jblock.pallas_kernels import hopper
 from jblock.pallas_kernels.paged_attention import gpu_walk
 from jblock.pallas_kernels.paged_attention.gpu_plan import ROWS, Plan
+from jblock.pallas_kernels.paged_attention.gpu_refs import Arrays, Ref, Scratch
+
+Int = Any
+"""A traced int32 scalar, or a Python int."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,185 +43,252 @@ class Tile:
     """
 
     walk: gpu_walk.Walk
-    begin: Any
-    steps: Any
-    seq: Any
-    start: Any
-    head: Any
+    begin: Int
+    steps: Int
+    seq: Int
+    start: Int
+    head: Int
 
 
 @dataclasses.dataclass(frozen=True)
 class _Way:
-    """What keys, or values, come from and go to; fields as `gpu_kernel.body` and `gpu_plan.scratch` name
-    them, None where there are none.
+    """Where keys, or values, come from and go to: fields of Arrays and Scratch, less their k_ or v_."""
 
-    Attributes:
-      new, pages, scales: in device memory.
-      raw, raw_full: the ring of 8-bit values.
-      ring, full, free: the ring that is read.
-    """
-
-    new: Any
-    pages: Any
-    scales: Any
-    raw: Any
-    raw_full: Any
-    ring: Any
-    full: Any
-    free: Any
+    new: Ref
+    pages: Ref
+    scales: Ref | None
+    raw: Ref | None
+    raw_full: Ref | None
+    ring: Ref
+    full: Ref
+    edges_full: Ref
+    consumed: Ref
 
 
-def _way(refs: Any, s: Any, kind: str) -> _Way:
-    names = f"{kind}_new {kind}_pages {kind}_scales", f"{kind}_raw {kind}_raw_full"
-    own = f"{kind}_ring {kind}_full {kind}_free"
-    found = [getattr(refs, n, None) for n in names[0].split()]
-    return _Way(*found, *(getattr(s, n, None) for n in f"{names[1]} {own}".split()))
+def _ways(a: Arrays, s: Scratch) -> tuple[_Way, _Way]:
+    k = _Way(
+        new=a.k_new,
+        pages=a.k_pages,
+        scales=a.k_scales,
+        raw=s.k_raw,
+        raw_full=s.k_raw_full,
+        ring=s.k_ring,
+        full=s.k_full,
+        edges_full=s.k_edges_full,
+        consumed=s.k_consumed,
+    )
+    v = _Way(
+        new=a.v_new,
+        pages=a.v_pages,
+        scales=a.v_scales,
+        raw=s.v_raw,
+        raw_full=s.v_raw_full,
+        ring=s.v_ring,
+        full=s.v_full,
+        edges_full=s.v_edges_full,
+        consumed=s.v_consumed,
+    )
+    return k, v
 
 
-def fetch(plan: Plan, refs: Any, s: Any, tile: Tile) -> None:
-    """Brings the keys and values of the tile's steps, as the rings have room."""
-    walk, begin, steps, head = tile.walk, tile.begin, tile.steps, tile.head
-    last_page = refs.page_table.shape[1] - 1
-    k, v = _way(refs, s, "k"), _way(refs, s, "v")
-    width = hopper.swizzle_columns(plan.head_dim, jnp.bfloat16)
+class Fetcher:
+    """Brings the keys and values of a tile's steps."""
 
-    def block_of(i: Any) -> gpu_walk.Block:
-        return gpu_walk.block_at(walk, begin + i, block_kv=plan.block_kv)
+    def __init__(self, plan: Plan, arrays: Arrays, scratch: Scratch, tile: Tile):
+        self.plan, self.arrays, self.tile = plan, arrays, tile
+        self.k, self.v = _ways(arrays, scratch)
+        self.width = hopper.swizzle_columns(plan.head_dim, jnp.bfloat16)
 
-    def pages(i: Any) -> tuple[Any, ...]:
-        at = block_of(i).position
-        logical = (lax.div(at + p * plan.piece, plan.page_size) for p in range(plan.pieces))
-        return tuple(refs.page_table[tile.seq, jnp.minimum(p, last_page)] for p in logical)
+    def fetch(self) -> None:
+        """Sends for all steps, as the rings have room."""
+        for i in range(self.plan.raw_stages):
+            self._send_for_raw(i)
+        lax.fori_loop(0, self.tile.steps, self._step, self._pages(0))
 
-    def first_in_page(block: gpu_walk.Block) -> Any:
-        return lax.rem(block.position, plan.page_size) if plan.pieces == 1 else 0
+    def drain(self) -> None:
+        """Waits until the last buffers have been read: a block may not end before."""
+        stages, steps = self.plan.stages, self.tile.steps
 
-    def from_new(way: _Way, ready: Any, block: gpu_walk.Block, slot: Any) -> None:
-        rows = pl.ds(tile.start + block.position - walk.cached, plan.new_piece)
-        to = way.ring.at[slot, pl.ds(0, plan.new_piece)]
-        plgpu.copy_gmem_to_smem(way.new.at[rows, head], to, ready)
-        for _ in range(plan.arrivals - 1):
-            plgpu.barrier_arrive(ready)
+        @pl.loop(jnp.maximum(steps - stages, 0), steps)
+        def _drain(i: Int) -> None:
+            plgpu.barrier_wait(self.k.consumed.at[lax.rem(i, stages)])
+            plgpu.barrier_wait(self.v.consumed.at[lax.rem(i, stages)])
 
-    def from_pages(
-        source: Any, ring: Any, ready: Any, block: gpu_walk.Block, ids: Any, slot: Any
-    ) -> None:
-        inside = first_in_page(block)
-        for i, page in enumerate(ids):
-            first = i * plan.piece
-            whole = (block.head <= first) & (block.tail >= first + plan.piece)
-
-            def copy(offset: int, size: int, page: Any = page, first: int = first) -> None:
-                plgpu.copy_gmem_to_smem(
-                    source.at[page, head, pl.ds(inside + offset, size)],
-                    ring.at[slot, pl.ds(first + offset, size)],
-                    ready,
-                )
-
-            @pl.when(whole)
-            def _one_copy(copy: Any = copy) -> None:
-                copy(0, plan.piece)
-                for _ in range(plan.piece // plan.edge - 1):
-                    plgpu.barrier_arrive(ready)
-
-            @pl.when(jnp.logical_not(whole))
-            def _edges(copy: Any = copy, first: int = first) -> None:
-                for offset in range(0, plan.piece, plan.edge):
-                    # What nobody sees arrives without being read.
-                    read = gpu_walk.piece_is_read(block, first + offset, plan.edge)
-                    pl.when(read)(functools.partial(copy, offset, plan.edge))
-                    pl.when(jnp.logical_not(read))(lambda: plgpu.barrier_arrive(ready))
-
-    def seen(block: gpu_walk.Block, top: int) -> jax.Array:
-        # Beside the values that are seen lie other sequences' rows, or whatever was in shared memory: it
-        # may be NaN, and 0 x NaN is NaN.
-        key = hopper.iota((ROWS, width), 0) + top
-        return (key >= block.head) & (key < block.tail)
-
-    def rewrite(way: _Way, slot: Any, block: gpu_walk.Block, values: Any) -> None:
-        """Fills a buffer of the ring with values that are seen, zeros elsewhere, and says that it is full."""
-        for top in range(0, plan.block_kv, ROWS):
-            mine = seen(block, top)
-            for left in range(0, plan.head_dim, width):
-                part = way.ring.at[slot, top : top + ROWS, left : left + width]
-                part[...] = jnp.where(mine, values(part, top, left), jnp.bfloat16(0))
-        plgpu.commit_smem()
-        for _ in range(plan.arrivals):
-            plgpu.barrier_arrive(way.full.at[slot])
-
-    def clear_unseen(block: gpu_walk.Block, slot: Any) -> None:
-        plgpu.barrier_wait(v.full.at[plan.stages])
-        rewrite(v, slot, block, lambda part, top, left: hopper.load(part))
-
-    def widen(way: _Way, block: gpu_walk.Block, ids: Any, raw: Any, slot: Any) -> None:
-        inside, scales = first_in_page(block), {}
-        plgpu.barrier_wait(way.raw_full.at[raw])
-
-        def values(part: Any, top: int, left: int) -> jax.Array:
-            if top not in scales:
-                at = pl.ds(inside + top % plan.piece, ROWS)
-                scales[top] = hopper.load_rows(way.scales.at[ids[top // plan.piece], head, at])
-            wide = hopper.load_8_bits(way.raw.at[raw, top : top + ROWS, left : left + width])
-            return (wide * lax.broadcast_in_dim(scales[top], wide.shape, [0])).astype(jnp.bfloat16)
-
-        rewrite(way, slot, block, values)
-
-    def send_for(i: Any) -> None:
-        """Has the 8-bit values of step i come, if it is a step over cached tokens."""
-        block, raw = block_of(i), lax.rem(i, max(1, plan.raw_stages))
-
-        @pl.when((i < steps) & (block.is_new == 0))
-        def _send() -> None:
-            ids = pages(i)
-            for way in (k, v):
-                from_pages(way.pages, way.raw, way.raw_full.at[raw], block, ids, raw)
-
-    def step(i: Any, ids: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _step(self, i: Int, ids: tuple[Int, ...]) -> tuple[Int, ...]:
+        """Sends for step i, whose page ids are known; returns the next one's."""
+        plan, k, v = self.plan, self.k, self.v
         # The next step's page ids are on their way while this step waits for room.
-        next_ids = pages(i + 1)
-        block = block_of(i)
-        slot, raw = lax.rem(i, plan.stages), lax.rem(i, max(1, plan.raw_stages))
-        partly = (block.head > 0) | (block.tail < plan.block_kv)
-        for way in (k, v):
-            pl.when(i >= plan.stages)(functools.partial(plgpu.barrier_wait, way.free.at[slot]))
-            ready = way.full.at[slot if way is k else jnp.where(partly, plan.stages, slot)]
+        next_ids = self._pages(i + 1)
+        block, slot = self._block(i), lax.rem(i, plan.stages)
+        in_part = (block.head > 0) | (block.tail < plan.block_kv)
+        cached, new = block.is_new == 0, block.is_new == 1
+        # What nobody sees of a block's values has to be zeros, of new ones too; keys are masked.
+        k_apart = in_part & cached & (not plan.scaled)
+        v_apart = in_part & (new | (not plan.scaled))
+        for way, is_apart in ((k, k_apart), (v, v_apart)):
+            pl.when(i >= plan.stages)(functools.partial(plgpu.barrier_wait, way.consumed.at[slot]))
+            full = way.full.at[slot]
 
-            @pl.when(block.is_new == 1)
-            def _new(way: _Way = way, ready: Any = ready) -> None:
-                from_new(way, ready, block, slot)
+            @pl.when(new if way is k else new & jnp.logical_not(is_apart))
+            def _new(way: _Way = way, full: Ref = full) -> None:
+                self._from_new(way, full, plan.pieces, block, slot)
 
-            @pl.when(block.is_new == 0)
-            def _cached(way: _Way = way, ready: Any = ready) -> None:
-                if plan.scaled:
-                    widen(way, block, ids, raw, slot)
-                else:
-                    from_pages(way.pages, way.ring, ready, block, ids, slot)
+            if way is v:
+
+                @pl.when(new & is_apart)
+                def _new_apart() -> None:
+                    self._from_new(v, v.edges_full, plan.edges, block, slot)
+
+            if plan.scaled:
+                pl.when(cached)(functools.partial(self._widen, way, block, ids, i, slot))
+                continue
+
+            @pl.when(cached & is_apart)
+            def _edges(way: _Way = way) -> None:
+                self._edges_from_pages(way, block, ids, slot)
+
+            @pl.when(cached & jnp.logical_not(is_apart))
+            def _whole(way: _Way = way, full: Ref = full) -> None:
+                self._from_pages(way.pages, way.ring.at[slot], full, block, ids)
 
         if plan.scaled:
-            send_for(i + plan.raw_stages)
-            partly &= block.is_new == 1
-        pl.when(partly)(lambda: clear_unseen(block, slot))
+            self._send_for_raw(i + plan.raw_stages)
+        if not plan.scaled:
+            pl.when(k_apart)(functools.partial(self._pass_on, k, slot))
+        pl.when(v_apart)(functools.partial(self._clear_unseen, v, block, slot))
         return next_ids
 
-    for i in range(plan.raw_stages):
-        send_for(i)
-    lax.fori_loop(0, steps, step, pages(0))
+    def _block(self, i: Int) -> gpu_walk.Block:
+        return gpu_walk.block_at(self.tile.walk, self.tile.begin + i, block_kv=self.plan.block_kv)
 
-    @pl.loop(jnp.maximum(steps - plan.stages, 0), steps)
-    def _drain(i: Any) -> None:
-        plgpu.barrier_wait(s.k_free.at[lax.rem(i, plan.stages)])
-        plgpu.barrier_wait(s.v_free.at[lax.rem(i, plan.stages)])
+    def _pages(self, i: Int) -> tuple[Int, ...]:
+        """Page ids of the pieces of step i."""
+        plan, table = self.plan, self.arrays.page_table
+        at, last_page = self._block(i).position, table.shape[1] - 1
+        logical = (lax.div(at + p * plan.piece, plan.page_size) for p in range(plan.pieces))
+        return tuple(table[self.tile.seq, jnp.minimum(p, last_page)] for p in logical)
+
+    def _first_in_page(self, block: gpu_walk.Block) -> Int:
+        return lax.rem(block.position, self.plan.page_size) if self.plan.pieces == 1 else 0
+
+    def _from_new(
+        self, way: _Way, ready: Ref, arrivals: int, block: gpu_walk.Block, slot: Int
+    ) -> None:
+        """One copy from the call's own rows, on a barrier of so many arrivals."""
+        first = self.tile.start + block.position - self.tile.walk.cached
+        plgpu.copy_gmem_to_smem(
+            way.new.at[pl.ds(first, self.plan.new_piece), self.tile.head],
+            way.ring.at[slot, pl.ds(0, self.plan.new_piece)],
+            ready,
+        )
+        for _ in range(arrivals - 1):
+            plgpu.barrier_arrive(ready)
+
+    def _from_pages(
+        self, source: Ref, to: Ref, ready: Ref, block: gpu_walk.Block, ids: tuple[Int, ...]
+    ) -> None:
+        """One copy a page; a page that nobody sees arrives without being read."""
+        plan, inside = self.plan, self._first_in_page(block)
+        for i, page in enumerate(ids):
+            rows = pl.ds(i * plan.piece, plan.piece)
+            read = gpu_walk.piece_is_read(block, i * plan.piece, plan.piece)
+            piece = source.at[page, self.tile.head, pl.ds(inside, plan.piece)]
+            pl.when(read)(functools.partial(plgpu.copy_gmem_to_smem, piece, to.at[rows], ready))
+            pl.when(jnp.logical_not(read))(functools.partial(plgpu.barrier_arrive, ready))
+
+    def _edges_from_pages(
+        self, way: _Way, block: gpu_walk.Block, ids: tuple[Int, ...], slot: Int
+    ) -> None:
+        """A copy for each run of 16 keys that somebody sees."""
+        plan, inside = self.plan, self._first_in_page(block)
+        for at in range(0, plan.block_kv, plan.edge):
+            page, offset = ids[at // plan.piece], at % plan.piece
+            read = gpu_walk.piece_is_read(block, at, plan.edge)
+            run = way.pages.at[page, self.tile.head, pl.ds(inside + offset, plan.edge)]
+            to = way.ring.at[slot, pl.ds(at, plan.edge)]
+            pl.when(read)(functools.partial(plgpu.copy_gmem_to_smem, run, to, way.edges_full))
+            pl.when(jnp.logical_not(read))(functools.partial(plgpu.barrier_arrive, way.edges_full))
+
+    def _pass_on(self, way: _Way, slot: Int) -> None:
+        """Waits for a block that comes in runs, and says that it is there."""
+        plgpu.barrier_wait(way.edges_full)
+        plgpu.commit_smem()
+        for _ in range(self.plan.pieces):
+            plgpu.barrier_arrive(way.full.at[slot])
+
+    def _clear_unseen(self, way: _Way, block: gpu_walk.Block, slot: Int) -> None:
+        plgpu.barrier_wait(way.edges_full)
+        self._rewrite(way, slot, block, lambda part, top, left: hopper.load(part))
+
+    def _rewrite(self, way: _Way, slot: Int, block: gpu_walk.Block, values: Any) -> None:
+        """Fills a buffer of the ring with values(part, top, left) where they are seen, zeros elsewhere, and
+        says that it is full.
+
+        Beside the values that are seen lie other sequences' rows, or whatever was in shared memory: it may be
+        NaN, and 0 x NaN is NaN.
+        """
+        plan, width = self.plan, self.width
+        for top in range(0, plan.block_kv, ROWS):
+            key = hopper.iota((ROWS, width), 0) + top
+            seen = (key >= block.head) & (key < block.tail)
+            for left in range(0, plan.head_dim, width):
+                part = way.ring.at[slot, top : top + ROWS, left : left + width]
+                part[...] = jnp.where(seen, values(part, top, left), jnp.bfloat16(0))
+        plgpu.commit_smem()
+        for _ in range(plan.pieces):
+            plgpu.barrier_arrive(way.full.at[slot])
+
+    def _widen(
+        self, way: _Way, block: gpu_walk.Block, ids: tuple[Int, ...], i: Int, slot: Int
+    ) -> None:
+        """8-bit values of step i, once they are there, times their scales."""
+        assert way.raw is not None and way.raw_full is not None and way.scales is not None
+        plan, inside = self.plan, self._first_in_page(block)
+        raw = way.raw.at[lax.rem(i, plan.raw_stages)]
+        plgpu.barrier_wait(way.raw_full.at[lax.rem(i, plan.raw_stages)])
+        scales: dict[int, jax.Array] = {}
+
+        def values(part: Ref, top: int, left: int) -> jax.Array:
+            if top not in scales:
+                at = pl.ds(inside + top % plan.piece, ROWS)
+                page = ids[top // plan.piece]
+                scales[top] = hopper.load_rows(way.scales.at[page, self.tile.head, at])  # type: ignore[union-attr]
+            wide = hopper.load_8_bits(raw.at[top : top + ROWS, left : left + self.width])
+            return (wide * lax.broadcast_in_dim(scales[top], wide.shape, [0])).astype(jnp.bfloat16)
+
+        self._rewrite(way, slot, block, values)
+
+    def _send_for_raw(self, i: Int) -> None:
+        """Has the 8-bit values of step i come, if it is a step over cached tokens."""
+        block, buffer = self._block(i), lax.rem(i, max(1, self.plan.raw_stages))
+
+        @pl.when((i < self.tile.steps) & (block.is_new == 0))
+        def _send() -> None:
+            ids = self._pages(i)
+            for way in (self.k, self.v):
+                assert way.raw is not None and way.raw_full is not None
+                raw, full = way.raw.at[buffer], way.raw_full.at[buffer]
+                self._from_pages(way.pages, raw, full, block, ids)
 
 
 def write_new_rows(
-    plan: Plan, refs: Any, s: Any, position: Any, seq: Any, row: Any, count: Any, head: Any
+    plan: Plan, a: Arrays, s: Scratch, tile: Tile, position: Int, row: Int, count: Int
 ) -> None:
-    """Stores the tile's new keys and values into their pages."""
+    """Stores a tile's new keys and values into their pages.
+
+    Args:
+      plan, a, s: of the kernel.
+      tile: whose they are.
+      position: of its first new token in its sequence.
+      row: of that in k_rows and v_rows.
+      count: how many there are.
+    """
+    head = tile.head
 
     @pl.loop(0, gpu_walk.cdiv(count, plan.write_rows))
-    def _chunk(i: Any) -> None:
+    def _chunk(i: Int) -> None:
         done = i * plan.write_rows
-        for new, stage in ((refs.k_rows, s.k_write), (refs.v_rows, s.v_write)):
+        for new, stage in ((a.k_rows, s.k_write), (a.v_rows, s.v_write)):
             if plan.write_pad == 1:
                 rows = pl.ds(row + done, plan.write_rows)
                 plgpu.copy_gmem_to_smem(new.at[rows, head], stage.at[:, 0], s.write_ready)
@@ -226,11 +300,11 @@ def write_new_rows(
         plgpu.barrier_wait(s.write_ready)
 
         @pl.loop(0, jnp.minimum(count - done, plan.write_rows))
-        def _row(j: Any) -> None:
+        def _row(j: Int) -> None:
             at = position + done + j
-            page = refs.page_table[seq, lax.div(at, plan.page_size)]
+            page = a.page_table[tile.seq, lax.div(at, plan.page_size)]
             slot = pl.ds(lax.rem(at, plan.page_size), 1)
-            for stage, pages in ((s.k_write, refs.k_pages), (s.v_write, refs.v_pages)):
+            for stage, pages in ((s.k_write, a.k_pages), (s.v_write, a.v_pages)):
                 plgpu.copy_smem_to_gmem(stage.at[j, pl.ds(0, 1)], pages.at[page, head, slot])
 
         plgpu.wait_smem_to_gmem(0)

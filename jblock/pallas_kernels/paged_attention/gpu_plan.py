@@ -93,8 +93,8 @@ class Plan:
         return min(self.piece, _EDGE_ROWS)
 
     @property
-    def arrivals(self) -> int:
-        """Arrivals that make a block full: one for each copy there may be."""
+    def edges(self) -> int:
+        """Runs of `edge` keys in a block: copies that bring one that is seen in part."""
         return self.block_kv // self.edge
 
     @property
@@ -136,7 +136,7 @@ class Plan:
 
 
 def scratch(plan: Plan) -> dict[str, Any]:
-    """Shared memory and barriers of a block, by the names `gpu_kernel.body` takes."""
+    """Shared memory and barriers of a block, by the fields of gpu_refs.Scratch."""
     wgs, d, bf16 = plan.compute_warpgroups, plan.head_dim, jnp.bfloat16
     ring = (plan.stages, plan.block_kv, d)
     queries = min(plan.warpgroup_tokens, plan.max_q_len)
@@ -149,11 +149,14 @@ def scratch(plan: Plan) -> dict[str, Any]:
         "k_write": plgpu.SMEM((plan.write_rows, plan.write_pad, d), plan.kv_dtype),
         "v_write": plgpu.SMEM((plan.write_rows, plan.write_pad, d), plan.kv_dtype),
         "q_ready": plgpu.Barrier(num_arrivals=queries, num_barriers=wgs),
-        "k_full": plgpu.Barrier(num_arrivals=plan.arrivals, num_barriers=plan.stages),
-        # The last one is for values that have to be cleared before anybody sees them.
-        "v_full": plgpu.Barrier(num_arrivals=plan.arrivals, num_barriers=plan.stages + 1),
-        "k_free": plgpu.Barrier(num_arrivals=wgs, num_barriers=plan.stages),
-        "v_free": plgpu.Barrier(num_arrivals=wgs, num_barriers=plan.stages),
+        # A copy arrives with all 128 threads of its warpgroup: whole blocks take one for each page.
+        "k_full": plgpu.Barrier(num_arrivals=plan.pieces, num_barriers=plan.stages),
+        "v_full": plgpu.Barrier(num_arrivals=plan.pieces, num_barriers=plan.stages),
+        # Of keys, and of values, of a block that is seen in part.
+        "k_edges_full": plgpu.Barrier(num_arrivals=plan.edges),
+        "v_edges_full": plgpu.Barrier(num_arrivals=plan.edges),
+        "k_consumed": plgpu.Barrier(num_arrivals=wgs, num_barriers=plan.stages),
+        "v_consumed": plgpu.Barrier(num_arrivals=wgs, num_barriers=plan.stages),
         "turn": plgpu.Barrier(num_arrivals=wgs),
         "write_ready": plgpu.Barrier(num_arrivals=2 * writes),
     }
@@ -163,8 +166,8 @@ def scratch(plan: Plan) -> dict[str, Any]:
         out |= {
             "k_raw": hopper.swizzled(raw, plan.kv_dtype, tile),
             "v_raw": hopper.swizzled(raw, plan.kv_dtype, tile),
-            "k_raw_full": plgpu.Barrier(num_arrivals=plan.arrivals, num_barriers=plan.raw_stages),
-            "v_raw_full": plgpu.Barrier(num_arrivals=plan.arrivals, num_barriers=plan.raw_stages),
+            "k_raw_full": plgpu.Barrier(num_arrivals=plan.pieces, num_barriers=plan.raw_stages),
+            "v_raw_full": plgpu.Barrier(num_arrivals=plan.pieces, num_barriers=plan.raw_stages),
         }
     if plan.splits > 1:
         out["out_rows"] = plgpu.SMEM((wgs, ROWS, d), jnp.float32)

@@ -62,7 +62,8 @@ def tile_table(ragged: Ragged, rows: int, tile_tokens: int) -> jax.Array:
     Returns:
       int32 [num_tiles, 5] of TILE_FIELDS: the sequence, the flat row of the tile's first token, its
       tokens (0: an unused tile), the tokens cached before this call, and the index of the tile's first
-      token among the sequence's new ones.
+      token among the sequence's new ones. Where sequences may have several tiles, those that see most keys
+      come first.
     """
     total = num_tiles(rows, ragged.num_seqs, ragged.max_q_len, tile_tokens)
     if ragged.max_q_len <= tile_tokens:
@@ -81,7 +82,18 @@ def tile_table(ragged: Ragged, rows: int, tile_tokens: int) -> jax.Array:
     q_len = ragged.q_lens[seq]
     count = jnp.clip(q_len - first, 0, tile_tokens)
     cached = ragged.kv_lens[seq] - q_len
-    return jnp.stack([seq, ragged.row_starts[seq] + first, count, cached, first], axis=1)
+    table = jnp.stack([seq, ragged.row_starts[seq] + first, count, cached, first], axis=1)
+    return table if ragged.max_q_len <= tile_tokens else _longest_first(table)
+
+
+def _longest_first(table: jax.Array) -> jax.Array:
+    """Tiles ordered by the keys they see: the chip starts them in order, and a long one that starts last
+    would run alone."""
+    keys = jnp.where(table[:, 2] > 0, table[:, 2:].sum(axis=1), 0)
+    index = jnp.arange(keys.size, dtype=jnp.int32)
+    earlier = (keys > keys[:, None]) | ((keys == keys[:, None]) & (index < index[:, None]))
+    place = earlier.sum(axis=1, dtype=jnp.int32)
+    return jnp.zeros_like(table).at[place].set(table, unique_indices=True)
 
 
 def new_rows(ragged: Ragged, rows: int) -> tuple[jax.Array, jax.Array | None]:
@@ -188,6 +200,35 @@ def block_at(w: Walk, step: Int, *, block_kv: int) -> Block:
         clip(w.lowest - position, 0, block_kv),
         clip(end - position, 0, block_kv),
     )
+
+
+def segments(
+    w: Walk, begin: Int, end: Int, *, block_kv: int, window: int | None
+) -> list[tuple[Int, Int, Int]]:
+    """The steps [begin, end) of a walk as runs that follow each other: (first, masked, last) says that steps
+    [first, masked) need no mask (`needs_mask`), and steps [masked, last) may.
+
+    A window hides keys of the first cached blocks from some queries; the last cached block may be seen in
+    part; and new blocks are seen by all of a tile's queries up to the one that the first query stands in.
+    """
+    cached = w.num_cached
+    in_part = _min(w.cached - _div(w.cached, block_kv) * block_kv, 1)  # 1: not in whole blocks
+    seen_by_all = _div(_max(w.first_query - w.cached + 1, 0), block_kv) - w.new_block
+    seen_by_all = cached + clip(seen_by_all, 0, w.num_steps - cached)
+    if window is None:
+        runs = [(0, _max(cached - in_part, 0), cached), (cached, seen_by_all, w.num_steps)]
+    else:
+        # Blocks that begin at or before this position are not seen whole by the last query.
+        edge = w.last_query - window
+        old = clip(_div(_max(edge - w.cached_block * block_kv + block_kv, 0), block_kv), 0, cached)
+        new = _div(_max(edge - w.cached + block_kv, 0), block_kv) - w.new_block
+        new = cached + clip(new, 0, w.num_steps - cached)
+        runs = [
+            (0, 0, old),
+            (old, _max(old, cached - in_part), new),
+            (new, _max(new, seen_by_all), w.num_steps),
+        ]
+    return [tuple(clip(bound, begin, end) for bound in run) for run in runs]  # type: ignore[misc]
 
 
 def needs_mask(w: Walk, block: Block, *, block_kv: int, window: int | None) -> Any:

@@ -7,7 +7,6 @@ heads), so decoding reads every key once; where tiles are too few to fill the ch
 keys of one (flash-decoding) and XLA combines their parts.
 """
 
-import types
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jblock.pallas_kernels import hopper
-from jblock.pallas_kernels.paged_attention import gpu_kernel, gpu_walk, xla
+from jblock.pallas_kernels.paged_attention import gpu_kernel, gpu_refs, gpu_walk, xla
 from jblock.pallas_kernels.paged_attention.gpu_plan import (
     ROWS,
     WRITE_ROWS,
@@ -211,9 +210,9 @@ def run(
         names.append("lse")
 
     def ragged_paged_attention(*refs: Any) -> None:
-        named = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
+        named = gpu_refs.Arrays(**dict(zip(names, refs, strict=True)))
         pl.run_scoped(
-            lambda **s: gpu_kernel.body(plan, named, types.SimpleNamespace(**s)),
+            lambda **s: gpu_kernel.body(plan, named, gpu_refs.Scratch(**s)),
             collective_axes="wg",
             **scratch(plan),
         )
