@@ -10,18 +10,20 @@ from pathlib import Path
 from absl import app
 from absl.flags import argparse_flags
 
+from jblock.command import program
+
 # All but one measure the CPU, also beside a GPU, unless told otherwise.
 os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if sys.argv[1:2] == ["gpu"] else "cpu")
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line, program name first."""
+def parser(name: str) -> argparse.ArgumentParser:
+    """The command line, of a program called `name`."""
     from bench.scenarios import SCENARIOS
 
-    parser = argparse_flags.ArgumentParser(
-        prog="python -m bench", description="Measures the engine; docs/benchmarks.md says how."
+    made = argparse_flags.ArgumentParser(
+        prog=name, description="Measures the engine; docs/benchmarks.md says how."
     )
-    commands = parser.add_subparsers(
+    commands = made.add_subparsers(
         parser_class=argparse.ArgumentParser, dest="scenario", required=True, metavar="SCENARIO"
     )
     for name, scenario in SCENARIOS.items():
@@ -34,7 +36,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         )
         if scenario.add_arguments:
             scenario.add_arguments(sub)
-    return parser.parse_args(argv[1:])
+    return made
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line, program name first."""
+    return parser(program(argv[0], "python -m bench")).parse_args(argv[1:])
 
 
 def main(args: argparse.Namespace) -> int:
@@ -58,5 +65,10 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Entry point of `jblock bench`."""
     app.run(main, flags_parser=parse)
+
+
+if __name__ == "__main__":
+    run()

@@ -10,6 +10,7 @@ from typing import Any
 from absl import app
 from absl.flags import argparse_flags
 
+from jblock.command import program
 from serving.client import Client
 from serving.values import Chunk, ClientError, Model
 
@@ -18,9 +19,12 @@ _KEY_VARIABLE = "JBLOCK_API_KEY"
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; argparse ends the process with code 2 on a bad one."""
-    parser = argparse_flags.ArgumentParser(
-        prog="jblock-client", description=__doc__, allow_abbrev=False
-    )
+    return parser(program(argv[0], "jblock-client")).parse_args(argv[1:])
+
+
+def parser(name: str) -> argparse.ArgumentParser:
+    """The command line, of a program called `name`."""
+    parser = argparse_flags.ArgumentParser(prog=name, description=__doc__, allow_abbrev=False)
     parser.add_argument("--target", default="127.0.0.1:8470", help="host:port of the server")
     parser.add_argument("--timeout", type=float, help="seconds until a request is given up")
     parser.add_argument(
@@ -54,7 +58,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     unload = commands.add_parser("unload", help="take no more requests for a model")
     unload.add_argument("name")
     commands.add_parser("health", help="whether the server serves")
-    return parser.parse_args(argv[1:])
+    return parser
 
 
 _SAMPLING: dict[str, type] = {
