@@ -1,9 +1,10 @@
 """A checkpoint opened for the zoo: its config understood, its tensors named, counted and checked.
 
-`hf`, `plan` and `verify` all open a checkpoint here, so that they take and refuse the same ones.
+Every source ends here (`opening.py` has the ways to it), so that all commands take and refuse the same ones.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from checkpoints.errors import CheckpointError
 from checkpoints.folders import expect_checkpoint
 from checkpoints.safetensors_file import TensorInfo
 from checkpoints.source import Source, open_source, read_json
+from checkpoints.tokenizer import TokenizerFiles, read_tokenizer
 from jblock.families import Family, Plan, family_for
 from jblock.zoo.ids import FLOATS
 
@@ -31,6 +33,8 @@ class Checkpoint:
       source: its tensors.
       buffers: names of tensors that no model needs, which only an export writes again.
       notes: what its user should know: what was left out or ignored.
+      tokenizer: its tokenizer files; None when it has none.
+      license: its license, where the source itself says.
     """
 
     path: Path
@@ -42,6 +46,8 @@ class Checkpoint:
     source: Source
     buffers: tuple[str, ...]
     notes: tuple[str, ...]
+    tokenizer: TokenizerFiles | None
+    license: str | None = None
 
     @property
     def packed(self) -> dict[str, Any] | None:
@@ -49,8 +55,8 @@ class Checkpoint:
         return self.config.get(prequantized.FIELD) or None
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Reads all of a checkpoint but its tensors' numbers.
+def open_folder(path: Path) -> Checkpoint:
+    """Reads all of a folder in Hugging Face form but its tensors' numbers.
 
     Raises:
       CheckpointError, ConfigError, SpecError: see `errors.BAD_INPUT`.
@@ -58,8 +64,35 @@ def open_checkpoint(path: Path) -> Checkpoint:
     expect_checkpoint(path)
     config = read_json(path / "config.json")
     generation = read_json(path / "generation_config.json", required=False)
+    tokenizer = read_tokenizer(path)
+    return understood(path, config, generation, open_source(path), tokenizer, read_license(path))
+
+
+def read_license(path: Path) -> str | None:
+    """The license that the model card of a folder (README.md) names in its header, if it does."""
+    try:
+        with open(path / "README.md", encoding="utf-8", errors="replace") as card:
+            header = re.match(r"---\n(.*?)\n---", card.read(1 << 16), re.S)
+    except OSError:
+        return None
+    found = header and re.search(r"^license: *['\"]?([\w.+-]{1,64})", header[1], re.M)
+    return found[1] if found else None
+
+
+def understood(
+    path: Path,
+    config: dict[str, Any],
+    generation: dict[str, Any],
+    source: Source,
+    tokenizer: TokenizerFiles | None,
+    license: str | None = None,
+) -> Checkpoint:
+    """The checkpoint of this config, these tensors and tokenizer files: planned, and checked.
+
+    Raises:
+      CheckpointError, ConfigError, SpecError: see `errors.BAD_INPUT`.
+    """
     family = family_for(config)
-    source = open_source(path)
     described = {n: v for n, v in config.items() if n != prequantized.FIELD}
     plan, source = layouts.fit(family.plan(described), source)
     if config.get(prequantized.FIELD):
@@ -83,6 +116,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         source=source,
         buffers=buffers,
         notes=tuple(notes),
+        tokenizer=tokenizer,
+        license=license,
     )
 
 

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ class TensorInfo:
           CheckpointError: the file became shorter, or the tensor holds NaN or Inf.
         """
         value = self.read_unchecked()
-        _check_finite(self.name, value)
+        check_finite(self.name, value)
         return value
 
     def read_unchecked(self) -> np.ndarray:
@@ -164,6 +164,21 @@ def parse_header(path: Path, raw: bytes, size: int | None = None) -> dict[str, T
     return tensors
 
 
+def header_of(tensors: Iterable[TensorInfo]) -> bytes:
+    """The header of a file that has these tensors one behind the other, as transformers writes it."""
+    codes = {dtype: code for code, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": codes[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
+        at += tensor.nbytes
+    return json.dumps(header).encode()
+
+
 def pack_tensors(tensors: Mapping[str, np.ndarray]) -> bytes:
     """A safetensors file with these tensors, as bytes."""
     codes = {dtype: code for code, dtype in _DTYPES.items()}
@@ -227,7 +242,8 @@ def _tensor(path: Path, name: str, entry: Any, base: int, size: int | None) -> T
     )
 
 
-def _check_finite(name: str, value: np.ndarray) -> None:
+def check_finite(name: str, value: np.ndarray) -> None:
+    """Raises CheckpointError where a floating-point tensor holds NaN or Inf."""
     if value.dtype.name not in FLOATS:
         return
     # By the bits of the exponent: numpy has no fast isfinite for bfloat16.

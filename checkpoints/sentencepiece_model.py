@@ -54,7 +54,7 @@ def convert(data: bytes, config: Mapping[str, Any], added: Mapping[str, Any]) ->
     out = tokenizers.Tokenizer(
         models.BPE(
             vocab=ranks,
-            merges=_merges(pieces, ranks),
+            merges=merges_by_score(pieces, ranks),
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback="<0x00>" in ranks,
@@ -106,7 +106,7 @@ def _added(
     return [tokens[id_] for id_ in ids]
 
 
-def _merges(pieces: list[Piece], ranks: Mapping[str, int]) -> list[tuple[str, str]]:
+def merges_by_score(pieces: list[Piece], ranks: Mapping[str, int]) -> list[tuple[str, str]]:
     """Every way to put a piece together from two others, best score first."""
     found = []
     for piece in pieces:

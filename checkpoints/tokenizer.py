@@ -46,8 +46,6 @@ def read_tokenizer(path: Path) -> TokenizerFiles | None:
     Raises:
       CheckpointError: a tokenizer that cannot be served, or a tokenizer.json that does not load.
     """
-    import tokenizers
-
     files = {name: (path / name).read_bytes() for name in _FILES if (path / name).is_file()}
     made = "tokenizer.json" not in files and "tokenizer.model" in files
     if made:
@@ -65,6 +63,22 @@ def read_tokenizer(path: Path) -> TokenizerFiles | None:
             "from_pretrained(folder).save_pretrained(folder)), or remove the tokenizer files to "
             "serve token ids only"
         )
+    return from_files(files, path, made)
+
+
+def from_files(files: dict[str, bytes], path: Path, made: bool = False) -> TokenizerFiles:
+    """A tokenizer of these files, one of them tokenizer.json.
+
+    Args:
+      files: name -> bytes.
+      path: where they come from.
+      made: tokenizer.json was made from a SentencePiece model.
+
+    Raises:
+      CheckpointError: tokenizer.json does not load.
+    """
+    import tokenizers
+
     try:
         tokenizer = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
     except (KeyboardInterrupt, SystemExit):
