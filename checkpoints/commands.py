@@ -1,48 +1,11 @@
-"""What each command does. Each gives one `Outcome`: data for programs, lines for people."""
+"""What the commands do that need nothing but a zoo; `sources.py` has those that read others' files."""
 
 import argparse
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from checkpoints.progress import Progress
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """The end of a command.
-
-    Attributes:
-      data: plain JSON, what `--json` prints.
-      show: prints the same for people.
-      code: exit code; 1 where a check found something.
-    """
-
-    data: dict[str, Any]
-    show: Callable[[], None]
-    code: int = 0
-
-
-def _lines(*lines: str) -> Callable[[], None]:
-    def show() -> None:
-        for line in lines:
-            print(line)
-
-    return show
-
-
-def progress_of(args: argparse.Namespace) -> Progress:
-    """Where a command tells how far it is."""
-    return Progress(bars=args.progress, quiet=args.quiet)
-
-
-def hf(args: argparse.Namespace) -> Outcome:
-    """Adds a checkpoint."""
-    from checkpoints import hf
-
-    chain, new = hf.convert(Path(args.src), Path(args.zoo), args.name, progress_of(args))
-    return _added(chain, new)
+from checkpoints.outcome import Outcome, added, lines, progress_of
 
 
 def compress(args: argparse.Namespace) -> Outcome:
@@ -78,16 +41,6 @@ def quantize(args: argparse.Namespace) -> Outcome:
     return _lossy(made, "weights")
 
 
-def peft(args: argparse.Namespace) -> Outcome:
-    """Adds an adapter."""
-    from checkpoints import peft
-
-    chain, new = peft.convert(
-        Path(args.src), Path(args.zoo), args.base, args.name, progress_of(args)
-    )
-    return _added(chain, new)
-
-
 def merge(args: argparse.Namespace) -> Outcome:
     """Adds the weighted sum of adapters."""
     from checkpoints.errors import CheckpointError
@@ -103,16 +56,7 @@ def merge(args: argparse.Namespace) -> Outcome:
                 f"--adapter {text!r}: give a model and its weight, as A=0.7"
             ) from None
     chain, new = merge(Path(args.zoo), args.name, adapters, args.combine, progress_of(args))
-    return _added(chain, new)
-
-
-def plan(args: argparse.Namespace) -> Outcome:
-    """Tells what adding a checkpoint or adapter would do."""
-    from checkpoints import printing
-    from checkpoints.plan import plan
-
-    data = plan(Path(args.src), Path(args.zoo), args.name, args.base, progress_of(args))
-    return Outcome(data, lambda: printing.print_plan(data))
+    return added(chain, new)
 
 
 def profile(args: argparse.Namespace) -> Outcome:
@@ -140,38 +84,32 @@ def list_(args: argparse.Namespace) -> Outcome:
 
 
 def inspect(args: argparse.Namespace) -> Outcome:
-    """Shows components and who shares them."""
+    """Shows what a model is made of and what it shares, or the whole zoo."""
     from checkpoints import printing
     from jblock.zoo.inventory import inventory
+    from jblock.zoo.partition import blocks
     from jblock.zoo.store import Zoo
 
-    data = inventory(Zoo.open(args.zoo), args.name)
-
-    def show() -> None:
-        printing.print_components(data)
-        printing.print_chains(data)
-
-    return Outcome(data, show)
-
-
-def verify(args: argparse.Namespace) -> Outcome:
-    """Compares a model with its source."""
-    from checkpoints.verify import verify
-
-    found = verify(Path(args.zoo), args.name, Path(args.against), progress_of(args))
-    last = f"{args.name} {'differs from' if found else 'is'} {args.against}"
-    data = {"name": args.name, "against": args.against, "differences": found}
-    return Outcome(data, _lines(*found, last), 1 if found else 0)
+    zoo = Zoo.open(args.zoo)
+    data = inventory(zoo, args.name)
+    live = {name: zoo.chain(name) for name in zoo.chains()}
+    cut = blocks(live, zoo.cut_cost(live))
+    for row in data["chains"]:
+        if row["live"]:
+            row["blocks"] = len(cut[row["name"]])
+    return Outcome(data, lambda: printing.print_inventory(data, args.name, args.details))
 
 
 def export(args: argparse.Namespace) -> Outcome:
     """Writes the files a model was made from."""
-    from checkpoints.export import export
-
     name, version = name_and_version(args.name)
+    if args.format == "orbax":
+        from checkpoints.orbax.export import export
+    else:
+        from checkpoints.export import export
     files = export(Path(args.zoo), name, Path(args.out), progress_of(args), version)
     data = {"name": args.name, "out": args.out, "files": files}
-    return Outcome(data, _lines(f"{args.name} written to {args.out}: {len(files)} files"))
+    return Outcome(data, lines(f"{args.name} written to {args.out}: {len(files)} files"))
 
 
 def diff(args: argparse.Namespace) -> Outcome:
@@ -201,8 +139,8 @@ def copy(args: argparse.Namespace) -> Outcome:
         with progress_of(args).bar(text, _size(source, source.chain(name, version))) as advance:
             chain, sent = copy(source, target, name, version, advance)
         rows.append({"name": chain.name, "version": chain.version, "sent_bytes": sent})
-    lines = [f"{r['name']}@{r['version']}: {size(r['sent_bytes'])} sent" for r in rows]
-    return Outcome({"to": str(target.path), "models": rows}, _lines(*lines))
+    told = [f"{r['name']}@{r['version']}: {size(r['sent_bytes'])} sent" for r in rows]
+    return Outcome({"to": str(target.path), "models": rows}, lines(*told))
 
 
 def equivalence(args: argparse.Namespace) -> Outcome:
@@ -307,7 +245,7 @@ def rm(args: argparse.Namespace) -> Outcome:
     nbytes = sum(g.nbytes for g in gc.collect(zoo, dry_run=True))
     last = f"{size(nbytes)} are used by nothing now: 'jblock-convert gc --delete' frees them"
     data = {"removed": removed, "garbage_bytes": nbytes}
-    return Outcome(data, _lines(*(f"{r} removed" for r in removed), last))
+    return Outcome(data, lines(*(f"{r} removed" for r in removed), last))
 
 
 def gc(args: argparse.Namespace) -> Outcome:
@@ -318,11 +256,11 @@ def gc(args: argparse.Namespace) -> Outcome:
 
     found = gc.collect(Zoo.open(args.zoo), dry_run=not args.delete)
     nbytes = sum(g.nbytes for g in found)
-    lines = [f"{g.kind[:-1]} {g.id}: {size(g.nbytes)}" for g in found]
+    each = [f"{g.kind[:-1]} {g.id}: {size(g.nbytes)}" for g in found]
     done = "removed" if args.delete else "would be removed: give --delete to do it"
     rows = [dataclasses.asdict(g) for g in found]
     data = {"garbage": rows, "bytes": nbytes, "deleted": bool(args.delete)}
-    return Outcome(data, _lines(*lines, f"{len(found)} entries, {size(nbytes)}, {done}"))
+    return Outcome(data, lines(*each, f"{len(found)} entries, {size(nbytes)}, {done}"))
 
 
 def fsck(args: argparse.Namespace) -> Outcome:
@@ -338,7 +276,7 @@ def fsck(args: argparse.Namespace) -> Outcome:
         problems = fsck(zoo, advance)
     last = f"{zoo.path}: {f'{len(problems)} problems' if problems else 'clean'}"
     data = {"zoo": str(zoo.path), "repaired": repaired, "problems": problems}
-    return Outcome(data, _lines(*repaired, *problems, last), 1 if problems else 0)
+    return Outcome(data, lines(*repaired, *problems, last), 1 if problems else 0)
 
 
 def accepted(args: argparse.Namespace) -> Any:
@@ -368,16 +306,7 @@ def name_and_version(text: str) -> tuple[str, int | None]:
     return (name, int(version)) if at and version.isdecimal() else (text, None)
 
 
-def _added(chain: Any, new: bool) -> Outcome:
-    """The outcome of what adds a chain, unless it was there."""
-    base = {"base": chain.base} if chain.base else {}
-    data = {"name": chain.name, "version": chain.version, **base, "added": new}
-    on = f" on {chain.base}" if chain.base else ""
-    what = "added" if new else "unchanged"
-    return Outcome(data, _lines(f"{chain.name}@{chain.version}{on} {what}"))
-
-
-def _lossy(made: Any, what: str, *lines: str) -> Outcome:
+def _lossy(made: Any, what: str, *texts: str) -> Outcome:
     """The outcome of a copy that is smaller, and not exact."""
     from checkpoints.printing import size
 
@@ -386,11 +315,11 @@ def _lossy(made: Any, what: str, *lines: str) -> Outcome:
     data = {"name": made.name, "version": made.version, "policy": made.policy, **derived}
     return Outcome(
         data,
-        _lines(
+        lines(
             f"{made.name}@{made.version} from {derived['chain']}{base}: "
             f"{size(derived['bytes_before'])} of {what} are {size(derived['bytes_after'])}, "
             f"relative error {derived['parameter_error']:.2%}",
-            *lines,
+            *texts,
             "it is served where it is named, to requests that accept policy near; measure what it costs "
             "before you rely on it",
         ),

@@ -1,11 +1,9 @@
 """What a path given as a checkpoint or an adapter is instead, and what to do with that."""
 
-import re
 from pathlib import Path
 
 from checkpoints.errors import CheckpointError
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -21,7 +19,7 @@ def expect_checkpoint(path: Path) -> None:
     if (path / ADAPTER_CONFIG).exists():
         raise CheckpointError(
             f"{path} is an adapter ({ADAPTER_CONFIG}), not a model: add it to its base with "
-            f"'jblock-convert peft {path} --base BASE --name NAME'"
+            f"'jblock convert peft {path} --base BASE --name NAME'"
         )
     if (path / "params.json").exists():
         raise CheckpointError(
@@ -30,7 +28,9 @@ def expect_checkpoint(path: Path) -> None:
         )
     gguf = sorted(path.glob("*.gguf"))
     if gguf:
-        raise CheckpointError(f"{path} has no config.json, but {gguf[0].name}: {_GGUF}")
+        raise CheckpointError(
+            f"{path} has no config.json, but a GGUF file: add that with 'jblock convert gguf {gguf[0]}'"
+        )
     raise CheckpointError(f"{path} has no config.json: give a complete checkpoint")
 
 
@@ -52,14 +52,11 @@ def expect_adapter(path: Path) -> None:
     if (path / "config.json").exists():
         raise CheckpointError(
             f"{path} is a whole model (config.json), not an adapter: add it with "
-            f"'jblock-convert hf {path} --name NAME'"
+            f"'jblock convert hf {path} --name NAME'"
         )
     raise CheckpointError(
         f"{path} has no {ADAPTER_CONFIG}: give the folder of an adapter, as PEFT's save_pretrained wrote it"
     )
-
-
-_GGUF = "a GGUF file is not read by this command: take the model's safetensors files"
 
 
 def _expect_folder(path: Path) -> None:
@@ -67,16 +64,15 @@ def _expect_folder(path: Path) -> None:
         return
     if path.exists():
         if path.suffix.lower() == ".gguf":
-            raise CheckpointError(f"{path}: {_GGUF}")
+            raise CheckpointError(
+                f"{path} is a GGUF file: add it with 'jblock convert gguf {path}'"
+            )
         if path.suffix == ".safetensors":
             raise CheckpointError(
                 f"{path} is one weight file: give its folder, {path.parent}, with config.json"
             )
         raise CheckpointError(f"{path} is a file: give the folder of a checkpoint")
     text = str(path)
-    if not path.is_absolute() and _HUB_NAME.fullmatch(text) and not path.parent.exists():
-        raise CheckpointError(
-            f"there is no folder {text}; if {text!r} is a name on the Hugging Face Hub, download it first "
-            f"('hf download {text} --local-dir FOLDER') and give the folder"
-        )
-    raise CheckpointError(f"there is no folder {text}: check the path")
+    raise CheckpointError(
+        f"there is no folder {text}: check the path; names on the Hugging Face Hub are org/name[@revision]"
+    )

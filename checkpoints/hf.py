@@ -4,14 +4,16 @@ import contextlib
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from checkpoints.bitfit import BitFitMatcher, Shared
-from checkpoints.checkpoint import Checkpoint, open_checkpoint
+from checkpoints.checkpoint import Checkpoint
+from checkpoints.opening import open_checkpoint
 from checkpoints.progress import Progress
 from checkpoints.safetensors_file import pack_tensors
-from checkpoints.tokenizer import TokenizerFiles, read_tokenizer
+from checkpoints.tokenizer import TokenizerFiles
 from jblock.blocks.spec import ComponentSpec, NormSpec, canonical_json, spec_to_json
 from jblock.families import Plan
 from jblock.families.config import token_ids
@@ -35,10 +37,17 @@ _SAMPLING = (
 )
 
 
-def convert(source_path: Path, zoo_path: Path, name: str, progress: Progress) -> tuple[Chain, bool]:
+def convert(
+    source_path: Path,
+    zoo_path: Path,
+    name: str,
+    progress: Progress,
+    origin: Mapping[str, Any] | None = None,
+) -> tuple[Chain, bool]:
     """Adds the checkpoint in `source_path` to the zoo (made when absent) as model `name`.
 
-    One component is in memory at a time. Whatever goes wrong, no chain changes.
+    One component is in memory at a time. Whatever goes wrong, no chain changes. `origin` says where it comes
+    from: see `Chain.origin`.
 
     Returns:
       The chain, and whether it is a new version (False: the zoo had it).
@@ -50,13 +59,15 @@ def convert(source_path: Path, zoo_path: Path, name: str, progress: Progress) ->
     checkpoint = open_checkpoint(source_path)
     plan, source = checkpoint.plan, checkpoint.source
     eos, bos = (_token_ids(checkpoint, f"{which}_token_id") for which in ("eos", "bos"))
-    tokenizer = read_tokenizer(source_path)
+    tokenizer = checkpoint.tokenizer
     for note in checkpoint.notes:
         progress.note(f"{name}: {note}")
     note_tokenizer(tokenizer, plan.vocab_size, source_path, progress)
 
     packed, given = checkpoint.packed, tokenizer.given if tokenizer else ()
     small = source.small_files(_SMALL, given) | _left_out(checkpoint)
+
+    licensed = {"license": checkpoint.license} if checkpoint.license else {}
 
     zoo = Zoo.create(zoo_path)
     before = zoo.versions(name)
@@ -109,6 +120,7 @@ def convert(source_path: Path, zoo_path: Path, name: str, progress: Progress) ->
                 # Packed weights are kept otherwise, so the same files cannot be written again.
                 source_files=None if packed else writer.put_files("sources", small),
                 derived={"packed": packed} if packed else {},
+                origin={**(origin or {}), **licensed},
             )
             shared_steps = sum(bool(step.deltas) for step in chain.steps)
             if shared_steps:

@@ -1,7 +1,9 @@
 """`jblock-convert peft`: a PEFT or AdapterHub adapter becomes a chain of deltas on a chain's components."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from checkpoints.adapter import SMALL_FILES, base_named_by, open_adapter, plan_adapter
 from checkpoints.adapter_plan import AdapterPlan, component_tensors
@@ -16,9 +18,16 @@ from jblock.zoo.writer import Writer
 
 
 def convert(
-    source_path: Path, zoo_path: Path, base_name: str, name: str, progress: Progress
+    source_path: Path,
+    zoo_path: Path,
+    base_name: str,
+    name: str,
+    progress: Progress,
+    origin: Mapping[str, Any] | None = None,
 ) -> tuple[Chain, bool]:
     """Adds the adapter in `source_path` as model `name`, riding on the live version of `base_name`.
+
+    `origin` says where it comes from: see `Chain.origin`.
 
     Returns:
       The chain, and whether it is a new version (False: the zoo had it).
@@ -59,6 +68,7 @@ def convert(
                 base=f"{base.name}@{base.version}",
                 adapter=config,
                 source_files=writer.put_files("sources", small),
+                origin=dict(origin or {}),
             )
             if tokenizer is not None:
                 own = writer.put_files("tokenizers", tokenizer.files)

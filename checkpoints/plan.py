@@ -8,9 +8,9 @@ from checkpoints import hf
 from checkpoints.adapter import open_adapter, plan_adapter
 from checkpoints.adapter_plan import component_tensors
 from checkpoints.bitfit import BitFitMatcher
-from checkpoints.checkpoint import open_checkpoint
 from checkpoints.errors import CheckpointError
 from checkpoints.folders import is_adapter
+from checkpoints.opening import open_checkpoint
 from checkpoints.progress import Progress
 from jblock.blocks.delta_spec import delta_to_json
 from jblock.blocks.spec import spec_to_json

@@ -1,58 +1,116 @@
-"""What `list` and `inspect` print on a terminal. The data is `jblock.zoo.inventory`'s."""
+"""What commands print for people. The data is `jblock.zoo.inventory`'s."""
 
+import sys
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from checkpoints.progress import size
 
-def size(nbytes: int) -> str:
-    """Bytes for people: `1.5 GiB`."""
-    value = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
+__all__ = ["size"]
+
+
+def table(*columns: str) -> Table:
+    """A table whose cells are broken over lines where the terminal is too narrow, never cut."""
+    made = Table(box=None)
+    for column in columns:
+        made.add_column(column, overflow="fold")
+    return made
+
+
+def console() -> Console:
+    """Where tables go: as wide as the terminal, and in a pipe or a file as wide as they are."""
+    return Console() if sys.stdout.isatty() else Console(width=100_000)
 
 
 def print_chains(data: dict[str, Any]) -> None:
     """A line for each chain, and the totals."""
-    table = Table("model", "family", "base", "components", "logical", "own", box=None)
+    rows = table(
+        "model", "policy", "date", "source", "revision", "license", "base", "logical", "own"
+    )
     for row in data["chains"]:
-        table.add_row(
+        origin = row["origin"]
+        rows.add_row(
             f"{row['name']}@{row['version']}" + ("" if row["live"] else " (old)"),
-            row["family"],
+            row["policy"],
+            origin.get("date", "")[:10],
+            origin.get("source", ""),
+            origin.get("revision", "")[:12],
+            origin.get("license", ""),
             row["base"] or row["derived"].get("chain", ""),
-            str(len(row["steps"])),
             size(row["logical_bytes"]),
             size(row["own_bytes"]),
         )
-    console = Console()
-    console.print(table)
-    totals = data["totals"]
-    console.print(
+    console().print(rows)
+    print(_totals(data["totals"]))
+
+
+def _totals(totals: dict[str, Any]) -> str:
+    return (
         f"{totals['components']} components, {totals['deltas']} deltas: "
-        f"{size(totals['stored_bytes'])} stored for {size(totals['logical_bytes'])} of models",
-        highlight=False,
+        f"{size(totals['stored_bytes'])} stored for {size(totals['logical_bytes'])} of models"
     )
+
+
+def print_inventory(data: dict[str, Any], name: str | None, details: bool) -> None:
+    """The conclusion about one model or the whole zoo; with details every component."""
+    if name is None:
+        print_chains(data)
+    else:
+        row = data["chains"][0]
+        own = {f"{row['name']}@{row['version']}"}
+        parts = (*data["components"], *data["deltas"])
+        shared = [set(part["used_by"]) - own for part in parts]
+        print(
+            f"{row['name']}@{row['version']}: {row['family']}, policy {row['policy']}"
+            + (f", on {row['base']}" if row["base"] else "")
+            + (f", made from {row['derived']['chain']}" if "chain" in row["derived"] else "")
+        )
+        print(
+            f"{size(row['logical_bytes'])}, of which {size(row['own_bytes'])} are its own: "
+            + _shared_with(shared, "components and deltas")
+        )
+        print(
+            f"{row['blocks']} blocks, context {row['max_position']}, vocabulary {row['vocab_size']}"
+        )
+        origin = [f"{k} {v}" for k, v in row["origin"].items()]
+        if origin:
+            print("from " + ", ".join(origin).removeprefix("source "))
+    if details:
+        print_components(data)
+
+
+def _shared_with(users: list[set[str]], what: str) -> str:
+    """How many of some parts others use too, and who most."""
+    shared = [u for u in users if u]
+    if not shared:
+        return f"none of its {len(users)} {what} is shared"
+    counts: dict[str, int] = {}
+    for names in shared:
+        for name in names:
+            counts[name] = counts.get(name, 0) + 1
+    first = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    named = ", ".join(f"{count} with {name}" for name, count in first[:3])
+    more = f" and {len(first) - 3} others" if len(first) > 3 else ""
+    return f"{len(shared)} of {len(users)} {what} are shared ({named}{more})"
 
 
 def print_components(data: dict[str, Any]) -> None:
     """A line for each component and delta: its kind, size, and who uses it."""
-    table = Table("id", "kind", "stored", "used by", box=None)
+    rows = table("id", "kind", "stored", "used by")
     for entry in (*data["components"], *data["deltas"]):
         users = entry["used_by"]
         shown = ", ".join(users[:4]) + (f" and {len(users) - 4} more" if len(users) > 4 else "")
-        table.add_row(entry["id"][:12], entry["kind"], size(entry["nbytes"]), shown or "nobody")
-    Console().print(table)
+        rows.add_row(entry["id"][:12], entry["kind"], size(entry["nbytes"]), shown or "nobody")
+    console().print(rows)
 
 
 def print_edges(data: dict[str, Any]) -> None:
     """A line for each edge: what may replace what, what was measured, and whether it may be used."""
-    table = Table("id", "kind", "original", "substitute", "in", "scores", "usable", box=None)
+    rows = table("id", "kind", "original", "substitute", "in", "scores", "usable")
     for row in data["edges"]:
-        table.add_row(
+        rows.add_row(
             row["id"][:12],
             row["kind"],
             *(" ".join(_step(s) for s in row[side]) for side in ("original", "substitute")),
@@ -60,20 +118,16 @@ def print_edges(data: dict[str, Any]) -> None:
             ", ".join(f"{name} {_score(s)}" for name, s in row["scores"].items()),
             "yes" if row["usable"] else f"no: {row['reasons'][0]}",
         )
-    console = Console()
-    console.print(table)
-    console.print(f"{data['usable']} of {len(data['edges'])} edges usable", highlight=False)
+    console().print(rows)
+    print(f"{data['usable']} of {len(data['edges'])} edges usable")
 
 
 def print_equivalence(data: dict[str, Any]) -> None:
     """Candidates, what was measured of them in place, and what is recommended."""
-    console = Console()
-    table = Table(
-        "original", "substitute", "size", "cosine", "least of a tensor", "used by", box=None
-    )
+    rows = table("original", "substitute", "size", "cosine", "least of a tensor", "used by")
     for row in data["candidates"]:
         name, least = min(row["cosines"].items(), key=lambda item: item[1])
-        table.add_row(
+        rows.add_row(
             row["original"][:12],
             row["substitute"][:12],
             size(row["nbytes"]),
@@ -81,40 +135,35 @@ def print_equivalence(data: dict[str, Any]) -> None:
             f"{least:.5f} ({name})",
             ", ".join(row["used_by"][:3]),
         )
-    console.print(table)
+    console().print(rows)
     print_edges({"edges": data["edges"], "usable": sum(e["usable"] for e in data["edges"])})
     for row in data["recommended"]:
         scores = ", ".join(f"{n} {_score(s)}" for n, s in row["scores"].items())
         places = ", ".join(map(str, row["steps"]))
         published = f", published as {row['published']}" if "published" in row else ""
-        console.print(f"{row['chain']}: steps {places}: {scores}{published}", highlight=False)
-    console.print(
+        print(f"{row['chain']}: steps {places}: {scores}{published}")
+    print(
         f"{data['components']} components, {data['alike']} pairs of like sketches, "
-        f"{len(data['candidates'])} candidates; the recommended free {size(data['freed_bytes'])}",
-        highlight=False,
+        f"{len(data['candidates'])} candidates; the recommended free {size(data['freed_bytes'])}"
     )
 
 
 def print_approximate(data: dict[str, Any]) -> None:
     """The models that were made beside those they come from, and what they cost."""
-    table = Table("model", "perplexity", "accuracy", "beside", "scores", box=None)
+    rows = table("model", "perplexity", "accuracy", "beside", "scores")
     for row in (*data["parents"], *data["models"]):
         accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.4f}"
-        table.add_row(row["name"], f"{row['perplexity']:.3f}", accuracy, "", "")
+        rows.add_row(row["name"], f"{row['perplexity']:.3f}", accuracy, "", "")
         for parent, scores in row.get("beside", {}).items():
             found = ", ".join(f"{name} {_score(s)}" for name, s in scores.items())
-            table.add_row("", "", "", parent, found)
-    console = Console()
-    console.print(table)
+            rows.add_row("", "", "", parent, found)
+    console().print(rows)
     if "parameters" in data:
         counts = data["parameters"]
         share = counts["surrogate"] / counts["original"]
-        console.print(
-            f"{counts['surrogate']} of {counts['original']} parameters: {share:.3f}",
-            highlight=False,
-        )
+        print(f"{counts['surrogate']} of {counts['original']} parameters: {share:.3f}")
     else:
-        console.print(f"stitch {data['stitch'][:12]}: {size(data['bytes'])}", highlight=False)
+        print(f"stitch {data['stitch'][:12]}: {size(data['bytes'])}")
 
 
 def _step(step: dict[str, Any]) -> str:
@@ -130,7 +179,7 @@ def _score(score: dict[str, Any]) -> str:
 
 def print_diff(data: dict[str, Any]) -> None:
     """A line for each step of two models that is not the same in both, and the totals."""
-    table = Table("step", "kind", "state", data["a"], data["b"], "largest difference", box=None)
+    rows = table("step", "kind", "state", data["a"], data["b"], "largest difference")
     for row in data["steps"]:
         if row["state"] == "equal" and row["same_deltas"]:
             continue
@@ -140,58 +189,59 @@ def print_diff(data: dict[str, Any]) -> None:
         most = f"{row['max_difference']:.3g} ({row['tensor']})" if "tensor" in row else ""
         index = row["a"] if row["a"] is not None else row["b"]
         sizes = [size(row[f"{k}_bytes"] + row[f"{k}_delta_bytes"]) for k in ("a", "b")]
-        table.add_row(str(index), row["kind"], state, *sizes, most)
-    console = Console()
-    if table.row_count:
-        console.print(table)
+        rows.add_row(str(index), row["kind"], state, *sizes, most)
+    if rows.row_count:
+        console().print(rows)
     totals = data["totals"]
-    console.print(
+    print(
         f"{totals['equal']} components equal ({size(totals['equal_bytes'])}), {totals['changed']} "
-        f"changed, {totals['other']} without a counterpart",
-        highlight=False,
+        f"changed, {totals['other']} without a counterpart"
     )
 
 
-def print_plan(data: dict[str, Any]) -> None:
-    """What would be stored, and the blocks with the reason for each cut."""
-    console = Console()
-    stored = Table("step", "kind", "size", "stored", "shared with", box=None)
+def print_plan(data: dict[str, Any], details: bool) -> None:
+    """What would be stored, shared and cut; with details every component and the reason of every cut."""
+    shared = [set(row["shared_with"]) for row in data["steps"]]
+    print(
+        f"{data['name']}: {size(data['stored_bytes'])} of {size(data['logical_bytes'])} would be stored; "
+        + _shared_with(shared, "components and deltas")
+    )
+    blocks = data["blocks"]
+    of_others = sum(bool(row["shared_with"]) for row in blocks)
+    cost = data["cost"]
+    print(
+        f"{len(blocks)} blocks, {of_others} of them shared, cut "
+        + (
+            f"by measured cost: {1e6 * cost['hop_seconds']:.0f} us a hand-over, "
+            f"{cost['bytes_per_second'] / 1e9:.1f} GB/s of weights"
+            if cost
+            else "so that all sharing is kept: hand-overs were not measured here ('jblock convert profile')"
+        )
+    )
+    for row in data["cut_elsewhere"]:
+        print(f"{row['name']}: {row['blocks_before']} blocks become {row['blocks_after']}")
+    if not details:
+        return
+    stored = table("step", "kind", "size", "stored", "shared with")
     for row in data["steps"]:
         users = ", ".join(row["shared_with"][:3])
         stored.add_row(
             str(row["step"]), row["kind"], size(row["bytes"]), "new" if row["stored"] else "", users
         )
-    console.print(stored)
-    cut = Table("block", "size", "shared with", "cut because", box=None)
-    for row in data["blocks"]:
+    console().print(stored)
+    cut = table("block", "size", "shared with", "cut because")
+    for row in blocks:
         users = ", ".join(row["shared_with"][:3])
         cut.add_row(f"{row['first']}-{row['last']}", size(row["bytes"]), users, row["why"])
-    console.print(cut)
-    for row in data["cut_elsewhere"]:
-        console.print(
-            f"{row['name']}: {row['blocks_before']} blocks become {row['blocks_after']}",
-            highlight=False,
-        )
-    cost = data["cost"]
-    console.print(
-        f"cut by measured cost: {1e6 * cost['hop_seconds']:.0f} us a hand-over, "
-        f"{cost['bytes_per_second'] / 1e9:.1f} GB/s of weights"
-        if cost
-        else "all sharing is kept: hand-overs were not measured here ('jblock-convert profile')",
-        highlight=False,
-    )
-    console.print(
-        f"{size(data['stored_bytes'])} of {size(data['logical_bytes'])} would be stored",
-        highlight=False,
-    )
+    console().print(cut)
 
 
 def print_profile(data: dict[str, Any]) -> None:
     """A line for each signature and grid."""
-    table = Table("signature", "size", "load", "sequences", "tokens", "time", box=None)
+    rows = table("signature", "size", "load", "sequences", "tokens", "time")
     for row in data["signatures"]:
         for t in row["times"]:
-            table.add_row(
+            rows.add_row(
                 row["signature"],
                 size(row["bytes"]),
                 f"{1e3 * row['load_seconds']:.1f} ms",
@@ -199,10 +249,8 @@ def print_profile(data: dict[str, Any]) -> None:
                 str(t["q_len"]),
                 f"{1e6 * t['seconds']:.0f} us",
             )
-    console = Console()
-    console.print(table)
-    console.print(
+    console().print(rows)
+    print(
         f"{data['target']}: {1e6 * data['hop_seconds']:.0f} us a hand-over, "
-        f"{data['bytes_per_second'] / 1e9:.2f} GB/s of weights",
-        highlight=False,
+        f"{data['bytes_per_second'] / 1e9:.2f} GB/s of weights"
     )

@@ -7,8 +7,9 @@ import numpy as np
 
 from checkpoints.adapter import open_adapter, plan_adapter
 from checkpoints.bitfit import with_vectors
-from checkpoints.checkpoint import open_checkpoint
+from checkpoints.checkpoint import Checkpoint
 from checkpoints.folders import is_adapter
+from checkpoints.opening import open_checkpoint
 from checkpoints.progress import Progress
 from checkpoints.source import Source
 from checkpoints.tokenizer import read_tokenizer
@@ -27,9 +28,11 @@ def verify(zoo_path: Path, name: str, source_path: Path, progress: Progress) -> 
     chain = zoo.chain(name)
     if is_adapter(source_path):
         differences = _adapter(zoo, chain, source_path, progress)
+        tokenizer = read_tokenizer(source_path)
     else:
-        differences = _checkpoint(zoo, chain, source_path, progress)
-    tokenizer = read_tokenizer(source_path)
+        checkpoint = open_checkpoint(source_path)
+        differences = _checkpoint(zoo, chain, checkpoint, progress)
+        tokenizer = checkpoint.tokenizer
     if tokenizer is not None and chain.tokenizer != files_id(tokenizer.files):
         differences.append("the tokenizer files differ")
     if tokenizer is None and chain.tokenizer is not None and chain.base is None:
@@ -37,10 +40,9 @@ def verify(zoo_path: Path, name: str, source_path: Path, progress: Progress) -> 
     return differences
 
 
-def _checkpoint(zoo: Zoo, chain: Chain, path: Path, progress: Progress) -> list[str]:
+def _checkpoint(zoo: Zoo, chain: Chain, checkpoint: Checkpoint, progress: Progress) -> list[str]:
     if chain.base is not None:
-        return [f"{chain.name} is an adapter on {chain.base}, {path} a whole model"]
-    checkpoint = open_checkpoint(path)
+        return [f"{chain.name} is an adapter on {chain.base}, {checkpoint.path} a whole model"]
     plan, source = checkpoint.plan, checkpoint.source
     packed = chain.derived.get("packed")
     same = checkpoint.described == chain.source and checkpoint.packed == packed

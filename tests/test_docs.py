@@ -28,7 +28,9 @@ START_SECONDS = 120
 
 _FENCE = re.compile(r'(?:<!-- run(?: until "(.+?)")? -->\n)?^```(\w*)\n(.*?)^```$', re.M | re.S)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
-_COMMAND = re.compile(r"^(?:\.venv/bin/)?(jblock-\w+) ([^#\n]*)", re.M)
+_COMMAND = re.compile(
+    r"^(?:\.venv/bin/)?(jblock-\w+|jblock (?:convert|serve|client|compile)) ([^#\n]*)", re.M
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +133,7 @@ def test_the_marked_commands_of_a_page_work(page, tmp_path, shell):
 @functools.cache
 def helptext(tool: str, subcommand: str) -> str:
     """What a tool says of its flags."""
+    tool = tool.replace(" ", "-")
     module, function = SCRIPTS[tool].split(":")
     code = f"import sys; sys.argv[0] = {tool!r}; from {module} import {function}; {function}()"
     arguments = (

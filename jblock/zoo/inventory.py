@@ -89,6 +89,7 @@ def _chain(
         "base": chain.base,
         "policy": chain.policy,
         "derived": chain.derived,
+        "origin": chain.origin,
         "tokenizer": chain.tokenizer,
         "max_position": chain.max_position,
         "vocab_size": chain.vocab_size,

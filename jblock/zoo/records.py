@@ -115,6 +115,9 @@ class Chain:
         but "exact" is served only to who asks for it.
       derived: how the chain was made from another one: "chain" ("name@version"), "command", its
         settings, and what it cost; empty for a chain that was converted.
+      origin: where a converted chain comes from: "source" (a path, or a name on the Hub), "revision" (the
+        commit), "license", "date" (UTC); what is not known is left out. No part of what a version is:
+        the same model from another place is no new one.
     """
 
     name: str
@@ -133,6 +136,7 @@ class Chain:
     source_files: str | None = None
     policy: str = "exact"
     derived: dict[str, Any] = dataclasses.field(default_factory=dict)
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def derive(
         self, name: str, steps: Sequence[Step], policies: Sequence[str], how: Mapping[str, Any]
@@ -155,6 +159,7 @@ class Chain:
             source_files=None,
             policy=max(self.policy, *policies, key=POLICIES.index),
             derived={"chain": f"{self.name}@{self.version}", **how},
+            origin={},
         )
 
     def to_json(self) -> dict[str, Any]:

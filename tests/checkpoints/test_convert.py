@@ -210,7 +210,11 @@ def test_memory_is_one_component_and_a_little(tmp_path):
 def test_list_names_the_models(tmp_path, cli):
     cli.ok("hf", tiny.write_checkpoint(tmp_path / "src"), "--name", "some-model")
     assert "some-model@1" in cli.ok("list")
-    assert "attention" in cli.ok("inspect", "some-model")
+    shown = cli.ok("inspect", "some-model")
+    assert shown.startswith("some-model@1: llama, policy exact")
+    assert "blocks" in shown
+    assert "attention" not in shown
+    assert "attention" in cli.ok("inspect", "some-model", "--details")
 
 
 def test_progress_is_drawn_when_asked(tmp_path, cli):

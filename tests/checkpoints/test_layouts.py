@@ -341,7 +341,7 @@ SHARDS = ("config.json", "model-00001-of-00002.safetensors", "model-00002-of-000
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (only("adapter_config.json"), ["is an adapter", "jblock-convert peft"]),
+        (only("adapter_config.json"), ["is an adapter", "jblock convert peft"]),
         (only("params.json", "consolidated.safetensors"), ["maker's own layout"]),
         (only("model-q4.gguf"), ["model-q4.gguf", "GGUF"]),
         (only("readme"), ["no config.json"]),
@@ -360,10 +360,10 @@ def test_what_is_no_checkpoint(cli, tmp_path, make, words):
     refused(cli, words, "hf", source, "--name", "m")
 
 
-def test_a_name_of_the_hub(cli, tmp_path, monkeypatch):
+def test_a_mistyped_folder(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cli.ok("hf", write(tmp_path / "other"), "--name", "other")
-    refused(cli, ["no folder org/model", "Hub", "download"], "hf", "org/model", "--name", "m")
+    refused(cli, ["no folder org/model", "Hub"], "hf", "./org/model", "--name", "m")
     refused(cli, ["no folder other/nowhere", "check"], "hf", "other/nowhere", "--name", "m")
 
 

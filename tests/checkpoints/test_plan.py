@@ -58,7 +58,12 @@ def test_a_fine_tune(cli, tmp_path, tuned):
     assert [b["first"] for b in record["tuned"]] == [b["first"] for b in data["blocks"]]
     assert len(record["base"]) == 4
     assert all(p.read_bytes() == data for p, data in chains.items())
-    assert "base parts here" in cli.ok("plan", tuned, "--name", "again")
+    assert "base parts here" in cli.ok("plan", tuned, "--name", "again", "--details")
+    said = cli.ok("plan", tuned).splitlines()
+    assert said[0].startswith("tuned: ")
+    assert "are shared (" in said[0]
+    assert said[1].startswith("4 blocks, ")
+    assert not any("base parts here" in line for line in said)
 
 
 def test_an_adapter_cuts_nothing(cli, tmp_path):

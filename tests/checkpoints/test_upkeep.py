@@ -1,6 +1,7 @@
 """diff, copy, rm, gc, repair and resume from the command line; JSON from every command."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,11 +9,13 @@ import tiny_checkpoints as tiny
 from converter_cli import Cli
 from tiny_checkpoints import CONFIG
 
-from checkpoints import main
+from checkpoints import texts
 from jblock.zoo import edges, writer
 from jblock.zoo.edge_records import Edge, Probe, Score
 from jblock.zoo.fsck import fsck
 from jblock.zoo.store import Zoo
+
+GGUF = Path(__file__).parent.parent / "fixtures" / "gguf" / "llama_gqa_untied.gguf"
 
 
 @pytest.fixture
@@ -146,8 +149,11 @@ def test_an_error_takes_back_what_was_moved_in(cli, tmp_path, monkeypatch):
 
 def test_json_from_every_command(filled, tmp_path):
     filled.ok("peft", tmp_path / "a", "--base", "base", "--name", "b")
+    filled.ok("export", "base", "--out", tmp_path / "orbax", "--format", "orbax")
     commands = {
         "hf": [tmp_path / "base", "--name", "base"],
+        "gguf": [GGUF, "--name", "g"],
+        "orbax": [tmp_path / "orbax", "--name", "o"],
         "peft": [tmp_path / "a", "--base", "base", "--name", "a"],
         "plan": [tmp_path / "base", "--name", "new"],
         "profile": ["base", "--programs", tmp_path / "programs"],
@@ -166,7 +172,7 @@ def test_json_from_every_command(filled, tmp_path):
         "fsck": [],
     }
     # What trains is in test_approximate.py.
-    assert commands.keys() | {"stitch", "surrogate"} == main._MORE.keys()
+    assert commands.keys() | {"stitch", "surrogate"} == texts.MORE.keys()
     for command, argv in commands.items():
         assert isinstance(json.loads(filled.ok(command, *argv, "--json")), dict), command
     result = filled("rm", "base", "--json")
