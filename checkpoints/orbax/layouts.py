@@ -68,7 +68,8 @@ def flax(name: str, config: Mapping[str, Any]) -> list[Place]:
     del config
     module, _, kind = name.rpartition(".")
     bare = module.removeprefix("model.")
-    modules = dict.fromkeys((module, bare, re.sub(r"\blayers\.", "layers_", module)))
+    whole = (module, bare)
+    modules = dict.fromkeys((*whole, *(re.sub(r"\blayers\.", "layers_", m) for m in whole)))
     if kind == "bias":
         return [Place(names=tuple(f"{m}.bias" for m in modules), change=_same)]
     if module.endswith("embed_tokens"):

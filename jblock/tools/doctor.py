@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -54,7 +55,7 @@ def environment() -> Iterator[Finding]:
         version() if right else f"Python {platform.python_version()}: 3.11 or newer is needed",
     )
     numbers = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
-    if tuple(int(n) for n in numbers["jax"].split(".")[:3]) < _JAX:
+    if tuple(int(n) for n in re.findall(r"\d+", numbers["jax"])[:3]) < _JAX:
         yield Finding(
             "environment",
             "wrong",
