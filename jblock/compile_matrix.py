@@ -224,7 +224,7 @@ class Checker:
         them if given; returns what waits for them."""
         made: dict[str, tuple[str, Callable[[], Any]]] = {}
         for name, function, arguments in _programs(op, self.placement, models):
-            lower = _lowering(op, self.placement, function, arguments)
+            lower = lowering(op, self.placement, function, arguments)
             # Models of one shape have one program.
             made.setdefault(repr((getattr(function, "keywords", None), arguments)), (name, lower))
         chosen = list(made.values())[:most]
@@ -295,9 +295,11 @@ def _programs(
     return shapes.programs("mosaic_gpu", chosen)
 
 
-def _lowering(
+def lowering(
     op: str, placement: Placement, function: Callable[..., Any], arguments: Any
 ) -> Callable[[], Any]:
+    """What lowers a program of an op's `shapes.programs`; what it updates in place is donated."""
+
     def on_chip(a: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return placement.struct(a.shape, a.dtype)
 

@@ -171,7 +171,11 @@ def _attend(plan: tuple[tuple[str, Any], ...], detect_races: bool) -> Callable[.
 
 
 def run_op(
-    op: str, case: Any, plan: dict[str, Any] | None = None, **options: Any
+    op: str,
+    case: Any,
+    plan: dict[str, Any] | None = None,
+    detect_races: bool = False,
+    **options: Any,
 ) -> dict[str, int]:
     """In the worker: holds the Mosaic GPU backend of another op to a case; returns what was counted.
 
@@ -179,9 +183,11 @@ def run_op(
       op: one that `holds` knows.
       case: of that op's table, in bfloat16.
       plan: fields of the op's Plan to set otherwise than its make_plan does.
+      detect_races: whether to fail where two warpgroups race.
       options: of what holds it.
     """
     import jax
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
     from tests.pallas_kernels import grouped_cases, quantized_cases
 
@@ -190,18 +196,19 @@ def run_op(
         "grouped_delta_matmul": grouped_cases.hold_delta,
         "quantized_matmul": quantized_cases.hold,
     }
-    multiply = _multiply(op, tuple(sorted((plan or {}).items())))
+    multiply = _multiply(op, tuple(sorted((plan or {}).items())), detect_races)
 
     def counted(*args):
         _COUNTS.update(read=0, written=0, flops=0)
         return jax.block_until_ready(multiply(*args))
 
     holds[op](case, counted, **options)
+    assert not (detect_races and gpu_callbacks.get_races().races_found)
     return dict(_COUNTS)
 
 
 @functools.cache
-def _multiply(op: str, plan: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+def _multiply(op: str, plan: tuple[tuple[str, Any], ...], detect_races: bool) -> Callable[..., Any]:
     """A matmul in the interpreter, with some fields of its plan set."""
     import importlib
 
@@ -209,7 +216,9 @@ def _multiply(op: str, plan: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
     module = importlib.import_module(f"jblock.pallas_kernels.{op}.mosaic_gpu")
-    params = InterpretGPUParams(uninitialized_memory="nan", out_of_bounds_reads="uninitialized")
+    params = InterpretGPUParams(
+        detect_races=detect_races, uninitialized_memory="nan", out_of_bounds_reads="uninitialized"
+    )
 
     @jax.jit
     def multiply(*args):

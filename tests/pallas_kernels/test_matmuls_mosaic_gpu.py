@@ -111,6 +111,19 @@ def test_quantized_matches_reference_on_every_case(pool, case):
     put(pool, "quantized_matmul", case)
 
 
+RACES = {
+    "grouped_block_matmul": QUICK_BLOCK,
+    "grouped_delta_matmul": QUICK_DELTA,
+    "quantized_matmul": QuantizedCase(5, 128, 512, x="bfloat16"),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("op", RACES)
+def test_has_no_data_race(pool, op):
+    put(pool, op, RACES[op], detect_races=True)
+
+
 def test_what_the_kernels_do_not_serve_goes_through_xla():
     """No interpreter here: a kernel would fail on this machine."""
     narrow = DeltaCase(((3, 1), (4, 2)), 40, 130)
