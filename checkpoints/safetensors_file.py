@@ -252,7 +252,7 @@ def check_finite(name: str, value: np.ndarray) -> None:
         "float16": (np.uint16, 0x7C00),
         "bfloat16": (np.uint16, 0x7F80),
     }[value.dtype.name]
-    bits = value.view(word)
+    bits = value.reshape(-1).view(word)
     for i in range(0, bits.size, 1 << 20):
         bad = (bits[i : i + (1 << 20)] & word(mask)) == word(mask)
         if bad.any():

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jblock.blocks import compress, layout, quantise
+from jblock.blocks import compress, layout
 from jblock.blocks.attention import Attention
 from jblock.blocks.compressed_spec import BitDeltaSpec, LowRankSpec
 from jblock.blocks.delta_spec import BiasNormSpec, LoraSpec
@@ -103,14 +103,7 @@ def load(zoo: Zoo, steps: Sequence[Step]) -> Weights:
 
 def _floats(spec: ComponentSpec, stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors in float32, those of few bits as the weights they stand for."""
-    quant = getattr(spec, "quant", None)
-    wanted = unquantised(spec).tensors()
-    return {
-        name: stored[name].astype(np.float32)
-        if quant is None or name in stored
-        else quantise.dequantise(stored, name.removesuffix(".weight"), quant)
-        for name in wanted
-    }
+    return {n: v.astype(np.float32) for n, v in layout.floats(spec, stored).items()}
 
 
 def _merge(zoo: Zoo, id_: str, spec: ComponentSpec, values: dict[str, np.ndarray]) -> None:

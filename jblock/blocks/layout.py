@@ -2,13 +2,15 @@
 
 Stored projections may be fused (Phi-3, GPT-2, GPT-NeoX) or lie `[in, out]` (GPT-2). Blocks know one
 form: every projection apart, `[out, in]`. What is stored stays as it was, so that an export writes the
-same bytes; the cut is made when a component is loaded. Codes of few bits stay as they are stored.
+same bytes; the cut is made when a component is loaded. Codes of few bits stay as they are stored, but
+for the forms that no block computes with (`QuantSpec.made_float`): these become float.
 """
 
 from collections.abc import Mapping
 
 import numpy as np
 
+from jblock.blocks import quantise
 from jblock.blocks.quant_spec import CODES, ORDER, SCALES, ZEROS
 from jblock.blocks.spec import (
     LAYER_KINDS,
@@ -60,6 +62,7 @@ def computed_widths(spec: ComponentSpec) -> dict[str, tuple[int, int]]:
 
 def compute_shapes(spec: ComponentSpec) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor a block computes with; projections are [out, in]."""
+    spec = _made_float(spec)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in spec.tensors().items():
         projection, _, tensor = name.rpartition(".")
@@ -82,6 +85,8 @@ def compute_shapes(spec: ComponentSpec) -> dict[str, tuple[int, ...]]:
 
 def to_compute(spec: ComponentSpec, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Stored tensors as `compute_shapes` has them; views of the given arrays where that is possible."""
+    if _made_float(spec) is not spec:
+        spec, tensors = _made_float(spec), floats(spec, tensors)
     out = {}
     for name, value in tensors.items():
         projection, _, tensor = name.rpartition(".")
@@ -98,6 +103,26 @@ def to_compute(spec: ComponentSpec, tensors: Mapping[str, np.ndarray]) -> dict[s
         else:
             out[name] = value
     return out
+
+
+def floats(spec: ComponentSpec, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Stored tensors of a component, its quantised projections as float32 weights of the form and names
+    that the unquantised component has."""
+    quant = getattr(spec, "quant", None)
+    out = {}
+    for name, shape in unquantised(spec).tensors().items():
+        if quant is None or name in tensors:
+            out[name] = tensors[name]
+        else:
+            projection = name.removesuffix(".weight")
+            out[name] = quantise.dequantise(tensors, projection, quant, shape[1])
+    return out
+
+
+def _made_float(spec: ComponentSpec) -> ComponentSpec:
+    """The spec that a component is computed by."""
+    quant = getattr(spec, "quant", None)
+    return unquantised(spec) if quant is not None and quant.made_float else spec
 
 
 def _consecutive(widths: Mapping[str, int]) -> dict[str, Rows]:

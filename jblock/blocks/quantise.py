@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
-from jblock.blocks.quant_spec import CODES, ORDER, SCALES, ZEROS, QuantSpec
+from jblock.blocks.quant_spec import BOOK, CODES, ORDER, SCALES, ZEROS, QuantSpec
 
 INT4 = np.dtype(ml_dtypes.int4)
 # Below it a scale is 1: dividing by it would overflow.
@@ -46,8 +46,19 @@ def unpack(packed: np.ndarray) -> np.ndarray:
     return ((halves ^ 8) - 8).reshape(len(packed), -1).astype(INT4)
 
 
-def dequantise(tensors: Mapping[str, np.ndarray], projection: str, spec: QuantSpec) -> np.ndarray:
-    """The float32 weight [out, in] that the stored tensors of a projection stand for."""
+def dequantise(
+    tensors: Mapping[str, np.ndarray], projection: str, spec: QuantSpec, inputs: int = 0
+) -> np.ndarray:
+    """The float32 weight [out, in] that the stored tensors of a projection stand for.
+
+    `inputs` is needed for the form "book", whose codes do not say how many columns they make.
+    """
+    if spec.made_float:
+        if spec.form == "e4m3":
+            weight = _from_e4m3(tensors, projection, spec)
+        else:
+            weight = _from_book(tensors, projection, spec).reshape(-1, inputs)
+        return weight.astype(spec.rounded or np.float32).astype(np.float32)
     codes = tensors[f"{projection}.{CODES}"]
     codes = (unpack(codes) if spec.bits == 4 else codes).astype(np.float32)
     scales = tensors[f"{projection}.{SCALES}"]
@@ -60,3 +71,22 @@ def dequantise(tensors: Mapping[str, np.ndarray], projection: str, spec: QuantSp
     out = np.empty_like(weight)
     out[:, tensors[f"{projection}.{ORDER}"]] = weight
     return out
+
+
+def _from_e4m3(tensors: Mapping[str, np.ndarray], projection: str, spec: QuantSpec) -> np.ndarray:
+    codes = tensors[f"{projection}.{CODES}"]
+    scales = tensors[f"{projection}.{SCALES}"]
+    out, inner = codes.shape
+    wide = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    for axis, (size, block) in enumerate(((out, spec.rows), (inner, spec.group))):
+        scales = np.repeat(scales, block or size, axis=axis)
+    return wide * scales[:out, :inner]
+
+
+def _from_book(tensors: Mapping[str, np.ndarray], projection: str, spec: QuantSpec) -> np.ndarray:
+    """The elements in row-major order."""
+    packed = tensors[f"{projection}.{CODES}"]
+    codes = np.stack([packed >> 4, packed & 0xF], axis=-1).reshape(-1)
+    scales = np.repeat(tensors[f"{projection}.{SCALES}"], spec.group)
+    count = min(len(codes), len(scales))
+    return tensors[f"{projection}.{BOOK}"][codes[:count]] * scales[:count]

@@ -17,6 +17,9 @@ DTYPES = {
     "bfloat16": "BF16",
     "float64": "F64",
     "int64": "I64",
+    "int32": "I32",
+    "int8": "I8",
+    "float8_e4m3fn": "F8_E4M3",
     "uint8": "U8",
     "bool": "BOOL",
 }

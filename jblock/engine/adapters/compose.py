@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jblock.blocks import compress, layout
+from jblock.blocks import compress, layout, quantise
 from jblock.blocks.compressed_spec import TABLE_GROUP, BitDeltaSpec, BitsTarget, LowRankSpec
 from jblock.blocks.delta_spec import (
     BiasNormSpec,
@@ -142,6 +142,24 @@ def slot_content(
     return work.content(num_pieces([delta for delta, _ in deltas]))
 
 
+def _reading_floats(spec: ComponentSpec, read_base: ReadBase) -> ReadBase:
+    """`read_base`, to which the projections of a quantized component are the weights they stand for: DoRA
+    needs these."""
+    quant = getattr(spec, "quant", None)
+    if quant is None:
+        return read_base
+    stored, plain = spec.tensors(), unquantised(spec).tensors()
+
+    def read(name: str) -> np.ndarray:
+        if name in stored:
+            return read_base(name)
+        projection, (out, inner) = name.removesuffix(".weight"), plain[name]
+        tensors = {n: read_base(n) for n in quant.tensors(projection, out, inner)}
+        return quantise.dequantise(tensors, projection, quant, inner)
+
+    return read
+
+
 class _Projection:
     """A stored projection with what the deltas so far made of it."""
 
@@ -223,7 +241,7 @@ class _Composition:
     """The component with the deltas so far."""
 
     def __init__(self, spec: ComponentSpec, read_base: ReadBase):
-        self._spec, self._read_base = unquantised(spec), read_base
+        self._spec, self._read_base = unquantised(spec), _reading_floats(spec, read_base)
         self._projections: dict[str, _Projection] = {}
         self._vectors: dict[str, np.ndarray] = {}
         self._rows: dict[str, np.ndarray] = {}  # [rows, width] by table of pieces
