@@ -12,6 +12,7 @@ from typing import Any
 from checkpoints import layouts, naming, prequantized
 from checkpoints.errors import CheckpointError
 from checkpoints.folders import expect_checkpoint
+from checkpoints.multimodal import text_model
 from checkpoints.safetensors_file import TensorInfo
 from checkpoints.source import Source, open_source, read_json
 from checkpoints.tokenizer import TokenizerFiles, read_tokenizer
@@ -25,7 +26,7 @@ class Checkpoint:
 
     Attributes:
       path: its folder.
-      config: config.json as it is.
+      config: config.json as it is; of a multimodal checkpoint that of its text model.
       described: config.json without what says how weights are packed.
       generation: generation_config.json; {} when there is none.
       family: its architecture.
@@ -64,8 +65,9 @@ def open_folder(path: Path) -> Checkpoint:
     expect_checkpoint(path)
     config = read_json(path / "config.json")
     generation = read_json(path / "generation_config.json", required=False)
+    config, source = text_model(config, open_source(path))
     tokenizer = read_tokenizer(path)
-    return understood(path, config, generation, open_source(path), tokenizer, read_license(path))
+    return understood(path, config, generation, source, tokenizer, read_license(path))
 
 
 def read_license(path: Path) -> str | None:

@@ -20,6 +20,7 @@ from jblock.blocks.spec import (
     UnembeddingSpec,
 )
 from jblock.families import config as cfg
+from jblock.families.multimodal import text_config, wrapper_of
 from jblock.families.names import LLAMA, Names
 from jblock.families.rope import original_positions, rope
 
@@ -216,12 +217,15 @@ class Family:
     optional_prefix: str = "model."
 
     def plan(self, config: Config) -> Plan:
-        """Lays out the steps of a checkpoint with this config.
+        """Lays out the steps of a checkpoint with this config, or of the text model inside it.
 
         Raises:
           ConfigError: a field that is missing, malformed or not served.
           SpecError: dimensions that do not fit each other.
         """
+        wrapper = wrapper_of(config)
+        if wrapper is not None:
+            config = text_config(config, wrapper)
         for field, allowed in self.fixed.items():
             cfg.require(config, field, allowed, f"family {self.name}")
         if config.get("quantization_config"):

@@ -169,10 +169,7 @@ def serve(family: str, root: Path) -> Live:
     """Makes, converts and runs a family and its adapters."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"live {family}".encode()))
     case = cases.CASES[family]
-    base = {k: v for k, v in cases.base_fields().items() if k not in case.without}
-    model = transformers.AutoModelForCausalLM.from_config(
-        case.config(**base | case.fields), dtype=torch.float32
-    )
+    model = transformers.AutoModelForCausalLM.from_config(case.make_config(), dtype=torch.float32)
     libraries.fill_weights(model, generator)
     folders = {"": root / family}
     model.save_pretrained(folders[""])

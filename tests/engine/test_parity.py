@@ -22,7 +22,22 @@ CONFIG = EngineConfig(
 )
 
 
-@pytest.fixture(params=[*BASES, *ADAPTERS])
+# The maths of these is held to the same oracles in tests/families/test_oracles.py, and the engine serves
+# others of their kinds, with adapters too; so here they take their turn in the long tests.
+LONG = (
+    *("cohere", "cohere2", "falcon3", "gemma", "gemma3_vision", "glm", "glm4", "granite4"),
+    *("llama_biases", "ministral", "mistral3", "olmo3", "phi3_mini", "qwen2_5_vl", "qwen3_biases"),
+    *("qwen3_vl", "smollm3", "starcoder2"),
+)
+
+
+def fixtures() -> list:
+    """Every fixture, the long ones marked."""
+    marks = {name: [pytest.mark.long] for name in LONG}
+    return [pytest.param(name, marks=marks.get(name, [])) for name in (*BASES, *ADAPTERS)]
+
+
+@pytest.fixture(params=fixtures())
 def agent(request, zoo) -> tuple[str, Agent]:
     """One fixture served with its base, if it has one, in the same batches."""
     name = request.param

@@ -273,6 +273,77 @@ def test_refusals_of_newer_families(name, change, word):
         family_for(config).plan(config)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "model"),
+    [
+        ("Llama4ForConditionalGeneration", "Llama 4"),
+        ("Qwen3NextForCausalLM", "Qwen3-Next"),
+        ("Qwen3_5ForConditionalGeneration", "Qwen 3.5"),
+        ("Gemma3nForConditionalGeneration", "Gemma 3n"),
+        ("Gemma4ForConditionalGeneration", "Gemma 4"),
+        ("DeepseekV2ForCausalLM", "DeepSeek V2"),
+        ("DeepseekV3ForCausalLM", "DeepSeek V3"),
+        ("GptOssForCausalLM", "gpt-oss"),
+    ],
+)
+def test_models_of_a_later_day_are_refused_by_name(architecture, model):
+    code = {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}
+    for config in ({"architectures": [architecture]}, {"architectures": [architecture]} | code):
+        with pytest.raises(ConfigError, match=f"{model}.* is not served yet"):
+            family_for(config)
+
+
+def test_a_native_architecture_needs_no_code_of_the_checkpoint():
+    code = {"auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}}
+    assert family_for({"architectures": ["Phi3ForCausalLM"]} | code).name == "phi3"
+    with pytest.raises(ConfigError, match="auto_map"):
+        family_for({"architectures": ["OwnForCausalLM"]} | code)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "ropes"),
+    [
+        ("SmolLM3", {}, [True, True, True, False]),
+        ("SmolLM3", {"no_rope_layers": [0, 1, 1, 1]}, [False, True, True, True]),
+        ("Cohere2", {"sliding_window": 8, "sliding_window_pattern": 2}, [True, False] * 2),
+    ],
+)
+def test_layers_without_rope(name, change, ropes):
+    assert [a.rope is not None for a in attention(name, **change)] == ropes
+
+
+GRANITE4 = {
+    "num_local_experts": 0,
+    "shared_intermediate_size": 24,
+    "position_embedding_type": "rope",
+    "layer_types": ["attention"] * 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "word"),
+    [
+        ("SmolLM3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
+        ("SmolLM3", {"layer_types": ["sliding_attention"] * 4}, "sliding_window"),
+        ("Cohere", {"use_qk_norm": True}, "use_qk_norm"),
+        ("Granite", {"residual_multiplier": 0}, "residual_multiplier"),
+        ("GraniteMoeHybrid", GRANITE4 | {"layer_types": ["mamba"] * 4}, "mamba"),
+        ("GraniteMoeHybrid", GRANITE4 | {"num_local_experts": 8}, "num_local_experts"),
+        ("GraniteMoeHybrid", GRANITE4 | {"position_embedding_type": "alibi"}, "position_embedding"),
+        ("Olmo3", {"rope_theta": 1e4}, "rope_theta"),
+        ("Gemma", {"hidden_activation": "relu"}, "hidden_activation"),
+        (
+            "Ministral3",
+            {"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}},
+            "original_max_position_embeddings",
+        ),
+    ],
+)
+def test_refusals_of_the_families_of_today(name, change, word):
+    with pytest.raises(ConfigError, match=word):
+        plan(name, **change)
+
+
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 96}
 
 
