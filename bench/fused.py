@@ -45,7 +45,7 @@ class FusedDecode:
           max_len: tokens the pages of one sequence hold.
           kv_dtype: of the pages.
         """
-        units = [u for i in route.instances for u in i.units]
+        units = [u for i in route.instances for u in i.layers]
         self._specs = tuple(s for u in units for s in u.signature.specs)
         self._params = tuple(p for u in units for p in u.params)
         self._tied = units[-1].signature.tied

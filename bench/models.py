@@ -120,7 +120,7 @@ class MemoryZoo:
     """What an engine reads of a zoo, for models made on the spot.
 
     Attributes:
-      shape: of every model.
+      shape: of every model that is given no other.
       seed: decides all weights.
       served: the newest version of every chain, by name.
     """
@@ -133,14 +133,16 @@ class MemoryZoo:
         self._deltas: dict[str, DeltaRecord] = {}
         self._labels: dict[str, str] = {}
 
-    def add_base(self, name: str = "base") -> Chain:
+    def add_base(self, name: str = "base", shape: ModelShape | None = None) -> Chain:
         """A model of its own weights."""
-        return self.add_variant(name, name, 0)
+        return self.add_variant(name, name, 0, shape)
 
-    def add_variant(self, name: str, base: str, private_layers: int) -> Chain:
+    def add_variant(
+        self, name: str, base: str, private_layers: int, shape: ModelShape | None = None
+    ) -> Chain:
         """A full fine-tune of `base`: the last `private_layers` layers are its own."""
-        shape = self.shape
-        ids = [self._component(EmbeddingSpec(**self._table()), f"{base}/embedding")]
+        shape = shape or self.shape
+        ids = [self._component(EmbeddingSpec(**_table(shape)), f"{base}/embedding")]
         for i in range(shape.layers):
             owner = name if i >= shape.layers - private_layers else base
             ids.append(self._component(shape.attention, f"{owner}/attention/{i}"))
@@ -148,8 +150,14 @@ class MemoryZoo:
         norm = NormSpec(hidden_size=shape.hidden_size, eps=1e-5)
         ids.append(self._component(norm, f"{base}/norm"))
         tie = ids[0] if shape.tied else None
-        ids.append(self._component(UnembeddingSpec(**self._table()), f"{base}/unembedding", tie))
+        ids.append(self._component(UnembeddingSpec(**_table(shape)), f"{base}/unembedding", tie))
         return self._publish(name, tuple(Step(component=i) for i in ids))
+
+    def add_stack(self, name: str, base: str, layers: Sequence[int]) -> Chain:
+        """A model of layers of `base` in this order, some of them perhaps more than once."""
+        steps = self.served[base].steps
+        body = [steps[1 + 2 * i : 3 + 2 * i] for i in layers]
+        return self._publish(name, (steps[0], *(s for pair in body for s in pair), *steps[-2:]))
 
     def retune(self, name: str) -> Chain:
         """A new version of a fine-tune: the layers of its own get other weights."""
@@ -217,12 +225,11 @@ class MemoryZoo:
         """Tensors of a delta, drawn from its seed."""
         return self._draw(id, {n: t.shape for n, t in self._deltas[id].tensors.items()})
 
+    path = None
+
     def tokenizer_path(self, id: str) -> Path:
         """Raises ValueError: these models have no tokenizer."""
         raise ValueError(f"tokenizer {id!r} was asked for; models made on the spot have none")
-
-    def _table(self) -> dict[str, int]:
-        return {"vocab_size": self.shape.vocab_size, "hidden_size": self.shape.hidden_size}
 
     def _component(self, spec: ComponentSpec, label: str, tie: str | None = None) -> str:
         id_ = self._id(spec, label)
@@ -260,7 +267,7 @@ class MemoryZoo:
                 steps=steps,
                 tokenizer=None,
                 max_position=1 << 20,
-                vocab_size=self.shape.vocab_size,
+                vocab_size=self._components[steps[-1].component].spec.vocab_size,
                 base=base,
             )
         )
@@ -304,6 +311,10 @@ def save(zoo: MemoryZoo, path: Path) -> Path:
         steps = tuple(Step(component=ids[step.component]) for step in chain.steps)
         store.publish(dataclasses.replace(chain, steps=steps, version=0))
     return path
+
+
+def _table(shape: ModelShape) -> dict[str, int]:
+    return {"vocab_size": shape.vocab_size, "hidden_size": shape.hidden_size}
 
 
 def _float32(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorRecord]:

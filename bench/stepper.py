@@ -14,7 +14,7 @@ from jblock.engine.config import EngineConfig
 from jblock.engine.graph.build import assemble
 from jblock.engine.loop import Loop
 from jblock.engine.programs.executable_cache import ExecutableCache
-from jblock.engine.programs.executables import ProgramKey
+from jblock.engine.programs.keys import ProgramKey
 from jblock.engine.runner.runner import Runner
 from jblock.engine.scheduling.step_budget import NO_LIMIT
 from jblock.zoo.records import Chain
@@ -24,7 +24,7 @@ _GREEDY = {
     "layer",
     "head",
     "greedy",
-    "scrub",
+    "zero_pages",
     "gather_pages",
     "scatter_pages",
     "write_pieces",
@@ -88,7 +88,7 @@ class Stepper:
         self._compile(self.device.program_keys(self.graph, buckets))
         self._compile(self.device.segment_keys(self.graph))
         self.loop = Loop(self.graph, self.device, config)
-        self.loop.loads.preload(self.graph.routes.values())
+        self.loop.loads.preload([r.needs for r in self.graph.routes.values()])
         while self.loop.measure():
             pass
         self._rng = np.random.default_rng(0)

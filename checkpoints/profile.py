@@ -52,12 +52,14 @@ def profile(
         raise ZooError(f"{zoo.path} has no models to measure: convert one first")
     config = EngineConfig(max_num_seqs=16, decode_sizes=(1, 4, 16), max_model_len=512)
     graph = assemble(zoo, chains, config)
-    Loads(graph, config).preload(weights_of(graph))
+    Loads(graph.zoo, graph.placement, graph.resident_set, config).preload(
+        weights_of(graph.resident_set)
+    )
     cache = executable_cache.ExecutableCache(programs or executable_cache.default_folder())
     device = Runner(graph, config, cache)
     progress.note("compiling")
     device.executables.warm(
-        device.program_keys(graph, device.buckets, plain=True), config.compile_workers
+        device.program_keys(graph, device.buckets, greedy_only=True), config.compile_workers
     )
     measured = Profile(device)
     measured.prepare(graph.instances)
@@ -67,14 +69,14 @@ def profile(
     load = _load_seconds(zoo, {s.component for c in chains.values() for s in c.steps})
     units: dict[str, Layer] = {}
     for instance in graph.instances:
-        for unit in instance.units:
+        for unit in instance.layers:
             units.setdefault(unit.signature.key(), unit)
     rows: list[dict[str, Any]] = []
     for unit in units.values():
         times = [
             {"num_seqs": b.num_seqs, "q_len": b.q_len, "context": 0, "seconds": s}
             for b in device.buckets
-            if (s := measured.unit_seconds(unit, b)) is not None
+            if (s := measured.layer_seconds(unit, b)) is not None
         ]
         rows.append(
             {

@@ -18,7 +18,9 @@ from typing import Any
 import jax
 
 from jblock.engine.config import Bucket
-from jblock.engine.programs.executables import Executables, Geometry, PoolShape, ProgramKey
+from jblock.engine.kv_cache.spec import PoolShape
+from jblock.engine.programs.executables import Executables
+from jblock.engine.programs.keys import Geometry, ProgramKey
 from jblock.engine.weights.params import abstract_params
 from jblock.pallas_kernels.paged_attention.api import backend_of
 from jblock.parallel.placement import Placement
@@ -137,18 +139,17 @@ def keys(model: Model, dtype: str, placement: Placement) -> Iterator[ProgramKey]
     pair = model.pair(dtype, placement.rules)
     yield ProgramKey(kind="layer", bucket=decode, signatures=pair, pool=pool)
     yield ProgramKey(kind="sampled", bucket=Bucket(decode.num_seqs, 1), vocab_size=vocab)
-    yield ProgramKey(kind="scrub", pool=pool)
+    yield ProgramKey(kind="zero_pages", pool=pool)
 
 
 def pool_shape(model: Model, dtype: str, placement: Placement) -> PoolShape:
-    """Pages for SEQUENCES x TOKENS tokens, of the dtype of the weights."""
+    """Pages for SEQUENCES x TOKENS tokens in all layers, of the dtype of the weights."""
     attention = model.attention
     return PoolShape(
-        num_pages=SEQUENCES * TOKENS // PAGE_SIZE + 1,
+        num_pages=len(model.layers) * SEQUENCES * TOKENS // PAGE_SIZE + 1,
         page_size=PAGE_SIZE,
         num_kv_heads=len(kv_heads(attention.num_kv_heads, placement.rules.ways("heads"))),
         head_dim=attention.head_dim,
-        layers=len(model.layers),
         dtype=dtype,
         backend=backend_of(placement.platform.name),
     )

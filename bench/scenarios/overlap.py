@@ -17,6 +17,7 @@ from bench.run import make_engine
 from jblock.engine.api import Request, SamplingParams
 from jblock.engine.config import EngineConfig
 from jblock.engine.engine import ThreadEngine
+from jblock.engine.runner.tracing import STEP
 
 _PAGE = 64
 _PROMPT = 8
@@ -129,7 +130,7 @@ def device_spans(path: Path) -> tuple[list[Span], list[Span]]:
     }
     complete = [e for e in events if e.get("ph") == "X"]
     spans = sorted(_span(e) for e in complete if (e["pid"], e["tid"]) in threads)
-    sweeps = sorted(_span(e) for e in complete if e["name"] == "sweep")
+    sweeps = sorted(_span(e) for e in complete if e["name"] == STEP)
     if not spans or len(sweeps) < 3:
         raise ValueError(
             f"trace {str(file)!r} has {len(spans)} spans of device threads and {len(sweeps)} sweeps; "

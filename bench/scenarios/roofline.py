@@ -104,7 +104,7 @@ class _Roofline:
         """FLOP/s of a decode step over the matmul rate at as many rows."""
         shape, batch, prompt = self.sizes.shape, self.sizes.batch, 16
         stepper = self.short()
-        units = [u for i in stepper.graph.routes["base"].instances for u in i.units]
+        units = [u for i in stepper.graph.routes["base"].instances for u in i.layers]
         matmuls = SmallRowsMatmul(units, batch)
         steps = 2
         matmuls.measure()
@@ -168,7 +168,7 @@ class _Roofline:
         self, case: str, make: Callable[[], Stepper], batch: int, prompt: int
     ) -> dict[str, Any]:
         stepper, shape, steps = make(), self.sizes.shape, 2
-        units = [u for i in stepper.graph.routes["base"].instances for u in i.units]
+        units = [u for i in stepper.graph.routes["base"].instances for u in i.layers]
         weights = sum(
             a.nbytes
             for u in units

@@ -35,7 +35,7 @@ def run(
         sides[name] = Stepper(
             zoo, zoo.served, _config(shape, models, sizes, name == "shared"), cache
         )
-    units = [u for i in sides["shared"].graph.routes["tune-0"].instances for u in i.units]
+    units = [u for i in sides["shared"].graph.routes["tune-0"].instances for u in i.layers]
     times = LayerTimes(units, sizes)
     curve: dict[str, Any] = {"rows": list(rows), "ratio": [], "bound": []}
     for r in rows:

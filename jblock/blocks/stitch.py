@@ -24,14 +24,14 @@ class Stitch(nnx.Module):
         self.up = Linear(params, {}, "up")
         self.down = Linear(params, {}, "down")
 
-    def __call__(self, x: jax.Array, position: jax.Array, rows: Rows) -> jax.Array:
+    def __call__(self, x: jax.Array, positions: jax.Array, rows: Rows) -> jax.Array:
         """[T, hidden_size] float32 -> [T, output_size] float32.
 
         Args:
           x: rows behind the lower layers.
-          position: int32 [], which of the spec's depths they come from.
+          positions: int32 [T], which of the spec's depths each comes from; or [], the same of all.
           rows: of the batch.
         """
-        x = x * self.gain[...][position]
-        y = self.proj(x, rows) + self.bias[...][position]
+        x = x * self.gain[...][positions]
+        y = self.proj(x, rows) + self.bias[...][positions]
         return y + self.down(jax.nn.silu(self.up(self.norm(x), rows)), rows)

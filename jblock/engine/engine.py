@@ -1,6 +1,7 @@
 """The engine in one process: builds an agent from a zoo and runs its loop in a thread."""
 
 import concurrent.futures
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Collection, Sequence
@@ -22,9 +23,10 @@ from jblock.engine.config import EngineConfig
 from jblock.engine.graph.build import assemble
 from jblock.engine.graph.graph import Route, ServingGraph
 from jblock.engine.keeper import Keeper
-from jblock.engine.kv_cache import host_offload as swap
 from jblock.engine.loop import Loop
 from jblock.engine.programs.executable_cache import ExecutableCache
+from jblock.engine.programs.needed import Pools
+from jblock.engine.runner.rates import measure_rates
 from jblock.engine.runner.runner import Runner
 from jblock.engine.watchdog import Watch
 from jblock.engine.weights.loader import Done, Loads, Targets, attempt, weights_of
@@ -74,20 +76,22 @@ class ThreadEngine(Engine):
         if placement.rules.mesh.dp > 1:
             raise ValueError(f"mesh {config.mesh!r}: for dp build a DataParallelEngine")
         graph = assemble(zoo, chains, config, placement=placement)
-        loads = Loads(graph, config)
+        loads = Loads(graph.zoo, graph.placement, graph.resident_set, config)
         # Weights first: what they leave free is the KV's.
-        loads.preload(weights_of(graph))
+        loads.preload(weights_of(graph.resident_set))
         device = self._device = Runner(graph, config, cache, placement)
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._outbox = outbox or queue.SimpleQueue()
         self._death: BaseException | None = None
         self._watch = Watch()
-        self._keeper = Keeper(zoo, graph, device, config, self._warm, self._switch)
+        self._keeper = Keeper(
+            zoo, graph, device, config, self._warm, self._resize, self._switch, self._retire
+        )
         if config.host_kv_memory_mb:
-            device.rates = swap.measure(device, graph)
+            device.rates = measure_rates(device, graph)
         self._models = _model_infos(zoo, graph, device)
         self._loop = Loop(graph, device, config, loads)
-        loads.preload([graph.routes[name] for name in graph.pinned])
+        loads.preload([graph.routes[name].needs for name in graph.pinned])
         while self._loop.measure():
             pass
         self._measured = threading.Event()
@@ -179,21 +183,48 @@ class ThreadEngine(Engine):
     def _warm(self, graph: ServingGraph, routes: Sequence[Route]) -> list[Lease]:
         """See Keeper."""
         done: concurrent.futures.Future[list[Lease]] = concurrent.futures.Future()
-        self._inbox.put(lambda loop: loop.loads.warm(graph, routes, done))
+        self._inbox.put(
+            lambda loop: loop.loads.warm(graph.resident_set, [r.needs for r in routes], done)
+        )
         return self._wait(done)
 
-    def _switch(self, graph: ServingGraph, leases: list[Lease]) -> None:
+    def _resize(self, pools: Pools) -> None:
         """See Keeper."""
-        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._between_steps(lambda loop: loop.resize_pools(pools))
+
+    def _retire(self) -> None:
+        """See Keeper."""
+        with contextlib.suppress(EngineDied):
+            self._between_steps(Loop.retire)
+
+    def _switch(self, graph: ServingGraph, leases: list[Lease], pools: Pools) -> None:
+        """See Keeper."""
 
         def take_up(loop: Loop) -> None:
-            loop.switch(graph)
+            loop.switch(graph, pools)
             self._measured.clear()
             for lease in leases:
                 loop.residency.release(lease)
-            done.set_result(None)
 
-        self._inbox.put(take_up)
+        self._between_steps(take_up)
+
+    def _between_steps(self, work: Callable[[Loop], None]) -> None:
+        """Has the loop do something between two steps, and waits until it is done.
+
+        Raises:
+          EngineDied: the loop ended.
+        """
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def run(loop: Loop) -> None:
+            try:
+                work(loop)
+            except Exception as e:
+                done.set_exception(e)
+            else:
+                done.set_result(None)
+
+        self._inbox.put(run)
         self._wait(done)
 
     def _wait(self, done: concurrent.futures.Future[T]) -> T:
@@ -307,7 +338,7 @@ def _model_infos(zoo: Zoo, graph: ServingGraph, device: Runner) -> tuple[ModelIn
             tokenizer_path=paths.get(route.chain.tokenizer or "", ""),
             base=route.chain.base or "",
             blocks=len(route.instances),
-            shared_blocks=route.shared_blocks,
+            shared_blocks=sum(graph.users[i] > 1 for i in route.instances),
             policy=route.chain.policy,
         )
         for name, route in sorted(graph.routes.items())

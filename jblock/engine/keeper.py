@@ -7,6 +7,7 @@ over.
 
 import concurrent.futures
 import functools
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Hashable, Sequence
@@ -18,7 +19,8 @@ from jblock.engine.api import EngineDied
 from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.graph.build import assemble
 from jblock.engine.graph.graph import Route, ServingGraph
-from jblock.engine.runner.runner import Runner
+from jblock.engine.programs.needed import Pools, resize_keys
+from jblock.engine.runner.runner import PoolPlan, Runner
 from jblock.engine.weights.loader import Targets
 from jblock.engine.weights.residents import Lease
 from jblock.zoo.records import Chain
@@ -48,7 +50,9 @@ class Keeper:
         device: Runner,
         config: EngineConfig,
         warm: Callable[[ServingGraph, Sequence[Route]], list[Lease]],
-        switch: Callable[[ServingGraph, list[Lease]], None],
+        resize: Callable[[Pools], None],
+        switch: Callable[[ServingGraph, list[Lease], Pools], None],
+        retire: Callable[[], None],
     ):
         """Compiles the first tier before it returns.
 
@@ -59,18 +63,21 @@ class Keeper:
           config: of the agent.
           warm: has routes of a graph that is not taken up yet read, as far as there is room, and
             returns their leases.
-          switch: hands the loop another graph, and the leases it may give back then; returns when it
-            has taken it up.
+          resize: has the loop change the sizes of its pools; returns when it has.
+          switch: hands the loop another graph, the leases it may give back then, and the sizes of pools
+            once no request runs on the old one; returns when it has taken the graph up.
+          retire: has the loop let go of what no request needs.
         """
         self.graph = graph
         self._zoo, self._device, self._config = zoo, device, config
-        self._warm, self._switch = warm, switch
+        self._warm, self._resize, self._switch = warm, resize, switch
+        self._retire = retire
         self._failed: set[Hashable] = set()
         self._closing = threading.Event()
         self._settled = threading.Event()
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._make(graph, config.first_buckets, plain=True)
-        device.buckets, device.plain_only = config.first_buckets, True
+        self._make(graph, config.first_buckets, greedy_only=True)
+        device.buckets, device.greedy_only = config.first_buckets, True
         self._thread = threading.Thread(target=self._run, name="jblock-keeper", daemon=True)
 
     def start(self) -> None:
@@ -153,7 +160,7 @@ class Keeper:
         """The next thing to compile: what requests with options need, then more grids, then segments
         for the grids there are."""
         config, device = self._config, self._device
-        if device.plain_only:
+        if device.greedy_only:
             return self._add_options
         for bucket in (*config.decode_buckets, *config.prefill_buckets):
             if bucket not in device.buckets and bucket not in self._failed:
@@ -180,7 +187,7 @@ class Keeper:
     def _add_options(self) -> None:
         """From here on every request is admitted, compiled for or not."""
         self._try("what sampling needs", lambda: self._make(self.graph, self._device.buckets))
-        self._device.plain_only = False
+        self._device.greedy_only = False
 
     def _add(self, bucket: Bucket) -> None:
         self._make(self.graph, (bucket,))
@@ -200,8 +207,7 @@ class Keeper:
             if chains is None:
                 chains = {name: route.chain for name, route in now.items()}
             graph = assemble(self._zoo, chains, self._config, self.graph, job.targets)
-            self._device.check(graph)
-            self._make(graph, self._device.buckets)
+            pools = self._prepare_pools(graph)
             if self._closing.is_set():
                 raise ValueError("the engine is being closed")
             fresh = [
@@ -209,16 +215,53 @@ class Keeper:
                 for name, route in graph.routes.items()
                 if name not in now or now[name].chain != route.chain or name in graph.pinned
             ]
-            self._switch(graph, self._warm(graph, fresh))
+            try:
+                # Where the memory is full, pools make room before weights come.
+                self._resize(pools.during)
+                self._switch(graph, self._warm(graph, fresh), pools.after)
+            except Exception:
+                self._resize(self._device.pools_for(self.graph))
+                raise
             self.graph = graph
             job.done.set_result(graph)
         except Exception as e:
             job.done.set_exception(e)
+        finally:
+            if self._device.pools_held:
+                self._device.pools_held = False
+                self._retire()
 
-    def _make(self, graph: ServingGraph, buckets: Sequence[Bucket], *, plain: bool = False) -> None:
+    def _prepare_pools(self, graph: ServingGraph) -> PoolPlan:
+        """Sizes of the pools while requests still run on what was served before, and after that, with every
+        program for both.
+
+        Raises:
+          ValueError: the memory does not hold them, or what is served would have to be cut short.
+        """
+        device, old = self._device, self.graph
+        device.pools_held = True
+        plan = device.plan_pools(graph)
+        for pools in (plan.during, plan.after):
+            device.check(old, graph, pools)
+        self._make(old, device.buckets, pools=plan.during)
+        self._make(graph, device.buckets, pools=plan.during)
+        self._make(graph, device.buckets, pools=plan.after)
+        stages = (device.pool_shapes, plan.during, plan.after, device.pool_shapes)
+        keys = [k for pair in itertools.pairwise(stages) for k in resize_keys(*pair)]
+        device.executables.warm(keys, self._config.compile_workers, stop=self._closing)
+        return plan
+
+    def _make(
+        self,
+        graph: ServingGraph,
+        buckets: Sequence[Bucket],
+        *,
+        pools: Pools | None = None,
+        greedy_only: bool = False,
+    ) -> None:
         """Every program the graph can ask for on these grids, compiled or from the cache."""
         self._device.executables.warm(
-            self._device.program_keys(graph, buckets, plain=plain),
+            self._device.program_keys(graph, buckets, pools, greedy_only=greedy_only),
             self._config.compile_workers,
             stop=self._closing,
         )

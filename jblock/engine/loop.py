@@ -1,9 +1,8 @@
-"""The agent's loop: admit, plan, sweep the instances, read tokens one step behind."""
+"""The agent's loop: admit, schedule, run a forward step, read tokens one step behind."""
 
 import functools
 import math
 import secrets
-import time
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,16 +12,20 @@ from jblock.engine.api import EngineStats, Output, ReportRunning, Request
 from jblock.engine.config import EngineConfig
 from jblock.engine.graph.build import assemble
 from jblock.engine.graph.graph import Route, ServingGraph
+from jblock.engine.graph.order import visiting_order
+from jblock.engine.kv_cache.host_offload import HostPool
 from jblock.engine.kv_cache.manager import KVCacheManager
 from jblock.engine.programs.logprobs import best_tokens
+from jblock.engine.programs.needed import Pools
 from jblock.engine.runner.latency_profile import Profile
+from jblock.engine.runner.queues import BlockQueues
+from jblock.engine.runner.rates import Pace
 from jblock.engine.runner.runner import Runner
 from jblock.engine.runner.step import Step, Stepper
-from jblock.engine.scheduling import step_budget as policy
-from jblock.engine.scheduling.planning import plan
+from jblock.engine.scheduling import step_budget
 from jblock.engine.scheduling.request_checks import request_problem
-from jblock.engine.scheduling.scheduler import Admission
-from jblock.engine.scheduling.sequence import Sequence
+from jblock.engine.scheduling.scheduler import Machine, Scheduler
+from jblock.engine.scheduling.sequence import SequenceState
 from jblock.engine.weights.loader import Loads, Targets
 from jblock.engine.weights.residents import Adapter
 from jblock.pallas_kernels import backends
@@ -34,33 +37,6 @@ class Picked(NamedTuple):
     token: int
     logprob: float
     finite: bool
-
-
-class Pace:
-    """How much longer steps take than their profile says: cached tokens to attend to, other work on
-    the machine, and calls that are cheaper together.
-
-    Attributes:
-      ratio: seconds passed over seconds expected, lately.
-    """
-
-    _SLOWEST, _FASTEST = 8.0, 0.25
-    _WEIGHT = 0.1
-
-    def __init__(self) -> None:
-        self.ratio = 1.0
-        self._ready: float | None = None
-
-    def note(self, step: Step) -> None:
-        """Learns from a step whose tokens were read a moment ago."""
-        now = time.perf_counter()
-        if step.sampled and step.seconds and self._ready is not None:
-            # Steps follow each other on the device, so one takes from the last one's end to its own.
-            seconds = now - max(self._ready, step.enqueued)
-            ratio = min(max(seconds / step.seconds, self._FASTEST), self._SLOWEST)
-            self.ratio += self._WEIGHT * (ratio - self.ratio)
-        # A step without tokens ends unnoticed, and the next one bears its time.
-        self._ready = now if step.sampled else None
 
 
 class Loop:
@@ -76,24 +52,30 @@ class Loop:
     ):
         """Takes over what was loaded already, if anything; requests bring the rest."""
         self.graph, self.device, self.config = graph, device, config
-        self.loads = loads or Loads(graph, config)
+        self.loads = loads or Loads(graph.zoo, graph.placement, graph.resident_set, config)
         self.loads.attach(device, self._widen)
         self.residency = self.loads.residency
-        self._instances = graph.instances
-        self._sequences = Admission(device, config)
+        host = HostPool(config.host_kv_memory_mb * 10**6, device.longest_bytes(graph))
+        self.kv = KVCacheManager(
+            device.pool_shapes,
+            config.page_size,
+            config.max_num_seqs,
+            config.max_pages,
+            device.state,
+            host,
+        )
+        queues = BlockQueues(graph.instances)
+        self._sequences = Scheduler(config, self.kv, device.num_rows, queues.withdraw)
         self.profile = Profile(device)
-        self._sweeper = Stepper(device, self.profile, self._sequences.rows, self._sequences.kv)
+        self._stepper = Stepper(device, self.profile, queues, self._sequences.rows, self.kv)
         self._pace = Pace()
         self._outputs: list[Output] = []
         self._in_flight: Step | None = None
         self._generated_tokens = 0
         self.report_running: ReportRunning = lambda begun, ended: None
         self._reported: set[str] = set()
-
-    @property
-    def kv(self) -> KVCacheManager:
-        """The KV pages."""
-        return self._sequences.kv
+        self._pools_after: Pools | None = None
+        self._retiring = False
 
     @property
     def idle(self) -> bool:
@@ -105,18 +87,45 @@ class Loop:
         """All that is there waits for something other than the next step."""
         return not self._sequences.running and self._in_flight is None
 
-    def switch(self, graph: ServingGraph) -> None:
+    def switch(self, graph: ServingGraph, pools: Pools | None = None) -> None:
         """Serves another set of chains from the next step on. Every program it needs has been made.
 
         Requests submitted before stay with the chain version they were bound to; its blocks leave when
         the last of them ends.
+
+        Args:
+          graph: to serve.
+          pools: their sizes once the last of those has ended; None: as they are.
         """
         self.graph = graph
-        self.residency.switch(graph)
+        self.residency.switch(graph.resident_set)
         for sequence in self._sequences.waiting:
-            sequence.route = sequence.lease.route
-        self._merge_instances()
+            route = graph.routes.get(sequence.route.chain.name)
+            if route is not None and route.needs is sequence.lease.needs:
+                sequence.bind(route)
+        self._pools_after = pools
+        self.retire()
         self.profile.forget()
+
+    def resize_pools(self, pools: Pools) -> None:
+        """Gives pools other sizes, adds those that are new, and removes those that no request needs. Where a
+        smaller pool does not hold the pages of running sequences, the youngest are preempted."""
+        state, sequences = self.device.state, self._sequences
+        for shape in [s for s in state.pool_shapes if s not in pools]:
+            if not any(shape in sequence.pages.layers for sequence in sequences):
+                self.kv.remove(shape)
+                state.remove_pool(shape)
+        sizes = {shape: pool.num_pages for shape, pool in state.pool_shapes.items()}
+        for shape, pool in sorted(pools.items(), key=lambda p: p[1].num_pages - sizes.get(p[0], 0)):
+            if state.pool_shapes.get(shape) == pool:
+                continue
+            sequences.free_pages(shape, pool.num_pages - 1)
+            moves = self.kv.resize(shape, pool)
+            if shape in state.pool_shapes:
+                state.resize_pool(shape, pool, moves)
+            else:
+                state.add_pool(shape, pool)
+        self.device.forget_calls()
 
     def _widen(self, targets: Targets, adapter: Adapter) -> None:
         """Makes tables for more projections, where no keeper does it."""
@@ -132,12 +141,25 @@ class Loop:
         make = functools.partial(assemble, old.zoo, chains, self.config, old, targets)
         self.loads.background("adapter", make, done)
 
-    def _merge_instances(self) -> None:
-        """Instances to sweep: those of the graph, and older ones that requests still pass."""
-        live = {id(i): i for i in self.graph.instances}
-        for sequence in self._sequences:
-            live |= {id(i): i for i in sequence.route.instances}
-        self._instances = tuple(sorted(live.values(), key=lambda i: i.depth))
+    def retire(self) -> None:
+        """Lets go of blocks, registers and pools that neither the graph nor a running request needs."""
+        graph, device = self.graph, self.device
+        old = [s.route for s in self._sequences if not graph.has(s.route)]
+        order, widths, layers = graph.instances, set(graph.widths), dict(graph.kv_layers)
+        for route in old:
+            widths |= route.widths
+            for shape, digests in route.kv_digests.items():
+                layers[shape] = max(layers.get(shape, 0), len(digests))
+        if old:
+            order = visiting_order([*graph.routes.values(), *old])
+        self._stepper.queues.reorder(order)
+        device.state.set_registers(widths)
+        if not device.pools_held:
+            device.kv_layers = layers
+            if not old and self._pools_after is not None:
+                self.resize_pools(self._pools_after)
+                self._pools_after = None
+        self._retiring = bool(old) or self._pools_after is not None
 
     def submit(self, request: Request) -> None:
         """Queues a request, or refuses it with an error output."""
@@ -158,7 +180,7 @@ class Loop:
             )
             return
         limit = self.device.max_model_len(route)
-        remedy = self.device.limit_remedy(limit)
+        remedy = self.device.limit_remedy(route)
         problem = request_problem(request, route.chain, limit, remedy)
         if not problem and self._sequences.find(request.request_id):
             problem = f"request_id {request.request_id!r} is already in flight; give another"
@@ -171,13 +193,13 @@ class Loop:
             # An engine before this one ended with the last token, before it could say so.
             self._outputs.append(Output(request_id=request.request_id, finish_reason="length"))
             return
-        self._sequences.waiting.append(
-            Sequence(
+        self._sequences.add(
+            SequenceState(
                 request=request,
                 route=route,
                 max_tokens=max_tokens,
                 seed=secrets.randbits(32) if sampling.seed is None else sampling.seed,
-                lease=self.residency.acquire(route),
+                lease=self.residency.acquire(route.needs),
                 generated=list(request.generated),
             )
         )
@@ -200,7 +222,7 @@ class Loop:
             fields = {"error_code": sequence.lease.error_code}
             self._finish(sequence, "error", error_message=sequence.lease.error, **fields)
         with TraceAnnotation("admit"):
-            self._sequences.admit()
+            self._sequences.admit(self._machine())
         self._report_running()
         enqueued = self._enqueue()
         if self._in_flight is not None:
@@ -209,8 +231,8 @@ class Loop:
             self._pace.note(self._in_flight)
         self.kv.host.land()
         self._in_flight = enqueued
-        if len(self._instances) > len(self.graph.instances):
-            self._merge_instances()
+        if self._retiring:
+            self.retire()
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -224,7 +246,7 @@ class Loop:
 
     def measure(self) -> bool:
         """Times one call of a program that the profile lacks. Call it when idle; False: none is lacking."""
-        self.profile.prepare(self._instances)
+        self.profile.prepare(self.graph.instances)
         if self.profile.complete:
             return False
         self.profile.measure_one()
@@ -243,13 +265,21 @@ class Loop:
         # Nobody waits for the next token of a prompt: only streams need steps that end soon.
         streams = any(s.computed >= s.prefill for s in running)
         decoding = self._in_flight.decode_seconds if self._in_flight else 0.0
-        for_prompts = policy.prompt_seconds(budget, decoding) if streams else math.inf
-        chunks = sorted({b.q_len for b in self.device.buckets if b.q_len > 1})
-        with TraceAnnotation("plan"):
-            items = plan(sequences, chunks, for_prompts, self._chunk_seconds)
+        for_prompts = step_budget.prompt_seconds(budget, decoding) if streams else math.inf
+        with TraceAnnotation("schedule"):
+            items = sequences.schedule(self._machine(), for_prompts)
         if not items and all(s.item is None for s in running):
             return None
-        return self._sweeper.sweep(items, self._instances, sequences.passing, for_prompts, budget)
+        return self._stepper.run(items, sequences.prompts_in_flight, for_prompts, budget)
+
+    def _machine(self) -> Machine:
+        device = self.device
+        return Machine(
+            greedy_only=device.greedy_only,
+            rates=device.rates,
+            chunks=sorted({b.q_len for b in device.buckets if b.q_len > 1}),
+            chunk_seconds=self._chunk_seconds,
+        )
 
     def _chunk_seconds(self, route: Route, chunk: int) -> float | None:
         return self.profile.chunk_seconds(route.instances, chunk)
@@ -259,7 +289,7 @@ class Loop:
         executables, sequences, ran = (
             self.device.executables,
             self._sequences,
-            self._sweeper.counters,
+            self._stepper.counters,
         )
         counts = self.residency.counts
         return EngineStats(
@@ -272,9 +302,9 @@ class Loop:
             compiles_in_background=executables.compiles_in_background,
             running=len(sequences.running),
             waiting=len(sequences.waiting),
-            pages_free=sum(p.free for p in self.kv.pools.values()),
+            pages_free=sum(p.num_free for p in self.kv.pools.values()),
             pages_total=sum(p.total for p in self.kv.pools.values()),
-            rows_free=sequences.rows.free,
+            rows_free=sequences.rows.num_free,
             rows_total=sequences.rows.total,
             resident_bytes=self.residency.weight_bytes + self.graph.table_bytes,
             chains=len(self.graph.routes),
@@ -291,7 +321,7 @@ class Loop:
             prompt_tokens=ran.prompt_tokens,
             cached_tokens=self.kv.hit_tokens,
             preemptions=sequences.preemptions,
-            swaps=sequences.swaps,
+            swaps=sequences.offloads,
             host_kv_bytes=self.kv.host.used,
             generated_tokens=self._generated_tokens,
             kernels_replaced=len(backends.replaced()),
@@ -325,7 +355,7 @@ class Loop:
                     best = None if top is None else top[i]
                     self._token(item.sequence, picked, best)
 
-    def _token(self, sequence: Sequence, picked: Picked, top: np.ndarray | None) -> None:
+    def _token(self, sequence: SequenceState, picked: Picked, top: np.ndarray | None) -> None:
         request, chain = sequence.request, sequence.route.chain
         if not picked.finite:
             self._finish(
@@ -356,7 +386,7 @@ class Loop:
         else:
             self._outputs.append(Output(request_id=request.request_id, **fields))
 
-    def _finish(self, sequence: Sequence, reason: str, **fields) -> None:
+    def _finish(self, sequence: SequenceState, reason: str, **fields) -> None:
         """Sends the last output and gives back all the sequence held."""
         sequence.finished = True
         request_id = sequence.request.request_id

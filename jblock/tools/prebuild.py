@@ -15,7 +15,7 @@ from jblock.engine.config import EngineConfig
 from jblock.engine.graph.build import assemble
 from jblock.engine.graph.graph import ServingGraph
 from jblock.engine.programs.executable_cache import ExecutableCache
-from jblock.engine.programs.executables import ProgramKey
+from jblock.engine.programs.keys import ProgramKey
 from jblock.engine.replicas import group_config, group_placements
 from jblock.engine.runner.runner import Runner
 from jblock.parallel.placement import Placement
@@ -146,7 +146,7 @@ def _prebuild(
             f"{compiled - cache.stored} of {compiled} programs could not be kept in {folder}: see the "
             "log; free space there, or name another --executable_cache"
         )
-    tables = sum(_nbytes(unit.tables) for i in graph.instances for unit in i.units)
+    tables = sum(_nbytes(unit.tables) for i in graph.instances for unit in i.layers)
     pools = sum(s.page_bytes * s.num_pages for s in device.pool_shapes.values())
     workspace = executables.workspace(keys)
     chips = config.sharding.mesh.size
@@ -194,7 +194,7 @@ def _estimates(
         return sum(w.size for w in graph.routes[name].weights.members)
 
     route = graph.routes[max(graph.routes, key=size)]
-    signatures = [u.signature for i in route.instances for u in i.units]
+    signatures = [u.signature for i in route.instances for u in i.layers]
     head_dims = [a.head_dim for s in signatures for a in s.attentions]
     # 8 bits carry a float32 scale a token and head.
     eight = 1 + 4 / max(head_dims, default=1)

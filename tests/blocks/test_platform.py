@@ -11,8 +11,8 @@ from jblock.blocks.linear import matmul
 from jblock.blocks.platform import Platform
 from jblock.blocks.spec import AttentionSpec, EmbeddingSpec, FfnSpec, RopeSpec
 from jblock.engine.config import Bucket
+from jblock.engine.kv_cache.spec import PoolShape
 from jblock.engine.programs import forward as programs
-from jblock.engine.programs.executables import PoolShape
 from jblock.engine.signature import Signature
 from jblock.engine.weights.params import abstract_params
 from jblock.parallel.placement import Placement

@@ -21,8 +21,8 @@ from jblock.blocks.spec import (
 )
 from jblock.engine.adapters.slot_layout import abstract_tables
 from jblock.engine.config import Bucket
+from jblock.engine.kv_cache.spec import PoolShape
 from jblock.engine.programs import forward as programs
-from jblock.engine.programs.executables import PoolShape
 from jblock.engine.signature import Signature, TableForm
 from jblock.engine.weights.params import abstract_params
 from jblock.pallas_kernels.backends import backend_of

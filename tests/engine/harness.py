@@ -57,13 +57,16 @@ def make_zoo(path: Path) -> Path:
 class LogitsRunner(Runner):
     """A device that keeps the logits it samples from, as (batch, float32 [S, vocab])."""
 
-    def _sample(self, logits, meta, batch):
-        self.seen.append((batch, np.asarray(logits)))
-        return super()._sample(logits, meta, batch)
-
     def __init__(self, graph: ServingGraph, config: EngineConfig, cache: ExecutableCache):
         super().__init__(graph, config, cache)
-        self.seen = []
+        self.seen: list = []
+        sample = self._sampler.sample
+
+        def watched(logits, meta, batch):
+            self.seen.append((batch, np.asarray(logits)))
+            return sample(logits, meta, batch)
+
+        self._sampler.sample = watched  # type: ignore[method-assign]
 
 
 @dataclasses.dataclass
@@ -81,7 +84,7 @@ class Agent:
         graph = assemble(store, {name: store.chain(name) for name in models}, config)
         device = LogitsRunner(graph, config, ExecutableCache(zoo.parent / "executables"))
         loop = Loop(graph, device, config)
-        loop.loads.preload(graph.routes.values())
+        loop.loads.preload([r.needs for r in graph.routes.values()])
         return cls(graph, device, loop)
 
     def slow_down(self, factor: float) -> None:

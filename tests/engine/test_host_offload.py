@@ -11,40 +11,26 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from jblock.blocks.spec import AttentionSpec, RopeSpec
 from jblock.engine.api import Request
 from jblock.engine.config import EngineConfig
-from jblock.engine.graph.graph import KvGroup
-from jblock.engine.kv_cache.host_offload import Copy, HostPool, Rates, measure
+from jblock.engine.kv_cache.host_offload import HostCopy, HostPool, Rates
 from jblock.engine.kv_cache.manager import KVCacheManager
-from jblock.engine.programs.executables import PoolShape
-from jblock.engine.scheduling.sequence import Sequence
+from jblock.engine.kv_cache.page_pool import IdAllocator
+from jblock.engine.kv_cache.spec import KVShape, PoolShape
+from jblock.engine.programs.page_ops import COPY_PAGES
+from jblock.engine.runner.rates import measure_rates
+from jblock.engine.scheduling.sequence import SequenceState
 from jblock.engine.weights.residents import Lease
-from jblock.zoo.records import Step
 
-PAGE = 4
-GROUPS = (KvGroup(1, 2, 1), KvGroup(1, 4, 2))
+PAGE, MAX_PAGES, MAX_SEQS = 4, 8, 16
+LAYERS = {KVShape(1, 2): 1, KVShape(1, 4): 2}
+DIGESTS = {s: tuple(b"%d.%d" % (s.head_dim, i) for i in range(n)) for s, n in LAYERS.items()}
 SHAPES = {
-    g: PoolShape(num_pages=8, page_size=PAGE, num_kv_heads=1, head_dim=g.head_dim, layers=g.layers)
-    for g in GROUPS
+    s: PoolShape(num_pages=1 + 7 * n, page_size=PAGE, num_kv_heads=1, head_dim=s.head_dim)
+    for s, n in LAYERS.items()
 }
-HOST_BYTES = 5 * sum(s.page_bytes for s in SHAPES.values())
-ROUTE = types.SimpleNamespace(
-    virtual_tokens=0,
-    groups=GROUPS,
-    chain=types.SimpleNamespace(steps=(Step(component="a"), Step(component="b"))),
-    specs=tuple(
-        AttentionSpec(
-            hidden_size=4,
-            num_heads=1,
-            num_kv_heads=1,
-            head_dim=g.head_dim,
-            norm_eps=1e-5,
-            rope=RopeSpec(),
-        )
-        for g in GROUPS
-    ),
-)
+HOST_BYTES = 5 * sum(LAYERS[s] * p.page_bytes for s, p in SHAPES.items())
+ROUTE = types.SimpleNamespace(virtual_tokens=0, kv_digests=DIGESTS)
 
 
 class Cells:
@@ -53,14 +39,14 @@ class Cells:
     def __init__(self):
         self.pages = {g: np.zeros((s.num_pages, PAGE), np.int64) for g, s in SHAPES.items()}
 
-    def scrub(self, group, pages):
-        self.pages[group][list(pages)] = 0
+    def zero_pages(self, shape, pages):
+        self.pages[shape][list(pages)] = 0
 
-    def copy_out(self, group, pages):
-        return [self.pages[group][list(pages)].copy()]
+    def copy_out(self, shape, pages):
+        return [self.pages[shape][list(pages)].copy()]
 
-    def copy_in(self, group, pages, copies, skip=0):
-        self.pages[group][list(pages[skip:])] = copies[0][skip : len(pages)]
+    def copy_in(self, shape, pages, copies, skip=0):
+        self.pages[shape][list(pages[skip:])] = copies[0][skip : len(pages)]
 
 
 class KvMachine(RuleBasedStateMachine):
@@ -70,35 +56,51 @@ class KvMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.cells = Cells()
-        self.kv = KVCacheManager(SHAPES, PAGE, self.cells, HostPool(HOST_BYTES, HOST_BYTES))
-        self.running: list[Sequence] = []
-        self.waiting: list[Sequence] = []
+        self.kv = KVCacheManager(
+            SHAPES, PAGE, MAX_SEQS, MAX_PAGES, self.cells, HostPool(HOST_BYTES, HOST_BYTES)
+        )
+        self.slots = IdAllocator(MAX_SEQS)
+        self.running: list[SequenceState] = []
+        self.waiting: list[SequenceState] = []
 
-    def expected(self, sequence: Sequence, position: int) -> int:
-        return hash((sequence.request.cache_salt, sequence.known[: position + 1])) | 1
+    def expected(self, sequence: SequenceState, position: int) -> int:
+        return hash((sequence.request.cache_salt, sequence.all_token_ids[: position + 1])) | 1
 
-    def compute(self, sequence: Sequence) -> None:
+    def compute(self, sequence: SequenceState) -> None:
         """Writes what admission left to compute, as a prefill would."""
-        for position in range(sequence.computed, len(sequence.known)):
-            for group in GROUPS:
-                page = sequence.pages[group][position // PAGE]
-                self.cells.pages[group][page, position % PAGE] = self.expected(sequence, position)
-        sequence.computed = len(sequence.known)
-        self.kv.remember(sequence, sequence.computed)
+        for position in range(sequence.computed, len(sequence.all_token_ids)):
+            for shape, layers in LAYERS.items():
+                pages = self.kv.tables[shape][:layers, sequence.pages.slot, position // PAGE]
+                self.cells.pages[shape][pages, position % PAGE] = self.expected(sequence, position)
+        sequence.computed = len(sequence.all_token_ids)
+        self.kv.cache(sequence.pages, sequence.all_token_ids, sequence.computed)
 
-    def admit(self, sequence: Sequence) -> bool:
-        if self.kv.awaits(sequence) or not self.kv.admit(sequence):
+    def admit(self, sequence: SequenceState) -> bool:
+        pages, tokens, limit = sequence.pages, sequence.all_token_ids, sequence.shareable_tokens
+        if not self.slots.num_free or self.kv.prefix_in_flight(pages, tokens, limit):
             return False
+        (slot,) = self.slots.allocate(1)
+        computed = self.kv.admit(pages, slot, tokens, limit)
+        if computed is None:
+            self.slots.free([slot])
+            return False
+        sequence.computed = computed
         self.compute(sequence)
         self.running.append(sequence)
         return True
+
+    def release(self, sequence: SequenceState) -> None:
+        self.slots.free([sequence.pages.slot])
+        self.kv.release(sequence.pages)
 
     @rule(salt=st.sampled_from("ab"), length=st.integers(1, 3 * PAGE), first=st.integers(0, 1))
     def submit(self, salt, length, first):
         request = Request(
             request_id="r", model="m", token_ids=(first, *range(length - 1)), cache_salt=salt
         )
-        sequence = Sequence(request=request, route=ROUTE, max_tokens=99, seed=0, lease=Lease(ROUTE))
+        sequence = SequenceState(
+            request=request, route=ROUTE, max_tokens=99, seed=0, lease=Lease(ROUTE)
+        )
         if not self.admit(sequence):
             self.waiting.append(sequence)
 
@@ -107,7 +109,9 @@ class KvMachine(RuleBasedStateMachine):
     def generate(self, index, count):
         sequence = self.running[index % len(self.running)]
         for _ in range(count):
-            if len(sequence.known) < 6 * PAGE and self.kv.grow(sequence, len(sequence.known) + 1):
+            if len(sequence.all_token_ids) < 6 * PAGE and self.kv.grow(
+                sequence.pages, len(sequence.all_token_ids) + 1
+            ):
                 sequence.generated.append(len(sequence.generated))
                 self.compute(sequence)
 
@@ -115,14 +119,14 @@ class KvMachine(RuleBasedStateMachine):
     @rule(index=st.integers(0, 99), swap=st.booleans(), short=st.integers(0, 3))
     def preempt(self, index, swap, short):
         sequence = self.running.pop(index % len(self.running))
-        written = max(len(sequence.known) - short, 0)
+        written = max(len(sequence.all_token_ids) - short, 0)
         used = self.kv.host.used
         if swap:
-            room = self.kv.host.fits(self.kv.copy_bytes(sequence, written))
-            assert self.kv.swap_out(sequence, written) == (room and written > 0)
-        if sequence.copy is None:
+            room = self.kv.host.fits(self.kv.copy_bytes(sequence.pages, written))
+            assert self.kv.offload(sequence.pages, written) == (room and written > 0)
+        if sequence.pages.host_copy is None:
             assert self.kv.host.used == used
-        self.kv.release(sequence)
+        self.release(sequence)
         sequence.computed = 0
         self.waiting.append(sequence)
 
@@ -130,20 +134,20 @@ class KvMachine(RuleBasedStateMachine):
     @rule(index=st.integers(0, 99))
     def resume(self, index):
         sequence = self.waiting.pop(index % len(self.waiting))
-        held = sequence.copy.tokens if sequence.copy else 0
+        held = sequence.pages.host_copy.tokens if sequence.pages.host_copy else 0
         if not self.admit(sequence):
-            assert (sequence.copy.tokens if sequence.copy else 0) == held
+            assert (sequence.pages.host_copy.tokens if sequence.pages.host_copy else 0) == held
             self.waiting.append(sequence)
 
     @precondition(lambda self: self.running)
     @rule(index=st.integers(0, 99))
     def finish(self, index):
-        self.kv.release(self.running.pop(index % len(self.running)))
+        self.release(self.running.pop(index % len(self.running)))
 
     @precondition(lambda self: self.waiting)
     @rule(index=st.integers(0, 99))
     def cancel(self, index):
-        self.kv.drop_copy(self.waiting.pop(index % len(self.waiting)))
+        self.kv.drop_copy(self.waiting.pop(index % len(self.waiting)).pages)
 
     @rule()
     def land(self):
@@ -151,22 +155,25 @@ class KvMachine(RuleBasedStateMachine):
 
     @invariant()
     def accounts_balance(self):
-        held = sum(s.copy.num_bytes for s in self.waiting if s.copy)
+        held = sum(s.pages.host_copy.num_bytes for s in self.waiting if s.pages.host_copy)
         assert self.kv.host.used == held <= HOST_BYTES
-        assert not any(s.copy for s in self.running)
-        for group, pool in self.kv.pools.items():
-            owned = {p for s in self.running for p in s.pages[group]}
-            assert pool.free == pool.total - len(owned)
+        assert not any(s.pages.host_copy for s in self.running)
+        for shape, pool in self.kv.pools.items():
+            table = self.kv.table(shape, LAYERS[shape])
+            owned = {int(p) for s in self.running for p in table[:, s.pages.slot].flat} - {0}
+            assert pool.num_free == pool.total - len(owned)
 
     @invariant()
     def everyone_reads_what_is_theirs_and_nothing_else(self):
         for sequence in self.running:
-            length = len(sequence.known)
+            length = len(sequence.all_token_ids)
             wanted = [self.expected(sequence, i) for i in range(length)]
-            for group in GROUPS:
-                cells = self.cells.pages[group][sequence.pages[group]].reshape(-1).tolist()
-                assert cells[:length] == wanted
-                assert not any(cells[length:])
+            pages = sequence.pages
+            for shape, layers in LAYERS.items():
+                for ids in self.kv.tables[shape][:layers, pages.slot, : pages.count]:
+                    cells = self.cells.pages[shape][ids].reshape(-1).tolist()
+                    assert cells[:length] == wanted
+                    assert not any(cells[length:])
 
 
 TestKvMachine = KvMachine.TestCase
@@ -175,7 +182,7 @@ TestKvMachine.settings = settings(max_examples=60, stateful_step_count=30, deadl
 
 def test_the_host_is_bounded_and_so_is_what_is_on_its_way():
     pool = HostPool(10, 4)
-    first, second = Copy(1, {}, 3), Copy(1, {}, 3)
+    first, second = HostCopy(1, {}, 3), HostCopy(1, {}, 3)
     assert pool.fits(4) and not pool.fits(5)
     pool.keep(first)
     assert not pool.fits(3)  # 6 would be on their way
@@ -194,8 +201,8 @@ def test_the_host_is_bounded_and_so_is_what_is_on_its_way():
 
 def test_the_cheaper_way_is_taken():
     rates = Rates(copy_bytes=1000.0, prefill_tokens=10.0)
-    assert rates.swap_pays(num_bytes=499, num_tokens=10)
-    assert not rates.swap_pays(num_bytes=501, num_tokens=10)
+    assert rates.offload_pays(num_bytes=499, num_tokens=10)
+    assert not rates.offload_pays(num_bytes=501, num_tokens=10)
 
 
 BASE, ADAPTER = "llama_gqa_untied", "lora_all_r8"
@@ -251,7 +258,7 @@ def test_both_ways_give_the_tokens_of_an_unloaded_run(zoo, kv_dtype):
 def test_a_full_host_computes_anew(zoo):
     agent = Agent.make(zoo, [BASE], dataclasses.replace(CONFIG, kv_pages=13))
     agent.device.rates = ALWAYS
-    agent.loop.kv.host.total = agent.device.longest_bytes // 2
+    agent.loop.kv.host.total = agent.device.longest_bytes(agent.graph) // 2
     prompts = {i: (BASE, prompt) for i, (_, prompt) in PROMPTS.items()}
     roomy = Agent.make(zoo, [BASE], CONFIG)
     assert agent.generate(prompts, max_tokens=40) == roomy.generate(prompts, max_tokens=40)
@@ -272,37 +279,31 @@ def test_a_cancelled_sequence_leaves_nothing_on_the_host(zoo):
 
 
 def test_copies_hold_their_own_pages_only_and_overwrite_whole_ones(zoo):
-    device = Agent.make(zoo, [BASE], CONFIG).device
-    ((group, shape),) = device.pool_shapes.items()
+    state = Agent.make(zoo, [BASE], CONFIG).device.state
+    ((shape, pool),) = state.pool_shapes.items()
     rng = np.random.default_rng(0)
-    pools = [
-        tuple(rng.standard_normal(a.shape).astype(np.float32) for a in shape.abstract_layer())
-        for _ in range(shape.layers)
-    ]
-    device._pools[group] = [
-        tuple(jax.numpy.asarray(a).at[0].set(0) for a in layer) for layer in pools
-    ]
-    copies = jax.tree.map(np.asarray, device.copy_out(group, [3, 7, 4, 2, 9]))
+    before = [rng.standard_normal(a.shape).astype(np.float32) for a in pool.abstract_arrays()]
+    for array in before:
+        array[0] = 0
+    state.pools[shape] = tuple(jax.numpy.asarray(a) for a in before)
+    pages = [3, 7, 4, 2, *range(10, 10 + COPY_PAGES - 4), 9]
+    copies = jax.tree.map(np.asarray, state.copy_out(shape, pages))
     assert len(copies) == 2
-    for layer, arrays in zip(copies[1], pools, strict=True):
-        for copy, pool in zip(layer, arrays, strict=True):
-            np.testing.assert_array_equal(copy[0], pool[9])
-            assert not copy[1:].any()  # padding is the null page, nobody's
-    device.copy_in(group, [5, 6, 10, 11, 12], copies, skip=1)
-    for layer, arrays in zip(device._pools[group], pools, strict=True):
-        for now, before in zip(layer, arrays, strict=True):
-            np.testing.assert_array_equal(
-                np.asarray(now)[[5, 6, 10, 11, 12]], before[[5, 7, 4, 2, 9]]
-            )
-            others = [i for i in range(1, len(before)) if i not in (6, 10, 11, 12)]
-            np.testing.assert_array_equal(np.asarray(now)[others], before[others])
+    for copy, array in zip(copies[1], before, strict=True):
+        np.testing.assert_array_equal(copy[0], array[9])
+        assert not copy[1:].any()  # padding is the null page, nobody's
+    state.copy_in(shape, [5, 6, 100, 101], [copies[0]], skip=1)
+    for now, array in zip(map(np.asarray, state.pools[shape]), before, strict=True):
+        np.testing.assert_array_equal(now[[5, 6, 100, 101]], array[[5, 7, 4, 2]])
+        others = [i for i in range(1, len(array)) if i not in (6, 100, 101)]
+        np.testing.assert_array_equal(now[others], array[others])
 
 
 def test_rates_are_measured_and_leave_no_trace(zoo):
     agent = Agent.make(zoo, [BASE], CONFIG)
-    agent.device.rates = measure(agent.device, agent.graph)
+    agent.device.rates = measure_rates(agent.device, agent.graph)
     assert agent.device.rates.copy_bytes > 1e4 and agent.device.rates.prefill_tokens > 1
-    for arrays in agent.device._pools.values():
-        assert not any(np.asarray(a).any() for layer in arrays for a in layer)
+    for arrays in agent.device.state.pools.values():
+        assert not any(np.asarray(a).any() for a in arrays)
     got = agent.generate({"r": (BASE, oracle(BASE)["prompt"])})
     assert got["r"] == oracle(BASE)["greedy"][:16].tolist()

@@ -131,8 +131,11 @@ def test_in_a_process_of_its_own(zoo):
     assert [m.name for m in engine.serve([BASE, ADAPTER])] == sorted([BASE, ADAPTER])
     expected = oracle(ADAPTER)
     assert greedy(engine, ADAPTER, expected["prompt"]) == expected["greedy"].tolist()
-    with pytest.raises(ValueError, match="hidden size"):
-        engine.serve([BASE, "qwen3_qknorm"])
+    # Another hidden size and another KV shape.
+    other = "qwen3_qknorm"
+    assert [m.name for m in engine.serve([BASE, other])] == sorted([BASE, other])
+    assert greedy(engine, other, oracle(other)["prompt"]) == oracle(other)["greedy"].tolist()
+    assert engine.stats().compiles_on_serving_path == 0
     engine.close()
 
 
@@ -145,8 +148,7 @@ def test_who_waits_for_a_closed_engine_hears_of_it(engine):
 
 def test_a_set_that_cannot_be_served_changes_nothing(engine):
     one, _ = engine
-    for names, words in (([BASE, "nobody"], "nobody"), ([BASE, "qwen3_qknorm"], "hidden size")):
-        with pytest.raises(ValueError, match=words):
-            one.serve(names)
-        assert [m.name for m in one.models()] == [BASE]
+    with pytest.raises(ValueError, match="nobody"):
+        one.serve([BASE, "nobody"])
+    assert [m.name for m in one.models()] == [BASE]
     assert greedy(one, BASE, oracle(BASE)["prompt"]) == oracle(BASE)["greedy"].tolist()

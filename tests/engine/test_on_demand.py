@@ -79,7 +79,7 @@ def test_bit_identical_from_the_start_on_demand_and_after_eviction(zoo):
 
 
 def table_pointers(agent: Agent) -> list[int]:
-    tables = [t for i in agent.graph.instances for u in i.units for t in u.tables]
+    tables = [t for i in agent.graph.instances for u in i.layers for t in u.tables]
     return [t[n].unsafe_buffer_pointer() for t in tables for n in sorted(t) if n != "pieces"]
 
 

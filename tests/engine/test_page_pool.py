@@ -21,20 +21,20 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     @rule(target=leases, count=st.integers(0, COUNT + 2))
     def take(self, count):
-        free = self.allocator.free
+        free = self.allocator.num_free
         if count > free:
             with pytest.raises(OutOfPages):
-                self.allocator.take(count)
-            assert self.allocator.free == free
+                self.allocator.allocate(count)
+            assert self.allocator.num_free == free
             return []
-        ids = self.allocator.take(count)
+        ids = self.allocator.allocate(count)
         assert len(ids) == count
         self.held.extend(ids)
         return ids
 
     @rule(ids=consumes(leases))
     def give(self, ids):
-        self.allocator.give(ids)
+        self.allocator.free(ids)
         for i in ids:
             self.held.remove(i)
 
@@ -42,19 +42,19 @@ class AllocatorMachine(RuleBasedStateMachine):
     def give_wrongly(self, i):
         if i not in self.held:
             with pytest.raises(ValueError):
-                self.allocator.give([i])
+                self.allocator.free([i])
 
     @rule(ids=leases)
     def give_twice(self, ids):
         if ids:
             with pytest.raises(ValueError):
-                self.allocator.give([*ids, ids[0]])
+                self.allocator.free([*ids, ids[0]])
 
     @invariant()
     def accounts_balance(self):
         assert len(set(self.held)) == len(self.held)
         assert all(FIRST <= i < FIRST + COUNT for i in self.held)
-        assert self.allocator.free + len(self.held) == self.allocator.total == COUNT
+        assert self.allocator.num_free + len(self.held) == self.allocator.total == COUNT
 
 
 TestAllocator = AllocatorMachine.TestCase

@@ -94,19 +94,19 @@ def force(agent: Agent, name: str, prompt: np.ndarray) -> None:
     """Feeds the prompt one token a step through the decode path and compares every position."""
     expected = oracle(name)["logits"]
     agent.loop.submit(request_for(name, prompt))
-    sweeper = agent.loop._sweeper
-    sweep = sweeper.sweep
+    stepper = agent.loop._stepper
+    run = stepper.run
 
     def one_token_each(items, *rest):
         for item in items:
             # What the prompt says stands where the sampled token would.
             item.tokens = (int(prompt[item.start]),)
-        return sweep(items, *rest)
+        return run(items, *rest)
 
     agent.device.seen.clear()
-    sweeper.sweep = one_token_each
+    stepper.run = one_token_each
     agent.run()
-    sweeper.sweep = sweep
+    stepper.run = run
     compare(agent, "force", dict(enumerate(expected)), len(prompt))
 
 

@@ -1,5 +1,7 @@
 """Penalties and biases against a plain reading of what Hugging Face and OpenAI say they do."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from jblock.engine.config import Bucket
 from jblock.engine.programs import logprobs
 from jblock.engine.programs import penalties as adjust
 from jblock.engine.runner.batch import Batch, control_array
-from jblock.engine.scheduling.sequence import Sequence, WorkItem
+from jblock.engine.scheduling.sequence import SequenceState, WorkItem
 from jblock.engine.weights.residents import Lease
 
 VOCAB, SLOTS = 30, 5
@@ -21,6 +23,7 @@ class Route:
     """As much of a route as the control array looks at."""
 
     virtual_tokens = 0
+    kv_digests: ClassVar[dict] = {}
 
     class chain:
         eos_token_ids = (2,)
@@ -31,7 +34,7 @@ def item(slot: int, prompt, generated, decoding: bool, **sampling) -> WorkItem:
     request = Request(
         request_id=str(slot), model="m", token_ids=prompt, sampling=SamplingParams(**sampling)
     )
-    sequence = Sequence(
+    sequence = SequenceState(
         request, Route, 64, 0, Lease(Route), seq_slot=slot, generated=list(generated)
     )
     known = (*prompt, *generated)

@@ -27,7 +27,7 @@ def poison_weights(agent: Agent, value: float) -> None:
     """Spoils the adapter's slot on the shared blocks; slot 0 stays as it is."""
     pieces = np.array(agent.graph.routes[BAD].adapter.pieces)
     for instance in agent.graph.instances:
-        for unit in instance.units:
+        for unit in instance.layers:
             for tables in unit.tables:
                 for name in tables:
                     if name.endswith(".b"):
@@ -55,15 +55,28 @@ def test_a_poisoned_chain_fails_its_own_requests_only(agent, value):
 
 
 def test_what_pages_and_rows_held_before_reaches_nobody(agent):
-    device = agent.device
-    for group, layers in device._pools.items():
-        null_kept = [tuple(a.at[1:].set(jnp.nan) for a in layer) for layer in layers]
-        device._pools[group] = null_kept
-    for width, registers in device._registers.items():
-        device._registers[width] = jnp.full_like(registers, jnp.nan)
+    state = agent.device.state
+    for shape, arrays in state.pools.items():  # all but the null page
+        state.pools[shape] = tuple(a.at[1:].set(jnp.nan) for a in arrays)
+    for width, registers in state.registers.items():
+        state.registers[width] = jnp.full_like(registers, jnp.nan)
     expected = oracle(GOOD)
     tokens = agent.generate(
         {"a": (GOOD, expected["prompt"]), "b": (GOOD, expected["prompt_short"])}
     )
     assert tokens["a"] == expected["greedy"].tolist()
     assert tokens["b"] == expected["greedy_short"].tolist()
+
+
+def test_a_sequence_preempted_before_its_nan_was_read_leaves_nothing_to_find(agent):
+    """What it computed was cached as it was enqueued; nobody may find it once the NaN is known."""
+    poison_weights(agent, np.nan)
+    prompt = oracle(GOOD)["prompt"][:40]
+    agent.loop.submit(request("bad", BAD, prompt))
+    agent.loop.step()
+    scheduler = agent.loop._sequences
+    scheduler.preempt(scheduler.running["bad"])
+    assert any(pool._key_of for pool in agent.loop.kv.pools.values())
+    outputs = agent.run()
+    assert outputs["bad"][-1].error_code == "INTERNAL"
+    assert not any(pool._key_of for pool in agent.loop.kv.pools.values())

@@ -177,6 +177,6 @@ def test_rows_of_base_and_adapters_meet_in_one_call(shared):
 
 
 def test_models_of_different_widths_share_one_agent(shared):
-    hidden = {u.signature.hidden_size for i in shared.graph.instances for u in i.units}
+    hidden = {u.signature.hidden_size for i in shared.graph.instances for u in i.layers}
     assert len(hidden) > 1
     assert set(MODELS) <= set(shared.graph.routes) and set(BASES)

@@ -1,5 +1,6 @@
 """KV pools sized from what is free, and requests longer than they hold refused early."""
 
+import dataclasses
 import types
 
 import jax
@@ -7,7 +8,8 @@ import pytest
 from harness import Agent, oracle, request
 
 from jblock.engine.config import EngineConfig
-from jblock.engine.kv_cache import sizing as memory
+from jblock.engine.kv_cache import sizing
+from jblock.engine.kv_cache.spec import KVShape
 
 MODEL = "llama_gqa_untied"
 GB = 10**9
@@ -57,16 +59,16 @@ V2 = {
     ],
 )
 def test_available_ram_heeds_control_groups(tmp_path, available_kb, groups, own, wanted):
-    assert memory.available_ram(make_root(tmp_path, available_kb, groups, own)) == wanted
+    assert sizing.available_ram(make_root(tmp_path, available_kb, groups, own)) == wanted
 
 
 def test_the_budget_is_a_share_with_a_cap_on_cpu(monkeypatch):
-    monkeypatch.setattr(memory, "available_ram", lambda: GB)
-    assert memory.kv_budget() == GB // 2
-    monkeypatch.setattr(memory, "available_ram", lambda: 100 * GB)
-    assert memory.kv_budget() == memory.CPU_MOST_BYTES
-    # Devices that XLA makes of one CPU share its memory.
-    assert memory.kv_budget(jax.local_devices()[:1] * 4) == memory.CPU_MOST_BYTES // 4
+    monkeypatch.setattr(sizing, "available_ram", lambda: GB)
+    assert sizing.kv_budget() == GB // 2
+    monkeypatch.setattr(sizing, "available_ram", lambda: 100 * GB)
+    assert sizing.kv_budget() == sizing.CPU_MOST_BYTES
+    # Devices that XLA makes of one CPU share its sizing.
+    assert sizing.kv_budget(jax.local_devices()[:1] * 4) == sizing.CPU_MOST_BYTES // 4
 
 
 def test_the_budget_is_most_of_what_a_device_has_free(monkeypatch):
@@ -75,14 +77,14 @@ def test_the_budget_is_most_of_what_a_device_has_free(monkeypatch):
         platform="gpu", device_kind="some GPU", memory_stats=lambda: stats
     )
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    assert memory.kv_budget() == 45 * GB
+    assert sizing.kv_budget() == 45 * GB
     fuller = types.SimpleNamespace(
         platform="gpu", memory_stats=lambda: stats | {"bytes_in_use": 60 * GB}
     )
-    assert memory.kv_budget([device, fuller]) == 18 * GB
+    assert sizing.kv_budget([device, fuller]) == 18 * GB
     stats.clear()
     with pytest.raises(ValueError, match=r"some GPU.*kv_memory_mb"):
-        memory.kv_budget()
+        sizing.kv_budget()
 
 
 CONFIG = EngineConfig(
@@ -98,15 +100,18 @@ CONFIG = EngineConfig(
 def test_pools_take_what_is_free_and_no_more_than_can_be_used(zoo, monkeypatch):
     roomy = Agent.make(zoo, [MODEL], CONFIG)
     ((_, shape),) = roomy.device.pool_shapes.items()
-    assert shape.num_pages - 1 == 4 * 6  # max_num_seqs sequences of max_model_len
+    layers = roomy.graph.kv_layers[KVShape(shape.num_kv_heads, shape.head_dim)]
+    assert shape.num_pages - 1 == layers * 4 * 6  # max_num_seqs sequences of max_model_len
     assert roomy.device.executables.compiles_on_serving_path == 0
-    workspace = roomy.device._workspace(roomy.graph)
-    assert workspace > roomy.device.longest_bytes  # the programs' own memory was counted
-    budget = workspace + 3 * shape.page_bytes
-    monkeypatch.setattr(memory, "kv_budget", lambda devices: budget)
+    workspace = roomy.device._workspace(roomy.graph, roomy.device.pool_shapes)
+    assert workspace > roomy.device.longest_bytes(
+        roomy.graph
+    )  # the programs' own memory was counted
+    budget = workspace + 3 * layers * shape.page_bytes
+    monkeypatch.setattr(sizing, "kv_budget", lambda devices: budget)
     tight = Agent.make(zoo, [MODEL], CONFIG)
     ((_, shape),) = tight.device.pool_shapes.items()
-    assert shape.num_pages - 1 == 3
+    assert shape.num_pages - 1 == 3 * layers
     assert tight.device.max_model_len(tight.graph.routes[MODEL]) == 48
 
     prompt = oracle(MODEL)["prompt"]
@@ -125,7 +130,26 @@ def test_pools_take_what_is_free_and_no_more_than_can_be_used(zoo, monkeypatch):
 
 
 def test_an_explicit_size_wins(zoo, monkeypatch):
-    monkeypatch.setattr(memory, "kv_budget", lambda devices: 1 / 0)
+    monkeypatch.setattr(sizing, "kv_budget", lambda devices: 1 / 0)
     agent = Agent.make(zoo, [MODEL], EngineConfig(max_model_len=96, kv_memory_mb=1))
-    ((_, shape),) = agent.device.pool_shapes.items()
-    assert shape.num_pages - 1 == 10**6 // shape.page_bytes
+    ((kv, shape),) = agent.device.pool_shapes.items()
+    layers = agent.graph.kv_layers[kv]
+    most = layers * (10**6 // (layers * shape.page_bytes))
+    assert shape.num_pages - 1 == sizing.round_down(most) > 0.93 * most
+
+
+@pytest.mark.parametrize("pages", [1, 15, 31, 32, 33, 1000, 123_456])
+def test_sizes_come_from_a_ladder(pages):
+    """A little more or less of free memory is the same size, and little is lost."""
+    assert pages * 15 / 16 - 1 <= sizing.round_down(pages) <= pages
+    assert sizing.round_down(sizing.round_down(pages)) == sizing.round_down(pages)
+    assert len({sizing.round_down(n) for n in range(10_000, 20_000)}) <= 32
+
+
+def test_a_hair_less_of_free_memory_finds_the_same_programs(zoo, monkeypatch):
+    def loaded(budget: int) -> tuple[int, int]:
+        monkeypatch.setattr(sizing, "kv_budget", lambda devices: budget)
+        agent = Agent.make(zoo, [MODEL], dataclasses.replace(CONFIG, max_num_seqs=64))
+        return tuple(p.num_pages for p in agent.device.pool_shapes.values())
+
+    assert loaded(5_000_000) == loaded(4_990_000)

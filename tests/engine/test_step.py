@@ -51,7 +51,7 @@ def test_a_long_prompt_never_holds_up_a_stream_by_more_than_a_layer_a_step(agent
         assert agent.loop.stats().steps == before + 1
     # A token in every step, for many more steps than the three chunks: they stay between layers.
     assert all(counts[1:])
-    units = sum(len(i.units) for i in agent.graph.routes[MODELS[1]].instances)
+    units = sum(len(i.layers) for i in agent.graph.routes[MODELS[1]].instances)
     assert 3 * (units - 2) <= len(counts) <= 3 * units + 3
 
 
@@ -64,13 +64,28 @@ def test_a_step_that_may_take_longer_reads_more_prompts(zoo, step_ms, prompts):
     assert agent.loop.stats().prompt_tokens == prompts * 16
 
 
-def test_new_prompts_do_not_overtake_an_older_one(agent):
+def test_a_long_prompt_leaves_later_short_ones_their_share(agent):
+    """While answers stream, prompts in flight are given equal time, so a short one ends long before a
+    long one that came first."""
+    agent.loop.submit(request("stream", MODELS[0], prompt(MODELS[0], 4), max_tokens=110))
+    decode_until(agent, {"stream"})
+    agent.loop.submit(request("long", MODELS[0], prompt(MODELS[0], 100), max_tokens=1))
+    agent.loop.step()
+    for i in range(2):
+        agent.loop.submit(request(f"short{i}", MODELS[1], prompt(MODELS[1], 16 + i), max_tokens=1))
+    ended: list[str] = []
+    while len(ended) < 3:
+        ended += [o.request_id for o in agent.loop.step() if o.request_id != "stream"]
+    assert ended[-1] == "long"
+
+
+def test_prompts_of_one_length_end_in_the_order_they_came(agent):
     agent.loop.submit(request("stream", MODELS[0], prompt(MODELS[0], 4), max_tokens=110))
     decode_until(agent, {"stream"})
     first: list[str] = []
     for i in range(5):
-        model = MODELS[i % 2]
-        agent.loop.submit(request(f"p{i}", model, prompt(model, 30 + i), max_tokens=1))
+        model = MODELS[0]
+        agent.loop.submit(request(f"p{i}", model, prompt(model, 30 + i)[i:], max_tokens=1))
     while len(first) < 5:
         first += [o.request_id for o in agent.loop.step() if o.request_id != "stream"]
     # Prompts of one chain and length may share a call, so neighbours may come together.
@@ -90,7 +105,7 @@ def test_who_leaves_half_way_gives_everything_back(agent, steps):
     outputs = agent.run()
     assert sum(len(o.token_ids) for o in outputs["b"]) == 4
     assert (agent.loop.stats().pages_free, agent.loop.stats().rows_free) == free
-    assert not any(i.queue or i.underway for i in agent.graph.instances)
+    assert all(queue.empty for _, queue in agent.loop._stepper.queues)
 
 
 def test_rows_over_the_limit_go_first_in_the_next_step(agent):
@@ -98,7 +113,7 @@ def test_rows_over_the_limit_go_first_in_the_next_step(agent):
     for i in range(8):
         agent.loop.submit(request(f"s{i}", MODELS[0], prompt(MODELS[0], 4 + i), max_tokens=60))
     decode_until(agent, {f"s{i}" for i in range(8)})
-    block = next(i for i in agent.graph.routes[MODELS[0]].instances if len(i.units) > 1)
+    block = next(i for i in agent.graph.routes[MODELS[0]].instances if len(i.layers) > 1)
     times = agent.loop.profile._seconds
     for name in times:  # Every row costs.
         if name.startswith("layer") and "x1-" in name:
@@ -111,7 +126,7 @@ def test_rows_over_the_limit_go_first_in_the_next_step(agent):
             step = agent.loop.stats().steps
             gaps.append(step - last[output.request_id])
             last[output.request_id] = step
-    assert block.limit == 1
+    assert agent.loop._stepper.queues[block].limit == 1
     assert max(gaps) <= 8 + 1
     agent.run()
 
@@ -120,4 +135,4 @@ def test_without_streams_a_prompt_takes_the_step_it_needs(agent):
     agent.loop.submit(request("alone", MODELS[0], prompt(MODELS[0], 16), max_tokens=1))
     agent.run()
     assert agent.loop.stats().steps == 1
-    assert all(i.limit == NO_LIMIT for i in agent.graph.instances)
+    assert all(queue.limit == NO_LIMIT for _, queue in agent.loop._stepper.queues)

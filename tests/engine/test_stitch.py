@@ -114,11 +114,12 @@ def test_the_engine_computes_what_the_blocks_say_whatever_rides_along(stitched):
 
 def test_one_stitch_is_on_the_device_once_and_is_one_program(stitched):
     agent = Agent.make(stitched.path, ["early", "late"], CONFIG)
-    units = [u for i in agent.graph.instances for u in i.units if u.signature.kind == "stitch"]
-    assert sorted(u.position for u in units) == [0, 1]
-    assert units[0].weights[0] is units[1].weights[0]
+    stages = [s for r in agent.graph.routes.values() for s in r.stages if s.positions]
+    assert sorted(s.positions for s in stages) == [(0,), (1,)]
+    stitches = [u for s in stages for u in s.instance.layers if u.signature.kind == "stitch"]
+    assert stitches[0].weights[0] is stitches[1].weights[0]
     bucket = CONFIG.decode_buckets[0]
-    assert len({agent.device.unit_key(u, bucket) for u in units}) == 1
+    assert len({agent.device.layer_key(u, bucket) for u in stitches}) == 1
 
 
 def test_a_stitch_where_it_was_not_trained_and_widths_that_do_not_meet_are_refused(stitched):

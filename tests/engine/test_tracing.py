@@ -9,7 +9,6 @@ import pytest
 from harness import Agent, oracle, request
 
 from jblock.engine.config import Bucket, EngineConfig
-from jblock.engine.programs.executables import SCRUB_PAGES
 from jblock.engine.runner import tracing
 from jblock.engine.runner.batch import Batch
 from jblock.tools import trace_summary
@@ -58,7 +57,7 @@ def lines(agent, tmp_path_factory) -> dict[str, dict[str, trace_summary.Line]]:
 def test_every_phase_of_every_step(lines):
     assert set(lines["phase"]) == set(tracing.PHASES)
     steps = lines["phase"][tracing.STEP].count
-    assert steps >= 8 and lines["phase"]["plan"].count >= steps
+    assert steps >= 8 and lines["phase"]["schedule"].count >= steps
     assert all(line.seconds > 0 for line in lines["phase"].values())
 
 
@@ -113,8 +112,7 @@ def test_parts_of_programs_have_scopes(agent):
     layer = next(v for k, v in text.items() if k.startswith("layer"))
     for scope in ("/attention/paged_attention/", "/attention/lora/", "/ffn/", "/ffn/lora/"):
         assert scope in layer, scope
-    scrub = next(v for k, v in text.items() if k.startswith("scrub"))
-    assert "/scrub/" in scrub and SCRUB_PAGES
+    assert any("/zero_pages/" in v for k, v in text.items() if k.startswith("zero_pages"))
     assert any("/write_adapter/" in v for k, v in text.items() if k.startswith("write_pieces"))
 
 

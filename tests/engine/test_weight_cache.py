@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from jblock.engine.weights.cache import Residency
+from jblock.engine.weights.cache import WeightCache
 from jblock.engine.weights.residents import Adapter, Lease, State, Weights, WeightSet
 
 SLOTS, PIECES, MAX_BYTES = 3, 6, 100
@@ -22,7 +22,7 @@ class FakeChain:
 
 
 @dataclasses.dataclass(eq=False)
-class FakeRoute:
+class FakeNeeds:
     chain: FakeChain
     weights: WeightSet
     adapter: Adapter | None = None
@@ -30,14 +30,14 @@ class FakeRoute:
 
 
 @dataclasses.dataclass(eq=False)
-class FakeAssembly:
-    routes: dict[str, FakeRoute]
+class FakeResidents:
+    needs: dict[str, FakeNeeds]
     pinned: tuple[str, ...] = ()
 
     @property
     def residents(self):
-        members = [w for r in self.routes.values() for w in r.weights.members]
-        adapters = [r.adapter for r in self.routes.values() if r.adapter]
+        members = [w for r in self.needs.values() for w in r.weights.members]
+        adapters = [r.adapter for r in self.needs.values() if r.adapter]
         return list(dict.fromkeys([*members, *adapters]))
 
 
@@ -63,9 +63,9 @@ def weights(name: str, size: int) -> Weights:
     return Weights(name=name, component=name, spec=None, size=size)
 
 
-def graph(names, pinned=(), old: FakeAssembly | None = None) -> FakeAssembly:
+def graph(names, pinned=(), old: FakeResidents | None = None) -> FakeResidents:
     """Adapters on one base, and full fine-tunes ("tuneN") that share half of it."""
-    known = old.routes if old else {}
+    known = old.needs if old else {}
     base = weights("base", BASE_BYTES)
     for route in known.values():
         base = route.weights.members[0]
@@ -76,11 +76,11 @@ def graph(names, pinned=(), old: FakeAssembly | None = None) -> FakeAssembly:
             routes[name] = known[name]
         elif name in SIZES:
             adapter = Adapter(name=name, deltas=((name, ("delta",)),))
-            routes[name] = FakeRoute(FakeChain(name), shared, adapter)
+            routes[name] = FakeNeeds(FakeChain(name), shared, adapter)
         else:
             own = weights(name, TUNE_BYTES)
-            routes[name] = FakeRoute(FakeChain(name), WeightSet((base, own)))
-    return FakeAssembly(routes, pinned)
+            routes[name] = FakeNeeds(FakeChain(name), WeightSet((base, own)))
+    return FakeResidents(routes, pinned)
 
 
 class Machine(RuleBasedStateMachine):
@@ -92,7 +92,7 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.worker = Worker()
         self.graph = graph(self.names, pinned=("b",))
-        self.residency = Residency(
+        self.residency = WeightCache(
             self.graph, self.worker, slots=SLOTS, pieces=PIECES, max_weight_bytes=MAX_BYTES
         )
         self.leases: list[Lease] = []
@@ -100,8 +100,8 @@ class Machine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(names))
     def ask(self, name):
-        if name in self.graph.routes:
-            self.leases.append(self.residency.acquire(self.graph.routes[name]))
+        if name in self.graph.needs:
+            self.leases.append(self.residency.acquire(self.graph.needs[name]))
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
@@ -152,8 +152,8 @@ class Machine(RuleBasedStateMachine):
     def what_is_leased_stays(self):
         granted = [lease for lease in self.leases if lease.granted and not lease.error]
         for lease in granted:
-            parts = [*lease.route.weights.members]
-            parts += [lease.route.adapter] if lease.route.adapter else []
+            parts = [*lease.needs.weights.members]
+            parts += [lease.needs.adapter] if lease.needs.adapter else []
             states = {p.state for p in parts}
             assert State.COLD not in states
             assert lease.ready == (states == {State.READY})
@@ -180,16 +180,16 @@ TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
-def make(names, slots=SLOTS) -> tuple[Residency, Worker, FakeAssembly]:
+def make(names, slots=SLOTS) -> tuple[WeightCache, Worker, FakeResidents]:
     """A residency whose base is loaded and whose adapters are known."""
     found, worker = graph(names), Worker()
-    residency = Residency(found, worker, slots=slots, pieces=PIECES, max_weight_bytes=0)
-    for route in found.routes.values():
+    residency = WeightCache(found, worker, slots=slots, pieces=PIECES, max_weight_bytes=0)
+    for route in found.needs.values():
         route.adapter.targets, route.adapter.size = {}, SIZES[route.chain.name]
     return residency, worker, found
 
 
-def finish(residency: Residency, worker: Worker) -> None:
+def finish(residency: WeightCache, worker: Worker) -> None:
     while worker.loads:
         residency.finished(worker.loads.pop(0))
 
@@ -197,12 +197,12 @@ def finish(residency: Residency, worker: Worker) -> None:
 def test_the_longest_unused_leaves_first():
     residency, worker, found = make(["a", "b", "c", "d"])
     for name in ("a", "b", "c", "a"):
-        lease = residency.acquire(found.routes[name])
+        lease = residency.acquire(found.needs[name])
         finish(residency, worker)
         assert lease.ready
         residency.release(lease)
-    residency.acquire(found.routes["d"])  # 3 pieces of which 1 is free: b and its 2 go
-    states = {n: r.adapter.state for n, r in found.routes.items()}
+    residency.acquire(found.needs["d"])  # 3 pieces of which 1 is free: b and its 2 go
+    states = {n: r.adapter.state for n, r in found.needs.items()}
     assert states == {
         "a": State.READY,
         "b": State.COLD,
@@ -214,10 +214,10 @@ def test_the_longest_unused_leaves_first():
 def test_others_pass_who_waits_for_room_but_not_for_ever():
     """a keeps being asked for; b needs its slot. New requests for a wait behind b once b is first."""
     residency, worker, found = make(["a", "b"], slots=1)
-    running = residency.acquire(found.routes["a"])
+    running = residency.acquire(found.needs["a"])
     finish(residency, worker)
-    waiting = residency.acquire(found.routes["b"])
-    later = residency.acquire(found.routes["a"])
+    waiting = residency.acquire(found.needs["b"])
+    later = residency.acquire(found.needs["a"])
     assert running.ready and not waiting.granted and not later.granted
     residency.release(running)
     assert waiting.granted and not later.granted
@@ -229,14 +229,14 @@ def test_others_pass_who_waits_for_room_but_not_for_ever():
 
 def test_who_gives_up_waiting_opens_what_was_closed_for_it():
     residency, worker, found = make(["a", "b"], slots=1)
-    running = residency.acquire(found.routes["a"])
+    running = residency.acquire(found.needs["a"])
     finish(residency, worker)
-    residency.release(residency.acquire(found.routes["b"]))
-    assert residency.acquire(found.routes["a"]).ready and running.ready
+    residency.release(residency.acquire(found.needs["b"]))
+    assert residency.acquire(found.needs["a"]).ready and running.ready
 
 
 def test_what_can_never_fit_is_refused_with_the_remedy():
     residency, _, found = make(["a", "f"])
-    lease = residency.acquire(found.routes["f"])
+    lease = residency.acquire(found.needs["f"])
     assert lease.error_code == "FAILED_PRECONDITION" and residency.failed == [lease]
     assert "adapter_slots 3" in lease.error and "'f'" in lease.error

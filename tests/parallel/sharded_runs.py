@@ -179,7 +179,7 @@ def kv_bytes(agent: Agent) -> list[int]:
     ):
         device = Runner(agent.graph, config, agent.device.executables.cache)
     taken: dict[int, int] = collections.Counter()
-    for leaf in jax.tree.leaves(device._pools):
+    for leaf in jax.tree.leaves(device.state.pools):
         for shard in leaf.addressable_shards:
             taken[shard.device.id] += shard.data.nbytes
     return list(taken.values())

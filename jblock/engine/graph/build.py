@@ -2,14 +2,13 @@
 is for `residency.py` to decide."""
 
 import collections
-import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jblock.blocks.spec import (
     AttentionSpec,
     ComponentSpec,
-    EmbeddingSpec,
     ExpertSpec,
     RouterSpec,
 )
@@ -19,18 +18,20 @@ from jblock.engine.config import EngineConfig
 from jblock.engine.graph.expert_parallel import ExpertGroup
 from jblock.engine.graph.graph import (
     BlockInstance,
-    KvGroup,
     Layer,
-    Part,
     Route,
     ServingGraph,
+    Stage,
     Tied,
-    Wiring,
 )
+from jblock.engine.graph.order import visiting_order
+from jblock.engine.graph.segments import layer_runs, segments
 from jblock.engine.graph.stitches import check_widths, positions
+from jblock.engine.kv_cache.prefix_keys import layer_digests
+from jblock.engine.kv_cache.spec import KVShape
 from jblock.engine.signature import Signature, TableForm
 from jblock.engine.weights import params as parameters
-from jblock.engine.weights.residents import Adapter, Weights, WeightSet
+from jblock.engine.weights.residents import Adapter, Needs, Part, Weights, WeightSet
 from jblock.parallel.placement import Placement
 from jblock.zoo.partition import Block, blocks
 from jblock.zoo.records import Chain, ComponentRecord
@@ -48,7 +49,8 @@ def assemble(
     targets: Mapping[ComponentSpec, frozenset[str]] | None = None,
     placement: Placement | None = None,
 ) -> ServingGraph:
-    """Wires chains into instances. A thousand adapters on one base cost little more than ten.
+    """Builds the routes of chains through shared blocks. A thousand adapters on one base
+    cost little more than ten.
 
     Args:
       zoo: where records are read from.
@@ -65,26 +67,25 @@ def assemble(
     """
     if placement is None:
         placement = previous.placement if previous else Placement.on(config.sharding)
-    wirer = _Wirer(zoo, chains, config, previous, placement)
-    wirer.find_targets(targets or {})
-    # Without sharing, every chain is a world of its own.
-    worlds = {"": dict(chains)} if config.share else {n: {n: c} for n, c in chains.items()}
+    builder = _Builder(zoo, chains, config, previous, placement)
+    builder.find_targets(targets or {})
+    # Without sharing, every chain is an isolation domain of its own.
+    domains = {"": dict(chains)} if config.share else {n: {n: c} for n, c in chains.items()}
     routes: dict[str, Route] = {}
-    for world, members in worlds.items():
-        routes |= wirer.routes(world, members)
-    instances = {id(i): i for route in routes.values() for i in route.instances}
+    for domain, members in domains.items():
+        routes |= builder.routes(domain, members)
     return ServingGraph(
         zoo=zoo,
         routes={name: routes[name] for name in chains},
-        instances=tuple(sorted(instances.values(), key=lambda i: i.depth)),
-        targets=wirer.targets,
+        instances=visiting_order(routes.values()),
+        targets=builder.targets,
         pinned=tuple(name for name in config.pinned if name in chains),
-        placement=wirer.placement,
-        known=wirer.known,
+        placement=builder.placement,
+        cache=builder.cache,
     )
 
 
-class _Wirer:
+class _Builder:
     """Makes the routes of one graph. Whatever the last one has too is taken over from it."""
 
     def __init__(
@@ -97,17 +98,17 @@ class _Wirer:
     ):
         self.zoo, self.chains, self.config = zoo, chains, config
         self.placement = placement
-        self.known: dict[Any, Any] = {}
+        self.cache: dict[Any, Any] = {}
         self.targets: dict[ComponentSpec, frozenset[str]] = {}
         self._previous = previous
-        self._before = previous.known if previous else {}
+        self._before = previous.cache if previous else {}
         self._adapted: dict[str, set[str]] = {}
         self._virtual: dict[str, int] = {}  # virtual tokens by chain
 
     def _keep(self, key: Any, make) -> Any:
-        if key not in self.known:
-            self.known[key] = self._before[key] if key in self._before else make()
-        return self.known[key]
+        if key not in self.cache:
+            self.cache[key] = self._before[key] if key in self._before else make()
+        return self.cache[key]
 
     def _record(self, component: str) -> ComponentRecord:
         return self._keep(("record", component), lambda: self.zoo.component(component))
@@ -149,70 +150,71 @@ class _Wirer:
         except ValueError:
             return frozenset(), 0  # who asks for the chain will hear of it
 
-    def routes(self, world: str, chains: Mapping[str, Chain]) -> dict[str, Route]:
+    def routes(self, domain: str, chains: Mapping[str, Chain]) -> dict[str, Route]:
         """Routes of chains that share what they can."""
         of = {name: tuple(s.component for s in chain.steps) for name, chain in chains.items()}
         # Adapters have their base's components: what these decide is worked out once.
         first = {ids: name for name, ids in reversed(of.items())}
         served = {name: chains[name] for name in first.values()}
         partition = blocks(served, self.zoo.cut_cost(served))
-        users: collections.Counter[tuple] = collections.Counter()
-        chains_of = collections.Counter(of.values())
-        keys = {}
+        stages, parts = {}, {}
         for ids, name in first.items():
-            check_widths(name, self._specs(ids))
-            groups = self._groups(ids)
-            keys[ids] = [
-                self._block_key(
-                    world, b, self._kv_placement(ids, groups, b), positions(self._specs(ids), b)
-                )
-                for b in partition[name]
-            ]
-            for key in keys[ids]:
-                users[key] += chains_of[ids]
-        wirings = {ids: self._wiring(world, ids, keys[ids], users) for ids in first}
-        routes = {}
-        for name, chain in chains.items():
-            wiring = wirings[of[name]]
-            fields = {f.name: getattr(wiring, f.name) for f in dataclasses.fields(wiring)}
-            routes[name] = Route(
-                chain=chain,
-                adapter=self._adapter(world, chain),
-                virtual_tokens=self._virtual.get(name, 0),
-                **fields,
-            )
-        return routes
+            specs = self._specs(ids)
+            check_widths(name, specs)
+            parts[ids] = self._parts(domain, ids)
+            stages[ids] = tuple(self._stage(domain, specs, b) for b in partition[name])
+        return {
+            name: self._route(domain, chain, parts[of[name]], stages[of[name]])
+            for name, chain in chains.items()
+        }
 
-    def _wiring(self, world: str, ids: tuple[str, ...], keys: list, users: Mapping) -> Wiring:
+    def _route(
+        self, domain: str, chain: Chain, parts: tuple[Part, ...], stages: tuple[Stage, ...]
+    ) -> Route:
+        """The route of a chain; the same one as before where all of it stayed as it was."""
+        ids = tuple(part.component for part in parts)
+        members: dict[Weights, None] = {}
+        for part, of in zip(parts, self._expert_parts(p.spec for p in parts), strict=True):
+            found = self._weights(domain, part.component, of)
+            members[found.owner if isinstance(found, Tied) else found] = None
+        weights = self._keep(("weight set", domain, ids), lambda: WeightSet(tuple(members)))
+        adapter = self._adapter(domain, chain)
+        key = ("route", domain, chain.name, tuple(id(s) for s in (*parts, *stages)))
+        route = self._before.get(key)
+        if route is None or route.chain != chain:
+            route = Route(
+                needs=Needs(chain, parts, weights, adapter),
+                stages=stages,
+                kv_digests=_kv_digests(chain, parts),
+                virtual_tokens=self._virtual.get(chain.name, 0),
+            )
+        self.cache[key] = route
+        return route
+
+    def _parts(self, domain: str, ids: tuple[str, ...]) -> tuple[Part, ...]:
         parts = []
         for component in ids:
-            spec, form = self._record(component).spec, self._form(world, component)
-            tables = self._tables(world, component, form) if form else None
-            parts.append(Part(component, spec, form, tables))
-        members: dict[Weights, None] = {}
-        for component, part in zip(ids, self._expert_parts(p.spec for p in parts), strict=True):
-            found = self._weights(world, component, part)
-            members[found.owner if isinstance(found, Tied) else found] = None
-        return Wiring(
-            specs=tuple(p.spec for p in parts),
-            instances=tuple(
-                self._keep(key, lambda key=key: self._instance(world, key)) for key in keys
-            ),
-            groups=self._groups(ids),
-            parts=tuple(parts),
-            weights=self._keep(("weight set", world, ids), lambda: WeightSet(tuple(members))),
-            shared_blocks=sum(users[key] > 1 for key in keys),
+            spec, form = self._record(component).spec, self._form(domain, component)
+            tables = self._tables(domain, component, form) if form else None
+            part = functools.partial(Part, component, spec, form, tables)
+            parts.append(self._keep(("part", domain, component, form), part))
+        return tuple(parts)
+
+    def _stage(self, domain: str, specs: Sequence[ComponentSpec], block: Block) -> Stage:
+        """A block at its place in a chain of these components."""
+        forms = tuple(self._form(domain, component) for component in block.components)
+        key = ("block", domain, block.components, forms)
+        instance = self._keep(key, lambda: self._instance(domain, block.components, forms))
+        before = collections.Counter(
+            KVShape.of(s) for s in specs[: block.first] if isinstance(s, AttentionSpec)
         )
+        at = positions(specs, block)
+        place = ("stage", key, tuple(sorted(before.items())), at)
+        return self._keep(place, lambda: Stage(instance, before, at))
 
-    def _block_key(
-        self, world: str, block: Block, placement: tuple, positions: tuple[int, ...]
-    ) -> tuple:
-        forms = tuple(self._form(world, component) for component in block.components)
-        return ("block", world, block, placement, forms, positions)
-
-    def _form(self, world: str, component: str) -> TableForm | None:
+    def _form(self, domain: str, component: str) -> TableForm | None:
         users = self._adapted.get(component, ())
-        if not users or (world and world not in users):
+        if not users or (domain and domain not in users):
             return None
         return TableForm(
             targets=tuple(sorted(self.targets[self._record(component).spec])),
@@ -220,9 +222,9 @@ class _Wirer:
             pieces=self.config.adapter_pieces + 1,
         )
 
-    def _tables(self, world: str, component: str, form: TableForm) -> Tables:
+    def _tables(self, domain: str, component: str, form: TableForm) -> Tables:
         spec = self._record(component).spec
-        return self._keep(("tables", world, component), lambda: Tables(spec, form, self.placement))
+        return self._keep(("tables", domain, component), lambda: Tables(spec, form, self.placement))
 
     def _expert_parts(self, specs: Iterable[ComponentSpec]) -> list[int | None]:
         """For each of a run of components the part of the mesh's experts it lies on; None: all devices."""
@@ -236,17 +238,17 @@ class _Wirer:
                 dealt = iter([i * ways // number for i in range(number)])
         return parts
 
-    def _weights(self, world: str, component: str, part: int | None = None) -> Weights | Tied:
+    def _weights(self, domain: str, component: str, part: int | None = None) -> Weights | Tied:
         record = self._record(component)
         if record.refs and self.config.dtype == "float32":
             owner, tensor = record.refs["weight"]
-            found = self._weights(world, owner)
+            found = self._weights(domain, owner)
             if isinstance(found, Tied):
                 raise ValueError(f"component {component} is tied to one that is tied: damaged")
             return Tied(found, tensor)
         placement = self.placement if part is None else self.placement.expert_part(part)
         return self._keep(
-            ("weights", world, component, part),
+            ("weights", domain, component, part),
             lambda: Weights(
                 name=f"component {component}",
                 component=component,
@@ -256,63 +258,32 @@ class _Wirer:
             ),
         )
 
-    def _adapter(self, world: str, chain: Chain) -> Adapter | None:
+    def _adapter(self, domain: str, chain: Chain) -> Adapter | None:
         deltas = tuple({s.component: s.deltas for s in chain.steps if s.deltas}.items())
         if not deltas:
             return None
         name = f"the adapter of model {chain.name!r}"
-        return self._keep(("adapter", world, deltas), lambda: Adapter(name=name, deltas=deltas))
+        return self._keep(("adapter", domain, deltas), lambda: Adapter(name=name, deltas=deltas))
 
-    def _groups(self, ids: Sequence[str]) -> tuple[KvGroup, ...]:
-        """The KV groups of a chain."""
-        shapes: collections.Counter[tuple[int, int]] = collections.Counter()
-        for component in ids:
-            spec = self._record(component).spec
-            if isinstance(spec, AttentionSpec):
-                shapes[spec.num_kv_heads, spec.head_dim] += 1
-        return tuple(KvGroup(h, d, n) for (h, d), n in sorted(shapes.items()))
-
-    def _kv_placement(
-        self, ids: Sequence[str], groups: Sequence[KvGroup], block: Block
-    ) -> tuple[tuple[KvGroup, int], ...]:
-        """For each attention of the block: its group, and its layer in the group's pools."""
-        by_shape = {(g.num_kv_heads, g.head_dim): g for g in groups}
-        seen: collections.Counter[KvGroup] = collections.Counter()
-        placement = []
-        for position, component in enumerate(ids[: block.first + len(block.components)]):
-            spec = self._record(component).spec
-            if isinstance(spec, AttentionSpec):
-                group = by_shape[spec.num_kv_heads, spec.head_dim]
-                if position >= block.first:
-                    placement.append((group, seen[group]))
-                seen[group] += 1
-        return tuple(placement)
-
-    def _instance(self, world: str, key: tuple) -> BlockInstance:
-        """A block with its units."""
-        _, _, block, placement, forms, positions = key
-        kv, stitches = iter(placement), iter(positions)
-        units: list[Layer] = []
-        specs = [self._record(component).spec for component in block.components]
-        for run in _unit_runs(specs):
-            ids = [block.components[i] for i in run]
-            units.append(self._unit(world, ids, [forms[i] for i in run], kv, stitches))
-        name = f"{units[0].signature.kind}_{block.first}_{block.components[0][:8]}"
+    def _instance(
+        self, domain: str, components: tuple[str, ...], forms: tuple[TableForm | None, ...]
+    ) -> BlockInstance:
+        """A block with its layers."""
+        specs = [self._record(component).spec for component in components]
+        layers = [
+            self._layer(domain, [components[i] for i in run], [forms[i] for i in run])
+            for run in layer_runs(specs)
+        ]
         return BlockInstance(
-            name=name, depth=block.first, units=tuple(units), segments=_segments(units)
+            name=f"{layers[0].signature.kind}_{components[0][:8]}",
+            segments=segments(layers, SEGMENT_COMPONENTS),
+            singles=segments(layers, 1),
         )
 
-    def _unit(
-        self,
-        world: str,
-        ids: list[str],
-        forms: list[TableForm | None],
-        kv: Iterator[tuple[KvGroup, int]],
-        positions: Iterator[int],
-    ) -> Layer:
+    def _layer(self, domain: str, ids: list[str], forms: list[TableForm | None]) -> Layer:
         specs = tuple(self._record(component).spec for component in ids)
         members = [
-            self._weights(world, component, part)
+            self._weights(domain, component, part)
             for component, part in zip(ids, self._expert_parts(specs), strict=True)
         ]
         signature = Signature(
@@ -327,52 +298,21 @@ class _Wirer:
             members[of[0]] if len(of) == 1 else ExpertGroup([members[i] for i in of], struct)
             for of, struct in zip(signature.arguments, structs, strict=True)
         )
-        group, layer = next(kv) if signature.attentions else (None, 0)
+        shapes = [KVShape.of(spec) for spec in signature.attentions]
         return Layer(
             signature=signature,
             weights=weights,
             tables=tuple(
-                self._tables(world, ids[i], form).view(form) if (form := forms[i]) else {}
+                self._tables(domain, ids[i], form).view(form) if (form := forms[i]) else {}
                 for i, *_ in signature.arguments
             ),
-            group=group,
-            kv_layer=layer,
-            position=next(positions) if signature.kind == "stitch" else 0,
+            kv_shape=shapes[0] if shapes else None,
         )
 
 
-def _segments(units: Sequence[Layer]) -> tuple[tuple[Layer, ...], ...]:
-    """Runs of layers of one KV group, of SEGMENT_COMPONENTS at most, that one program may carry."""
-    runs: list[list[Layer]] = []
-    for unit in units:
-        joins = (
-            bool(runs)
-            and unit.signature.kind == runs[-1][-1].signature.kind == "layer"
-            and unit.group == runs[-1][-1].group
-            and sum(len(u.signature.specs) for u in [*runs[-1], unit]) <= SEGMENT_COMPONENTS
-        )
-        if joins:
-            runs[-1].append(unit)
-        else:
-            runs.append([unit])
-    return tuple(tuple(run) for run in runs)
-
-
-def _unit_runs(specs: Sequence[ComponentSpec]) -> list[list[int]]:
-    """Cuts a block into units: an attention with the ffn, or the router and experts, behind it; a stitch;
-    or norm with unembedding."""
-    runs: list[list[int]] = []
-    for i, spec in enumerate(specs):
-        previous = specs[runs[-1][-1]].kind if runs else None
-        joins = spec.kind == "expert" or (previous, spec.kind) in (
-            ("attention", "ffn"),
-            ("attention", "router"),
-            ("norm", "unembedding"),
-        )
-        if joins:
-            runs[-1].append(i)
-        else:
-            runs.append([i])
-    if any(isinstance(specs[r[0]], EmbeddingSpec) for r in runs) and len(runs) > 1:
-        raise ValueError("an embedding is a block of its own; write the partition record anew")
-    return runs
+def _kv_digests(chain: Chain, parts: Sequence[Part]) -> dict[KVShape, tuple[bytes, ...]]:
+    at = {i: p.spec for i, p in enumerate(parts) if isinstance(p.spec, AttentionSpec)}
+    out: dict[KVShape, list[bytes]] = {}
+    for spec, digest in zip(at.values(), layer_digests(chain.steps, at), strict=True):
+        out.setdefault(KVShape.of(spec), []).append(digest)
+    return {shape: tuple(digests) for shape, digests in out.items()}

@@ -1,33 +1,30 @@
-"""What an agent serves: blocks with their units, the route of each chain through them, and all of it
-together. `wiring.py` makes it of a zoo's chains."""
+"""What an agent serves, as records: layers, blocks, and the route of each chain through them. `build.py`
+makes them of a zoo's chains. Nothing here changes while it is served; queues and batches are the runner's."""
 
 import collections
 import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 from jblock.blocks.spec import ComponentSpec
 from jblock.engine.adapters.slot_tables import Tables
-from jblock.engine.config import Bucket
 from jblock.engine.graph.expert_parallel import ExpertGroup
-from jblock.engine.runner.batch import Underway
-from jblock.engine.scheduling.sequence import WorkItem
-from jblock.engine.scheduling.step_budget import NO_LIMIT
-from jblock.engine.signature import Signature, TableForm
+from jblock.engine.kv_cache.sequence_pages import LayerDigests
+from jblock.engine.kv_cache.spec import KVShape
+from jblock.engine.signature import Signature
 from jblock.engine.weights import params as parameters
-from jblock.engine.weights.residents import Adapter, Resident, Weights, WeightSet
+from jblock.engine.weights.residents import (
+    Adapter,
+    Needs,
+    Resident,
+    ResidentSet,
+    Weights,
+    WeightSet,
+)
 from jblock.parallel.placement import Placement
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
-
-
-@dataclasses.dataclass(frozen=True, order=True)
-class KvGroup:
-    """The attention layers of one KV shape in a chain. Chains of equal groups share its pools: a
-    sequence passes one block at each depth, so layer i of the pool serves every variant of layer i."""
-
-    num_kv_heads: int
-    head_dim: int
-    layers: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,23 +42,19 @@ class Tied:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
-    """What one executable call runs: an embedding, one layer, or a head.
+    """The least that one program runs: an embedding, an attention and what follows it, a stitch, or a head.
 
     Attributes:
       signature: decides the program.
       weights: of each argument (`Signature.arguments`), mostly one component.
       tables: one dict of slot tables an argument, kept up to date; empty where it has none.
-      group: KV group its attention belongs to; None without attention.
-      kv_layer: index of its attention in the group's pools.
-      position: of a stitch, the row of its position tables.
+      kv_shape: of the pages of its attention; None without attention.
     """
 
     signature: Signature
     weights: tuple[Weights | Tied | ExpertGroup, ...]
     tables: tuple[parameters.Tensors, ...]
-    group: KvGroup | None = None
-    kv_layer: int = 0
-    position: int = 0
+    kv_shape: KVShape | None = None
 
     @property
     def params(self) -> tuple[parameters.Tensors, ...]:
@@ -69,95 +62,111 @@ class Layer:
         return tuple(w.tensors for w in self.weights)
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Segment:
+    """Consecutive layers of a block that one program may run.
+
+    Attributes:
+      layers: in order, all but those of one layer with attentions of one KV shape.
+      kv_shape: of their pages; None without attention.
+      kv_first: how many attentions of this shape the block has before them.
+      kv_layers: attentions among them.
+      stitch: of a stitch, how many the block has before it.
+    """
+
+    layers: tuple[Layer, ...]
+    kv_shape: KVShape | None
+    kv_first: int
+    kv_layers: int
+    stitch: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class BlockInstance:
-    """A block on this agent, with its own queue.
+    """A block on this agent. Chains that have it at different depths, or twice, share it.
 
     Attributes:
       name: for traces and logs.
-      depth: index of its first step in the chains that use it; the sweep goes in this order.
-      units: run one after another over the same rows.
-      segments: the units again, in runs that one program may carry.
-      queue: items ready to run here.
-      underway: the batch of prompts that stays between two of its layers, if the last step ended there.
-      limit: rows it may decode in a step.
-      wanted: rows that have lately come to it in a step.
-      calls_by_bucket: what runs it on each grid, as the device looked it up last.
+      segments: its layers, in runs that one program may carry.
+      singles: its layers, one by one.
     """
 
     name: str
-    depth: int
-    units: tuple[Layer, ...]
-    segments: tuple[tuple[Layer, ...], ...] = ()
-    queue: collections.deque[WorkItem] = dataclasses.field(default_factory=collections.deque)
-    underway: Underway | None = None
-    limit: int = NO_LIMIT
-    wanted: float = 0.0
-    calls_by_bucket: dict[Bucket, tuple[int, list]] = dataclasses.field(default_factory=dict)
+    segments: tuple[Segment, ...]
+    singles: tuple[Segment, ...]
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Run one after another over the same rows."""
+        return tuple(segment.layers[0] for segment in self.singles)
+
+    @property
+    def kind(self) -> str:
+        """ "embedding", "layer", "stitch" or "head", of its first layer."""
+        return self.singles[0].layers[0].signature.kind
 
     @property
     def is_head(self) -> bool:
         """Whether it ends a chain with logits."""
-        return self.units[0].signature.kind == "head"
+        return self.kind == "head"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Part:
-    """One component of a chain: its id, its spec, and its slot tables with their form, if any chain
-    adapts it."""
+class Stage:
+    """A block at its place in a chain.
 
-    component: str
-    spec: ComponentSpec
-    form: TableForm | None
-    tables: Tables | None
+    Attributes:
+      instance: the block.
+      kv_first: of each KV shape, how many attentions the chain has before the block.
+      positions: of each of the block's stitches, the row of its position tables.
+    """
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Wiring:
-    """What all chains with the same components have in common; Route tells of the fields."""
-
-    specs: tuple[ComponentSpec, ...]
-    instances: tuple[BlockInstance, ...]
-    groups: tuple[KvGroup, ...]
-    parts: tuple[Part, ...]
-    weights: WeightSet
-    shared_blocks: int
+    instance: BlockInstance
+    kv_first: Mapping[KVShape, int]
+    positions: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Route:
-    """One served chain.
+    """The way of a request: the blocks it visits and what it needs there. A request is bound to one when it
+    is submitted and keeps it to its end.
 
     Attributes:
-      chain: its record.
-      specs: of its components, one a step.
-      instances: the blocks a row of it visits, in order.
-      groups: the KV groups its sequences need pages in.
-      parts: its components, one a step.
-      weights: of its components, whether they are on the device or not.
-      shared_blocks: how many of its blocks another route uses too.
-      adapter: its deltas; None without.
+      needs: what it needs on the device.
+      stages: the blocks a row of it visits, in order.
+      kv_digests: of each KV shape, what names the content of its attentions' pages.
       virtual_tokens: how many its sequences begin with (prompt or prefix tuning).
     """
 
-    chain: Chain
-    specs: tuple[ComponentSpec, ...]
-    instances: tuple[BlockInstance, ...]
-    groups: tuple[KvGroup, ...]
-    parts: tuple[Part, ...]
-    weights: WeightSet
-    shared_blocks: int = 0
-    adapter: Adapter | None = None
+    needs: Needs
+    stages: tuple[Stage, ...]
+    kv_digests: LayerDigests
     virtual_tokens: int = 0
 
     @property
-    def lacks_targets(self) -> bool:
-        """Its deltas want tables that are not there."""
-        targets = (self.adapter.targets if self.adapter else None) or {}
-        return any(
-            not targets.get(p.component, frozenset()) <= set(p.form.targets if p.form else ())
-            for p in self.parts
-        )
+    def chain(self) -> Chain:
+        """Its record."""
+        return self.needs.chain
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """Its deltas; None without."""
+        return self.needs.adapter
+
+    @property
+    def weights(self) -> WeightSet:
+        """Of its components, whether they are on the device or not."""
+        return self.needs.weights
+
+    @property
+    def instances(self) -> tuple[BlockInstance, ...]:
+        """The blocks it visits, in order."""
+        return tuple(stage.instance for stage in self.stages)
+
+    @property
+    def widths(self) -> set[int]:
+        """Widths of all registers that its blocks read or write."""
+        return {w for i in self.instances for layer in i.layers for w in layer.signature.widths}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -167,11 +176,11 @@ class ServingGraph:
     Attributes:
       zoo: where they come from.
       routes: by chain name.
-      instances: in sweep order.
+      instances: the blocks of all routes.
       targets: what has tables, by spec.
       pinned: names of the routes that stay on the device.
       placement: the devices it is for.
-      known: what the next graph takes over instead of making it again, by what decides it.
+      cache: what the next graph takes over instead of making it again, by what decides it.
     """
 
     zoo: Zoo
@@ -180,14 +189,46 @@ class ServingGraph:
     targets: dict[ComponentSpec, frozenset[str]]
     pinned: tuple[str, ...]
     placement: Placement
-    known: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    cache: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def users(self) -> Mapping[BlockInstance, int]:
+        """How many chains use each block."""
+        return collections.Counter(i for r in self.routes.values() for i in {*r.instances})
+
+    @functools.cached_property
+    def resident_set(self) -> ResidentSet:
+        """All that may come to the device."""
+        return ResidentSet(
+            needs={name: route.needs for name, route in self.routes.items()},
+            residents=[r for r in self.cache.values() if isinstance(r, Resident)],
+            pinned=self.pinned,
+        )
 
     @property
-    def residents(self) -> list[Resident]:
-        """All that may come to the device."""
-        return [r for r in self.known.values() if isinstance(r, Resident)]
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, were they all on the device."""
+        return sum(r.size for r in self.cache.values() if isinstance(r, Weights))
 
     @property
     def table_bytes(self) -> int:
         """Bytes of all slot tables."""
-        return sum(t.nbytes for t in self.known.values() if isinstance(t, Tables))
+        return sum(t.nbytes for t in self.cache.values() if isinstance(t, Tables))
+
+    def has(self, route: Route) -> bool:
+        """Whether all blocks of a route are among its own."""
+        return all(i in self.users for i in route.instances)
+
+    @functools.cached_property
+    def widths(self) -> set[int]:
+        """Widths of all registers that its blocks read or write."""
+        return {w for i in self.instances for layer in i.layers for w in layer.signature.widths}
+
+    @functools.cached_property
+    def kv_layers(self) -> dict[KVShape, int]:
+        """Of each KV shape, how many attentions the deepest chain has."""
+        most: dict[KVShape, int] = {}
+        for route in self.routes.values():
+            for shape, digests in route.kv_digests.items():
+                most[shape] = max(len(digests), most.get(shape, 0))
+        return dict(sorted(most.items()))

@@ -1,22 +1,17 @@
-"""Preemption by swap: copies of a sequence's pages in bounded host memory, and when they pay.
+"""Copies of preempted sequences' pages in bounded host memory, and when they pay.
 
-A sequence that gives way can be computed anew, or its pages can be copied to the host and back. The
-copies are enqueued like any other work and arrive behind the steps that run; nothing waits for them.
+A preempted sequence can be computed anew, or its pages can be copied to the host and back. The copies
+are enqueued like any other work and arrive behind the steps that run; nothing waits for them.
 """
 
 import dataclasses
-import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from jblock.engine.runner.batch import Batch
-
-if TYPE_CHECKING:
-    from jblock.engine.graph.graph import KvGroup, ServingGraph
-    from jblock.engine.runner.runner import Runner
+from jblock.engine.kv_cache.spec import KVShape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,24 +26,24 @@ class Rates:
     copy_bytes: float
     prefill_tokens: float
 
-    def swap_pays(self, num_bytes: int, num_tokens: int) -> bool:
+    def offload_pays(self, num_bytes: int, num_tokens: int) -> bool:
         """Whether copying `num_bytes` out and back takes less time than computing `num_tokens` anew.
         What the prefix cache may still hold of them by then is not known, and not counted."""
         return 2 * num_bytes / self.copy_bytes < num_tokens / self.prefill_tokens
 
 
 @dataclasses.dataclass(eq=False)
-class Copy:
+class HostCopy:
     """Pages of a waiting sequence, in the order it had them.
 
     Attributes:
       tokens: how many of its first tokens they hold.
-      parts: by KV group, what `Runner.copy_out` returned; on the host once landed.
+      parts: by KV shape, what `Runner.copy_out` returned; on the host once landed.
       num_bytes: of the pages.
     """
 
     tokens: int
-    parts: dict["KvGroup", Sequence[Any]]
+    parts: dict[KVShape, Sequence[Any]]
     num_bytes: int
 
 
@@ -73,7 +68,7 @@ class HostPool:
         self.total, self.used = total, 0
         self._most_in_transit = most_in_transit
         # Those a step has passed since; those enqueued since.
-        self._transit: tuple[list[Copy], list[Copy]] = ([], [])
+        self._transit: tuple[list[HostCopy], list[HostCopy]] = ([], [])
 
     def fits(self, num_bytes: int) -> bool:
         """Whether a copy of this size may begin."""
@@ -82,12 +77,12 @@ class HostPool:
             self.used + num_bytes <= self.total and in_transit + num_bytes <= self._most_in_transit
         )
 
-    def keep(self, copy: Copy) -> None:
+    def keep(self, copy: HostCopy) -> None:
         """Takes in a copy that `fits` and is on its way."""
         self.used += copy.num_bytes
         self._transit[1].append(copy)
 
-    def drop(self, copy: Copy) -> None:
+    def drop(self, copy: HostCopy) -> None:
         """Forgets a copy."""
         self.used -= copy.num_bytes
         for copies in self._transit:
@@ -101,46 +96,3 @@ class HostPool:
         for copy in arrived:
             copy.parts = {g: jax.tree.map(np.asarray, p) for g, p in copy.parts.items()}
         self._transit = (recent, [])
-
-
-def measure(device: "Runner", graph: "ServingGraph") -> Rates:
-    """Times copies of pages nobody owns yet, and a chunk of prefill without real rows: its matmuls
-    are the same. For an idle agent at its start."""
-    group, shape = max(device.pool_shapes.items(), key=lambda kv: kv[1].page_bytes)
-    pages = list(range(1, shape.num_pages))[:4]
-    out = _seconds(lambda: jax.tree.map(np.asarray, device.copy_out(group, pages)))
-    copies = jax.tree.map(np.asarray, device.copy_out(group, pages))
-
-    def copy_in() -> None:
-        device.copy_in(group, pages, copies)
-        device.wait()
-
-    chunk = max(device.config.first_buckets, key=lambda b: b.q_len)
-    # Where weights are bounded, some are not there.
-    loaded = [r for r in graph.routes.values() if all(w.tensors for w in r.weights.members)]
-    route = max(loaded, key=lambda r: len(r.specs))
-
-    def prefill() -> None:
-        device.begin_step()
-        for instance in route.instances:
-            device.run(instance, Batch(chunk, ()))
-        device.wait()
-
-    slower = max(out, _seconds(copy_in))
-    tokens = chunk.num_seqs * chunk.q_len
-    rates = Rates(
-        copy_bytes=len(pages) * shape.page_bytes / slower,
-        prefill_tokens=tokens / _seconds(prefill),
-    )
-    device.begin_step()
-    return rates
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    """Of the better of two calls: the first one also touches memory for the first time."""
-    times = []
-    for _ in range(2):
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return max(min(times), 1e-9)

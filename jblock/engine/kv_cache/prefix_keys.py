@@ -1,37 +1,47 @@
 """Names for the content of KV pages: what decided every number in them, and nothing else.
 
-A page's key is a chain of hashes over the components and deltas the chain has up to the end of the KV
-group, the tenant's salt, and all tokens up to the end of the page. No model name and no version is in
-it: two chains with the same components share, a changed component never matches.
+A page's key has two halves. One names the layer: a digest of the components and deltas of the chain up
+to and including its attention. The other names the tokens: a chain of hashes over the tenant's salt and
+all tokens up to the end of the page. No model name, version or block is in either: chains whose layers
+agree find each other's pages, a changed component never matches, and a new cut into blocks renames
+nothing.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from jblock.zoo.records import Step
 
 
-def root_key(steps: Sequence[Step], salt: str) -> bytes:
-    """Key of the empty prefix.
+def layer_digests(steps: Sequence[Step], attentions: Iterable[int]) -> list[bytes]:
+    """One digest for each attention of a chain.
 
     Args:
-      steps: of the chain, up to the last attention of the group.
-      salt: the tenant's; pages are only found under the salt they were computed for.
+      steps: of the chain.
+      attentions: indices of the steps that are attentions, ascending.
     """
+    wanted = set(attentions)
     digest = hashlib.sha256()
-    for step in steps:
-        digest.update(b"\0".join(i.encode() for i in (step.component, *step.deltas)) + b"\1")
-    digest.update(salt.encode())
-    return digest.digest()
+    digests = []
+    for i, step in enumerate(steps):
+        digest.update(b"\0".join(s.encode() for s in (step.component, *step.deltas)) + b"\1")
+        if i in wanted:
+            digests.append(digest.digest())
+    return digests
 
 
-def page_keys(parent: bytes, tokens: Sequence[int], page_size: int) -> list[bytes]:
-    """One key for each full page of `tokens`, the first following on `parent`."""
-    keys = []
+def token_root(salt: str) -> bytes:
+    """The hash of no tokens. Pages are only found under the salt they were computed for."""
+    return hashlib.sha256(salt.encode()).digest()
+
+
+def token_hashes(parent: bytes, tokens: Sequence[int], page_size: int) -> list[bytes]:
+    """One hash for each full page of `tokens`, the first following on `parent`."""
+    hashes = []
     for begin in range(0, len(tokens) - page_size + 1, page_size):
         page = np.asarray(tokens[begin : begin + page_size], np.int32).tobytes()
         parent = hashlib.sha256(parent + page).digest()
-        keys.append(parent)
-    return keys
+        hashes.append(parent)
+    return hashes

@@ -3,14 +3,13 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 
 from jblock.engine.config import EngineConfig
-from jblock.engine.graph.graph import KvGroup
-from jblock.engine.programs.executables import PoolShape
+from jblock.engine.kv_cache.spec import KVShape, PoolShape
 from jblock.pallas_kernels.paged_attention.api import backend_of
 from jblock.parallel.placement import Placement
 from jblock.parallel.spread import kv_heads
@@ -38,6 +37,14 @@ def kv_budget(devices: Sequence[jax.Device] = ()) -> int:
     return int(min(map(_free, devices)) * DEVICE_FRACTION)
 
 
+def spare(devices: Sequence[jax.Device] = ()) -> int:
+    """Bytes that weights may still take on all devices together, beside what is there."""
+    devices = devices or jax.local_devices()[:1]
+    if devices[0].platform == "cpu":
+        return int(available_ram() * CPU_FRACTION)
+    return int(sum(map(_free, devices)) * DEVICE_FRACTION)
+
+
 def _free(device: jax.Device) -> int:
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats or "bytes_in_use" not in stats:
@@ -49,45 +56,68 @@ def _free(device: jax.Device) -> int:
 
 
 def pool_shapes(
-    groups: Sequence[KvGroup], budget: int, config: EngineConfig, placement: Placement
-) -> dict[KvGroup, PoolShape]:
-    """A pool for each group, of an equal share of `budget` bytes on all devices together: its pages, page 0
-    (the null page) beside them, and never more than max_num_seqs sequences can fill.
+    layers: Mapping[KVShape, int], budget: int, config: EngineConfig, placement: Placement
+) -> dict[KVShape, PoolShape]:
+    """A pool for each KV shape. Together they take `budget` bytes on all devices, shared out so that the
+    deepest chain of each shape has room for as many tokens; none is larger than max_num_seqs sequences can
+    fill.
+
+    Args:
+      layers: of each shape, how many attention layers the deepest chain has.
+      budget: bytes of all pools, their null pages apart.
+      config: of the agent.
+      placement: the devices.
 
     Raises:
-      ValueError: a share does not hold one sequence of the longest length where the memory was given, or
-        not a page.
+      ValueError: a pool does not hold one sequence of the longest length where the memory was given, or
+        not one page of each layer.
     """
+    empty = {shape: _empty_pool(shape, config, placement) for shape in layers}
+    token_page = {shape: layers[shape] * pool.page_bytes for shape, pool in empty.items()}
+    total = sum(token_page.values())
     return {
-        g: _pool_shape(g, budget // len(groups), config, len(groups), placement) for g in groups
+        shape: dataclasses.replace(
+            pool, num_pages=1 + _num_pages(budget, layers[shape], total, config)
+        )
+        for shape, pool in empty.items()
     }
 
 
-def _pool_shape(
-    group: KvGroup, budget: int, config: EngineConfig, num_groups: int, placement: Placement
-) -> PoolShape:
-    shape = PoolShape(
+def _empty_pool(shape: KVShape, config: EngineConfig, placement: Placement) -> PoolShape:
+    return PoolShape(
         num_pages=1,
         page_size=config.page_size,
-        num_kv_heads=len(kv_heads(group.num_kv_heads, config.sharding.ways("heads"))),
-        head_dim=group.head_dim,
-        layers=group.layers,
+        num_kv_heads=len(kv_heads(shape.num_kv_heads, config.sharding.ways("heads"))),
+        head_dim=shape.head_dim,
         dtype=config.kv_dtype,
         backend=backend_of(placement.platform.name),
     )
-    pages = min(budget // shape.page_bytes, config.max_num_seqs * config.max_pages, config.kv_pages)
-    if config.kv_memory_mb and pages < config.max_pages:
-        needed = -(-config.max_pages * shape.page_bytes * num_groups // 10**6)
+
+
+def _num_pages(budget: int, layers: int, token_page: int, config: EngineConfig) -> int:
+    """Pages of one pool; `token_page` is the bytes of one page in every layer of all pools."""
+    each = budget // token_page
+    if config.kv_memory_mb and each < config.max_pages:
         raise ValueError(
             f"kv_memory_mb {config.kv_memory_mb} does not hold one sequence of max_model_len "
-            f"{config.max_model_len}: give at least {needed}, or a smaller max_model_len"
+            f"{config.max_model_len}: give at least {-(-config.max_pages * token_page // 10**6)}, "
+            "or a smaller max_model_len"
         )
-    if pages < 1:
+    if each < 1:
         raise ValueError(
             f"{max(budget, 0) // 10**6} MB of memory for the KV cache do not hold a page of "
-            f"{shape.page_bytes} bytes: serve fewer models, or free memory and start again"
+            f"{token_page} bytes: serve fewer models, or free memory and start again"
         )
-    return dataclasses.replace(shape, num_pages=pages + 1)
+    most = layers * min(config.max_num_seqs * config.max_pages, config.kv_pages)
+    least = layers * min(each, config.max_pages)
+    return min(max(round_down(layers * each), least), most)
+
+
+def round_down(pages: int) -> int:
+    """The next lower rung of the ladder of pool sizes: 16 to 31 times a power of two. A little more or
+    less of free memory then finds the programs of the last start, at most 6% of the memory unused."""
+    shift = max(pages.bit_length() - 5, 0)
+    return pages >> shift << shift
 
 
 def available_ram(root: Path = Path("/")) -> int:

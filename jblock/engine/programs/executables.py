@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jblock.blocks.spec import UnembeddingSpec
 from jblock.engine.adapters.slot_layout import (
     abstract_tables,
     piece_widths,
@@ -18,120 +17,14 @@ from jblock.engine.adapters.slot_layout import (
 )
 from jblock.engine.adapters.slot_tables import update_program
 from jblock.engine.config import Bucket
-from jblock.engine.programs import forward as programs
-from jblock.engine.programs import logprobs, sampling
-from jblock.engine.programs import penalties as adjust
+from jblock.engine.kv_cache.spec import PoolShape
+from jblock.engine.programs import forward, logprobs, page_ops, penalties, sampling
 from jblock.engine.programs.executable_cache import ExecutableCache
+from jblock.engine.programs.keys import WRITING, Geometry, ProgramKey
 from jblock.engine.signature import Signature
 from jblock.engine.weights.params import abstract_params
-from jblock.pallas_kernels.paged_attention.api import abstract_pages, backend_of
+from jblock.pallas_kernels.paged_attention.api import backend_of
 from jblock.parallel.placement import SINGLE, Placement
-
-SCRUB_PAGES = 16
-WRITING = ("write_pieces", "write_vectors")
-# Copied in one call: few, because a call moves them all even where fewer are wanted.
-SWAP_PAGES = 4
-_ANY = Bucket(1, 1)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PoolShape:
-    """One KV group's pools: the page arrays of `layers` layers. `num_pages` is of one dp group,
-    `num_kv_heads` counts a head once for each device that has it, and `backend` of paged attention lays
-    the pages."""
-
-    num_pages: int
-    page_size: int
-    num_kv_heads: int
-    head_dim: int
-    layers: int
-    dtype: str = "float32"
-    backend: str = dataclasses.field(default_factory=backend_of)
-
-    def abstract_layer(self, placement: Placement = SINGLE) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes, dtypes and shardings of one layer's pages.
-
-        Each device has a whole pool of the backend's own layout with its share of the KV heads; which
-        axis of a layout grows with the heads is asked of the backend.
-        """
-        ways = placement.rules.ways("heads")
-        local = self.num_kv_heads // ways
-        out = []
-        for one, two in zip(self._pages(local), self._pages(2 * local), strict=True):
-            shape = list(one.shape)
-            (axis,) = (i for i, (a, b) in enumerate(zip(shape, two.shape, strict=True)) if a != b)
-            shape[0] *= placement.rules.ways("rows")
-            shape[axis] *= ways
-            axes: list[str | None] = ["rows", *[None] * (len(shape) - 1)]
-            axes[axis] = "heads"
-            out.append(placement.struct(shape, one.dtype, *axes))
-        return tuple(out)
-
-    def _pages(self, heads: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        return abstract_pages(
-            self.num_pages,
-            self.page_size,
-            heads,
-            self.head_dim,
-            dtype=self.dtype,
-            backend=self.backend,
-        )
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one page over all layers, on all devices of a dp group."""
-        arrays = self.abstract_layer()
-        return self.layers * sum(a.size // self.num_pages * a.dtype.itemsize for a in arrays)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Geometry:
-    """Sizes every program of an agent shares, each of one dp group.
-
-    Attributes:
-      num_rows: rows of each register.
-      max_num_seqs: entries of the last-token array.
-      max_pages: columns of a page table.
-    """
-
-    num_rows: int
-    max_num_seqs: int
-    max_pages: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ProgramKey:
-    """Names one program: its kind, and what decides its shapes.
-
-    Attributes:
-      kind: "embedding", "layer" (one, or a segment of them), "stitch", "head", "prompt_logprobs", "adjust",
-        "greedy", "sampled", "top_logprobs", "set_counts", "scrub", "gather_pages",
-        "scatter_pages", "write_pieces" or "write_vectors".
-      bucket: grid of the batch; what works on logits ignores its q_len, and carries 1; of write_pieces
-        the number of pieces is in num_seqs.
-      signatures: of an embedding, a head or prompt_logprobs, of the layers of a segment in order, or of
-        one component with slot tables.
-      pool: of layers and of what works on pages.
-      vocab_size: of what works on logits, and of set_counts.
-    """
-
-    kind: str
-    bucket: Bucket = dataclasses.field(default=_ANY)
-    signatures: tuple[Signature, ...] = ()
-    pool: PoolShape | None = None
-    vocab_size: int = 0
-
-    @property
-    def name(self) -> str:
-        """What a trace calls the program."""
-        what = self.signatures[0].name if self.signatures else self.kind
-        if len(self.signatures) > 1:
-            what = f"{len(self.signatures)}x{what}"
-        if self.kind == "prompt_logprobs":
-            what = f"{self.kind}_{what}"
-        if self.kind in WRITING:
-            what = self.kind
-        return f"{what}_{self.bucket}"
 
 
 class Executables:
@@ -252,9 +145,8 @@ class Executables:
         s, slots = bucket.num_seqs, geometry.max_num_seqs * groups
         bucket = Bucket(s // groups, bucket.q_len)
         i32, f32 = jnp.int32, jnp.float32
-        index = struct((s, programs.INDEX_COLUMNS + 2 * bucket.q_len), i32, "rows")
-        meta = struct((s, programs.INDEX_COLUMNS), i32, "rows")
-        page_table = struct((s, geometry.max_pages), i32, "rows")
+        index = struct((s, forward.INDEX_COLUMNS + 2 * bucket.q_len), i32, "rows")
+        meta = struct((s, forward.INDEX_COLUMNS), i32, "rows")
         last_tokens = struct((slots,), i32, "rows")
         logits = struct((s, key.vocab_size), f32, "rows")
         if key.pool and not key.signatures:
@@ -263,11 +155,11 @@ class Executables:
         if key.kind == "set_counts":
             slot = struct((groups,), i32, "rows")
             row = struct((key.vocab_size,), i32)
-            return _copy(adjust.set_counts), (0,), (counts, slot, row), by_rows
+            return _copy(penalties.set_counts), (0,), (counts, slot, row), by_rows
         if key.kind == "adjust":
-            controls = struct((s, adjust.CONTROL_COLUMNS), i32, "rows")
+            controls = struct((s, penalties.CONTROL_COLUMNS), i32, "rows")
             arguments = (logits, counts, last_tokens, meta, controls)
-            return _copy(adjust.adjust), (1,), arguments, by_rows
+            return _copy(penalties.adjust), (1,), arguments, by_rows
         if key.kind == "greedy":
             return _copy(sampling.greedy), (2,), (logits, logits, last_tokens, meta), by_rows
         if key.kind == "sampled":
@@ -296,7 +188,7 @@ class Executables:
         tables = tuple(abstract_tables(s, self.placement) for s in key.signatures)
         if key.kind == "embedding":
             return (
-                programs.embedding_program(signature, bucket, platform),
+                forward.embedding_program(signature, bucket, platform),
                 (2,),
                 (self._params(signature), tables[0], registers, last_tokens, index),
                 by_rows,
@@ -307,14 +199,14 @@ class Executables:
                 for width in signature.widths
             )
             return (
-                programs.stitch_program(signature, bucket, platform),
+                forward.stitch_program(signature, bucket, platform),
                 (2,),
-                (self._params(signature), struct((), i32), both, index),
+                (self._params(signature), struct((s,), i32, "rows"), both, index),
                 by_rows,
             )
         if key.kind == "head":
             return (
-                programs.head_program(signature, bucket, platform),
+                forward.head_program(signature, bucket, platform),
                 (),
                 (self._params(signature), tables[0], registers, index),
                 by_rows,
@@ -330,37 +222,38 @@ class Executables:
         count = sum(len(s.attentions) for s in key.signatures)
         if key.pool is None and count:
             raise ValueError("a layer with attention needs the shape of its KV pool")
-        backend = key.pool.backend if key.pool else backend_of(platform.name)
-        pools = (key.pool.abstract_layer(self.placement),) * count if key.pool else ()
+        pool: tuple = ()
+        page_tables: tuple | jax.ShapeDtypeStruct = ()
+        backend = backend_of(platform.name)
+        if count and key.pool:
+            backend, pool = key.pool.backend, key.pool.abstract_arrays(self.placement)
+            page_tables = struct((count, s, geometry.max_pages), i32, None, "rows")
         params = tuple(self._params(s) for s in key.signatures)
         return (
-            programs.segment_program(key.signatures, bucket, platform, backend),
+            forward.segment_program(key.signatures, bucket, platform, backend),
             (2, 3),
-            (params, tables, registers, pools, index, page_table),
-            (by_rows, self._specs(pools)),
+            (params, tables, registers, pool, index, page_tables),
+            (by_rows, self._specs(pool)),
         )
 
     def _describe_pages(
-        self, kind: str, pool: PoolShape
+        self, kind: str, shape: PoolShape
     ) -> tuple[Callable[..., Any], tuple[int, ...], tuple, Any]:
-        """The same of what works on the pages of a group."""
+        """The same of what works on the pages of a pool."""
         groups = self.placement.rules.ways("rows")
 
         def ids(count: int) -> jax.ShapeDtypeStruct:
             return self.placement.struct((count * groups,), jnp.int32, "rows")
 
-        def layers(shape: PoolShape) -> tuple:
-            return (shape.abstract_layer(self.placement),) * shape.layers
-
-        split = self._specs(layers(pool))
-        if kind == "scrub":
-            return _copy(programs.scrub_program), (0,), (layers(pool), ids(SCRUB_PAGES)), split
+        pool = shape.abstract_arrays(self.placement)
+        split = self._specs(pool)
+        if kind == "zero_pages":
+            return _copy(page_ops.zero_pages), (0,), (pool, ids(page_ops.ZERO_PAGES)), split
         if kind == "gather_pages":
-            arguments: tuple = (layers(pool), ids(SWAP_PAGES))
-            return _copy(programs.gather_pages_program), (), arguments, split
-        copies = layers(dataclasses.replace(pool, num_pages=SWAP_PAGES))
-        arguments = (layers(pool), copies, ids(SWAP_PAGES))
-        return _copy(programs.scatter_pages_program), (0,), arguments, split
+            return _copy(page_ops.gather_pages), (), (pool, ids(page_ops.COPY_PAGES)), split
+        few = dataclasses.replace(shape, num_pages=page_ops.COPY_PAGES)
+        arguments = (pool, few.abstract_arrays(self.placement), ids(page_ops.COPY_PAGES))
+        return _copy(page_ops.scatter_pages), (0,), arguments, split
 
     def _params(self, signature: Signature) -> tuple[dict[str, jax.ShapeDtypeStruct], ...]:
         return abstract_params(signature, self.placement)
@@ -374,11 +267,3 @@ class Executables:
 def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
     """A wrapper that may be renamed without renaming the original."""
     return lambda *args: function(*args)
-
-
-def vocab_size(signature: Signature) -> int:
-    """Width of a head's logits."""
-    last = signature.specs[-1]
-    if not isinstance(last, UnembeddingSpec):
-        raise ValueError(f"a head ends with an unembedding, not with {last.kind}")
-    return last.vocab_size

@@ -1,10 +1,11 @@
-"""The functions that become executables: one step of one unit over registers, KV pools and rows.
+"""The functions that become executables: layers, embeddings and heads over registers, KV pools and rows.
 
-Every function takes the batch as two int32 arrays built once per group of rows and step:
+Every function takes the batch as int32 arrays:
 
-* `index [S, 4 + 2Q]`: start position, real tokens, delta slot, sequence slot, then Q register rows,
-  then Q token ids (-1: take the sequence's last sampled token, which never left the device);
-* `page_table [S, max_pages]`: physical KV pages.
+* `index [S, 4 + 2Q]`, built once per group of rows and step: start position, real tokens, delta slot,
+  sequence slot, then Q register rows, then Q token ids (-1: take the sequence's last sampled token, which
+  never left the device);
+* `page_tables [L, S, max_pages]`: the KV pages of each attention the program runs, page ids of one pool.
 
 Registers and KV pools are donated and returned, so a call updates them in place. Padding rows carry a
 register row that does not exist: a gather clips it, a scatter drops it.
@@ -60,6 +61,19 @@ def unpack(
     return rows, index[:, 3], registers, tokens
 
 
+@dataclasses.dataclass
+class Pages:
+    """A pool as it goes through the layers of a program: each writes its keys and values, then hands it on.
+
+    Attributes:
+      arrays: as the last layer left them.
+      layers: attentions passed.
+    """
+
+    arrays: KvPages
+    layers: int = 0
+
+
 def embedding_program(
     signature: Signature, bucket: Bucket, platform: Platform
 ) -> Callable[..., jax.Array]:
@@ -85,11 +99,12 @@ def embedding_program(
 def segment_program(
     signatures: Sequence[Signature], bucket: Bucket, platform: Platform, backend: str
 ) -> Callable[..., Any]:
-    """(params, tables, registers, kv pools, index, page_table) -> (registers, kv pools).
+    """(params, tables, registers, pool, index, page_tables) -> (registers, pool).
 
     Runs one or more layers over the same rows, which stay in registers of the machine between them.
-    Params and tables are one tuple a layer, of one dict each of `Signature.arguments`; pools one tuple of
-    page arrays an attention, which `backend` of `paged_attention` lays and reads.
+    Params and tables are one tuple a layer, of one dict each of `Signature.arguments`; the pool is the page
+    arrays that all attentions of the program have their pages in, as `backend` of `paged_attention` lays
+    them. Without an attention pool and page tables are ().
     """
     mesh_axes = signatures[0].sharding.axes("heads")
     expert_axes = signatures[0].sharding.axes("experts")
@@ -98,15 +113,14 @@ def segment_program(
         params: Sequence[Sequence[Mapping[str, jax.Array]]],
         tables: Sequence[Sequence[Mapping[str, jax.Array]]],
         registers: jax.Array,
-        pools: tuple[KvPages, ...],
+        pool: KvPages,
         index: jax.Array,
-        page_table: jax.Array,
+        page_tables: jax.Array,
     ):
         rows, _, register_rows, _ = unpack(index, bucket, platform, mesh_axes)
         register_rows = register_rows.reshape(-1)
-        ragged = Ragged.grid(rows.starts, rows.q_lens, page_table, rows.q_len)
         x = registers.at[register_rows].get(mode="clip")
-        updated: list[KvPages] = []
+        kv = Pages(pool)
         components = [
             part
             for signature, *layer in zip(signatures, params, tables, strict=True)
@@ -117,15 +131,15 @@ def segment_program(
         source = None  # What the next ffn reads, where that is not x.
         for at, (spec, tensors, deltas) in enumerate(components):
             if isinstance(spec, AttentionSpec):
-                pages = pools[len(updated)]
+                ragged = Ragged.grid(rows.starts, rows.q_lens, page_tables[kv.layers], rows.q_len)
 
-                def attend(q, k, v, pages=pages, spec=spec):
+                def attend(q, k, v, ragged=ragged, spec=spec):
                     q, k, v = rows.flat(q), rows.flat(k), rows.flat(v)
-                    out, new = paged_attention(
+                    out, kv.arrays = paged_attention(
                         q,
                         k,
                         v,
-                        pages,
+                        kv.arrays,
                         ragged,
                         sliding_window=spec.sliding_window,
                         softcap=spec.softcap,
@@ -133,7 +147,7 @@ def segment_program(
                         backend=backend,
                         device_kind=platform.kind,
                     )
-                    updated.append(new)
+                    kv.layers += 1
                     return rows.by_sequence(out)
 
                 block = Attention(spec, tensors, deltas)
@@ -148,13 +162,13 @@ def segment_program(
                 experts = components[at + 1 : at + 1 + here]
                 with jax.named_scope("mixture"):
                     x = Mixture(spec, tensors, deltas, experts, expert_axes)(x, rows)
-        return registers.at[register_rows].set(x, mode="drop"), tuple(updated)
+        return registers.at[register_rows].set(x, mode="drop"), kv.arrays
 
     return segment
 
 
 def stitch_program(signature: Signature, bucket: Bucket, platform: Platform) -> Callable[..., Any]:
-    """(params, position int32 [], registers, index) -> registers.
+    """(params, positions int32 [S], registers, index) -> registers.
 
     Registers are those of `signature.widths`, donated and returned: rows of the first go into the last.
     """
@@ -163,13 +177,13 @@ def stitch_program(signature: Signature, bucket: Bucket, platform: Platform) -> 
         raise ValueError(f"a stitch program needs a stitch, not a component of {spec.kind}")
 
     def stitch(
-        params: Any, position: jax.Array, registers: tuple[jax.Array, ...], index: jax.Array
+        params: Any, positions: jax.Array, registers: tuple[jax.Array, ...], index: jax.Array
     ):
         rows, _, register_rows, _ = unpack(index, bucket, platform)
         register_rows = register_rows.reshape(-1)
         x = registers[0].at[register_rows].get(mode="clip")
         with jax.named_scope("stitch"):
-            y = Stitch(spec, params[0])(x, position, rows)
+            y = Stitch(spec, params[0])(x, jnp.repeat(positions, bucket.q_len), rows)
         return (*registers[:-1], registers[-1].at[register_rows].set(y, mode="drop"))
 
     return stitch
@@ -212,42 +226,3 @@ def head_program(
         return logits, index[:, :INDEX_COLUMNS]
 
     return head
-
-
-@jax.named_scope("gather_pages")
-def gather_pages_program(pools: Sequence[KvPages], pages: jax.Array) -> tuple[KvPages, ...]:
-    """Copies pages out of every layer's arrays.
-
-    Args:
-      pools: every layer's page arrays (not donated).
-      pages: int32 [n] page ids; 0, the null page, fills up.
-    """
-    return tuple(tuple(a.at[pages].get(mode="clip") for a in layer) for layer in pools)
-
-
-@jax.named_scope("scatter_pages")
-def scatter_pages_program(
-    pools: Sequence[KvPages], copies: Sequence[KvPages], pages: jax.Array
-) -> tuple[KvPages, ...]:
-    """Overwrites whole pages with copies that `gather_pages_program` made.
-
-    Args:
-      pools: every layer's page arrays (donated).
-      copies: n pages of every layer.
-      pages: int32 [n] page ids; ids past the end are dropped.
-    """
-    return tuple(
-        tuple(a.at[pages].set(c, mode="drop") for a, c in zip(layer, copy, strict=True))
-        for layer, copy in zip(pools, copies, strict=True)
-    )
-
-
-@jax.named_scope("scrub")
-def scrub_program(pools: Sequence[KvPages], pages: jax.Array) -> tuple[KvPages, ...]:
-    """Zeroes pages that change hands: what an old tenant left can neither leak nor be 0 x NaN.
-
-    Args:
-      pools: every layer's page arrays (donated).
-      pages: int32 [n] page ids; ids past the end are dropped.
-    """
-    return tuple(tuple(a.at[pages].set(0, mode="drop") for a in layer) for layer in pools)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from jblock.engine.config import Bucket
+from jblock.engine.graph.graph import Segment
 from jblock.engine.programs.forward import INDEX_COLUMNS
 from jblock.engine.programs.penalties import BIAS_COLUMNS, CONTROL_COLUMNS, FIXED_COLUMNS
 from jblock.engine.programs.sampling import OPTION_COLUMNS
@@ -30,19 +31,6 @@ class Batch:
     def num_rows(self) -> int:
         """Real rows, padding not counted."""
         return sum(item.q_len for item in self.items)
-
-
-@dataclasses.dataclass(frozen=True)
-class Underway:
-    """A batch of prompts part of the way through a block.
-
-    Attributes:
-      batch: what was cut.
-      done: calls of the block it has behind it.
-    """
-
-    batch: Batch
-    done: int
 
 
 def batches(
@@ -93,13 +81,37 @@ def index_array(batch: Batch, num_rows: int) -> np.ndarray:
     return index
 
 
-def page_table(batch: Batch, group, max_pages: int) -> np.ndarray:
-    """int32 [S, max_pages] of the items' pages in one KV group; 0, the null page, elsewhere."""
-    table = np.zeros((batch.bucket.num_seqs, max_pages), np.int32)
-    for i, item in enumerate(batch.items):
-        pages = item.sequence.pages[group]
-        table[i, : len(pages)] = pages
-    return table
+def page_tables(
+    batch: Batch, table: np.ndarray | None, segment: Segment, columns: int
+) -> np.ndarray:
+    """int32 [L, S, columns]: the pages of a batch in each attention of a segment.
+
+    Args:
+      batch: whose items stand at the segment's block.
+      table: `KVCacheManager.tables` of the segment's KV shape; None where no sequence has pages yet.
+      segment: some layers of the block.
+      columns: pages of the longest sequence.
+    """
+    size, layers, shape = batch.bucket.num_seqs, segment.kv_layers, segment.kv_shape
+    if table is None or not batch.items or shape is None:
+        return np.zeros((layers, size, columns), np.int32)
+    slots = np.full(size, table.shape[1] - 1, np.intp)  # the last row is that of padding
+    slots[: len(batch.items)] = [item.sequence.seq_slot for item in batch.items]
+    firsts = [item.stage.kv_first.get(shape, 0) for item in batch.items]
+    first = firsts[0] + segment.kv_first
+    if len(set(firsts)) == 1:
+        return table[first : first + layers].take(slots, axis=1)
+    # The block stands at several depths of the chains that meet here.
+    at = np.zeros(size, np.intp)
+    at[: len(firsts)] = firsts
+    return table[at + segment.kv_first + np.arange(layers)[:, None], slots]
+
+
+def stitch_positions(batch: Batch, segment: Segment) -> np.ndarray:
+    """int32 [S]: for each item, which row of its position tables a stitch takes."""
+    positions = np.zeros(batch.bucket.num_seqs, np.int32)
+    positions[: len(batch.items)] = [i.stage.positions[segment.stitch] for i in batch.items]
+    return positions
 
 
 def option_array(batch: Batch) -> np.ndarray:
@@ -148,7 +160,7 @@ def target_array(batch: Batch) -> np.ndarray:
     """int32 [S, Q]: the prompt token that follows each row; 0 where none does."""
     targets = np.zeros((batch.bucket.num_seqs, batch.bucket.q_len), np.int32)
     for i, item in enumerate(batch.items):
-        prompt = item.sequence.known[: item.sequence.prompt_len]
+        prompt = item.sequence.all_token_ids[: item.sequence.prompt_len]
         following = prompt[item.start + 1 : item.start + 1 + item.q_len]
         targets[i, : len(following)] = following
     return targets

@@ -1,6 +1,7 @@
 """How long every program takes on every grid, measured and kept for the next start, which measures again
 while it is idle."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ from absl import logging
 from jblock.engine.config import Bucket
 from jblock.engine.graph.graph import BlockInstance, Layer
 from jblock.engine.programs.executable_cache import environment
-from jblock.engine.programs.executables import ProgramKey
+from jblock.engine.programs.keys import ProgramKey
 from jblock.engine.runner.runner import Runner
 from jblock.engine.scheduling.step_budget import Times
 
@@ -24,8 +25,8 @@ _REPEATS = 3
 class Profile:
     """Seconds of a program by grid, for the blocks of one agent.
 
-    What is measured is one unit (an embedding, a layer, a head with the greedy sampler) on rows that do
-    not exist and the null page. A block takes the sum of its units; attention over cached tokens and
+    What is measured is one layer (an embedding, a layer, a head with the greedy sampler) on rows that do
+    not exist and the null page. A block takes the sum of its layers; attention over cached tokens and
     what else the machine does are not in it (the loop learns how much slower real steps are).
     """
 
@@ -55,13 +56,13 @@ class Profile:
         missing: dict[str, tuple[str, list[Layer], Bucket]] = {}
         kept: dict[str, tuple[str, list[Layer], Bucket]] = {}
         for instance in instances:
-            for unit in instance.units:
+            for layer in instance.layers:
                 for bucket in self._device.buckets:
-                    name = self._name(unit, bucket)
+                    name = self._name(layer, bucket)
                     if name in self._seconds and name not in self._kept:
                         continue
                     found = kept if name in self._kept else missing
-                    found.setdefault(name, (name, [], bucket))[1].append(unit)
+                    found.setdefault(name, (name, [], bucket))[1].append(layer)
         self._todo, self._again = list(missing.values()), list(kept.values())
 
     @property
@@ -74,9 +75,9 @@ class Profile:
         done."""
         if not self._todo:
             return
-        name, units, bucket = self._todo[-1]
+        name, layers, bucket = self._todo[-1]
         tries = self._tries.setdefault(name, [])
-        seconds = self._time(units, bucket, len(tries))
+        seconds = self._time(layers, bucket, len(tries))
         if seconds is None:  # Until such blocks run, the policy does without.
             self._todo.pop()
             return
@@ -92,8 +93,8 @@ class Profile:
         """Times one call that an earlier start measured, once more, on an idle device; the least holds.
         Blocks until it is done; False: each has been, as far as its weights are there."""
         while self._again:
-            name, units, bucket = self._again.pop()
-            seconds = self._time(units, bucket, 0)
+            name, layers, bucket = self._again.pop()
+            seconds = self._time(layers, bucket, 0)
             if seconds is None:
                 continue
             self._kept.discard(name)
@@ -105,19 +106,19 @@ class Profile:
             return True
         return False
 
-    def _time(self, units: Sequence[Layer], bucket: Bucket, turn: int) -> float | None:
-        """Seconds of one call; None where no unit has its weights."""
-        units = [unit for unit in units if all(unit.params)]
+    def _time(self, layers: Sequence[Layer], bucket: Bucket, turn: int) -> float | None:
+        """Seconds of one call; None where no layer has its weights."""
+        layers = [layer for layer in layers if all(layer.params)]
         # Layers of one form in turn, so that no call finds its weights in the CPU's cache.
-        return self._device.time_unit(units[turn % len(units)], bucket) if units else None
+        return self._device.time_layer(layers[turn % len(layers)], bucket) if layers else None
 
     def forget(self) -> None:
         """Call it when other blocks are served."""
         self._scope, self._memo, self._covers = (), {}, {}
 
-    def unit_seconds(self, unit: Layer, bucket: Bucket) -> float | None:
-        """Seconds of one unit on one grid; None as long as it is not measured."""
-        return self._seconds.get(self._name(unit, bucket))
+    def layer_seconds(self, layer: Layer, bucket: Bucket) -> float | None:
+        """Seconds of one layer on one grid; None as long as it is not measured."""
+        return self._seconds.get(self._name(layer, bucket))
 
     def block_seconds(self, instance: BlockInstance, bucket: Bucket) -> float | None:
         """Seconds of a block on one grid; as long as it is not measured, estimated from the nearest
@@ -148,7 +149,7 @@ class Profile:
         return None
 
     def _measured(self, instance: BlockInstance, bucket: Bucket) -> float | None:
-        parts = [self._seconds.get(self._name(u, bucket)) for u in instance.units]
+        parts = [self._seconds.get(self._name(u, bucket)) for u in instance.layers]
         known = [p for p in parts if p is not None]
         return sum(known) if len(known) == len(parts) else None
 
@@ -193,14 +194,16 @@ class Profile:
     def _smallest(self, chunk: int) -> Bucket:
         return min(b for b in self._device.buckets if b.q_len == chunk)
 
-    def _name(self, unit: Layer, bucket: Bucket) -> str:
-        key = self._device.unit_key(unit, bucket)
+    def _name(self, layer: Layer, bucket: Bucket) -> str:
+        key = self._device.layer_key(layer, bucket)
         if key not in self._names:
             self._names[key] = self._long_name(key)
         return self._names[key]
 
     def _long_name(self, key: ProgramKey) -> str:
-        text = f"{key!r} {self._device.executables.geometry!r}"
+        # Its time does not depend on how many pages there are.
+        pool = dataclasses.replace(key.pool, num_pages=0) if key.pool else None
+        text = f"{dataclasses.replace(key, pool=pool)!r} {self._device.executables.geometry!r}"
         return f"{key.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 

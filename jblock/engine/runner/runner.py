@@ -1,67 +1,59 @@
-"""What lives on the device beside parameters: registers, KV pools, last tokens; and the calls on them."""
+"""Runs batches through blocks on one agent's devices."""
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jblock.blocks.spec import ComponentSpec
-from jblock.engine.adapters.slot_layout import piece_widths, slot_tables
-from jblock.engine.adapters.slot_tables import WRITE_SIZES
 from jblock.engine.config import Bucket, EngineConfig
-from jblock.engine.graph.graph import BlockInstance, KvGroup, Layer, Route, ServingGraph
-from jblock.engine.kv_cache import sizing as memory
+from jblock.engine.graph.graph import BlockInstance, Layer, Route, Segment, ServingGraph
+from jblock.engine.kv_cache import sizing
 from jblock.engine.kv_cache.host_offload import Rates
+from jblock.engine.kv_cache.spec import KVShape, PoolShape
+from jblock.engine.programs import needed
 from jblock.engine.programs.executable_cache import ExecutableCache
-from jblock.engine.programs.executables import (
-    SCRUB_PAGES,
-    SWAP_PAGES,
-    Executables,
-    Geometry,
-    ProgramKey,
-    vocab_size,
-)
-from jblock.engine.programs.penalties import count_row
+from jblock.engine.programs.executables import Executables
+from jblock.engine.programs.keys import Geometry, ProgramKey
 from jblock.engine.runner import batch as batching
 from jblock.engine.runner import tracing
 from jblock.engine.runner.batch import Batch
-from jblock.engine.signature import Signature, TableForm
+from jblock.engine.runner.sampler import Sampled, Sampler
+from jblock.engine.runner.state import DeviceState
+from jblock.engine.signature import TableForm
 from jblock.parallel.placement import Placement
 
-Calls = Sequence[tuple[tuple[Layer, ...], Any]]
+Tables = Mapping[KVShape, np.ndarray]
+"""`KVCacheManager.tables`."""
+Calls = Sequence[tuple[Segment, Any]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampled:
-    """Tokens on their way from the device.
+class PoolPlan(NamedTuple):
+    """Sizes of pools around a change of what is served: while requests still run on what was served before,
+    and after that."""
 
-    Attributes:
-      batch: whose.
-      packed: int32 [S, 3] as sampling.py describes.
-      top: int32 [S, 2K] as `top_logprobs` describes, if a row wants it.
-      scores: float32 [S, Q] as `prompt_logprobs_program` describes, if a row wants it.
-    """
-
-    batch: Batch
-    packed: jax.Array
-    top: jax.Array | None = None
-    scores: jax.Array | None = None
+    during: needed.Pools
+    after: needed.Pools
 
 
 class Runner:
-    """The mutable arrays of one agent. Every call enqueues work and returns without waiting for it.
+    """The calls on the arrays of one agent. Each enqueues work and returns without waiting for it.
 
     Attributes:
       num_rows: rows of each register.
-      pool_shapes: pages of each KV group.
+      kv_bytes: that all pools together may take.
+      kv_layers: what the pools there are were sized for: of each KV shape, the attentions of the deepest
+        chain.
+      pools_held: a change is being prepared; pools keep their sizes until it is there.
+      weight_room: bytes of weights beside which all of kv_bytes is free.
       executables: the compiled programs.
+      state: the arrays.
       buckets: grids that may be used now; replaced as a whole when more are compiled.
-      rates: of swapping and of prefill, once measured; until then nothing is swapped.
-      plain_only: only what plain greedy requests need is compiled yet; others wait.
+      rates: of offloading and of prefill, once measured; until then nothing is offloaded.
+      greedy_only: only what plain greedy requests need is compiled yet; others wait.
     """
 
     def __init__(
@@ -81,7 +73,6 @@ class Runner:
         """
         self.config = config
         self.placement = placement or Placement.on(config.sharding)
-        self._on_host = not self.placement.devices and jax.default_backend() == "cpu"
         # Chunks of prompts in a step: those of the largest grid; where steps may take longer, more.
         grid = max(b.num_seqs * b.q_len for b in config.prefill_buckets)
         most = config.max_num_seqs * max(b.q_len for b in config.prefill_buckets)
@@ -97,31 +88,73 @@ class Runner:
             self.placement,
         )
         self.buckets: tuple[Bucket, ...] = (*config.decode_buckets, *config.prefill_buckets)
-        self.plain_only = False
+        self.greedy_only = False
         self.rates: Rates | None = None
-        groups = sorted({g for route in graph.routes.values() for g in route.groups})
         ways = self.placement.rules.ways("heads")
-        budget = config.kv_memory_mb * 10**6 or ways * memory.kv_budget(self.placement.devices)
-        self.pool_shapes = memory.pool_shapes(groups, budget, config, self.placement)
+        self.kv_bytes = config.kv_memory_mb * 10**6 or ways * sizing.kv_budget(
+            self.placement.devices
+        )
+        self.kv_layers: Mapping[KVShape, int] = graph.kv_layers
+        self.pools_held = False
+        self.weight_room = 2**63
+        pools = self.pools_for(graph)
         if not config.kv_memory_mb:
-            budget -= ways * self._workspace(graph)
-            self.pool_shapes = memory.pool_shapes(groups, budget, config, self.placement)
-        self._pools = {
-            group: [
-                tuple(self.placement.zeros(a) for a in shape.abstract_layer(self.placement))
-                for _ in range(shape.layers)
-            ]
-            for group, shape in self.pool_shapes.items()
-        }
-        self._unclean: dict[KvGroup, list[int]] = {}
-        widths = _widths(graph)
-        self._registers = {d: self._zeros((self.num_rows, d), jnp.float32) for d in widths}
-        self._positions: dict[int, jax.Array] = {}  # Of stitches, as scalars.
-        self._last_tokens = self._zeros((config.max_num_seqs,), jnp.int32)
-        self._counts: dict[int, jax.Array] = {}  # By vocabulary, once a request has penalties.
-        self._arrays: dict[tuple, jax.Array | np.ndarray] = {}
+            self.kv_bytes -= ways * self._workspace(graph, pools)
+            pools = self.pools_for(graph)
+        self.state = DeviceState(self.executables, pools)
+        if not config.kv_memory_mb and not self.placement.abstract:
+            self.weight_room = graph.weight_bytes + sizing.spare(self.placement.devices)
+        self.state.set_registers(graph.widths)
+        self._sampler = Sampler(self.state, self.executables)
+        self._indices: dict[tuple, jax.Array | np.ndarray] = {}
+        self._calls: dict[tuple[BlockInstance, Bucket], Calls] = {}
+        self._calls_version = -1
 
-    def _workspace(self, graph: ServingGraph) -> int:
+    def pools_for(
+        self, graph: ServingGraph, also: Mapping[KVShape, int] | None = None
+    ) -> dict[KVShape, PoolShape]:
+        """The pools that a graph is served with, while chains of other layers run too.
+
+        Raises:
+          ValueError: the memory does not hold them.
+        """
+        layers = _most(graph.kv_layers, also or {})
+        weights = graph.weight_bytes
+        if self.config.weights_memory_mb:
+            weights = min(weights, self.config.weights_memory_mb * 10**6)
+        budget = self.kv_bytes - max(0, weights - self.weight_room)
+        return sizing.pool_shapes(layers, budget, self.config, self.placement)
+
+    def plan_pools(self, graph: ServingGraph) -> PoolPlan:
+        """The pools around a change to a graph.
+
+        Raises:
+          ValueError: the memory does not hold them.
+        """
+        return PoolPlan(self.pools_for(graph, self.kv_layers), self.pools_for(graph))
+
+    def check(self, old: ServingGraph, new: ServingGraph, pools: needed.Pools) -> None:
+        """Whether chains that go on being served keep their length.
+
+        Raises:
+          ValueError: one does not.
+        """
+        for name in old.routes.keys() & new.routes.keys():
+            before = self.max_model_len(old.routes[name])
+            after = self.max_model_len(new.routes[name], pools)
+            if after < before:
+                raise ValueError(
+                    f"the KV cache of {self.kv_bytes // 10**6} MB would hold {after} tokens of model "
+                    f"{name!r}, which is served with {before}: start the server with more kv_memory_mb, or "
+                    "unload another model first"
+                )
+
+    @property
+    def pool_shapes(self) -> dict[KVShape, PoolShape]:
+        """The pools there are."""
+        return self.state.pool_shapes
+
+    def _workspace(self, graph: ServingGraph, pools: needed.Pools) -> int:
         """Bytes to keep free on each device beside its part of the pools: what the largest programs
         need, for two steps are enqueued at a time, and copies of one sequence's pages on their way to
         the host. The programs are made here; unless the pools shrink for it they are those that serve."""
@@ -132,344 +165,213 @@ class Runner:
         )
         keys = [
             key
-            for key in self.program_keys(graph, largest)
+            for key in needed.program_keys(graph, largest, pools, config)
             if key.kind in ("layer", "head", "prompt_logprobs")
         ]
         self.executables.warm(keys, config.compile_workers)
-        copies = self.longest_bytes // self.placement.rules.ways("heads")
+        copies = self.longest_bytes(graph, pools) // self.placement.rules.ways("heads")
         return 2 * self.executables.workspace(keys) + copies
 
-    @property
-    def longest_bytes(self) -> int:
-        """Bytes of the pages of the longest sequence."""
-        return sum(self.config.max_pages * s.page_bytes for s in self.pool_shapes.values())
+    def longest_bytes(self, graph: ServingGraph, pools: needed.Pools | None = None) -> int:
+        """Bytes of the pages of the longest sequence of any chain, at most."""
+        pools = self.pool_shapes if pools is None else pools
+        each = sum(pools[shape].page_bytes * layers for shape, layers in graph.kv_layers.items())
+        return self.config.max_pages * each
 
-    def max_model_len(self, route: Route) -> int:
+    def max_model_len(self, route: Route, pools: needed.Pools | None = None) -> int:
         """Most tokens of a sequence on this route, virtual ones not counted: the model's limit, the
         configured one, or what the KV pools hold."""
-        held = (self.pool_shapes[g].num_pages - 1 for g in route.groups)
-        pages = min(held, default=self.config.max_pages)
+        pools = self.pool_shapes if pools is None else pools
+        pages = min(
+            ((pools[s].num_pages - 1) // len(digests) for s, digests in route.kv_digests.items()),
+            default=self.config.max_pages,
+        )
         most = min(
             self.config.max_model_len, route.chain.max_position, pages * self.config.page_size
         )
         return most - route.virtual_tokens
 
-    def limit_remedy(self, limit: int) -> str:
+    def limit_remedy(self, route: Route) -> str:
         """What helps against a prompt longer than a route's limit."""
-        held = min(s.num_pages - 1 for s in self.pool_shapes.values()) * self.config.page_size
-        if limit < held:
+        limits = (self.config.max_model_len, route.chain.max_position)
+        if self.max_model_len(route) >= min(limits) - route.virtual_tokens:
             return "shorten the prompt"
         return "shorten the prompt, or start the server with more kv_memory_mb, or kv_dtype int8"
 
-    def _zeros(self, shape: tuple[int, ...], dtype) -> jax.Array:
-        return self.placement.zeros(self.placement.struct(shape, dtype, "rows"))
-
-    def _put(self, array: np.ndarray) -> jax.Array | np.ndarray:
-        """A small array of a batch, on every device. A CPU by itself takes numpy's as it is: a call with
-        one costs a microsecond more, a transfer before it 30."""
-        if self._on_host:
-            return array
-        return self.placement.put(array, "rows")
-
-    def check(self, graph: ServingGraph) -> None:
-        """Whether a graph fits what was allocated.
-
-        Raises:
-          ValueError: it needs a register width or KV shape this agent has no arrays for.
-        """
-        widths = _widths(graph)
-        groups = {g for route in graph.routes.values() for g in route.groups}
-        if not widths <= set(self._registers) or not groups <= set(self.pool_shapes):
-            raise ValueError(
-                "a model of another hidden size or KV shape than those loaded at the start cannot be "
-                "added to a running engine: name it in --models and start again"
-            )
-
     def program_keys(
-        self, graph: ServingGraph, buckets: Sequence[Bucket], *, plain: bool = False
+        self,
+        graph: ServingGraph,
+        buckets: Sequence[Bucket],
+        pools: needed.Pools | None = None,
+        *,
+        greedy_only: bool = False,
     ) -> Iterator[ProgramKey]:
-        """Every program the graph can ask for on these grids; with `plain`, for plain greedy
-        requests only."""
-        units = [u for i in graph.instances for u in i.units]
-        vocabs = {vocab_size(u.signature) for u in units if u.signature.kind == "head"}
-        kinds = ("greedy",) if plain else ("greedy", "sampled", "adjust", "top_logprobs")
-        for bucket in buckets:
-            for unit in units:
-                yield self._key((unit,), bucket)
-                if unit.signature.kind == "head" and bucket.q_len > 1 and not plain:
-                    yield _scoring_key(unit, bucket)
-            for vocab in vocabs:
-                size = Bucket(bucket.num_seqs, 1)
-                for kind in kinds:
-                    yield ProgramKey(kind=kind, bucket=size, vocab_size=vocab)
-        if not plain:
-            for vocab in vocabs:
-                yield ProgramKey(kind="set_counts", vocab_size=vocab)
-        for shape in self.pool_shapes.values():
-            yield ProgramKey(kind="scrub", pool=shape)
-            if self.config.host_kv_memory_mb:
-                yield ProgramKey(kind="gather_pages", pool=shape)
-                yield ProgramKey(kind="scatter_pages", pool=shape)
-        for signature in {u.signature for u in units}:
-            for spec, form in zip(signature.specs, signature.forms, strict=True):
-                if form is not None and piece_widths(spec, form):
-                    for count in WRITE_SIZES:
-                        yield _writing_key("write_pieces", spec, form, count)
-                if form is not None and slot_tables(spec, form):
-                    yield _writing_key("write_vectors", spec, form, 1)
+        """Every program a graph can ask for on these grids, with the pools there are or with others."""
+        pools = self.pool_shapes if pools is None else pools
+        return needed.program_keys(graph, buckets, pools, self.config, greedy_only=greedy_only)
 
     def segment_keys(self, graph: ServingGraph) -> Iterator[ProgramKey]:
-        """Programs that run several layers in one call: a tier that saves time but that nothing waits
-        for. Decoding only; a chunk of prefill is long enough to hide what a call costs."""
-        for instance in graph.instances:
-            for segment in instance.segments:
-                if len(segment) > 1:
-                    for bucket in self.config.decode_buckets:
-                        yield self._key(segment, bucket)
+        """Programs that run several layers in one call."""
+        return needed.segment_keys(graph, self.pool_shapes, self.config)
 
-    def begin_step(self) -> None:
-        """Forgets the index arrays of the step before."""
-        self._arrays.clear()
-
-    def scrub(self, group: KvGroup, pages: Sequence[int]) -> None:
-        """Has pages zeroed that were just handed to a new owner, before anything else is done to pages: many
-        in a call, for a burst of requests takes a page or two each."""
-        self._unclean.setdefault(group, []).extend(pages)
-
-    def _clean(self) -> None:
-        for group, pages in self._unclean.items():
-            shape = self.pool_shapes[group]
-            program = self.executables.get(ProgramKey(kind="scrub", pool=shape))
-            for begin in range(0, len(pages), SCRUB_PAGES):
-                ids = np.full(SCRUB_PAGES, shape.num_pages, np.int32)
-                part = pages[begin : begin + SCRUB_PAGES]
-                ids[: len(part)] = part
-                self._pools[group] = list(program(tuple(self._pools[group]), self._put(ids)))
-        self._unclean.clear()
-
-    def copy_out(self, group: KvGroup, pages: Sequence[int]) -> list[Any]:
-        """Begins to copy pages to the host. What comes back is for `copy_in`, as it is or with its
-        arrays taken to the host."""
-        self._clean()
-        program = self.executables.get(
-            ProgramKey(kind="gather_pages", pool=self.pool_shapes[group])
-        )
-        copies = []
-        for begin in range(0, len(pages), SWAP_PAGES):
-            ids = np.zeros(SWAP_PAGES, np.int32)
-            part = pages[begin : begin + SWAP_PAGES]
-            ids[: len(part)] = part
-            copy = program(tuple(self._pools[group]), self._put(ids))
-            for array in jax.tree.leaves(copy):
-                array.copy_to_host_async()
-            copies.append(copy)
-        return copies
-
-    def copy_in(
-        self, group: KvGroup, pages: Sequence[int], copies: Sequence[Any], skip: int = 0
-    ) -> None:
-        """Overwrites pages with the copies of as many pages; the first `skip` stay as they are."""
-        self._clean()
-        shape = self.pool_shapes[group]
-        program = self.executables.get(ProgramKey(kind="scatter_pages", pool=shape))
-        for begin in range(skip // SWAP_PAGES * SWAP_PAGES, len(pages), SWAP_PAGES):
-            ids = np.full(SWAP_PAGES, shape.num_pages, np.int32)
-            part = pages[begin : begin + SWAP_PAGES]
-            ids[: len(part)] = part
-            ids[: max(skip - begin, 0)] = shape.num_pages
-            copy = copies[begin // SWAP_PAGES]
-            self._pools[group] = list(program(tuple(self._pools[group]), copy, self._put(ids)))
-
-    def wait(self) -> None:
-        """Blocks until all that was enqueued is done."""
-        jax.block_until_ready((self._registers, self._pools, self._last_tokens))
+    def layer_key(self, layer: Layer, bucket: Bucket) -> ProgramKey:
+        """The program that runs one layer on a grid."""
+        return needed.layer_key((layer,), bucket, self.pool_shapes)
 
     def piece_update(self, spec: ComponentSpec, form: TableForm, count: int) -> Any:
         """The program that writes so many pieces into a component's tables."""
-        return self.executables.get(_writing_key("write_pieces", spec, form, count))
+        return self.executables.get(needed.writing_key("write_pieces", spec, form, count))
 
     def vector_update(self, spec: ComponentSpec, form: TableForm) -> Any:
         """The program that writes a slot's vectors into a component's tables."""
-        return self.executables.get(_writing_key("write_vectors", spec, form, 1))
+        return self.executables.get(needed.writing_key("write_vectors", spec, form, 1))
 
-    def time_unit(self, unit: Layer, bucket: Bucket) -> float:
+    def begin_step(self) -> None:
+        """Forgets the index arrays of the step before."""
+        self._indices.clear()
+
+    def wait(self) -> None:
+        """Blocks until all that was enqueued is done."""
+        self.state.wait()
+
+    def time_layer(self, layer: Layer, bucket: Bucket) -> float:
         """Seconds of one call on rows that do not exist and the null page; nothing else changes. A
         head's include the greedy sampler's. Blocks; the device should be idle."""
         self.begin_step()
-        batch = Batch(bucket, ())
+        batch, state = Batch(bucket, ()), self.state
         index = self._index(batch)
-        program = self.executables.get(self._key((unit,), bucket))
-        width, group = unit.signature.hidden_size, unit.group
-        registers = self._registers[width]
-        if group is not None:
-            self._page_table(batch, group)
-        jax.block_until_ready((index, registers, self._last_tokens, list(self._pools.values())))
+        program = self.executables.get(self.layer_key(layer, bucket))
+        width, kind = layer.signature.hidden_size, layer.signature.kind
+        segment = Segment((layer,), layer.kv_shape, 0, len(layer.signature.attentions))
+        jax.block_until_ready((index, state.registers[width], state.last_tokens, state.pools))
         begin = time.perf_counter()
-        if unit.signature.kind in ("layer", "stitch"):
-            self._run_segment((unit,), program, index, batch)
-        elif unit.signature.kind == "embedding":
-            self._embed(unit, program, index)
+        if kind in ("layer", "stitch"):
+            self._run_segment(segment, program, index, batch, {})
+        elif kind == "embedding":
+            self._embed(layer, program, index)
         else:
-            logits, meta = program(unit.params, unit.tables, registers, index)
-            sampler = self._logits_program("greedy", logits)
-            self._last_tokens, _ = sampler(logits, logits, self._last_tokens, meta)
-        jax.block_until_ready((self._registers[width], self._last_tokens))
+            registers = state.registers[width]
+            logits, meta = program(layer.params, layer.tables, registers, index)
+            sampler = self._sampler.program("greedy", logits)
+            state.last_tokens, _ = sampler(logits, logits, state.last_tokens, meta)
+        jax.block_until_ready((state.registers[width], state.last_tokens))
         return time.perf_counter() - begin
 
     def run(
-        self, instance: BlockInstance, batch: Batch, first: int = 0, last: int | None = None
+        self,
+        instance: BlockInstance,
+        batch: Batch,
+        tables: Tables,
+        first: int = 0,
+        last: int | None = None,
     ) -> Sampled | None:
         """Enqueues one batch through a block, or through its calls `first` to `last` alone; a head
-        samples too and returns its tokens."""
-        self._clean()
+        samples too and returns its tokens.
+
+        Args:
+          instance: the block.
+          batch: items that stand there.
+          tables: pages of all sequences.
+          first: call to begin with; layers one by one if not 0.
+          last: call to end before; None: all.
+        """
+        self.state.clean()
         index = self._index(batch)
         with tracing.block(instance.name, batch):
-            calls = self._calls(instance, batch.bucket)
-            kind = instance.units[0].signature.kind
-            if kind in ("layer", "stitch"):
+            calls = self._calls_of(instance, batch.bucket)
+            if instance.kind in ("layer", "stitch"):
                 for segment, program in calls[first:last]:
-                    self._run_segment(segment, program, index, batch)
+                    self._run_segment(segment, program, index, batch, tables)
                 return None
-            ((unit,), program) = calls[0]
-            if kind == "embedding":
-                self._embed(unit, program, index)
+            ((segment, program),) = calls
+            (layer,) = segment.layers
+            if instance.kind == "embedding":
+                self._embed(layer, program, index)
                 return None
-            registers = self._registers[unit.signature.hidden_size]
-            logits, meta = program(unit.params, unit.tables, registers, index)
-            sampled = self._sample(logits, meta, batch)
+            registers = self.state.registers[layer.signature.hidden_size]
+            logits, meta = program(layer.params, layer.tables, registers, index)
+            sampled = self._sampler.sample(logits, meta, batch)
             if any(item.scores for item in batch.items):
-                program = self.executables.get(_scoring_key(unit, batch.bucket))
-                targets = self._put(batching.target_array(batch))
-                scores = program(unit.params, unit.tables, registers, index, targets)
+                program = self.executables.get(needed.scoring_key(layer, batch.bucket))
+                targets = self.state.put(batching.target_array(batch))
+                scores = program(layer.params, layer.tables, registers, index, targets)
                 sampled = dataclasses.replace(sampled, scores=scores)
             return sampled
 
-    def _calls(self, instance: BlockInstance, bucket: Bucket) -> Calls:
+    def _calls_of(self, instance: BlockInstance, bucket: Bucket) -> Calls:
         """The programs of a block on a grid: whole segments where they are compiled, else layer by
-        layer. Looked up anew only when a program has come since."""
-        version = self.executables.version
-        known = instance.calls_by_bucket.get(bucket)
-        if known is not None and known[0] == version:
-            return known[1]
-        calls: list[tuple[tuple[Layer, ...], Any]] = []
+        layer. Cached until a program is added."""
+        if self._calls_version != self.executables.version:
+            self._calls_version = self.executables.version
+            self._calls.clear()
+        known = self._calls.get((instance, bucket))
+        if known is not None:
+            return known
+        calls: list[tuple[Segment, Any]] = []
+        singles = iter(instance.singles)
         for segment in instance.segments:
-            key = self._key(segment, bucket)
-            if len(segment) == 1 or key in self.executables:
+            key = needed.layer_key(segment.layers, bucket, self.pool_shapes)
+            own = [next(singles) for _ in segment.layers]
+            if len(own) == 1 or key in self.executables:
                 calls.append((segment, self.executables.get(key)))
             else:
-                singles = ((unit,) for unit in segment)
-                calls.extend((u, self.executables.get(self._key(u, bucket))) for u in singles)
-        instance.calls_by_bucket[bucket] = (version, calls)
+                keys = (needed.layer_key(s.layers, bucket, self.pool_shapes) for s in own)
+                calls += zip(own, map(self.executables.get, keys), strict=True)
+        self._calls[instance, bucket] = calls
         return calls
 
-    def _embed(self, unit: Layer, program, index) -> None:
-        width = unit.signature.hidden_size
-        self._registers[width] = program(
-            unit.params, unit.tables, self._registers[width], self._last_tokens, index
+    def forget_calls(self) -> None:
+        """Call it when pools changed or blocks are served no more."""
+        self._calls.clear()
+
+    def _embed(self, layer: Layer, program: Any, index: Any) -> None:
+        state, width = self.state, layer.signature.hidden_size
+        state.registers[width] = program(
+            layer.params, layer.tables, state.registers[width], state.last_tokens, index
         )
 
-    def _run_segment(self, segment: Sequence[Layer], program, index, batch: Batch) -> None:
-        if segment[0].signature.kind == "stitch":
-            self._run_stitch(segment[0], program, index)
+    def _run_segment(
+        self, segment: Segment, program: Any, index: Any, batch: Batch, tables: Tables
+    ) -> None:
+        layers, state = segment.layers, self.state
+        if layers[0].signature.kind == "stitch":
+            self._run_stitch(segment, program, index, batch)
             return
-        width, group = segment[0].signature.hidden_size, segment[0].group
-        layers = [u.kv_layer for u in segment if u.group is not None]
-        pools = self._pools[group] if group is not None else []
-        pages = self._page_table(batch, group or next(iter(self.pool_shapes)))
-        self._registers[width], updated = program(
-            tuple(u.params for u in segment),
-            tuple(u.tables for u in segment),
-            self._registers[width],
-            tuple(pools[i] for i in layers),
+        width, shape = layers[0].signature.hidden_size, segment.kv_shape
+        pool: Any = ()
+        pages: Any = ()
+        if shape is not None:
+            pool = state.pools[shape]
+            columns = self.config.max_pages
+            pages = batching.page_tables(batch, tables.get(shape), segment, columns)
+            pages = state.put(pages, None)
+        state.registers[width], pool = program(
+            tuple(layer.params for layer in layers),
+            tuple(layer.tables for layer in layers),
+            state.registers[width],
+            pool,
             index,
             pages,
         )
-        for i, new in zip(layers, updated, strict=True):
-            pools[i] = new
+        if shape is not None:
+            state.pools[shape] = pool
 
-    def _run_stitch(self, unit: Layer, program, index) -> None:
-        if unit.position not in self._positions:
-            self._positions[unit.position] = self.placement.put(np.array(unit.position, np.int32))
-        widths = unit.signature.widths
-        registers = tuple(self._registers[w] for w in widths)
-        updated = program(unit.params, self._positions[unit.position], registers, index)
-        self._registers |= dict(zip(widths, updated, strict=True))
-
-    def _sample(self, logits: jax.Array, meta: jax.Array, batch: Batch) -> Sampled:
-        """Picks tokens; what no row of the batch asks for is not run."""
-        wanted = [i.sequence.request.sampling for i in batch.items]
-        adjusted = logits
-        if any(w.adjusts_logits for w in wanted):
-            adjusted = self._adjust(logits, meta, batch)
-        greedy = all(w.temperature == 0 for w in wanted)
-        program = self._logits_program("greedy" if greedy else "sampled", logits)
-        options = () if greedy else (self._put(batching.option_array(batch)),)
-        self._last_tokens, packed = program(logits, adjusted, self._last_tokens, meta, *options)
-        top = None
-        if any(w.top_logprobs for w in wanted):
-            top = self._logits_program("top_logprobs", logits)(logits)
-        return Sampled(batch, packed, top)
-
-    def _adjust(self, logits: jax.Array, meta: jax.Array, batch: Batch) -> jax.Array:
-        """Logits with biases and penalties; sequences that begin here bring their counts."""
-        vocab = logits.shape[1]
-        counts = self._counts.pop(vocab, None)
-        if counts is None:
-            counts = self._zeros((self.config.max_num_seqs, vocab), jnp.int32)
-        for item in batch.items:
-            sequence = item.sequence
-            if item.tokens and sequence.request.sampling.adjusts_logits:
-                row = count_row(sequence.request.token_ids, sequence.generated, vocab)
-                slot = np.array([sequence.seq_slot], np.int32)
-                program = self.executables.get(ProgramKey(kind="set_counts", vocab_size=vocab))
-                counts = program(counts, self._put(slot), self.placement.put(row))
-        controls = self._put(batching.control_array(batch))
-        program = self._logits_program("adjust", logits)
-        adjusted, self._counts[vocab] = program(logits, counts, self._last_tokens, meta, controls)
-        return adjusted
-
-    def _logits_program(self, kind: str, logits: jax.Array):
-        size, vocab = logits.shape
-        return self.executables.get(ProgramKey(kind=kind, bucket=Bucket(size, 1), vocab_size=vocab))
-
-    def unit_key(self, unit: Layer, bucket: Bucket) -> ProgramKey:
-        """The program that runs one unit on a grid."""
-        return self._key((unit,), bucket)
-
-    def _key(self, units: Sequence[Layer], bucket: Bucket) -> ProgramKey:
-        group = units[0].group
-        return ProgramKey(
-            kind=units[0].signature.kind,
-            bucket=bucket,
-            signatures=tuple(u.signature for u in units),
-            pool=self.pool_shapes[group] if group is not None else None,
-        )
+    def _run_stitch(self, segment: Segment, program: Any, index: Any, batch: Batch) -> None:
+        (layer,), state = segment.layers, self.state
+        positions = state.put(batching.stitch_positions(batch, segment))
+        widths = layer.signature.widths
+        registers = tuple(state.registers[w] for w in widths)
+        updated = program(layer.params, positions, registers, index)
+        state.registers |= dict(zip(widths, updated, strict=True))
 
     def _index(self, batch: Batch) -> jax.Array | np.ndarray:
         """The batch's index array, built once per group of rows and step."""
         key = (batch.bucket, *map(id, batch.items))
-        if key not in self._arrays:
-            self._arrays[key] = self._put(batching.index_array(batch, self.num_rows))
-        return self._arrays[key]
-
-    def _page_table(self, batch: Batch, group: KvGroup) -> jax.Array | np.ndarray:
-        key = (group, batch.bucket, *map(id, batch.items))
-        if key not in self._arrays:
-            table = batching.page_table(batch, group, self.config.max_pages)
-            self._arrays[key] = self._put(table)
-        return self._arrays[key]
+        if key not in self._indices:
+            self._indices[key] = self.state.put(batching.index_array(batch, self.num_rows))
+        return self._indices[key]
 
 
-def _widths(graph: ServingGraph) -> set[int]:
-    """Widths of all registers that blocks of a graph read or write."""
-    return {w for i in graph.instances for u in i.units for w in u.signature.widths}
-
-
-def _scoring_key(unit: Layer, bucket: Bucket) -> ProgramKey:
-    """The program that scores the prompts that go through a head."""
-    return ProgramKey(kind="prompt_logprobs", bucket=bucket, signatures=(unit.signature,))
-
-
-def _writing_key(kind: str, spec: ComponentSpec, form: TableForm, count: int) -> ProgramKey:
-    signature = Signature(specs=(spec,), forms=(form,), dtype="float32")
-    return ProgramKey(kind=kind, bucket=Bucket(count, 1), signatures=(signature,))
+def _most(one: Mapping[KVShape, int], two: Mapping[KVShape, int]) -> dict[KVShape, int]:
+    shapes = sorted(one.keys() | two.keys())
+    return {shape: max(one.get(shape, 0), two.get(shape, 0)) for shape in shapes}

@@ -14,8 +14,8 @@ from jax.profiler import TraceAnnotation
 from jblock.engine.runner.batch import Batch
 
 # Steps, and what the loop does in one.
-STEP = "sweep"
-PHASES = ("load", "admit", "plan", STEP, "read_tokens")
+STEP = "step"
+PHASES = ("load", "admit", "schedule", STEP, "read_tokens")
 
 _NOTHING = contextlib.nullcontext()
 

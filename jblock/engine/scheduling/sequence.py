@@ -2,18 +2,15 @@
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
 
 from jblock.engine.api import Request
+from jblock.engine.graph.graph import Route, Stage
+from jblock.engine.kv_cache.sequence_pages import SequencePages
 from jblock.engine.weights.residents import Lease
-
-if TYPE_CHECKING:
-    from jblock.engine.graph.graph import KvGroup, Route
-    from jblock.engine.kv_cache.host_offload import Copy
 
 
 @dataclasses.dataclass(eq=False)
-class Sequence:
+class SequenceState:
     """A request admitted or waiting.
 
     Attributes:
@@ -24,12 +21,11 @@ class Sequence:
       lease: on all its chain needs on the device.
       seq_slot: its entry in the device's last-token array; -1 while waiting.
       row: its register row for decoding.
-      pages: physical pages by KV group.
-      page_keys: content keys of its full pages by KV group, as far as worked out.
-      copy: its pages on the host, while it waits after a preemption by swap.
-      remembered: how many of its pages others can find by content.
-      prefill: known tokens to compute before it decodes: the prompt, and after a preemption what it
-        had generated too.
+      pages: its KV pages.
+      prefill: tokens to compute before it decodes: the prompt, and after a preemption what it had
+        generated too.
+      prompt_work: seconds that its prompt was given, or how far others had come when it began; of the
+        prompts in flight the least goes first.
       computed: how many of those were handed to the device so far, or found in the cache.
       sampled: tokens the device was asked to sample so far, those not yet read included.
       generated: tokens read so far.
@@ -39,17 +35,15 @@ class Sequence:
     """
 
     request: Request
-    route: "Route"
+    route: Route
     max_tokens: int
     seed: int
     lease: Lease
     seq_slot: int = -1
     row: int = -1
-    pages: dict["KvGroup", list[int]] = dataclasses.field(default_factory=dict)
-    page_keys: dict["KvGroup", list[bytes]] = dataclasses.field(default_factory=dict)
-    copy: "Copy | None" = None
-    remembered: int = 0
+    pages: SequencePages = dataclasses.field(init=False)
     prefill: int = 0
+    prompt_work: float = 0.0
     computed: int = 0
     sampled: int = 0
     generated: list[int] = dataclasses.field(default_factory=list)
@@ -58,8 +52,14 @@ class Sequence:
     finished: bool = False
 
     def __post_init__(self):
+        self.pages = SequencePages(self.route.kv_digests, self.request.cache_salt)
         if self.request.sampling.prompt_logprobs:
             self.prompt_logprobs = [0.0] * (len(self.request.token_ids) - 1)
+
+    def bind(self, route: Route) -> None:
+        """Takes another route of the same chain, while it waits."""
+        self.route = route
+        self.pages.layers = route.kv_digests
 
     @property
     def virtual(self) -> int:
@@ -74,7 +74,7 @@ class Sequence:
         return (*eos, *sampling.stop_token_ids)
 
     @property
-    def plain(self) -> bool:
+    def greedy_only(self) -> bool:
         """Greedy, with nothing asked for but tokens and their own log-probabilities."""
         sampling = self.request.sampling
         return (
@@ -104,7 +104,18 @@ class Sequence:
         return self.virtual + len(self.request.token_ids)
 
     @property
-    def known(self) -> tuple[int, ...]:
+    def num_tokens(self) -> int:
+        """Length of `all_token_ids`."""
+        return self.prompt_len + len(self.generated)
+
+    @property
+    def shareable_tokens(self) -> int:
+        """How many leading tokens it may find in the prefix cache. The last one is always computed, for its
+        logits are wanted; so are those of all tokens of a prompt whose log-probabilities are wanted."""
+        return 0 if self.scores_prompt else self.num_tokens - 1
+
+    @property
+    def all_token_ids(self) -> tuple[int, ...]:
         """The prompt and every token read so far. What stands for a virtual token does not matter."""
         return (*(0,) * self.virtual, *self.request.token_ids, *self.generated)
 
@@ -122,12 +133,12 @@ class WorkItem:
       tokens: token ids, or () to take the sequence's last sampled token on the device.
       samples: its last token's logits are wanted.
       scores: the log-probabilities of its prompt tokens are wanted.
-      hop: index of the instance it is at.
+      at: index of the stage of its route it is at.
       seconds_left: of a chunk of a prompt: what it is expected to take from here; 0 if not known.
       allowance: how many of them it may use in this step.
     """
 
-    sequence: Sequence
+    sequence: SequenceState
     start: int
     q_len: int
     chunk: int
@@ -135,9 +146,14 @@ class WorkItem:
     tokens: tuple[int, ...]
     samples: bool
     scores: bool = False
-    hop: int = 0
+    at: int = 0
     seconds_left: float = 0.0
     allowance: float = math.inf
+
+    @property
+    def stage(self) -> Stage:
+        """The block it is at."""
+        return self.sequence.route.stages[self.at]
 
     @property
     def of_prompt(self) -> bool:

@@ -13,18 +13,22 @@ requests that run already. Leases that need no room pass it, unless what they wa
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
-from jblock.engine.kv_cache.page_pool import IdAllocator
-from jblock.engine.weights.residents import Adapter, Lease, Resident, State, Weights, Worker
-
-if TYPE_CHECKING:
-    from jblock.engine.graph.graph import Route, ServingGraph
+from jblock.engine.weights.residents import (
+    Adapter,
+    Lease,
+    Needs,
+    Resident,
+    ResidentSet,
+    State,
+    Worker,
+)
+from jblock.engine.weights.room import Room
 
 
 @dataclasses.dataclass
-class ResidencyCounts:
+class WeightCacheCounts:
     """What happened since the start.
 
     Attributes:
@@ -42,40 +46,36 @@ class ResidencyCounts:
     evictions: int = 0
 
 
-class Residency:
+class WeightCache:
     """What is on the device of one agent. Not thread-safe: the loop's thread alone calls it.
 
     Attributes:
       counts: what happened so far.
       failed: leases that will never be ready and were not given back yet; the owner takes them out.
-      weight_bytes: bytes of weights that are on the device or have their room there.
-      max_weight_bytes: most of them; 0 is no bound.
     """
 
     def __init__(
         self,
-        graph: "ServingGraph",
+        served: ResidentSet,
         worker: Worker,
         *,
         slots: int,
         pieces: int,
         max_weight_bytes: int,
     ):
-        """Takes up a graph of which nothing is on the device yet.
+        """Takes up chains of which nothing is on the device yet.
 
         Args:
-          graph: the chains that may be asked for.
+          served: the chains that may be asked for.
           worker: does the reading.
           slots: adapters that fit, each with one slot; numbered from 1.
           pieces: pieces they share; numbered from 1.
           max_weight_bytes: of all weights; 0 is no bound.
         """
-        self.counts = ResidencyCounts()
+        self.counts = WeightCacheCounts()
         self.failed: list[Lease] = []
-        self.weight_bytes = 0
-        self.max_weight_bytes = max_weight_bytes
-        self._graph, self._worker = graph, worker
-        self._slots, self._pieces = IdAllocator(slots, 1), IdAllocator(pieces, 1)
+        self._served, self._worker = served, worker
+        self._room = Room(slots, pieces, max_weight_bytes)
         self._wanting: collections.deque[Lease] = collections.deque()
         # READY, without leases and not pinned; unused longest first.
         self._idle: collections.OrderedDict[Resident, None] = collections.OrderedDict()
@@ -87,17 +87,22 @@ class Residency:
     @property
     def slots_free(self) -> int:
         """Slots without an adapter."""
-        return self._slots.free
+        return self._room.slots.num_free
 
     @property
     def pieces_free(self) -> int:
         """Pieces without an adapter."""
-        return self._pieces.free
+        return self._room.pieces.num_free
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that are on the device or have their room there."""
+        return self._room.weight_bytes
 
     @property
     def adapters(self) -> int:
         """Adapters with a slot."""
-        return self._slots.total - self._slots.free
+        return self._room.slots.total - self._room.slots.num_free
 
     @property
     def wanting(self) -> int:
@@ -108,25 +113,25 @@ class Residency:
     def resident_chains(self) -> int:
         """Served chains that a request would find ready."""
         if self._resident_chains is None:
-            routes = self._graph.routes.values()
+            all_needs = self._served.needs.values()
             ready = {
                 s: all(w.state is State.READY for w in s.members)
-                for s in {r.weights for r in routes}
+                for s in {r.weights for r in all_needs}
             }
             self._resident_chains = sum(
                 ready[r.weights] and (r.adapter is None or r.adapter.state is State.READY)
-                for r in routes
+                for r in all_needs
             )
         return self._resident_chains
 
-    def acquire(self, route: "Route", *, optional: bool = False) -> Lease:
+    def acquire(self, needs: Needs, *, optional: bool = False) -> Lease:
         """A lease on all a chain needs; it may be ready at once. It has to be given back.
 
         Args:
-          route: the chain.
+          needs: of the chain.
           optional: give up, instead of waiting, where there is no room; the lease is released then.
         """
-        lease = Lease(route, optional)
+        lease = Lease(needs, optional)
         granted = self._try(lease, may_load=self._claims is None)
         if not optional:
             self.counts.hits += lease.ready
@@ -144,9 +149,9 @@ class Residency:
         if lease in self.failed:
             self.failed.remove(lease)
         if lease.granted:
-            if lease.route.adapter is not None:
-                self._unhold(lease.route.adapter)
-            weights = lease.route.weights
+            if lease.needs.adapter is not None:
+                self._unhold(lease.needs.adapter)
+            weights = lease.needs.weights
             weights.leases -= 1
             if not weights.leases:
                 for member in weights.members:
@@ -169,7 +174,7 @@ class Residency:
 
     def refuse(self, adapter: Adapter, error: str) -> None:
         """Fails every lease that still waits for room for an adapter."""
-        for lease in [w for w in self._wanting if w.route.adapter is adapter]:
+        for lease in [w for w in self._wanting if w.needs.adapter is adapter]:
             self._fail(lease, error)
 
     def finished(self, resident: Resident, error: str = "") -> None:
@@ -189,57 +194,30 @@ class Residency:
         self._settle(resident)
         self._grant()
 
-    def switch(self, graph: "ServingGraph") -> None:
-        """Takes up another graph. What it does not have leaves, at once or with its last lease; leases
-        that wait for a chain it has too go over to its route."""
-        self._drop(self._graph, graph)
-        self._graph = graph
+    def switch(self, served: ResidentSet) -> None:
+        """Takes up another served. What it does not have leaves, at once or with its last lease; leases
+        that wait for a chain it has too go over to its needs."""
+        self._drop(self._served, served)
+        self._served = served
         self._resident_chains = None
-        for resident in graph.residents:
+        for resident in served.residents:
             resident.dropped = False
         self._mark_pinned()
         for lease in self._wanting:
-            route = graph.routes.get(lease.route.chain.name)
-            if route is not None and route.chain == lease.route.chain:
-                lease.route = route
-            if lease.route.adapter is not None and lease.route.adapter.targets is not None:
-                lease.route.adapter.probing = False  # it waited for these tables, if for any
-        for lease in [w for w in self._wanting if w.route.lacks_targets]:
-            if lease.route not in graph.routes.values():
-                name = lease.route.chain.name
+            needs = served.needs.get(lease.needs.chain.name)
+            if needs is not None and needs.chain == lease.needs.chain:
+                lease.needs = needs
+            if lease.needs.adapter is not None and lease.needs.adapter.targets is not None:
+                lease.needs.adapter.probing = False  # it waited for these tables, if for any
+        for lease in [w for w in self._wanting if w.needs.lacks_targets]:
+            if lease.needs not in served.needs.values():
+                name = lease.needs.chain.name
                 self._fail(lease, f"model {name!r} was unloaded meanwhile", "NOT_FOUND")
         self._grant()
 
-    def abandon(self, graph: "ServingGraph") -> None:
-        """Lets go of what was loaded for a graph that is not taken up after all."""
-        self._drop(graph, self._graph)
-
-    def problem(self, route: "Route") -> str:
-        """Why a chain can never have its room, or ""."""
-        own = {route.adapter, *route.weights.members}
-        pinned = [r for r in self._pinned if r not in own]
-        if self.max_weight_bytes:
-            needed = sum(w.size for w in route.weights.members)
-            kept = sum(r.size for r in pinned if isinstance(r, Weights))
-            if needed + kept > self.max_weight_bytes:
-                return (
-                    f"weights_memory_mb {self.max_weight_bytes // 10**6} does not hold the "
-                    f"{-(-needed // 10**6)} MB of model {route.chain.name!r}"
-                    + (f" beside {-(-kept // 10**6)} MB of pinned ones" if kept else "")
-                    + ": give more"
-                )
-        if route.adapter is not None:
-            others = [r for r in pinned if isinstance(r, Adapter)]
-            pieces = self._pieces.total - sum(r.size for r in others)
-            if route.adapter.size > pieces or len(others) >= self._slots.total:
-                return (
-                    f"adapter_slots {self._slots.total} gives room for {self._pieces.total} pieces of "
-                    f"8 ranks, which does not hold the {route.adapter.size} of model "
-                    f"{route.chain.name!r}"
-                    + (f" beside {len(others)} pinned adapters" if others else "")
-                    + ": give more"
-                )
-        return ""
+    def abandon(self, served: ResidentSet) -> None:
+        """Lets go of what was loaded for chains that is not taken up after all."""
+        self._drop(served, self._served)
 
     # Granting
 
@@ -247,7 +225,7 @@ class Residency:
         """Gives what can be given, in order; closes residents for the first that finds no room."""
         blocked = False
         for lease in list(self._wanting):
-            adapter = lease.route.adapter
+            adapter = lease.needs.adapter
             if blocked and adapter is not None and adapter.size and adapter.state is State.COLD:
                 continue  # the common case when many wait
             if self._try(lease, may_load=not blocked):
@@ -264,13 +242,13 @@ class Residency:
 
     def _try(self, lease: Lease, *, may_load: bool) -> bool:
         """Grants a lease if all it needs has room, or finds some; begins the reading."""
-        adapter, weights = lease.route.adapter, lease.route.weights
+        adapter, weights = lease.needs.adapter, lease.needs.weights
         if lease.error:
             return False
         if adapter is not None and adapter.targets is None:
             if not adapter.probing:
                 adapter.probing = True
-                self._worker.probe(adapter, lease.route)
+                self._worker.probe(adapter, lease.needs)
             return False
         parts: tuple[Resident, ...] = (
             weights.members if adapter is None else (adapter, *weights.members)
@@ -280,13 +258,13 @@ class Residency:
             return False
         cold = [p for p in parts if p.state is State.COLD]
         if cold:
-            if problem := self.problem(lease.route):
+            if problem := self._room.problem(lease.needs, self._pinned):
                 self._fail(lease, problem, "FAILED_PRECONDITION")
                 return False
-            if lease.route.lacks_targets and adapter is not None:
+            if lease.needs.lacks_targets and adapter is not None:
                 if not adapter.probing:
                     adapter.probing = True  # until tables for it are there
-                    self._worker.widen(adapter, lease.route)
+                    self._worker.widen(adapter, lease.needs)
                 return False
             if not may_load or not self._make_room(cold, set(parts)):
                 return False
@@ -305,13 +283,13 @@ class Residency:
                 part.waiters.append(lease)
         for part in cold:
             part.state = State.LOADING
-            self._worker.load(part, lease.route)
+            self._worker.load(part, lease.needs)
         return True
 
     def _needs_room(self, lease: Lease) -> bool:
         """Whether a lease that was not granted waits for room, and not for its records or tables, or
         for others to have had their turn."""
-        adapter, parts = lease.route.adapter, lease.route.weights.members
+        adapter, parts = lease.needs.adapter, lease.needs.weights.members
         if adapter is not None and (adapter.targets is None or adapter.probing):
             return False
         residents = (adapter, *parts) if adapter is not None else parts
@@ -326,61 +304,15 @@ class Residency:
 
     # Room
 
-    def _shortage(self, cold: Iterable[Resident], free: Iterable[Resident]) -> tuple[int, int, int]:
-        """Bytes, slots and pieces that lack for `cold` once all of `free` have left."""
-        need_bytes = need_slots = need_pieces = 0
-        for part in cold:
-            if isinstance(part, Weights):
-                need_bytes += part.size
-            elif isinstance(part, Adapter):
-                need_slots, need_pieces = need_slots + 1, need_pieces + part.size
-        if self.max_weight_bytes:
-            need_bytes += self.weight_bytes - self.max_weight_bytes
-        else:
-            need_bytes = 0
-        need_slots -= self._slots.free
-        need_pieces -= self._pieces.free
-        for part in free:
-            if isinstance(part, Weights):
-                need_bytes -= part.size
-            elif isinstance(part, Adapter):
-                need_slots, need_pieces = need_slots - 1, need_pieces - part.size
-        return max(0, need_bytes), max(0, need_slots), max(0, need_pieces)
-
-    def _victims(
-        self,
-        cold: Sequence[Resident],
-        candidates: Iterable[Resident],
-        leaving: Sequence[Resident] = (),
-    ) -> tuple[list[Resident], bool]:
-        """The first candidates that help to make room for `cold`, beside those that leave anyway, and
-        whether they suffice."""
-        chosen: list[Resident] = []
-        lack = self._shortage(cold, leaving)
-        for part in candidates:
-            if not any(lack):
-                break
-            if isinstance(part, Weights) and lack[0]:
-                chosen.append(part)
-                lack = (max(0, lack[0] - part.size), *lack[1:])
-            elif isinstance(part, Adapter) and (lack[1] or lack[2]):
-                chosen.append(part)
-                lack = (lack[0], max(0, lack[1] - 1), max(0, lack[2] - part.size))
-        return chosen, not any(lack)
-
     def _make_room(self, cold: Sequence[Resident], own: set[Resident]) -> bool:
         """Evicts what nobody uses, longest unused first, and gives `cold` its room; all or nothing."""
-        victims, enough = self._victims(cold, (r for r in self._idle if r not in own))
+        victims, enough = self._room.victims(cold, (r for r in self._idle if r not in own))
         if not enough:
             return False
         for victim in victims:
             self._evict(victim)
         for part in cold:
-            if isinstance(part, Weights):
-                self.weight_bytes += part.size
-            elif isinstance(part, Adapter):
-                (part.slot,) = self._slots.take(1)
-                part.pieces = self._pieces.take(part.size)
+            self._room.occupy(part)
         return True
 
     def _claim(self, lease: Lease) -> None:
@@ -388,12 +320,12 @@ class Residency:
         if self._claims is not None and self._claims[0] is lease:
             return
         self._unclaim()
-        adapter, members = lease.route.adapter, lease.route.weights.members
+        adapter, members = lease.needs.adapter, lease.needs.weights.members
         parts: tuple[Resident, ...] = members if adapter is None else (adapter, *members)
         cold = [p for p in parts if p.state is State.COLD]
         idle = [r for r in self._idle if r not in parts]
         held = [r for r in self._held if not r.pinned and r not in parts]
-        victims, _ = self._victims(cold, sorted(held, key=lambda r: r.leases), idle)
+        victims, _ = self._room.victims(cold, sorted(held, key=lambda r: r.leases), idle)
         for victim in victims:
             victim.closing = True
         self._claims = (lease, victims)
@@ -437,15 +369,9 @@ class Residency:
         resident.state = State.COLD
         resident.closing = False
         self._idle.pop(resident, None)
-        if isinstance(resident, Weights):
-            resident.tensors = {}
-            self.weight_bytes -= resident.size
-        elif isinstance(resident, Adapter):
-            self._slots.give([resident.slot])
-            self._pieces.give(resident.pieces)
-            resident.slot, resident.pieces = 0, []
+        self._room.vacate(resident)
 
-    def _drop(self, old: "ServingGraph", new: "ServingGraph") -> None:
+    def _drop(self, old: ResidentSet, new: ResidentSet) -> None:
         kept = set(new.residents)
         for resident in old.residents:
             if resident not in kept:
@@ -455,10 +381,10 @@ class Residency:
 
     def _mark_pinned(self) -> None:
         self._pinned: set[Resident] = set()
-        for name in self._graph.pinned:
-            route = self._graph.routes[name]
-            self._pinned.update(route.weights.members, [route.adapter] if route.adapter else [])
-        for resident in self._graph.residents:
+        for name in self._served.pinned:
+            needs = self._served.needs[name]
+            self._pinned.update(needs.weights.members, [needs.adapter] if needs.adapter else [])
+        for resident in self._served.residents:
             resident.pinned = resident in self._pinned
             if resident.pinned:
                 self._idle.pop(resident, None)

@@ -4,9 +4,8 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
-import threading
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from absl import logging
@@ -17,15 +16,14 @@ from jblock.engine.adapters import compose as slot_content
 from jblock.engine.adapters.compose import SlotContent
 from jblock.engine.adapters.slot_tables import Updates, Writes, writes_of
 from jblock.engine.config import EngineConfig
-from jblock.engine.signature import MAX_TURNS
+from jblock.engine.signature import MAX_TURNS, TableForm
 from jblock.engine.weights import params as parameters
-from jblock.engine.weights.cache import Residency
-from jblock.engine.weights.residents import Adapter, Lease, Resident, Weights
+from jblock.engine.weights.cache import WeightCache
+from jblock.engine.weights.host_cache import HostCache
+from jblock.engine.weights.residents import Adapter, Lease, Needs, Resident, ResidentSet, Weights
+from jblock.parallel.placement import Placement
 from jblock.zoo.records import ZooError
-
-if TYPE_CHECKING:
-    from jblock.engine.graph.graph import Route, ServingGraph
-    from jblock.engine.runner.runner import Runner
+from jblock.zoo.store import Zoo
 
 Done = Callable[[Any, Exception | None], None]
 Targets = Mapping[ComponentSpec, frozenset[str]]
@@ -35,50 +33,6 @@ AdapterWrites = dict[str, Writes]
 Background = Callable[[str, Callable[[], Any], Done], None]
 """(kind of work, the work, what takes its result or error): runs the work anywhere, and hands over the
 result between two steps of the loop. Work of one kind is done in order."""
-
-
-class HostCache:
-    """Prepared arrays in host memory, so that what comes back is not read again; the unused longest
-    leave. Thread-safe.
-
-    Attributes:
-      hits: entries that were found.
-      misses: entries that were not.
-      bytes: what all entries hold.
-    """
-
-    def __init__(self, max_bytes: int):
-        self.hits = self.misses = self.bytes = 0
-        self._max_bytes = max_bytes
-        self._entries: collections.OrderedDict[Hashable, tuple[Any, int]] = (
-            collections.OrderedDict()
-        )
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def get(self, key: Hashable) -> Any:
-        """What was put under a key, or None."""
-        with self._lock:
-            entry = self._entries.get(key)
-            if entry is None:
-                self.misses += 1
-                return None
-            self.hits += 1
-            self._entries.move_to_end(key)
-            return entry[0]
-
-    def put(self, key: Hashable, value: Any, nbytes: int) -> None:
-        """Keeps a value for as long as there is room; one larger than all room is not kept."""
-        with self._lock:
-            if nbytes > self._max_bytes or key in self._entries:
-                return
-            self._entries[key] = (value, nbytes)
-            self.bytes += nbytes
-            while self.bytes > self._max_bytes:
-                _, (_, freed) = self._entries.popitem(last=False)
-                self.bytes -= freed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +48,22 @@ class Probe:
     size: int
 
 
+class AdapterUpdates(Protocol):
+    """What gives the programs that write adapters: the runner."""
+
+    def piece_update(self, spec: ComponentSpec, form: TableForm, count: int) -> Any:
+        """The program that writes so many pieces into a component's tables."""
+        ...
+
+    def vector_update(self, spec: ComponentSpec, form: TableForm) -> Any:
+        """The program that writes a slot's vectors into a component's tables."""
+        ...
+
+
 class Warming(NamedTuple):
     """Chains that are brought to the device before they are asked for, and who waits for them."""
 
-    graph: "ServingGraph"
+    served: ResidentSet
     leases: list[Lease]
     done: concurrent.futures.Future[list[Lease]]
 
@@ -114,35 +80,35 @@ class Loads:
         them; `residency.switch` or `refuse` follows.
     """
 
-    def __init__(self, graph: "ServingGraph", config: EngineConfig):
+    def __init__(self, zoo: Zoo, placement: Placement, served: ResidentSet, config: EngineConfig):
         """Adapters wait until `attach` has named the device that writes them."""
         self.cache = HostCache(config.host_cache_mb * 10**6)
         self.background: Background = self._defer
-        self._graph, self._zoo, self._config = graph, graph.zoo, config
-        self._placement = graph.placement
+        self._served, self._zoo, self._config = served, zoo, config
+        self._placement = placement
         self._deferred: collections.deque = collections.deque()
         self._warming: list[Warming] = []
-        self.residency = Residency(
-            graph,
+        self.residency = WeightCache(
+            served,
             self,
             slots=config.adapter_slots,
             pieces=config.adapter_pieces,
             max_weight_bytes=config.weights_memory_mb * 10**6,
         )
 
-    def attach(self, device: "Runner", widen_tables: WidenTables) -> None:
+    def attach(self, updates: AdapterUpdates, widen_tables: WidenTables) -> None:
         """Names the device that writes adapters, and who makes tables."""
-        self._device, self.widen_tables = device, widen_tables
+        self._updates, self.widen_tables = updates, widen_tables
 
-    def preload(self, routes: Iterable["Route"]) -> None:
-        """Brings chains of the first graph to the device, in this order, for as long as there is room;
+    def preload(self, all_needs: Iterable[Needs]) -> None:
+        """Brings chains that are served first to the device, in this order, for as long as there is room;
         on the caller's own thread.
 
         Raises:
           ValueError: one cannot be read.
         """
         done: concurrent.futures.Future[list[Lease]] = concurrent.futures.Future()
-        self.warm(self._graph, routes, done)
+        self.warm(self._served, all_needs, done)
         while not done.done():
             self.pump()
         for lease in done.result():
@@ -159,7 +125,7 @@ class Loads:
             if failed is not None:
                 for lease in leases:
                     self.residency.release(lease)
-                self.residency.abandon(warming.graph)
+                self.residency.abandon(warming.served)
                 warming.done.set_exception(ValueError(failed.error))
             elif all(lease.ready for lease in leases):
                 warming.done.set_result(leases)
@@ -169,18 +135,18 @@ class Loads:
 
     def warm(
         self,
-        graph: "ServingGraph",
-        routes: Iterable["Route"],
+        served: ResidentSet,
+        all_needs: Iterable[Needs],
         done: concurrent.futures.Future[list[Lease]],
     ) -> None:
-        """Brings chains of a graph, taken up or not, to the device, as far as there is room without
+        """Brings chains, taken up or not, to the device, as far as there is room without
         waiting for it. `pump` gives `done` their leases, or the error of the first that cannot be read."""
-        leases = [self.residency.acquire(route, optional=True) for route in routes]
-        self._warming.append(Warming(graph, leases, done))
+        leases = [self.residency.acquire(needs, optional=True) for needs in all_needs]
+        self._warming.append(Warming(served, leases, done))
 
     # What residency asks for
 
-    def probe(self, adapter: Adapter, route: "Route") -> None:
+    def probe(self, adapter: Adapter, needs: Needs) -> None:
         """See `residency.Worker`."""
 
         def done(probe: Probe | None, error: Exception | None) -> None:
@@ -189,9 +155,9 @@ class Loads:
             else:
                 self.residency.probed(adapter, probe.targets, probe.size)
 
-        self.background("adapter", functools.partial(_probe, self._zoo, adapter, route), done)
+        self.background("adapter", functools.partial(_probe, self._zoo, adapter, needs), done)
 
-    def load(self, resident: Resident, route: "Route") -> None:
+    def load(self, resident: Resident, needs: Needs) -> None:
         """See `residency.Worker`."""
         if isinstance(resident, Weights):
             self.background(
@@ -202,14 +168,14 @@ class Loads:
         elif isinstance(resident, Adapter):
             self.background(
                 "adapter",
-                functools.partial(self._read_adapter, resident, route),
-                functools.partial(self._place_adapter, resident, route),
+                functools.partial(self._read_adapter, resident, needs),
+                functools.partial(self._place_adapter, resident, needs),
             )
 
-    def widen(self, adapter: Adapter, route: "Route") -> None:
+    def widen(self, adapter: Adapter, needs: Needs) -> None:
         """See `residency.Worker`."""
         wanted: dict[Any, frozenset[str]] = {}
-        for part in route.parts:
+        for part in needs.parts:
             targets = (adapter.targets or {}).get(part.component)
             if targets:
                 wanted[part.spec] = wanted.get(part.spec, frozenset()) | targets
@@ -232,12 +198,12 @@ class Loads:
             weights.spec, arrays, self._config.dtype, False, weights.placement
         )
 
-    def _read_adapter(self, adapter: Adapter, route: "Route") -> AdapterWrites:
+    def _read_adapter(self, adapter: Adapter, needs: Needs) -> AdapterWrites:
         """What `Tables.write` takes, for each component that has tables."""
         key = ("adapter", adapter.deltas)
         prepared: dict[str, SlotContent] | None = self.cache.get(key)
         if prepared is None:
-            specs = {part.component: part.spec for part in route.parts}
+            specs = {part.component: part.spec for part in needs.parts}
             prepared = {
                 component: slot_content.slot_content(
                     specs[component],
@@ -251,7 +217,7 @@ class Loads:
             part.component: writes_of(
                 part.spec, part.form, prepared.get(part.component), self._placement
             )
-            for part in route.parts
+            for part in needs.parts
             if part.form is not None
         }
         jax.block_until_ready([(w.parts, w.vectors) for w in writes.values()])
@@ -269,20 +235,20 @@ class Loads:
     def _place_adapter(
         self,
         adapter: Adapter,
-        route: "Route",
+        needs: Needs,
         writes: AdapterWrites | None,
         error: Exception | None,
     ) -> None:
         if writes is None:
             self.residency.finished(adapter, _words(adapter, error))
             return
-        for part in {p.component: p for p in route.parts}.values():
+        for part in {p.component: p for p in needs.parts}.values():
             if part.form is None or part.tables is None:
                 continue
             mine = writes[part.component]
             updates = Updates(
-                functools.partial(self._device.piece_update, part.spec, part.form),
-                functools.partial(self._device.vector_update, part.spec, part.form),
+                functools.partial(self._updates.piece_update, part.spec, part.form),
+                functools.partial(self._updates.vector_update, part.spec, part.form),
             )
             part.tables.write(adapter.slot, adapter.pieces[: mine.count], part.form, mine, updates)
         self.residency.finished(adapter)
@@ -293,12 +259,12 @@ class Loads:
         self._deferred.append((work, done))
 
 
-def weights_of(graph: "ServingGraph") -> list["Route"]:
-    """Routes that stand for all weights of a graph, without adapters; pinned ones first."""
-    by_set: dict[int, Route] = {}
-    for name in (*graph.pinned, *graph.routes):
-        by_set.setdefault(id(graph.routes[name].weights), graph.routes[name])
-    return [dataclasses.replace(route, adapter=None) for route in by_set.values()]
+def weights_of(served: ResidentSet) -> list[Needs]:
+    """What stands for all weights of some chains, without adapters; pinned ones first."""
+    by_set: dict[int, Needs] = {}
+    for name in (*served.pinned, *served.needs):
+        by_set.setdefault(id(served.needs[name].weights), served.needs[name])
+    return [dataclasses.replace(needs, adapter=None) for needs in by_set.values()]
 
 
 def attempt(work: Callable[[], Any], done: Done) -> None:
@@ -311,7 +277,7 @@ def attempt(work: Callable[[], Any], done: Done) -> None:
         done(result, None)
 
 
-def _probe(zoo: Any, adapter: Adapter, route: "Route") -> Probe:
+def _probe(zoo: Any, adapter: Adapter, needs: Needs) -> Probe:
     specs = {c: [zoo.delta(d).spec for d in deltas] for c, deltas in adapter.deltas}
     size = max(slot_content.num_pieces(own) for own in specs.values())
     if size > MAX_TURNS:
@@ -319,7 +285,7 @@ def _probe(zoo: Any, adapter: Adapter, route: "Route") -> Probe:
             f"it has {size * PIECE_RANK} ranks or virtual tokens; at most "
             f"{MAX_TURNS * PIECE_RANK} can be served"
         )
-    bases = {part.component: part.spec for part in route.parts}
+    bases = {part.component: part.spec for part in needs.parts}
     targets = {c: slot_content.targets(bases[c], own) for c, own in specs.items()}
     return Probe(targets, size)
 

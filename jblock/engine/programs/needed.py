@@ -1,0 +1,93 @@
+"""Which programs some models need."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from jblock.blocks.spec import ComponentSpec
+from jblock.engine.adapters.slot_layout import piece_widths, slot_tables
+from jblock.engine.adapters.slot_tables import WRITE_SIZES
+from jblock.engine.config import Bucket, EngineConfig
+from jblock.engine.graph.graph import Layer, ServingGraph
+from jblock.engine.kv_cache.spec import KVShape, PoolShape
+from jblock.engine.programs.keys import ProgramKey, vocab_size
+from jblock.engine.signature import Signature, TableForm
+
+Pools = Mapping[KVShape, PoolShape]
+
+
+def program_keys(
+    graph: ServingGraph,
+    buckets: Sequence[Bucket],
+    pools: Pools,
+    config: EngineConfig,
+    *,
+    greedy_only: bool = False,
+) -> Iterator[ProgramKey]:
+    """Every program a graph can ask for on these grids, with these pools; with `greedy_only`, for greedy
+    requests that want nothing else."""
+    layers = [layer for i in graph.instances for layer in i.layers]
+    vocabs = {vocab_size(u.signature) for u in layers if u.signature.kind == "head"}
+    kinds = ("greedy",) if greedy_only else ("greedy", "sampled", "adjust", "top_logprobs")
+    for bucket in buckets:
+        for layer in layers:
+            yield layer_key((layer,), bucket, pools)
+            if layer.signature.kind == "head" and bucket.q_len > 1 and not greedy_only:
+                yield scoring_key(layer, bucket)
+        for vocab in vocabs:
+            size = Bucket(bucket.num_seqs, 1)
+            for kind in kinds:
+                yield ProgramKey(kind=kind, bucket=size, vocab_size=vocab)
+    if not greedy_only:
+        for vocab in vocabs:
+            yield ProgramKey(kind="set_counts", vocab_size=vocab)
+    for pool in pools.values():
+        yield ProgramKey(kind="zero_pages", pool=pool)
+        if config.host_kv_memory_mb:
+            yield ProgramKey(kind="gather_pages", pool=pool)
+            yield ProgramKey(kind="scatter_pages", pool=pool)
+    for signature in {u.signature for u in layers}:
+        for spec, form in zip(signature.specs, signature.forms, strict=True):
+            if form is not None and piece_widths(spec, form):
+                for count in WRITE_SIZES:
+                    yield writing_key("write_pieces", spec, form, count)
+            if form is not None and slot_tables(spec, form):
+                yield writing_key("write_vectors", spec, form, 1)
+
+
+def segment_keys(graph: ServingGraph, pools: Pools, config: EngineConfig) -> Iterator[ProgramKey]:
+    """Programs that run several layers in one call: a tier that saves time but that nothing waits for.
+    Decoding only; a chunk of prefill is long enough to hide what a call costs."""
+    for instance in graph.instances:
+        for segment in instance.segments:
+            if len(segment.layers) > 1:
+                for bucket in config.decode_buckets:
+                    yield layer_key(segment.layers, bucket, pools)
+
+
+def resize_keys(old: Pools, new: Pools) -> Iterator[ProgramKey]:
+    """What takes pages from pools of some sizes to those of others, by way of the host."""
+    for shape in old.keys() & new.keys():
+        if old[shape] != new[shape]:
+            yield ProgramKey(kind="gather_pages", pool=old[shape])
+            yield ProgramKey(kind="scatter_pages", pool=new[shape])
+
+
+def layer_key(layers: Sequence[Layer], bucket: Bucket, pools: Pools) -> ProgramKey:
+    """The program that runs some layers on a grid."""
+    shape = next((layer.kv_shape for layer in layers if layer.kv_shape), None)
+    return ProgramKey(
+        kind=layers[0].signature.kind,
+        bucket=bucket,
+        signatures=tuple(layer.signature for layer in layers),
+        pool=pools[shape] if shape else None,
+    )
+
+
+def scoring_key(layer: Layer, bucket: Bucket) -> ProgramKey:
+    """The program that scores the prompts that go through a head."""
+    return ProgramKey(kind="prompt_logprobs", bucket=bucket, signatures=(layer.signature,))
+
+
+def writing_key(kind: str, spec: ComponentSpec, form: TableForm, count: int) -> ProgramKey:
+    """The program that writes so many pieces, or a slot's vectors, into a component's tables."""
+    signature = Signature(specs=(spec,), forms=(form,), dtype="float32")
+    return ProgramKey(kind=kind, bucket=Bucket(count, 1), signatures=(signature,))

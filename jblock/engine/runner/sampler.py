@@ -1,0 +1,87 @@
+"""From logits to tokens on their way from the device."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jblock.engine.config import Bucket
+from jblock.engine.programs.executables import Executables
+from jblock.engine.programs.keys import ProgramKey
+from jblock.engine.programs.penalties import count_row
+from jblock.engine.runner import batch as batching
+from jblock.engine.runner.batch import Batch
+from jblock.engine.runner.state import DeviceState
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """Tokens on their way from the device.
+
+    Attributes:
+      batch: whose.
+      packed: int32 [S, 3] as sampling.py describes.
+      top: int32 [S, 2K] as `top_logprobs` describes, if a row wants it.
+      scores: float32 [S, Q] as `prompt_logprobs_program` describes, if a row wants it.
+    """
+
+    batch: Batch
+    packed: jax.Array
+    top: jax.Array | None = None
+    scores: jax.Array | None = None
+
+
+class Sampler:
+    """Picks tokens; what no row of a batch asks for is not run."""
+
+    def __init__(self, state: DeviceState, executables: Executables):
+        self._state, self._executables = state, executables
+
+    def sample(self, logits: jax.Array, meta: jax.Array, batch: Batch) -> Sampled:
+        """Enqueues sampling of one token a sequence.
+
+        Args:
+          logits: float32 [S, vocab].
+          meta: int32 [S, 4], the leading columns of the batch's index array.
+          batch: whose.
+        """
+        state = self._state
+        wanted = [i.sequence.request.sampling for i in batch.items]
+        adjusted = logits
+        if any(w.adjusts_logits for w in wanted):
+            adjusted = self._adjust(logits, meta, batch)
+        greedy = all(w.temperature == 0 for w in wanted)
+        program = self.program("greedy" if greedy else "sampled", logits)
+        options = () if greedy else (state.put(batching.option_array(batch)),)
+        state.last_tokens, packed = program(logits, adjusted, state.last_tokens, meta, *options)
+        top = None
+        if any(w.top_logprobs for w in wanted):
+            top = self.program("top_logprobs", logits)(logits)
+        return Sampled(batch, packed, top)
+
+    def program(self, kind: str, logits: jax.Array) -> Any:
+        """A program that works on logits of this shape."""
+        size, vocab = logits.shape
+        return self._executables.get(
+            ProgramKey(kind=kind, bucket=Bucket(size, 1), vocab_size=vocab)
+        )
+
+    def _adjust(self, logits: jax.Array, meta: jax.Array, batch: Batch) -> jax.Array:
+        """Logits with biases and penalties; sequences that begin here bring their counts."""
+        state, vocab = self._state, logits.shape[1]
+        counts = state.counts.pop(vocab, None)
+        if counts is None:
+            counts = state.zeros((self._executables.geometry.max_num_seqs, vocab), jnp.int32)
+        for item in batch.items:
+            sequence = item.sequence
+            if item.tokens and sequence.request.sampling.adjusts_logits:
+                row = count_row(sequence.request.token_ids, sequence.generated, vocab)
+                slot = np.array([sequence.seq_slot], np.int32)
+                program = self._executables.get(ProgramKey(kind="set_counts", vocab_size=vocab))
+                counts = program(counts, state.put(slot), self._executables.placement.put(row))
+        controls = state.put(batching.control_array(batch))
+        program = self.program("adjust", logits)
+        adjusted, state.counts[vocab] = program(logits, counts, state.last_tokens, meta, controls)
+        return adjusted

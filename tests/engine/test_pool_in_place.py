@@ -1,0 +1,67 @@
+"""One donated pool goes through all layers of a program without a copy, whatever it is compiled for."""
+
+import importlib.util
+import re
+
+import pytest
+
+from bench.models import MemoryZoo, ModelShape
+from jblock.engine.config import Bucket, EngineConfig
+from jblock.engine.graph.build import assemble
+from jblock.engine.programs import needed
+from jblock.engine.runner.runner import Runner
+from jblock.parallel.placement import Placement
+from jblock.parallel.targets import Target
+
+SHAPE = ModelShape(
+    layers=16,
+    hidden_size=256,
+    intermediate_size=256,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=128,
+    vocab_size=256,
+)
+
+
+def copies(text: str, shapes) -> list[str]:
+    """Instructions of a compiled program that copy or convert an array of one of these shapes."""
+    forms = "|".join(re.escape(f"[{','.join(map(str, s.shape))}]") for s in shapes)
+    pattern = re.compile(rf"= \S*(?:{forms})\S* (?:copy|copy-start|convert|transpose)\(")
+    return [line.strip() for line in text.splitlines() if pattern.search(line)]
+
+
+def check(placement: Placement, kv_dtype: str, q_len: int) -> None:
+    config = EngineConfig(kv_memory_mb=200, kv_dtype=kv_dtype, page_size=64)
+    zoo = MemoryZoo(SHAPE)
+    graph = assemble(zoo, {"base": zoo.add_base()}, config, placement=placement)
+    device = Runner(graph, config, placement=placement)
+    (pool,) = device.pool_shapes.values()
+    segment = max((s for i in graph.instances for s in i.segments), key=lambda s: len(s.layers))
+    assert segment.kv_layers == 16
+    bucket = Bucket(8 if q_len == 1 else 1, q_len)
+    key = needed.layer_key(segment.layers, bucket, device.pool_shapes)
+    program = device.executables.lower(key).compile()
+    arrays = pool.abstract_arrays(placement)
+    nbytes = sum(a.size * a.dtype.itemsize for a in arrays)
+    analysis = program.memory_analysis()
+    assert analysis.alias_size_in_bytes >= nbytes
+    assert analysis.temp_size_in_bytes < nbytes // 4
+    assert not copies(program.as_text(), arrays)
+
+
+@pytest.mark.parametrize("q_len", [1, 16])
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+def test_on_cpu(kv_dtype, q_len):
+    check(Placement(), kv_dtype, q_len)
+
+
+@pytest.mark.parametrize("target", ["tpu:v5e:1x1", "cuda:h200"])
+@pytest.mark.parametrize("q_len", [1, 16])
+def test_on_a_target_that_is_not_here(target, q_len):
+    package = "libtpu" if target.startswith("tpu") else "jax_cuda13_plugin"
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: pip install -e '.[compile]'")
+    devices = Target.parse(target).devices()
+    placement = Placement.on(EngineConfig().sharding, devices, abstract=True)
+    check(placement, "bfloat16", q_len)
