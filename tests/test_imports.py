@@ -19,7 +19,7 @@ ENGINE = (
     ("scheduling",),
     ("runner",),
     ("loop", "stats", "watchdog"),
-    ("compile_tiers", "model_updates"),
+    ("keeper", "compile_tiers", "model_updates"),
     ("engine",),
     ("replicas",),
     ("factory",),

@@ -59,16 +59,6 @@ class SamplingParams:
     top_logprobs: int = 0
     prompt_logprobs: bool = False
 
-    @property
-    def adjusts_logits(self) -> bool:
-        """Whether anything but the way of drawing differs from the plain model."""
-        neutral = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) == (
-            1,
-            0,
-            0,
-        )
-        return not neutral or bool(self.logit_bias) or self.min_tokens > 0
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:

@@ -29,8 +29,9 @@ from jblock.engine.programs.needed import Pools
 from jblock.engine.runner.rates import measure_rates
 from jblock.engine.runner.runner import Runner
 from jblock.engine.watchdog import Watch
+from jblock.engine.weights.lease import Lease
 from jblock.engine.weights.loader import Done, Loads, Targets, attempt, weights_of
-from jblock.engine.weights.residents import Adapter, Lease
+from jblock.engine.weights.residents import Adapter
 from jblock.parallel.placement import Placement
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo

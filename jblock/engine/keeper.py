@@ -21,8 +21,8 @@ from jblock.engine.graph.build import assemble
 from jblock.engine.graph.graph import Route, ServingGraph
 from jblock.engine.programs.needed import Pools, resize_keys
 from jblock.engine.runner.runner import PoolPlan, Runner
+from jblock.engine.weights.lease import Lease
 from jblock.engine.weights.loader import Targets
-from jblock.engine.weights.residents import Lease
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
 

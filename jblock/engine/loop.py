@@ -17,15 +17,14 @@ from jblock.engine.kv_cache.host_offload import HostPool
 from jblock.engine.kv_cache.manager import KVCacheManager
 from jblock.engine.programs.logprobs import best_tokens
 from jblock.engine.programs.needed import Pools
-from jblock.engine.runner.latency_profile import Profile
+from jblock.engine.runner.latency_profile import Pace, Profile
 from jblock.engine.runner.queues import BlockQueues
-from jblock.engine.runner.rates import Pace
 from jblock.engine.runner.runner import Runner
 from jblock.engine.runner.step import Step, Stepper
-from jblock.engine.scheduling import step_budget
 from jblock.engine.scheduling.request_checks import request_problem
 from jblock.engine.scheduling.scheduler import Machine, Scheduler
 from jblock.engine.scheduling.sequence import SequenceState
+from jblock.engine.scheduling.step_budget import PROMPT_SHARE
 from jblock.engine.weights.loader import Loads, Targets
 from jblock.engine.weights.residents import Adapter
 from jblock.pallas_kernels import backends
@@ -216,8 +215,9 @@ class Loop:
         Returns:
           Outputs since the last call.
         """
-        with TraceAnnotation("load"):
-            self.loads.pump()
+        if self.loads.deferred or self.loads.warming:
+            with TraceAnnotation("load"):
+                self.loads.pump()
         for sequence in [s for s in self._sequences.waiting if s.lease.error]:
             fields = {"error_code": sequence.lease.error_code}
             self._finish(sequence, "error", error_message=sequence.lease.error, **fields)
@@ -228,8 +228,10 @@ class Loop:
         if self._in_flight is not None:
             with TraceAnnotation("read_tokens"):
                 self._collect(self._in_flight)
-            self._pace.note(self._in_flight)
-        self.kv.host.land()
+            step = self._in_flight
+            self._pace.note(step.enqueued, step.seconds, bool(step.sampled))
+        if self.kv.host.used:
+            self.kv.host.land()
         self._in_flight = enqueued
         if self._retiring:
             self.retire()
@@ -265,7 +267,8 @@ class Loop:
         # Nobody waits for the next token of a prompt: only streams need steps that end soon.
         streams = any(s.computed >= s.prefill for s in running)
         decoding = self._in_flight.decode_seconds if self._in_flight else 0.0
-        for_prompts = step_budget.prompt_seconds(budget, decoding) if streams else math.inf
+        # Under a full load of decoding a prompt still moves on.
+        for_prompts = max(budget - decoding, PROMPT_SHARE * budget) if streams else math.inf
         with TraceAnnotation("schedule"):
             items = sequences.schedule(self._machine(), for_prompts)
         if not items and all(s.item is None for s in running):

@@ -44,16 +44,16 @@ def lowered(kind: Platform, rows: int, dtype: str) -> str:
         FfnSpec(hidden_size=32, intermediate_size=48, norm_eps=1e-5),
     )
     signature = Signature(specs=specs, forms=(None, None), dtype=dtype)
-    pool = PoolShape(num_pages=5, page_size=8, num_kv_heads=2, head_dim=8, layers=1, backend="xla")
+    pool = PoolShape(num_pages=5, page_size=8, num_kv_heads=2, head_dim=8, backend="xla")
     program = programs.segment_program([signature], Bucket(rows, 1), kind, "xla")
     shape = jax.ShapeDtypeStruct
     arguments = (
         (abstract_params(signature, on(kind)),),
         (({}, {}),),
         shape((8, 32), jnp.float32),
-        (pool.abstract_layer(),),
+        pool.abstract_arrays(),
         shape((rows, programs.INDEX_COLUMNS + 2), jnp.int32),
-        shape((rows, 2), jnp.int32),
+        shape((1, rows, 2), jnp.int32),
     )
     return jax.jit(program).lower(*arguments).as_text()
 

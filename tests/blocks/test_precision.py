@@ -69,7 +69,6 @@ def layer(kind: Platform, name: str, dtype: str, bucket: Bucket) -> Any:
         page_size=32,
         num_kv_heads=2,
         head_dim=32,
-        layers=1,
         dtype=dtype,
         backend=backend,
     )
@@ -79,9 +78,9 @@ def layer(kind: Platform, name: str, dtype: str, bucket: Bucket) -> Any:
         (abstract_params(signature, on(kind)),),
         (abstract_tables(signature, on(kind)),),
         shape((64, WIDTH), jnp.float32),
-        (pool.abstract_layer(),) * len(signature.attentions),
+        pool.abstract_arrays() if signature.attentions else (),
         shape((s, programs.INDEX_COLUMNS + 2 * q), jnp.int32),
-        shape((s, 2), jnp.int32),
+        shape((len(signature.attentions), s, 2), jnp.int32),
     )
 
 

@@ -96,6 +96,7 @@ def test_any_model_comes_and_goes_under_load(zoo, cache, alone, turns):
                 others = rng.permutation(NAMES[1:])[: 1 + turn % 4]
                 engine.serve(["base", *others])
                 for name in others:
+                    open_ids.add(f"{turn}/{name}")
                     engine.submit(request(f"{turn}/{name}", str(name), PROMPT, max_tokens=12))
                 if turn % 3 == 0:
                     engine.serve(["base"])  # those that were just asked for still run
@@ -104,12 +105,12 @@ def test_any_model_comes_and_goes_under_load(zoo, cache, alone, turns):
             failures.append(e)
         stop.set()
 
-    thread = threading.Thread(target=change)
-    thread.start()
     tokens: dict[str, list[int]] = {}
     open_ids, count = set(), 0
+    thread = threading.Thread(target=change)
+    thread.start()
     while not stop.is_set() or open_ids:
-        if not stop.is_set() and len(open_ids) < 2:
+        if not stop.is_set() and sum(i.startswith("steady") for i in open_ids.copy()) < 2:
             count += 1
             open_ids.add(f"steady{count}")
             engine.submit(request(f"steady{count}", "base", PROMPT, max_tokens=12))
@@ -118,8 +119,6 @@ def test_any_model_comes_and_goes_under_load(zoo, cache, alone, turns):
             tokens.setdefault(output.request_id, []).extend(output.token_ids)
             if output.finish_reason:
                 open_ids.discard(output.request_id)
-            elif not output.request_id.startswith("steady"):
-                open_ids.add(output.request_id)
     thread.join()
     assert not failures
     for request_id, got in tokens.items():
@@ -138,7 +137,7 @@ def test_a_model_that_would_cut_others_short_is_refused(zoo, cache):
     tight = dataclasses.replace(CONFIG, kv_memory_mb=0, kv_pages=2**31 - 1)
     pages = 4 * TINY.layers * 2 * TINY.num_kv_heads * 16 * TINY.head_dim * 4  # one long sequence
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jblock.engine.kv_cache.sizing.kv_budget", lambda devices: pages)
+        patch.setattr("jblock.engine.kv_cache.free_memory.kv_budget", lambda devices: pages)
         patch.setattr("jblock.engine.runner.runner.Runner._workspace", lambda *_: 0)
         engine = ThreadEngine(zoo, {"base": zoo.chain("base")}, tight, cache)
         before = engine.stats().pages_total

@@ -20,7 +20,7 @@ from jblock.engine.kv_cache.spec import KVShape, PoolShape
 from jblock.engine.programs.page_ops import COPY_PAGES
 from jblock.engine.runner.rates import measure_rates
 from jblock.engine.scheduling.sequence import SequenceState
-from jblock.engine.weights.residents import Lease
+from jblock.engine.weights.lease import Lease
 
 PAGE, MAX_PAGES, MAX_SEQS = 4, 8, 16
 LAYERS = {KVShape(1, 2): 1, KVShape(1, 4): 2}

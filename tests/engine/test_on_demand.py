@@ -131,7 +131,7 @@ def test_a_model_is_read_when_it_is_asked_for(own_zoo, zoo):
     size = _weight_bytes(own_zoo, BASE)
     engine = start(own_zoo, zoo, [BASE, OTHER], weights_memory_mb=-(-size // 10**6))
     residency = engine._loop.residency
-    residency.max_weight_bytes = int(1.5 * size)  # finer than megabytes
+    residency._room.max_weight_bytes = int(1.5 * size)  # finer than megabytes
     evict(engine, OTHER)
     expected = ask(engine, BASE)
     assert collect_tokens(engine, expected) == expected

@@ -13,7 +13,7 @@ from jblock.engine.programs import logprobs
 from jblock.engine.programs import penalties as adjust
 from jblock.engine.runner.batch import Batch, control_array
 from jblock.engine.scheduling.sequence import SequenceState, WorkItem
-from jblock.engine.weights.residents import Lease
+from jblock.engine.weights.lease import Lease
 
 VOCAB, SLOTS = 30, 5
 run = jax.jit(adjust.adjust)

@@ -8,7 +8,7 @@ import pytest
 from harness import Agent, oracle, request
 
 from jblock.engine.config import EngineConfig
-from jblock.engine.kv_cache import sizing
+from jblock.engine.kv_cache import free_memory, sizing
 from jblock.engine.kv_cache.spec import KVShape
 
 MODEL = "llama_gqa_untied"
@@ -59,16 +59,16 @@ V2 = {
     ],
 )
 def test_available_ram_heeds_control_groups(tmp_path, available_kb, groups, own, wanted):
-    assert sizing.available_ram(make_root(tmp_path, available_kb, groups, own)) == wanted
+    assert free_memory.available_ram(make_root(tmp_path, available_kb, groups, own)) == wanted
 
 
 def test_the_budget_is_a_share_with_a_cap_on_cpu(monkeypatch):
-    monkeypatch.setattr(sizing, "available_ram", lambda: GB)
-    assert sizing.kv_budget() == GB // 2
-    monkeypatch.setattr(sizing, "available_ram", lambda: 100 * GB)
-    assert sizing.kv_budget() == sizing.CPU_MOST_BYTES
+    monkeypatch.setattr(free_memory, "available_ram", lambda: GB)
+    assert free_memory.kv_budget() == GB // 2
+    monkeypatch.setattr(free_memory, "available_ram", lambda: 100 * GB)
+    assert free_memory.kv_budget() == sizing.CPU_MOST_BYTES
     # Devices that XLA makes of one CPU share its sizing.
-    assert sizing.kv_budget(jax.local_devices()[:1] * 4) == sizing.CPU_MOST_BYTES // 4
+    assert free_memory.kv_budget(jax.local_devices()[:1] * 4) == sizing.CPU_MOST_BYTES // 4
 
 
 def test_the_budget_is_most_of_what_a_device_has_free(monkeypatch):
@@ -77,14 +77,14 @@ def test_the_budget_is_most_of_what_a_device_has_free(monkeypatch):
         platform="gpu", device_kind="some GPU", memory_stats=lambda: stats
     )
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    assert sizing.kv_budget() == 45 * GB
+    assert free_memory.kv_budget() == 45 * GB
     fuller = types.SimpleNamespace(
         platform="gpu", memory_stats=lambda: stats | {"bytes_in_use": 60 * GB}
     )
-    assert sizing.kv_budget([device, fuller]) == 18 * GB
+    assert free_memory.kv_budget([device, fuller]) == 18 * GB
     stats.clear()
     with pytest.raises(ValueError, match=r"some GPU.*kv_memory_mb"):
-        sizing.kv_budget()
+        free_memory.kv_budget()
 
 
 CONFIG = EngineConfig(
@@ -108,7 +108,7 @@ def test_pools_take_what_is_free_and_no_more_than_can_be_used(zoo, monkeypatch):
         roomy.graph
     )  # the programs' own memory was counted
     budget = workspace + 3 * layers * shape.page_bytes
-    monkeypatch.setattr(sizing, "kv_budget", lambda devices: budget)
+    monkeypatch.setattr(free_memory, "kv_budget", lambda devices: budget)
     tight = Agent.make(zoo, [MODEL], CONFIG)
     ((_, shape),) = tight.device.pool_shapes.items()
     assert shape.num_pages - 1 == 3 * layers
@@ -130,7 +130,7 @@ def test_pools_take_what_is_free_and_no_more_than_can_be_used(zoo, monkeypatch):
 
 
 def test_an_explicit_size_wins(zoo, monkeypatch):
-    monkeypatch.setattr(sizing, "kv_budget", lambda devices: 1 / 0)
+    monkeypatch.setattr(free_memory, "kv_budget", lambda devices: 1 / 0)
     agent = Agent.make(zoo, [MODEL], EngineConfig(max_model_len=96, kv_memory_mb=1))
     ((kv, shape),) = agent.device.pool_shapes.items()
     layers = agent.graph.kv_layers[kv]
@@ -148,7 +148,7 @@ def test_sizes_come_from_a_ladder(pages):
 
 def test_a_hair_less_of_free_memory_finds_the_same_programs(zoo, monkeypatch):
     def loaded(budget: int) -> tuple[int, int]:
-        monkeypatch.setattr(sizing, "kv_budget", lambda devices: budget)
+        monkeypatch.setattr(free_memory, "kv_budget", lambda devices: budget)
         agent = Agent.make(zoo, [MODEL], dataclasses.replace(CONFIG, max_num_seqs=64))
         return tuple(p.num_pages for p in agent.device.pool_shapes.values())
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from jblock.engine.weights.cache import WeightCache
-from jblock.engine.weights.residents import Adapter, Lease, State, Weights, WeightSet
+from jblock.engine.weights.lease import Lease
+from jblock.engine.weights.residents import Adapter, State, Weights, WeightSet
 
 SLOTS, PIECES, MAX_BYTES = 3, 6, 100
 SIZES = {"a": 1, "b": 2, "c": 2, "d": 3, "e": 6, "f": 7}  # f never fits

@@ -26,7 +26,7 @@ from jblock.adapt.quantization import quantise_chain  # noqa: E402
 from jblock.blocks.quant_spec import QuantSpec  # noqa: E402
 from jblock.engine.config import EngineConfig  # noqa: E402
 from jblock.engine.engine import ThreadEngine  # noqa: E402
-from jblock.engine.kv_cache import sizing  # noqa: E402
+from jblock.engine.kv_cache import free_memory  # noqa: E402
 from jblock.engine.replicas import DataParallelEngine  # noqa: E402
 from jblock.engine.runner.runner import Runner  # noqa: E402
 from jblock.zoo.store import Zoo  # noqa: E402
@@ -174,7 +174,7 @@ def kv_bytes(agent: Agent) -> list[int]:
     """What the KV pools take of each device where every device has KV_BYTES for them."""
     config = dataclasses.replace(agent.device.config, kv_memory_mb=0)
     with (
-        mock.patch.object(sizing, "kv_budget", lambda devices: KV_BYTES),
+        mock.patch.object(free_memory, "kv_budget", lambda devices: KV_BYTES),
         mock.patch.object(Runner, "_workspace", lambda *_: 0),
     ):
         device = Runner(agent.graph, config, agent.device.executables.cache)

@@ -31,7 +31,8 @@ from jblock.engine.kv_cache.prefix_keys import layer_digests
 from jblock.engine.kv_cache.spec import KVShape
 from jblock.engine.signature import Signature, TableForm
 from jblock.engine.weights import params as parameters
-from jblock.engine.weights.residents import Adapter, Needs, Part, Weights, WeightSet
+from jblock.engine.weights.needs import Needs, Part
+from jblock.engine.weights.residents import Adapter, Weights, WeightSet
 from jblock.parallel.placement import Placement
 from jblock.zoo.partition import Block, blocks
 from jblock.zoo.records import Chain, ComponentRecord

@@ -14,14 +14,8 @@ from jblock.engine.kv_cache.sequence_pages import LayerDigests
 from jblock.engine.kv_cache.spec import KVShape
 from jblock.engine.signature import Signature
 from jblock.engine.weights import params as parameters
-from jblock.engine.weights.residents import (
-    Adapter,
-    Needs,
-    Resident,
-    ResidentSet,
-    Weights,
-    WeightSet,
-)
+from jblock.engine.weights.needs import Needs, ResidentSet
+from jblock.engine.weights.residents import Adapter, Resident, Weights, WeightSet
 from jblock.parallel.placement import Placement
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
@@ -49,12 +43,20 @@ class Layer:
       weights: of each argument (`Signature.arguments`), mostly one component.
       tables: one dict of slot tables an argument, kept up to date; empty where it has none.
       kv_shape: of the pages of its attention; None without attention.
+      kind: "embedding", "layer", "stitch" or "head".
+      width: of the register it reads.
     """
 
     signature: Signature
     weights: tuple[Weights | Tied | ExpertGroup, ...]
     tables: tuple[parameters.Tensors, ...]
     kv_shape: KVShape | None = None
+    kind: str = dataclasses.field(init=False)
+    width: int = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "kind", self.signature.kind)
+        object.__setattr__(self, "width", self.signature.hidden_size)
 
     @property
     def params(self) -> tuple[parameters.Tensors, ...]:
@@ -103,7 +105,7 @@ class BlockInstance:
     @property
     def kind(self) -> str:
         """ "embedding", "layer", "stitch" or "head", of its first layer."""
-        return self.singles[0].layers[0].signature.kind
+        return self.singles[0].layers[0].kind
 
     @property
     def is_head(self) -> bool:

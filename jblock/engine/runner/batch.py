@@ -54,7 +54,7 @@ def batches(
         sizes = sorted(b.num_seqs for b in buckets if b.q_len == chunk)
         for size in (cover or _smallest(sizes))(chunk, len(group)):
             # Those of one adapter lie together, for kernels that read an adapter once a run of rows.
-            together = sorted(group[:size], key=lambda item: item.sequence.lease.slot)
+            together = sorted(group[:size], key=lambda item: item.sequence.adapter_slot)
             yield Batch(Bucket(size, chunk), tuple(together))
             group = group[size:]
 
@@ -74,7 +74,12 @@ def index_array(batch: Batch, num_rows: int) -> np.ndarray:
     index[:, INDEX_COLUMNS : INDEX_COLUMNS + q] = num_rows
     for i, item in enumerate(batch.items):
         sequence = item.sequence
-        index[i, :INDEX_COLUMNS] = (item.start, item.q_len, sequence.lease.slot, sequence.seq_slot)
+        index[i, :INDEX_COLUMNS] = (
+            item.start,
+            item.q_len,
+            sequence.adapter_slot,
+            sequence.seq_slot,
+        )
         index[i, INDEX_COLUMNS : INDEX_COLUMNS + item.q_len] = item.rows
         tokens = item.tokens or (-1,)
         index[i, INDEX_COLUMNS + q : INDEX_COLUMNS + q + item.q_len] = tokens
@@ -138,7 +143,7 @@ def control_array(batch: Batch) -> np.ndarray:
     for i, item in enumerate(batch.items):
         sequence = item.sequence
         sampling = sequence.request.sampling
-        if not sampling.adjusts_logits:
+        if not sequence.adjusts_logits:
             continue
         floats[i, :3] = (
             sampling.repetition_penalty,

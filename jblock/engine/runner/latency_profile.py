@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,39 @@ from jblock.engine.scheduling.step_budget import Times
 
 # The least of a few: whatever else the machine does can only make a call slower.
 _REPEATS = 3
+
+
+class Pace:
+    """How much longer steps take than their profile says: cached tokens to attend to, other work on
+    the machine, and calls that are cheaper together.
+
+    Attributes:
+      ratio: seconds passed over seconds expected, lately.
+    """
+
+    _SLOWEST, _FASTEST = 8.0, 0.25
+    _WEIGHT = 0.1
+
+    def __init__(self) -> None:
+        self.ratio = 1.0
+        self._ready: float | None = None
+
+    def note(self, enqueued: float, expected: float, sampled: bool) -> None:
+        """Learns from a step whose tokens were read a moment ago.
+
+        Args:
+          enqueued: clock when it began to be enqueued.
+          expected: seconds it should take by the profile; 0 if not known.
+          sampled: it had tokens to read.
+        """
+        now = time.perf_counter()
+        if sampled and expected and self._ready is not None:
+            # Steps follow each other on the device, so one takes from the last one's end to its own.
+            seconds = now - max(self._ready, enqueued)
+            ratio = min(max(seconds / expected, self._FASTEST), self._SLOWEST)
+            self.ratio += self._WEIGHT * (ratio - self.ratio)
+        # A step without tokens ends unnoticed, and the next one bears its time.
+        self._ready = now if sampled else None
 
 
 class Profile:

@@ -1,4 +1,4 @@
-"""How fast this machine is: rates of copies and prefill, and how much slower steps are than their profile."""
+"""How fast this machine copies pages and computes prompts."""
 
 import time
 from collections.abc import Callable
@@ -12,34 +12,6 @@ from jblock.engine.kv_cache.host_offload import Rates
 from jblock.engine.programs.page_ops import COPY_PAGES
 from jblock.engine.runner.batch import Batch
 from jblock.engine.runner.runner import Runner
-from jblock.engine.runner.step import Step
-
-
-class Pace:
-    """How much longer steps take than their profile says: cached tokens to attend to, other work on
-    the machine, and calls that are cheaper together.
-
-    Attributes:
-      ratio: seconds passed over seconds expected, lately.
-    """
-
-    _SLOWEST, _FASTEST = 8.0, 0.25
-    _WEIGHT = 0.1
-
-    def __init__(self) -> None:
-        self.ratio = 1.0
-        self._ready: float | None = None
-
-    def note(self, step: Step) -> None:
-        """Learns from a step whose tokens were read a moment ago."""
-        now = time.perf_counter()
-        if step.sampled and step.seconds and self._ready is not None:
-            # Steps follow each other on the device, so one takes from the last one's end to its own.
-            seconds = now - max(self._ready, step.enqueued)
-            ratio = min(max(seconds / step.seconds, self._FASTEST), self._SLOWEST)
-            self.ratio += self._WEIGHT * (ratio - self.ratio)
-        # A step without tokens ends unnoticed, and the next one bears its time.
-        self._ready = now if step.sampled else None
 
 
 def measure_rates(runner: Runner, graph: ServingGraph) -> Rates:

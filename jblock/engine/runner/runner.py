@@ -1,5 +1,6 @@
 """Runs batches through blocks on one agent's devices."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,11 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.profiler import TraceAnnotation
 
 from jblock.blocks.spec import ComponentSpec
 from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.graph.graph import BlockInstance, Layer, Route, Segment, ServingGraph
-from jblock.engine.kv_cache import sizing
+from jblock.engine.kv_cache import free_memory, sizing
 from jblock.engine.kv_cache.host_offload import Rates
 from jblock.engine.kv_cache.spec import KVShape, PoolShape
 from jblock.engine.programs import needed
@@ -29,6 +31,7 @@ from jblock.parallel.placement import Placement
 Tables = Mapping[KVShape, np.ndarray]
 """`KVCacheManager.tables`."""
 Calls = Sequence[tuple[Segment, Any]]
+_UNTRACED = contextlib.nullcontext()
 
 
 class PoolPlan(NamedTuple):
@@ -91,7 +94,7 @@ class Runner:
         self.greedy_only = False
         self.rates: Rates | None = None
         ways = self.placement.rules.ways("heads")
-        self.kv_bytes = config.kv_memory_mb * 10**6 or ways * sizing.kv_budget(
+        self.kv_bytes = config.kv_memory_mb * 10**6 or ways * free_memory.kv_budget(
             self.placement.devices
         )
         self.kv_layers: Mapping[KVShape, int] = graph.kv_layers
@@ -103,7 +106,7 @@ class Runner:
             pools = self.pools_for(graph)
         self.state = DeviceState(self.executables, pools)
         if not config.kv_memory_mb and not self.placement.abstract:
-            self.weight_room = graph.weight_bytes + sizing.spare(self.placement.devices)
+            self.weight_room = graph.weight_bytes + free_memory.spare(self.placement.devices)
         self.state.set_registers(graph.widths)
         self._sampler = Sampler(self.state, self.executables)
         self._indices: dict[tuple, jax.Array | np.ndarray] = {}
@@ -184,7 +187,7 @@ class Runner:
         pools = self.pool_shapes if pools is None else pools
         pages = min(
             ((pools[s].num_pages - 1) // len(digests) for s, digests in route.kv_digests.items()),
-            default=self.config.max_pages,
+            default=self.executables.geometry.max_pages,
         )
         most = min(
             self.config.max_model_len, route.chain.max_position, pages * self.config.page_size
@@ -241,7 +244,7 @@ class Runner:
         batch, state = Batch(bucket, ()), self.state
         index = self._index(batch)
         program = self.executables.get(self.layer_key(layer, bucket))
-        width, kind = layer.signature.hidden_size, layer.signature.kind
+        width, kind = layer.width, layer.kind
         segment = Segment((layer,), layer.kv_shape, 0, len(layer.signature.attentions))
         jax.block_until_ready((index, state.registers[width], state.last_tokens, state.pools))
         begin = time.perf_counter()
@@ -277,7 +280,8 @@ class Runner:
         """
         self.state.clean()
         index = self._index(batch)
-        with tracing.block(instance.name, batch):
+        traced = TraceAnnotation.is_enabled()
+        with tracing.block(instance.name, batch) if traced else _UNTRACED:
             calls = self._calls_of(instance, batch.bucket)
             if instance.kind in ("layer", "stitch"):
                 for segment, program in calls[first:last]:
@@ -288,7 +292,7 @@ class Runner:
             if instance.kind == "embedding":
                 self._embed(layer, program, index)
                 return None
-            registers = self.state.registers[layer.signature.hidden_size]
+            registers = self.state.registers[layer.width]
             logits, meta = program(layer.params, layer.tables, registers, index)
             sampled = self._sampler.sample(logits, meta, batch)
             if any(item.scores for item in batch.items):
@@ -325,7 +329,7 @@ class Runner:
         self._calls.clear()
 
     def _embed(self, layer: Layer, program: Any, index: Any) -> None:
-        state, width = self.state, layer.signature.hidden_size
+        state, width = self.state, layer.width
         state.registers[width] = program(
             layer.params, layer.tables, state.registers[width], state.last_tokens, index
         )
@@ -334,15 +338,15 @@ class Runner:
         self, segment: Segment, program: Any, index: Any, batch: Batch, tables: Tables
     ) -> None:
         layers, state = segment.layers, self.state
-        if layers[0].signature.kind == "stitch":
+        if layers[0].kind == "stitch":
             self._run_stitch(segment, program, index, batch)
             return
-        width, shape = layers[0].signature.hidden_size, segment.kv_shape
+        width, shape = layers[0].width, segment.kv_shape
         pool: Any = ()
         pages: Any = ()
         if shape is not None:
             pool = state.pools[shape]
-            columns = self.config.max_pages
+            columns = self.executables.geometry.max_pages
             pages = batching.page_tables(batch, tables.get(shape), segment, columns)
             pages = state.put(pages, None)
         state.registers[width], pool = program(

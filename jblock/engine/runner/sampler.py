@@ -38,6 +38,8 @@ class Sampler:
 
     def __init__(self, state: DeviceState, executables: Executables):
         self._state, self._executables = state, executables
+        self._programs: dict[tuple[str, int, int], Any] = {}
+        self._version = -1
 
     def sample(self, logits: jax.Array, meta: jax.Array, batch: Batch) -> Sampled:
         """Enqueues sampling of one token a sequence.
@@ -50,7 +52,7 @@ class Sampler:
         state = self._state
         wanted = [i.sequence.request.sampling for i in batch.items]
         adjusted = logits
-        if any(w.adjusts_logits for w in wanted):
+        if any(i.sequence.adjusts_logits for i in batch.items):
             adjusted = self._adjust(logits, meta, batch)
         greedy = all(w.temperature == 0 for w in wanted)
         program = self.program("greedy" if greedy else "sampled", logits)
@@ -64,9 +66,14 @@ class Sampler:
     def program(self, kind: str, logits: jax.Array) -> Any:
         """A program that works on logits of this shape."""
         size, vocab = logits.shape
-        return self._executables.get(
-            ProgramKey(kind=kind, bucket=Bucket(size, 1), vocab_size=vocab)
-        )
+        if self._version != self._executables.version:
+            self._version = self._executables.version
+            self._programs.clear()
+        program = self._programs.get((kind, size, vocab))
+        if program is None:
+            key = ProgramKey(kind=kind, bucket=Bucket(size, 1), vocab_size=vocab)
+            program = self._programs[kind, size, vocab] = self._executables.get(key)
+        return program
 
     def _adjust(self, logits: jax.Array, meta: jax.Array, batch: Batch) -> jax.Array:
         """Logits with biases and penalties; sequences that begin here bring their counts."""
@@ -76,7 +83,7 @@ class Sampler:
             counts = state.zeros((self._executables.geometry.max_num_seqs, vocab), jnp.int32)
         for item in batch.items:
             sequence = item.sequence
-            if item.tokens and sequence.request.sampling.adjusts_logits:
+            if item.tokens and sequence.adjusts_logits:
                 row = count_row(sequence.request.token_ids, sequence.generated, vocab)
                 slot = np.array([sequence.seq_slot], np.int32)
                 program = self._executables.get(ProgramKey(kind="set_counts", vocab_size=vocab))

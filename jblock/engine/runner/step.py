@@ -129,6 +129,8 @@ class Stepper:
     @staticmethod
     def _grant(chunks: Sequence[WorkItem], prompt_seconds: float) -> None:
         """Shares the time for prompts out to the chunks in flight."""
+        if not chunks:
+            return
         if math.isinf(prompt_seconds):
             for item in chunks:
                 item.allowance = math.inf
@@ -237,7 +239,8 @@ class Stepper:
         """All of an item is enqueued. The device runs calls in that order, so what it held is free for
         the next, and what it wrote is there for the next to read."""
         item.sequence.item = None
-        self._rows.free(item.rows[1:])
+        if item.q_len > 1:
+            self._rows.free(item.rows[1:])
         sequence, end = item.sequence, item.start + item.q_len
         if item.of_prompt and self._kv.has_uncached(sequence.pages, end):
             self._kv.cache(sequence.pages, sequence.all_token_ids, end)

@@ -117,6 +117,7 @@ class Scheduler:
                 held.update(sequence.pages.layers)
                 continue
             sequence.seq_slot, sequence.computed = slot, computed
+            sequence.adapter_slot = sequence.lease.slot
             (sequence.row,) = self.rows.allocate(1)
             sequence.prefill = len(tokens)
             sequence.sampled = len(sequence.generated)

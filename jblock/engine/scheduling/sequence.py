@@ -6,7 +6,7 @@ import math
 from jblock.engine.api import Request
 from jblock.engine.graph.graph import Route, Stage
 from jblock.engine.kv_cache.sequence_pages import SequencePages
-from jblock.engine.weights.residents import Lease
+from jblock.engine.weights.lease import Lease
 
 
 @dataclasses.dataclass(eq=False)
@@ -19,9 +19,11 @@ class SequenceState:
       max_tokens: most tokens to generate, the model's limit applied.
       seed: of its draws.
       lease: on all its chain needs on the device.
+      adapter_slot: its adapter's slot in the tables; 0 without.
       seq_slot: its entry in the device's last-token array; -1 while waiting.
       row: its register row for decoding.
       pages: its KV pages.
+      adjusts_logits: anything but the way of drawing differs from the plain model.
       prefill: tokens to compute before it decodes: the prompt, and after a preemption what it had
         generated too.
       prompt_work: seconds that its prompt was given, or how far others had come when it began; of the
@@ -39,9 +41,11 @@ class SequenceState:
     max_tokens: int
     seed: int
     lease: Lease
+    adapter_slot: int = 0
     seq_slot: int = -1
     row: int = -1
     pages: SequencePages = dataclasses.field(init=False)
+    adjusts_logits: bool = dataclasses.field(init=False)
     prefill: int = 0
     prompt_work: float = 0.0
     computed: int = 0
@@ -53,6 +57,15 @@ class SequenceState:
 
     def __post_init__(self):
         self.pages = SequencePages(self.route.kv_digests, self.request.cache_salt)
+        wanted = self.request.sampling
+        penalties = (
+            wanted.repetition_penalty,
+            wanted.presence_penalty,
+            wanted.frequency_penalty,
+        )
+        self.adjusts_logits = (
+            penalties != (1, 0, 0) or bool(wanted.logit_bias) or wanted.min_tokens > 0
+        )
         if self.request.sampling.prompt_logprobs:
             self.prompt_logprobs = [0.0] * (len(self.request.token_ids) - 1)
 
@@ -79,7 +92,7 @@ class SequenceState:
         sampling = self.request.sampling
         return (
             sampling.temperature == 0
-            and not sampling.adjusts_logits
+            and not self.adjusts_logits
             and not sampling.top_logprobs
             and not self.scores_prompt
         )

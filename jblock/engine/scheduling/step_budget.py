@@ -95,16 +95,6 @@ def batch_limits(wanted: Sequence[float], times: Sequence[Times], budget: float)
     return [max(t.most(cost * scale), t.efficient) for cost, t in zip(costs, times, strict=True)]
 
 
-def prompt_seconds(budget: float, decoding: float) -> float:
-    """Seconds of a step that prompts may take while others decode.
-
-    Args:
-      budget: seconds of a step.
-      decoding: seconds of it that decoding takes.
-    """
-    return max(budget - decoding, PROMPT_SHARE * budget)
-
-
 def allowances(left: Sequence[float], seconds: float) -> list[float]:
     """How much of a step each chunk in flight may use.
 

@@ -15,15 +15,9 @@ import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from jblock.engine.weights.residents import (
-    Adapter,
-    Lease,
-    Needs,
-    Resident,
-    ResidentSet,
-    State,
-    Worker,
-)
+from jblock.engine.weights.lease import Lease
+from jblock.engine.weights.needs import Needs, ResidentSet, Worker
+from jblock.engine.weights.residents import Adapter, Resident, State
 from jblock.engine.weights.room import Room
 
 

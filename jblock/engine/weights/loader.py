@@ -20,7 +20,9 @@ from jblock.engine.signature import MAX_TURNS, TableForm
 from jblock.engine.weights import params as parameters
 from jblock.engine.weights.cache import WeightCache
 from jblock.engine.weights.host_cache import HostCache
-from jblock.engine.weights.residents import Adapter, Lease, Needs, Resident, ResidentSet, Weights
+from jblock.engine.weights.lease import Lease
+from jblock.engine.weights.needs import Needs, ResidentSet
+from jblock.engine.weights.residents import Adapter, Resident, Weights
 from jblock.parallel.placement import Placement
 from jblock.zoo.records import ZooError
 from jblock.zoo.store import Zoo
@@ -78,6 +80,8 @@ class Loads:
       background: where work runs; until another is given, in `pump`, on the caller's own thread.
       widen_tables: takes {spec: targets} that tables have to be made for, and the adapter that wants
         them; `residency.switch` or `refuse` follows.
+      deferred: work that `pump` does.
+      warming: chains that `pump` answers for once they are there.
     """
 
     def __init__(self, zoo: Zoo, placement: Placement, served: ResidentSet, config: EngineConfig):
@@ -86,8 +90,8 @@ class Loads:
         self.background: Background = self._defer
         self._served, self._zoo, self._config = served, zoo, config
         self._placement = placement
-        self._deferred: collections.deque = collections.deque()
-        self._warming: list[Warming] = []
+        self.deferred: collections.deque = collections.deque()
+        self.warming: list[Warming] = []
         self.residency = WeightCache(
             served,
             self,
@@ -116,10 +120,10 @@ class Loads:
 
     def pump(self) -> None:
         """Does what was put off, and answers for what was warmed."""
-        while self._deferred:
-            work, done = self._deferred.popleft()
+        while self.deferred:
+            work, done = self.deferred.popleft()
             attempt(work, done)
-        for warming in list(self._warming):
+        for warming in list(self.warming):
             leases = [lease for lease in warming.leases if not lease.released]
             failed = next((lease for lease in leases if lease.error), None)
             if failed is not None:
@@ -131,7 +135,7 @@ class Loads:
                 warming.done.set_result(leases)
             else:
                 continue
-            self._warming.remove(warming)
+            self.warming.remove(warming)
 
     def warm(
         self,
@@ -142,7 +146,7 @@ class Loads:
         """Brings chains, taken up or not, to the device, as far as there is room without
         waiting for it. `pump` gives `done` their leases, or the error of the first that cannot be read."""
         leases = [self.residency.acquire(needs, optional=True) for needs in all_needs]
-        self._warming.append(Warming(served, leases, done))
+        self.warming.append(Warming(served, leases, done))
 
     # What residency asks for
 
@@ -256,7 +260,7 @@ class Loads:
     # Where nobody else does the work
 
     def _defer(self, kind: str, work: Callable[[], Any], done: Done) -> None:
-        self._deferred.append((work, done))
+        self.deferred.append((work, done))
 
 
 def weights_of(served: ResidentSet) -> list[Needs]:

@@ -3,7 +3,8 @@
 from collections.abc import Collection, Iterable, Sequence
 
 from jblock.engine.kv_cache.page_pool import IdAllocator
-from jblock.engine.weights.residents import Adapter, Needs, Resident, Weights
+from jblock.engine.weights.needs import Needs
+from jblock.engine.weights.residents import Adapter, Resident, Weights
 
 
 class Room:

@@ -1,0 +1,80 @@
+"""What a chain needs on the device, and who brings it there."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from jblock.blocks.spec import ComponentSpec
+from jblock.engine.adapters.slot_tables import Tables
+from jblock.engine.signature import TableForm
+from jblock.engine.weights.residents import Adapter, Resident, WeightSet
+from jblock.zoo.records import Chain
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """One component of a chain: its id, its spec, and its slot tables with their form, if any chain
+    adapts it."""
+
+    component: str
+    spec: ComponentSpec
+    form: TableForm | None
+    tables: Tables | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Needs:
+    """What a chain needs on the device.
+
+    Attributes:
+      chain: its record.
+      parts: its components, one a step.
+      weights: of its components, whether they are on the device or not.
+      adapter: its deltas; None without.
+    """
+
+    chain: Chain
+    parts: tuple[Part, ...]
+    weights: WeightSet
+    adapter: Adapter | None = None
+
+    @property
+    def lacks_targets(self) -> bool:
+        """Its deltas want tables that are not there."""
+        targets = (self.adapter.targets if self.adapter else None) or {}
+        return any(
+            not targets.get(p.component, frozenset()) <= set(p.form.targets if p.form else ())
+            for p in self.parts
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ResidentSet:
+    """What the chains that are served together may bring to the device.
+
+    Attributes:
+      needs: of each chain, by name.
+      residents: all of it.
+      pinned: names of the chains that stay on the device.
+    """
+
+    needs: Mapping[str, Needs]
+    residents: Sequence[Resident]
+    pinned: tuple[str, ...] = ()
+
+
+class Worker(Protocol):
+    """Does what residency decides. Each call returns at once; answers come by `probed`, `finished` and
+    `switch`, never from within the call."""
+
+    def probe(self, adapter: Adapter, needs: Needs) -> None:
+        """Finds out the targets and the size of an adapter."""
+        ...
+
+    def load(self, resident: Resident, needs: Needs) -> None:
+        """Brings a resident to the room it was given."""
+        ...
+
+    def widen(self, adapter: Adapter, needs: Needs) -> None:
+        """Has tables made for the projections of an adapter that none was known to adapt."""
+        ...
