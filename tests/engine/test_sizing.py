@@ -66,9 +66,9 @@ def test_the_budget_is_a_share_with_a_cap_on_cpu(monkeypatch):
     monkeypatch.setattr(free_memory, "available_ram", lambda: GB)
     assert free_memory.kv_budget() == GB // 2
     monkeypatch.setattr(free_memory, "available_ram", lambda: 100 * GB)
-    assert free_memory.kv_budget() == sizing.CPU_MOST_BYTES
-    # Devices that XLA makes of one CPU share its sizing.
-    assert free_memory.kv_budget(jax.local_devices()[:1] * 4) == sizing.CPU_MOST_BYTES // 4
+    assert free_memory.kv_budget() == free_memory.CPU_MOST_BYTES
+    # Devices that XLA makes of one CPU share its memory.
+    assert free_memory.kv_budget(jax.local_devices()[:1] * 4) == free_memory.CPU_MOST_BYTES // 4
 
 
 def test_the_budget_is_most_of_what_a_device_has_free(monkeypatch):
