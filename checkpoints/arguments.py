@@ -31,7 +31,7 @@ def parser(program: str) -> argparse.ArgumentParser:
             name, aliases=aliases, help=help, description=text, formatter_class=raw
         )
         sub.set_defaults(run=does)
-        sub.add_argument("--zoo", required=True, help="folder of the zoo")
+        sub.add_argument("--zoo", required=True, help="folder of the zoo, or s3://bucket/folder")
         for field in fields:
             option = sub.add_argument(field, help=FIELDS[field])
             option.required = True
@@ -67,6 +67,7 @@ def _adding(command: Command) -> None:
         sub.add_argument(
             "--dry_run", action="store_true", help="only tell what would be stored and shared"
         )
+        _no_activate(sub)
 
     several(command("hf", sources.hf, "add Hugging Face checkpoints"), "src")
     several(command("gguf", sources.gguf, "add models from GGUF files"), "gguf")
@@ -109,6 +110,7 @@ def _deriving(command: Command) -> None:
         "--name", dest="copy_name", help="name of the copy (default: NAME-int4, NAME-int8)"
     )
     merge = command("merge", commands.merge, "add the weighted sum of LoRA adapters", "--name")
+    _no_activate(merge)
     merge.add_argument(
         "--adapter",
         action="append",
@@ -182,6 +184,13 @@ def _keeping(command: Command) -> None:
     profile.add_argument("--programs", help="folder of compiled programs (default: the user's own)")
     copy = command("copy", commands.copy, "copy models into another zoo", "--to")
     copy.add_argument("names", nargs="*", help="models, as name or name@version; default: all")
+    _no_activate(copy)
+    command("activate", commands.activate, "make a version the active one", "name")
+    command("rollback", commands.rollback, "make the version active that was so before", "name")
+    alias = command("alias", commands.alias, "give a version another name", "name")
+    alias.add_argument("alias", help="letters, digits, '_', '.' and '-', a letter first")
+    alias.add_argument("--remove", action="store_true", help="take the alias away")
+    command("history", commands.history, "show what was done to a model, when and by whom", "name")
     rm = command("rm", commands.rm, "remove a model or an edge")
     rm.add_argument("name", nargs="?", help=FIELDS["name"])
     rm.add_argument("--edge", metavar="ID", help="an edge: the beginning of its id")
@@ -189,6 +198,14 @@ def _keeping(command: Command) -> None:
     gc.add_argument("--delete", action="store_true", help="remove it; without, only show it")
     fsck = command("fsck", commands.fsck, "check every hash and every reference")
     fsck.add_argument("--repair", action="store_true", help="put right what can be")
+
+
+def _no_activate(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--no_activate",
+        action="store_true",
+        help="add the version, and leave the active one as it is",
+    )
 
 
 def _details(sub: argparse.ArgumentParser) -> None:

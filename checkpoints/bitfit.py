@@ -1,15 +1,15 @@
 """Recognizes components that differ from one of the zoo in biases and norms alone (BitFit, arXiv
 2106.10199; frozen matrices under trained norms), so that only those are stored, as a delta."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from jblock.blocks.delta_spec import BiasNormSpec
 from jblock.blocks.spec import ComponentSpec, canonical_json, spec_to_json
-from jblock.zoo import params
 from jblock.zoo.ids import raw_bytes
-from jblock.zoo.records import ComponentRecord
+from jblock.zoo.records import ComponentRecord, ZooError
 from jblock.zoo.store import Zoo
 
 # Elements looked at before a candidate is read: other weights differ in the first few.
@@ -47,8 +47,13 @@ class BitFitMatcher:
             return None
         found: list[Shared] = []
         for record in self._candidates(spec):
-            if self._same_matrices(record, tensors, matrices):
+            try:
+                if not self._same_matrices(record, tensors, matrices):
+                    continue
                 vectors = self._changed(record.id, tensors)
+            except ZooError:
+                continue  # see _candidates
+            else:
                 if not vectors:
                     return None
                 found.append(Shared(record.id, vectors))
@@ -60,18 +65,25 @@ class BitFitMatcher:
         """The norm that the zoo's models have in front of the unembedding `head`, where it differs: with
         it shared, so is the block that both make."""
         norms: set[str] = set()
+        found = []
         for name in self._zoo.chains():
-            before, last = self._zoo.chain(name).steps[-2:]
-            if last.component == head and self._zoo.component(before.component).spec == spec:
-                norms.add(before.component)
-        found = [Shared(norm, self._changed(norm, tensors)) for norm in sorted(norms)]
+            with contextlib.suppress(ZooError):
+                before, last = self._zoo.chain(name).steps[-2:]
+                if last.component == head and self._zoo.component(before.component).spec == spec:
+                    norms.add(before.component)
+        for norm in sorted(norms):
+            with contextlib.suppress(ZooError):
+                found.append(Shared(norm, self._changed(norm, tensors)))
         return None if not all(s.vectors for s in found) else next(iter(found), None)
 
     def _candidates(self, spec: ComponentSpec) -> Sequence[ComponentRecord]:
         if self._records is None:
             self._records = {}
-            for id_ in sorted(p.name for p in (self._zoo.path / "components").iterdir()):
-                record = self._zoo.component(id_)
+            for id_ in self._zoo.storage.names("components"):
+                try:
+                    record = self._zoo.component(id_)
+                except ZooError:
+                    continue  # damaged or foreign, which is no concern of a new model; fsck tells
                 if not record.refs:
                     self._records.setdefault(_text(record.spec), []).append(record)
         return self._records.get(_text(spec), ())
@@ -81,14 +93,11 @@ class BitFitMatcher:
     ) -> bool:
         if any(record.tensors[n].dtype != tensors[n].dtype.name for n in matrices):
             return False
-        with self._zoo.reading("components", record.id) as folder:
-            for name in matrices:
-                flat = tensors[name].reshape(-1)
-                head = flat[: min(_HEAD, flat.size)].astype(np.float32)
-                file = folder / "params" / name
-                there = params.read_runs(file, record.tensors[name], [0], len(head))
-                if not np.array_equal(head, there):
-                    return False
+        for name in matrices:
+            flat = tensors[name].reshape(-1)
+            head = flat[: min(_HEAD, flat.size)].astype(np.float32)
+            if not np.array_equal(head, self._zoo.read_runs(record.id, name, [0], len(head))):
+                return False
         return all(_equal(self._zoo.load_tensor(record.id, n), tensors[n]) for n in matrices)
 
     def _changed(self, id_: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,7 +1,9 @@
 """What the commands do that need nothing but a zoo; `sources.py` has those that read others' files."""
 
 import argparse
+import contextlib
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +57,10 @@ def merge(args: argparse.Namespace) -> Outcome:
             raise CheckpointError(
                 f"--adapter {text!r}: give a model and its weight, as A=0.7"
             ) from None
-    chain, new = merge(Path(args.zoo), args.name, adapters, args.combine, progress_of(args))
-    return added(chain, new)
+    chain, new = merge(
+        args.zoo, args.name, adapters, args.combine, progress_of(args), not args.no_activate
+    )
+    return added(args.zoo, chain, new)
 
 
 def profile(args: argparse.Namespace) -> Outcome:
@@ -65,7 +69,7 @@ def profile(args: argparse.Namespace) -> Outcome:
     from checkpoints.profile import profile
 
     programs = Path(args.programs) if args.programs else None
-    data = profile(Path(args.zoo), args.names, programs, progress_of(args))
+    data = profile(args.zoo, args.names, programs, progress_of(args))
     return Outcome(data, lambda: printing.print_profile(data))
 
 
@@ -77,9 +81,11 @@ def list_(args: argparse.Namespace) -> Outcome:
 
     if args.edges:
         found = edge_inventory(Zoo.open(args.zoo), accepted(args))
+        warn(found["problems"])
         return Outcome(found, lambda: printing.print_edges(found))
-    data = inventory(Zoo.open(args.zoo))
-    shown = {key: data[key] for key in ("zoo", "chains", "totals")}
+    data = inventory(Zoo.open(args.zoo), objects=False)
+    warn(data["problems"])
+    shown = {key: data[key] for key in ("zoo", "chains", "totals", "problems")}
     return Outcome(shown, lambda: printing.print_chains(data))
 
 
@@ -88,15 +94,23 @@ def inspect(args: argparse.Namespace) -> Outcome:
     from checkpoints import printing
     from jblock.zoo.inventory import inventory
     from jblock.zoo.partition import blocks
+    from jblock.zoo.records import ZooError
     from jblock.zoo.store import Zoo
 
     zoo = Zoo.open(args.zoo)
     data = inventory(zoo, args.name)
-    live = {name: zoo.chain(name) for name in zoo.chains()}
-    cut = blocks(live, zoo.cut_cost(live))
+    served = {}
+    for name in zoo.chains():
+        with contextlib.suppress(ZooError):  # told by the inventory
+            served[name] = zoo.chain(name)
+    wanted = [row for row in data["chains"] if args.name is not None]
+    for row in wanted:
+        served[row["name"]] = zoo.chain(row["name"], row["version"])
+    cut = blocks(served, zoo.cut_cost(served))
     for row in data["chains"]:
-        if row["live"]:
+        if row["active"] or row in wanted:
             row["blocks"] = len(cut[row["name"]])
+    warn(data["problems"])
     return Outcome(data, lambda: printing.print_inventory(data, args.name, args.details))
 
 
@@ -107,7 +121,7 @@ def export(args: argparse.Namespace) -> Outcome:
         from checkpoints.orbax.export import export
     else:
         from checkpoints.export import export
-    files = export(Path(args.zoo), name, Path(args.out), progress_of(args), version)
+    files = export(args.zoo, name, Path(args.out), progress_of(args), version)
     data = {"name": args.name, "out": args.out, "files": files}
     return Outcome(data, lines(f"{args.name} written to {args.out}: {len(files)} files"))
 
@@ -133,14 +147,96 @@ def copy(args: argparse.Namespace) -> Outcome:
     from jblock.zoo.transfer import copy
 
     source, target = Zoo.open(args.zoo), Zoo.create(args.to)
-    rows: list[dict[str, Any]] = []
+    rows: dict[str, dict[str, Any]] = {}
+    problems: list[str] = []
     for text in args.names or source.chains():
         name, version = name_and_version(text)
+        activate = not args.no_activate
         with progress_of(args).bar(text, _size(source, source.chain(name, version))) as advance:
-            chain, sent = copy(source, target, name, version, advance)
-        rows.append({"name": chain.name, "version": chain.version, "sent_bytes": sent})
-    told = [f"{r['name']}@{r['version']}: {size(r['sent_bytes'])} sent" for r in rows]
-    return Outcome({"to": str(target.path), "models": rows}, lines(*told))
+            copied = copy(source, target, name, version, advance, activate, problems)
+        for one in copied:
+            at = f"{one.chain.name}@{one.chain.version}"
+            before = rows.get(at, {})  # a base that came along for another one
+            rows[at] = {
+                "name": one.chain.name,
+                "version": one.chain.version,
+                "digest": one.chain.digest,
+                "source_version": one.source_version,
+                "asked_for": one is copied[-1] or before.get("asked_for", False),
+                "added": one.added or before.get("added", False),
+                "active": one.active,
+                "sent_bytes": one.sent_bytes + before.get("sent_bytes", 0),
+            }
+    told = [
+        f"{at} (from {row['name']}@{row['source_version']}): {size(row['sent_bytes'])} sent, "
+        f"{'added' if row['added'] else 'unchanged'}, {'' if row['active'] else 'not '}active"
+        + ("" if row["asked_for"] else ", came along as a base")
+        for at, row in rows.items()
+    ]
+    warn(problems)
+    data = {"to": target.storage.location, "models": list(rows.values()), "problems": problems}
+    return Outcome(data, lines(*told))
+
+
+def activate(args: argparse.Namespace) -> Outcome:
+    """Makes a version the active one."""
+    from checkpoints.errors import CheckpointError
+    from jblock.zoo.store import Zoo
+
+    name, version = name_and_version(args.name)
+    if version is None:
+        raise CheckpointError(f"activate takes NAME@VERSION or NAME@ALIAS, not {args.name!r}")
+    return _pointed(Zoo.open(args.zoo).activate(name, version))
+
+
+def rollback(args: argparse.Namespace) -> Outcome:
+    """Makes the version active that was so before."""
+    from jblock.zoo.store import Zoo
+
+    return _pointed(Zoo.open(args.zoo).rollback(args.name))
+
+
+def alias(args: argparse.Namespace) -> Outcome:
+    """Gives a version another name, or takes one away."""
+    from checkpoints.errors import CheckpointError
+    from jblock.zoo.store import Zoo
+
+    name, version = name_and_version(args.name)
+    if (version is None) is not args.remove:
+        raise CheckpointError("alias takes NAME@VERSION ALIAS, or --remove with NAME ALIAS")
+    return _pointed(Zoo.open(args.zoo).alias(name, args.alias, version))
+
+
+def history(args: argparse.Namespace) -> Outcome:
+    """Shows what was done to a model."""
+    from checkpoints import printing
+    from jblock.zoo.store import Zoo
+
+    data = _model(Zoo.open(args.zoo).model(args.name))
+    return Outcome(data, lambda: printing.print_history(data))
+
+
+def _pointed(model: Any) -> Outcome:
+    data = _model(model)
+    aliases = ", ".join(f"{model.name}@{a} is version {v}" for a, v in data["aliases"].items())
+    active = f"{model.name}: version {model.active} is active"
+    return Outcome(data, lines(active, *([aliases] if aliases else [])))
+
+
+def _model(model: Any) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "active": model.active,
+        "versions": [{"version": v, "digest": d} for v, d in sorted(model.versions.items())],
+        "aliases": dict(sorted(model.aliases.items())),
+        "history": [dict(line) for line in model.history],
+    }
+
+
+def warn(problems: list[str]) -> None:
+    """Tells on stderr what could not be read; the command goes on."""
+    for problem in dict.fromkeys(problems):
+        print(f"jblock-convert: warning: {problem}", file=sys.stderr)
 
 
 def equivalence(args: argparse.Namespace) -> Outcome:
@@ -236,13 +332,15 @@ def rm(args: argparse.Namespace) -> Outcome:
     if (args.name is None) is (args.edge is None):
         raise CheckpointError("rm takes the name of a model, or --edge with the id of an edge")
     zoo = Zoo.open(args.zoo)
+    problems: list[str] = []
     if args.edge is not None:
         id_ = edges.find_edge(zoo, args.edge)
         edges.remove_edge(zoo, id_)
         removed = [f"edge {id_}"]
     else:
-        removed = gc.remove(zoo, *name_and_version(args.name))
-    nbytes = sum(g.nbytes for g in gc.collect(zoo, dry_run=True))
+        removed = gc.remove(zoo, *name_and_version(args.name), problems)
+    nbytes = sum(g.nbytes for g in gc.collect(zoo, dry_run=True, problems=problems))
+    warn(problems)
     last = f"{size(nbytes)} are used by nothing now: 'jblock-convert gc --delete' frees them"
     data = {"removed": removed, "garbage_bytes": nbytes}
     return Outcome(data, lines(*(f"{r} removed" for r in removed), last))
@@ -254,12 +352,14 @@ def gc(args: argparse.Namespace) -> Outcome:
     from jblock.zoo import gc
     from jblock.zoo.store import Zoo
 
-    found = gc.collect(Zoo.open(args.zoo), dry_run=not args.delete)
+    problems: list[str] = []
+    found = gc.collect(Zoo.open(args.zoo), dry_run=not args.delete, problems=problems)
+    warn(problems)
     nbytes = sum(g.nbytes for g in found)
     each = [f"{g.kind[:-1]} {g.id}: {size(g.nbytes)}" for g in found]
     done = "removed" if args.delete else "would be removed: give --delete to do it"
     rows = [dataclasses.asdict(g) for g in found]
-    data = {"garbage": rows, "bytes": nbytes, "deleted": bool(args.delete)}
+    data = {"garbage": rows, "bytes": nbytes, "deleted": bool(args.delete), "problems": problems}
     return Outcome(data, lines(*each, f"{len(found)} entries, {size(nbytes)}, {done}"))
 
 
@@ -274,8 +374,8 @@ def fsck(args: argparse.Namespace) -> Outcome:
     repaired = repair(zoo) if args.repair else []
     with progress_of(args).bar("checking", stored_bytes(zoo)) as advance:
         problems = fsck(zoo, advance)
-    last = f"{zoo.path}: {f'{len(problems)} problems' if problems else 'clean'}"
-    data = {"zoo": str(zoo.path), "repaired": repaired, "problems": problems}
+    last = f"{zoo.storage.location}: {f'{len(problems)} problems' if problems else 'clean'}"
+    data = {"zoo": zoo.storage.location, "repaired": repaired, "problems": problems}
     return Outcome(data, lines(*repaired, *problems, last), 1 if problems else 0)
 
 
@@ -300,10 +400,10 @@ def accepted(args: argparse.Namespace) -> Any:
     return AcceptancePolicy(policy=args.policy, thresholds=thresholds)
 
 
-def name_and_version(text: str) -> tuple[str, int | None]:
-    """Splits "name@version"; a name alone stands for the live version."""
+def name_and_version(text: str) -> tuple[str, str | None]:
+    """Splits "name@version", where the version may be an alias; a name alone stands for the active one."""
     name, at, version = text.partition("@")
-    return (name, int(version)) if at and version.isdecimal() else (text, None)
+    return (name, version) if at else (text, None)
 
 
 def _lossy(made: Any, what: str, *texts: str) -> Outcome:

@@ -13,7 +13,7 @@ from jblock.adapt.probe import ProbeData
 from jblock.zoo.acceptance import AcceptancePolicy, violations
 from jblock.zoo.edge_records import Edge
 from jblock.zoo.edges import put_edges
-from jblock.zoo.records import Chain, Step
+from jblock.zoo.records import Chain, Step, ZooError
 from jblock.zoo.store import Zoo
 
 
@@ -54,8 +54,15 @@ def run(zoo: Zoo, options: Options, progress: Progress) -> dict[str, Any]:
     """
     if not -1.0 < options.cosine <= 1.0:
         raise CheckpointError(f"--cosine {options.cosine}: give more than -1 and at most 1")
-    live = {name: zoo.chain(name) for name in zoo.chains()}
-    exact = {name: chain for name, chain in live.items() if chain.policy == "exact"}
+    active: dict[str, Chain] = {}
+    for name in zoo.chains():
+        try:
+            active[name] = zoo.chain(name)
+            zoo.check_chain(active[name])
+        except ZooError as e:  # damage of one is no concern of the others
+            active.pop(name, None)
+            progress.note(f"{name} is left out: {e}")
+    exact = {name: chain for name, chain in active.items() if chain.policy == "exact"}
     chains = {name: zoo.chain(name) for name in options.names} or exact
     used = substitution.users(exact | chains)
     total = sum(zoo.component(id_).nbytes for id_ in used)

@@ -6,6 +6,7 @@ files are laid out first, and every component is then read once, checked, and wr
 
 import json
 import os
+import re
 import secrets
 import shutil
 import struct
@@ -16,13 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints import layouts
+from checkpoints.adapter import SMALL_FILES as ADAPTER_FILES
 from checkpoints.adapter import plan_adapter
 from checkpoints.bitfit import with_vectors
 from checkpoints.errors import CheckpointError
-from checkpoints.hf import LEFT_OUT
+from checkpoints.hf import LEFT_OUT, SMALL_FILES
 from checkpoints.progress import Progress
 from checkpoints.safetensors_file import TensorInfo, parse_header, unpack_tensors
 from checkpoints.source import TOKENIZER_LIST, Source
+from checkpoints.tokenizer import FILES as TOKENIZER_FILES
 from jblock.families import Plan, families
 from jblock.zoo import disk
 from jblock.zoo.ids import raw_bytes
@@ -30,10 +33,16 @@ from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
 
 _HEADER = ".header"
+_MOST_LEFT_OUT = 1 << 30  # bytes of masks and rope tables that an export writes again
+_WEIGHTS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.safetensors")
 
 
 def export(
-    zoo_path: Path, name: str, out: Path, progress: Progress, version: int | None = None
+    zoo_path: str | Path,
+    name: str,
+    out: Path,
+    progress: Progress,
+    version: int | str | None = None,
 ) -> list[str]:
     """Writes a model as a Hugging Face checkpoint, or an adapter in the form it came in.
 
@@ -42,7 +51,7 @@ def export(
       name: the model.
       out: folder to make; it may exist if it is empty.
       progress: told how far it is.
-      version: which version; None: the live one.
+      version: which version; None: the active one.
 
     Returns:
       Names of the files written, sorted.
@@ -64,18 +73,21 @@ def export(
         )
     kept = zoo.files("sources", chain.source_files)
     headers = {n.removesuffix(_HEADER): raw for n, raw in kept.items() if n.endswith(_HEADER)}
+    small = {n: b for n, b in kept.items() if not n.endswith(_HEADER)}
+    left_out = _left_out(small)
+    small |= _tokenizer(zoo, chain, small)
+    _check_names(chain, headers, small)
+    _check_config(chain, small)
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.parent / f".{out.name}.{secrets.token_hex(4)}"
     with disk.disk_errors(out):
         aside.mkdir()
         try:
             source = _lay_out(aside, headers)
-            small = {n: b for n, b in kept.items() if not n.endswith(_HEADER)}
-            left_out = _left_out(small)
             plan = None
             if chain.base is None:
                 plan, source = layouts.fit(families()[chain.family].plan(chain.source), source)
-            for file, data in (small | _tokenizer(zoo, chain, small)).items():
+            for file, data in small.items():
                 (aside / file).write_bytes(data)
             total = sum(t.nbytes for t in source.tensors.values())
             with progress.bar(f"{name}: writing", total) as advance:
@@ -97,6 +109,42 @@ def export(
     return sorted(os.listdir(out))
 
 
+def _check_names(chain: Chain, headers: Mapping[str, bytes], small: Mapping[str, bytes]) -> None:
+    """Refuses files that no converted checkpoint had: a zoo may come from anywhere, and Python files or
+    pickles beside weights are run by what loads them."""
+    allowed = {*SMALL_FILES, *ADAPTER_FILES, *TOKENIZER_FILES}
+    bad = sorted(
+        {n for n in small if n not in allowed} | {n for n in headers if not _WEIGHTS.fullmatch(n)}
+    )
+    if bad:
+        raise CheckpointError(
+            f"{chain.name}@{chain.version} keeps a file {bad[0]!r}, which is not of a checkpoint: nothing "
+            "was written; do not trust this zoo"
+        )
+
+
+def _check_config(chain: Chain, small: Mapping[str, bytes]) -> None:
+    """Refuses a configuration that is not the one the model was made from."""
+    name, expected = (
+        ("config.json", chain.source)
+        if chain.base is None
+        else ("adapter_config.json", chain.adapter)
+    )
+    if name not in small:
+        return
+    try:
+        found = json.loads(small[name])
+    except ValueError as e:
+        raise CheckpointError(
+            f"{chain.name}@{chain.version} keeps a {name} that is none: {e}"
+        ) from e
+    if found != expected:
+        raise CheckpointError(
+            f"{chain.name}@{chain.version} keeps another {name} than it was made from: nothing was written; "
+            "do not trust this zoo"
+        )
+
+
 def _why_not(chain: Chain) -> str:
     """Why a chain is not what some files were."""
     if "packed" in chain.derived:
@@ -114,7 +162,14 @@ def _why_not(chain: Chain) -> str:
 def _left_out(small: dict[str, bytes]) -> dict[str, np.ndarray]:
     """The tensors that the model does not need; takes them out of `small`."""
     if LEFT_OUT in small:
-        return unpack_tensors(zlib.decompress(small.pop(LEFT_OUT)))
+        try:
+            inflater = zlib.decompressobj()
+            data = inflater.decompress(small.pop(LEFT_OUT), _MOST_LEFT_OUT)
+        except zlib.error as e:
+            raise CheckpointError(f"{LEFT_OUT} of the zoo cannot be inflated: {e}") from e
+        if inflater.unconsumed_tail:
+            raise CheckpointError(f"{LEFT_OUT} of the zoo has over {_MOST_LEFT_OUT} bytes inflated")
+        return unpack_tensors(data)
     # As earlier versions kept them.
     plain = small.pop("left_out.safetensors", None)
     return {} if plain is None else unpack_tensors(plain)
@@ -151,7 +206,12 @@ def _tokenizer(zoo: Zoo, chain: Chain, small: dict[str, bytes]) -> dict[str, byt
         return {}
     files = zoo.files("tokenizers", chain.tokenizer)
     if listed is not None:
-        return {n: files[n] for n in json.loads(listed)}
+        try:
+            return {n: files[n] for n in json.loads(listed)}
+        except (KeyError, TypeError, ValueError) as e:
+            raise CheckpointError(
+                f"{chain.name}@{chain.version} lists tokenizer files that it does not have: {e}"
+            ) from e
     # Models of zoos that hold no such list: adapters mostly have none of their own.
     return files if chain.base is None else {}
 

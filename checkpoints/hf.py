@@ -17,10 +17,11 @@ from checkpoints.tokenizer import TokenizerFiles
 from jblock.blocks.spec import ComponentSpec, NormSpec, canonical_json, spec_to_json
 from jblock.families import Plan
 from jblock.families.config import token_ids
+from jblock.zoo.ids import content_id
 from jblock.zoo.records import Chain, NotFoundError, Step, check_name
 from jblock.zoo.store import Zoo
 
-_SMALL = ("config.json", "generation_config.json", "model.safetensors.index.json")
+SMALL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 # In a folder of small files: tensors that no model needs but an export writes again, deflated, as masks
 # are the same few numbers over and over.
 LEFT_OUT = "left_out.safetensors.z"
@@ -39,10 +40,11 @@ _SAMPLING = (
 
 def convert(
     source_path: Path,
-    zoo_path: Path,
+    zoo_path: str | Path,
     name: str,
     progress: Progress,
     origin: Mapping[str, Any] | None = None,
+    activate: bool = True,
 ) -> tuple[Chain, bool]:
     """Adds the checkpoint in `source_path` to the zoo (made when absent) as model `name`.
 
@@ -65,7 +67,7 @@ def convert(
     note_tokenizer(tokenizer, plan.vocab_size, source_path, progress)
 
     packed, given = checkpoint.packed, tokenizer.given if tokenizer else ()
-    small = source.small_files(_SMALL, given) | _left_out(checkpoint)
+    small = source.small_files(SMALL_FILES, given) | _left_out(checkpoint)
 
     licensed = {"license": checkpoint.license} if checkpoint.license else {}
 
@@ -76,6 +78,7 @@ def convert(
         with zoo.writer(source.key()) as writer:
             owners: dict[str, tuple[str, str]] = {}  # checkpoint tensor -> (component, tensor)
             steps: dict[int, Step] = {}
+            whole: dict[str, str] = {}
             finder = BitFitMatcher(zoo)
             total = sum(t.nbytes for t in source.tensors.values())
             with progress.bar(f"{name}: components", total) as advance:
@@ -96,6 +99,8 @@ def convert(
                         else:
                             id_ = shared.component
                             deltas = (writer.put_delta(shared.spec, id_, shared.vectors),)
+                            header = {"spec": spec_to_json(step.spec), "refs": {}}
+                            whole[str(i)] = content_id(header, tensors)
                         del tensors
                     owners |= {step.tensors[t]: (id_, t) for t in own}
                     steps[i] = Step(
@@ -121,6 +126,7 @@ def convert(
                 source_files=None if packed else writer.put_files("sources", small),
                 derived={"packed": packed} if packed else {},
                 origin={**(origin or {}), **licensed},
+                whole=whole,
             )
             shared_steps = sum(bool(step.deltas) for step in chain.steps)
             if shared_steps:
@@ -129,7 +135,7 @@ def convert(
                     "and are stored as such"
                 )
             progress.note(f"{name}: {writer.new_bytes} of {total} bytes are new to the zoo")
-            return writer.publish(chain)
+            return writer.publish(chain, activate)
 
     published = again_if_gone(add)
     return published, published.version not in before

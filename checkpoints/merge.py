@@ -21,7 +21,7 @@ from checkpoints.export import export
 from checkpoints.peft_config import LoraSettings, read_settings
 from checkpoints.progress import Progress
 from checkpoints.source import Source, open_source, read_json
-from jblock.zoo.records import Chain
+from jblock.zoo.records import Chain, split_version
 from jblock.zoo.store import Zoo
 
 COMBINATIONS = ("cat", "linear")
@@ -31,11 +31,12 @@ _HALVES = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_em
 
 
 def merge(
-    zoo_path: Path,
+    zoo_path: str | Path,
     name: str,
     adapters: Sequence[tuple[str, float]],
     combination: str,
     progress: Progress,
+    activate: bool = True,
 ) -> tuple[Chain, bool]:
     """Adds the weighted sum of adapters as model `name`.
 
@@ -49,6 +50,7 @@ def merge(
       adapters: models of the zoo with their weights.
       combination: one of COMBINATIONS.
       progress: told how far it is.
+      activate: make it the active version of its name.
 
     Returns:
       As `peft.convert`.
@@ -66,21 +68,22 @@ def merge(
         raise CheckpointError(
             f"only adapters on the same version of one base can be merged: {told}"
         )
-    base = zoo.chain((chains[0].base or "").rpartition("@")[0])
-    if chains[0].base != f"{base.name}@{base.version}":
-        raise CheckpointError(
-            f"the adapters are on {chains[0].base}, live is version {base.version}"
-        )
+    base = zoo.chain(*split_version(chains[0].base or ""))
     with tempfile.TemporaryDirectory() as scratch:
         parts = []
         for chain, (_, weight) in zip(chains, adapters, strict=True):
             folder = Path(scratch) / chain.name
-            export(zoo_path, chain.name, folder, Progress(False, quiet=True))
+            export(zoo_path, chain.name, folder, Progress(False, quiet=True), chain.version)
             parts.append(_Part(chain.name, folder, weight))
         merged = Path(scratch) / ".merged"
         merged.mkdir()
         _write(merged, base.name, parts, combination)
-        return peft.convert(merged, zoo_path, base.name, name, progress)
+        at = f"{base.name}@{base.version}"
+        return peft.convert(merged, zoo_path, at, name, progress, _origin(chains), activate)
+
+
+def _origin(chains: Sequence[Chain]) -> dict[str, str]:
+    return {"source": "merge of " + ", ".join(f"{c.name}@{c.version}" for c in chains)}
 
 
 class _Part:

@@ -38,13 +38,25 @@ def progress_of(args: argparse.Namespace) -> Progress:
     return Progress(bars=args.progress, quiet=args.quiet)
 
 
-def added(chain: Any, new: bool) -> Outcome:
-    """The outcome of what adds a chain, unless it was there."""
-    base = {"base": chain.base} if chain.base else {}
-    data = {"name": chain.name, "version": chain.version, **base, "added": new}
+def added(zoo: str, chain: Any, new: bool) -> Outcome:
+    """The outcome of what adds a chain to a zoo, unless it was there."""
+    from jblock.zoo.store import Zoo
+
+    active = Zoo.open(zoo).model(chain.name).active == chain.version
+    base = {"base": chain.base, "base_digest": chain.base_digest} if chain.base else {}
+    at = f"{chain.name}@{chain.version}"
+    data = {
+        "name": chain.name,
+        "version": chain.version,
+        "digest": chain.digest,
+        **base,
+        "added": new,
+        "active": active,
+    }
     on = f" on {chain.base}" if chain.base else ""
     what = "added" if new else "unchanged"
-    return Outcome(data, lines(f"{chain.name}@{chain.version}{on} {what}"))
+    more = "" if active else f", not active: 'jblock convert activate {at}' makes it so"
+    return Outcome(data, lines(f"{at}{on} {what}{more}"))
 
 
 def together(outcomes: list[Outcome]) -> Outcome:

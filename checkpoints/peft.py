@@ -19,13 +19,23 @@ from jblock.zoo.writer import Writer
 
 def convert(
     source_path: Path,
-    zoo_path: Path,
+    zoo_path: str | Path,
     base_name: str,
     name: str,
     progress: Progress,
     origin: Mapping[str, Any] | None = None,
+    activate: bool = True,
 ) -> tuple[Chain, bool]:
-    """Adds the adapter in `source_path` as model `name`, riding on the live version of `base_name`.
+    """Adds the adapter in `source_path` as model `name`, on a version of a model, which its record pins by
+    its digest.
+
+    Args:
+      source_path: folder of the adapter.
+      zoo_path: the zoo.
+      base_name: NAME, its active version, or NAME@VERSION.
+      name: of the new model.
+      progress: told how far it is.
+      activate: make it the active version of its name.
 
     `origin` says where it comes from: see `Chain.origin`.
 
@@ -39,7 +49,7 @@ def convert(
     zoo = Zoo.open(zoo_path)
     base = zoo.chain(base_name)
     config, source = open_adapter(source_path)
-    if name == base_name:
+    if name == base.name:
         raise CheckpointError(f"--name {name!r} is the base itself: give the adapter its own name")
     _check_base(zoo, base, base_named_by(config))
     planned = plan_adapter(zoo, base, config, source)
@@ -66,6 +76,8 @@ def convert(
                 version=0,
                 steps=tuple(steps),
                 base=f"{base.name}@{base.version}",
+                base_digest=base.digest,
+                whole={},
                 adapter=config,
                 source_files=writer.put_files("sources", small),
                 origin=dict(origin or {}),
@@ -74,7 +86,7 @@ def convert(
                 own = writer.put_files("tokenizers", tokenizer.files)
                 chain = dataclasses.replace(chain, tokenizer=own)
             progress.note(f"{name}: {writer.new_bytes} of {total} bytes are new to the zoo")
-            return writer.publish(chain)
+            return writer.publish(chain, activate)
 
     published = again_if_gone(add)
     return published, published.version not in before

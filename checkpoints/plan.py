@@ -1,5 +1,6 @@
 """`jblock-convert plan`: what adding a checkpoint or an adapter would do, before anything is written."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from jblock.blocks.spec import spec_to_json
 from jblock.zoo import ids
 from jblock.zoo.cut_plan import cut_plan
 from jblock.zoo.records import Chain, NotFoundError, Step, ZooError, check_name
-from jblock.zoo.store import Zoo
+from jblock.zoo.store import Zoo, is_url
 
 
 def plan(
-    source_path: Path, zoo_path: Path, name: str, base: str | None, progress: Progress
+    source_path: Path, zoo_path: str | Path, name: str, base: str | None, progress: Progress
 ) -> dict[str, Any]:
     """What `hf` (or, with a base, `peft`) would store, and how it would be served.
 
@@ -38,8 +39,11 @@ def plan(
         raise CheckpointError(
             f"{source_path} is an adapter: give --base, the model it was made for"
         )
-    zoo = Zoo.open(zoo_path) if (zoo_path / "zoo.json").exists() else None
-    live = {n: zoo.chain(n) for n in zoo.chains()} if zoo else {}
+    zoo = Zoo.open(zoo_path) if is_url(zoo_path) or Path(zoo_path, "zoo.json").exists() else None
+    live: dict[str, Chain] = {}
+    for other in zoo.chains() if zoo else ():
+        with contextlib.suppress(ZooError):  # damage elsewhere is no concern of a new model
+            live[other] = zoo.chain(other)  # type: ignore[union-attr]
     users: dict[str, set[str]] = {}
     for chain in live.values():
         for step in chain.steps:

@@ -32,7 +32,7 @@ def print_chains(data: dict[str, Any]) -> None:
     for row in data["chains"]:
         origin = row["origin"]
         rows.add_row(
-            f"{row['name']}@{row['version']}" + ("" if row["live"] else " (old)"),
+            f"{row['name']}@{row['version']}" + ("" if row["active"] else " (not active)"),
             row["policy"],
             origin.get("date", "")[:10],
             origin.get("source", ""),
@@ -51,6 +51,29 @@ def _totals(totals: dict[str, Any]) -> str:
         f"{totals['components']} components, {totals['deltas']} deltas: "
         f"{size(totals['stored_bytes'])} stored for {size(totals['logical_bytes'])} of models"
     )
+
+
+def print_history(data: dict[str, Any]) -> None:
+    """A line for everything that was done to a model, and its versions."""
+    table = Table("time", "user", "action", "version", "active then", "from", box=None)
+    for line in data["history"]:
+        known = [f"{k} {line[k]}" for k in ("source", "revision", "license", "alias") if k in line]
+        table.add_row(
+            str(line.get("time", "")),
+            str(line.get("user", "")),
+            str(line.get("action", "")),
+            str(line.get("version", "")),
+            str(line.get("active") or ""),
+            ", ".join(known),
+        )
+    console = Console()
+    console.print(table)
+    for row in data["versions"]:
+        names = [a for a, v in data["aliases"].items() if v == row["version"]]
+        state = ["active"] if row["version"] == data["active"] else []
+        notes = f" ({', '.join([*state, *names])})" if state or names else ""
+        digest = f": {row['digest'][:16]}" if row["digest"] else ""
+        console.print(f"{data['name']}@{row['version']}{notes}{digest}", highlight=False)
 
 
 def print_inventory(data: dict[str, Any], name: str | None, details: bool) -> None:

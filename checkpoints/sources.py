@@ -35,12 +35,12 @@ def peft(args: argparse.Namespace) -> Outcome:
     from checkpoints import peft
     from checkpoints.checkpoint import read_license
 
-    zoo = Path(args.zoo)
+    zoo, activate = args.zoo, not args.no_activate
 
     def convert(path: Path, name: str, progress: Progress, origin: dict[str, Any]) -> Outcome:
         license = read_license(path)
         origin = {**origin, **({"license": license} if license else {})}
-        return added(*peft.convert(path, zoo, args.base, name, progress, origin))
+        return added(zoo, *peft.convert(path, zoo, args.base, name, progress, origin, activate))
 
     return _each(args, convert, check=lambda path: None, base=args.base)
 
@@ -57,7 +57,7 @@ def verify(args: argparse.Namespace) -> Outcome:
 
     progress = progress_of(args)
     against = hub.locate(args.against, progress).path
-    found = verify(Path(args.zoo), args.name, against, progress)
+    found = verify(args.zoo, args.name, against, progress)
     last = f"{args.name} {'differs from' if found else 'is'} {args.against}"
     data = {"name": args.name, "against": args.against, "differences": found}
     return Outcome(data, lines(*found, last), 1 if found else 0)
@@ -89,7 +89,7 @@ def _models(args: argparse.Namespace, kind: str) -> Outcome:
     """Adds whole models, which must all be of one kind."""
     from checkpoints import hf
 
-    zoo = Path(args.zoo)
+    zoo, activate = args.zoo, not args.no_activate
 
     def check(path: Path) -> None:
         from checkpoints.opening import kind_of
@@ -101,7 +101,7 @@ def _models(args: argparse.Namespace, kind: str) -> Outcome:
             )
 
     def convert(path: Path, name: str, progress: Progress, origin: dict[str, Any]) -> Outcome:
-        return added(*hf.convert(path, zoo, name, progress, origin))
+        return added(zoo, *hf.convert(path, zoo, name, progress, origin, activate))
 
     return _each(args, convert, check, base=None)
 
@@ -180,5 +180,5 @@ def _plan(
             ),
         )
     progress = progress_of(args)
-    data = plan(hub.locate(source, progress).path, Path(args.zoo), name, base, progress)
+    data = plan(hub.locate(source, progress).path, args.zoo, name, base, progress)
     return Outcome(data, lambda: printing.print_plan(data, details))

@@ -25,10 +25,10 @@ FIELDS = {
     "lower": "the model that gives the lower layers",
     "upper": "the model that gives the upper layers, of the same tokenizer",
     "--name": "name the model gets in the zoo",
-    "--base": "name of the model in the zoo that the adapter was trained on",
+    "--base": "the model in the zoo that the adapter was trained on; name or name@version",
     "--against": "what it was made from: a folder, a GGUF file, or a name on the Hub",
     "--out": "folder to write, new or empty",
-    "--to": "folder of the other zoo; made when absent",
+    "--to": "folder or URL of the other zoo; made when absent",
 }
 # Other spellings a command is known by.
 ALIASES = {"quantize": ("quantise",)}
@@ -111,8 +111,9 @@ MORE = {
         "profile llama --zoo ./zoo",
     ),
     "copy": (
-        "Only components the other zoo lacks are sent; an adapter takes its base along. Interrupted, it\n"
-        "goes on where it was when it is called again.",
+        "Only components the other zoo lacks are sent; an adapter takes its base along, which does not\n"
+        "become active there. NAME becomes active there, NAME@VERSION only if it is so here. Interrupted,\n"
+        "it goes on where it was when it is called again.",
         "copy my-llama --zoo ./zoo --to /mnt/other/zoo",
     ),
     "equivalence": (
@@ -135,6 +136,26 @@ MORE = {
         "surrogate mine --layers 4:6 --as mine-small --train train.txt --train_items train.jsonl \\\n"
         "    --text held-out.txt --items items.jsonl --zoo ./zoo",
     ),
+    "activate": (
+        "From then on NAME alone stands for that version: servers take it up when they load the model. The\n"
+        "one before stays, and `rollback` goes back to it.",
+        "activate my-llama@3 --zoo ./zoo",
+    ),
+    "rollback": (
+        "Goes back to the version that was active before, as `history` lists them; a version that was\n"
+        "removed is passed over.",
+        "rollback my-llama --zoo ./zoo",
+    ),
+    "alias": (
+        "NAME@ALIAS can be given wherever NAME@VERSION can. An alias names one version at a time; giving\n"
+        "it to another one moves it.",
+        "alias my-llama@3 stable --zoo ./zoo",
+    ),
+    "history": (
+        "Additions with their digest, and with the source, its revision and its license as far as they are\n"
+        "known; activations, aliases and removals. Numbers of removed versions are not given again.",
+        "history my-llama --zoo ./zoo",
+    ),
     "rm": (
         "Refused while an adapter or an edge relies on it. The components stay until `gc --delete`. With\n"
         "--edge in place of a name it removes an edge.",
@@ -146,8 +167,8 @@ MORE = {
         "gc --zoo ./zoo --delete",
     ),
     "fsck": (
-        "Exit code 1 and one line for each problem. --repair writes derived records anew and moves damaged\n"
-        "components to damaged/, so that converting a model that uses them makes them again.",
+        "Exit code 1 and one line for each problem. --repair moves what is damaged, and versions that lack\n"
+        "it, to quarantine/; converting such a model again brings both back.",
         "fsck --zoo ./zoo --repair",
     ),
 }

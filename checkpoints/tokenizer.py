@@ -7,7 +7,7 @@ from checkpoints.errors import CheckpointError
 from checkpoints.source import read_json
 
 # tokenizer.json is what serves; the rest is for chat templates, special tokens and export.
-_FILES = (
+FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -46,7 +46,7 @@ def read_tokenizer(path: Path) -> TokenizerFiles | None:
     Raises:
       CheckpointError: a tokenizer that cannot be served, or a tokenizer.json that does not load.
     """
-    files = {name: (path / name).read_bytes() for name in _FILES if (path / name).is_file()}
+    files = {name: (path / name).read_bytes() for name in FILES if (path / name).is_file()}
     made = "tokenizer.json" not in files and "tokenizer.model" in files
     if made:
         from checkpoints import sentencepiece_model

@@ -9,17 +9,21 @@ from checkpoints.adapter import open_adapter, plan_adapter
 from checkpoints.bitfit import with_vectors
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.folders import is_adapter
+from checkpoints.hf import LEFT_OUT
 from checkpoints.opening import open_checkpoint
 from checkpoints.progress import Progress
-from checkpoints.source import Source
+from checkpoints.source import TOKENIZER_LIST, Source
 from checkpoints.tokenizer import read_tokenizer
 from jblock.zoo.ids import files_id
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
 
+_HEADER = ".header"
+_MADE = (TOKENIZER_LIST, LEFT_OUT, "left_out.safetensors")  # by the converter
 
-def verify(zoo_path: Path, name: str, source_path: Path, progress: Progress) -> list[str]:
-    """Differences between the live version of `name` and the checkpoint or adapter, one line each.
+
+def verify(zoo_path: str | Path, name: str, source_path: Path, progress: Progress) -> list[str]:
+    """Differences between a model (NAME or NAME@VERSION) and the checkpoint or adapter, one line each.
 
     Raises:
       CheckpointError, ConfigError, SpecError, ZooError: either side cannot be read.
@@ -33,10 +37,36 @@ def verify(zoo_path: Path, name: str, source_path: Path, progress: Progress) -> 
         checkpoint = open_checkpoint(source_path)
         differences = _checkpoint(zoo, chain, checkpoint, progress)
         tokenizer = checkpoint.tokenizer
+    if source_path.is_dir():
+        differences += _kept_files(zoo, chain, source_path)
     if tokenizer is not None and chain.tokenizer != files_id(tokenizer.files):
         differences.append("the tokenizer files differ")
     if tokenizer is None and chain.tokenizer is not None and chain.base is None:
         differences.append(f"{source_path} has no tokenizer, the zoo has one")
+    return differences
+
+
+def _kept_files(zoo: Zoo, chain: Chain, path: Path) -> list[str]:
+    """Files that the zoo keeps for an export, and that are not those of the source."""
+    if chain.source_files is None:
+        return []
+    differences = []
+    for name, data in zoo.files("sources", chain.source_files).items():
+        if name in _MADE:
+            continue
+        file, header = path / name.removesuffix(_HEADER), name.endswith(_HEADER)
+        try:
+            with open(file, "rb") as f:
+                if header:
+                    f.seek(8)
+                    found = f.read(len(data))
+                else:
+                    found = f.read(len(data) + 1)
+        except OSError:
+            found = b""
+        if found != data:
+            what = f"the header of {file.name}" if header else file.name
+            differences.append(f"{what} differs from the one the zoo keeps")
     return differences
 
 

@@ -31,7 +31,7 @@ def build(target: str, kwargs: dict[str, Any]) -> "Report":
     from jblock.zoo.store import Zoo
 
     settings = dict(kwargs)
-    store = Zoo.open(settings.pop("zoo"))
+    store = Zoo.open(settings.pop("zoo"), verify=settings.pop("verify", "once"))
     models = settings.pop("models", ())
     folder = cache_folder(store, settings.pop("executable_cache", ""))
     config = EngineConfig(**settings)

@@ -7,7 +7,7 @@ from absl import flags
 from jblock.engine.config import KV_DTYPES
 
 _FLAGS = (
-    flags.DEFINE_string("zoo", None, "Folder of the zoo.", required=True),
+    flags.DEFINE_string("zoo", None, "Folder or URL of the zoo.", required=True),
     flags.DEFINE_list("models", None, "Chains to serve; default: all of the zoo that are exact."),
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Type of the weights in matmuls."),
     flags.DEFINE_integer("max_num_seqs", None, "Most sequences in flight."),
@@ -42,6 +42,12 @@ _FLAGS = (
     ),
     flags.DEFINE_list("pinned", None, "Chains that are always on the device."),
     flags.DEFINE_bool("share", None, "Share blocks between models; --noshare: a set each."),
+    flags.DEFINE_enum(
+        "verify",
+        None,
+        ["always", "once", "never"],
+        "Whether hashes of what is loaded from the zoo are checked; once: until a file changes (default).",
+    ),
     flags.DEFINE_string(
         "executable_cache",
         None,

@@ -55,6 +55,9 @@ _ALL = (
         "convert",
         "a large checkpoint into a zoo: speed over copying, memory, going on after a kill",
     ),
+    Scenario(
+        "registry", "a zoo of ten thousand models: adding one, listing all, files a component"
+    ),
     Scenario("deltas", "bytes against accuracy of compressed fine-tunes and quantised models"),
     Scenario("kernels", "each kernel alone on this device, over what copies and matmuls reach"),
     Scenario(

@@ -21,8 +21,7 @@ from checkpoints.export import export
 from checkpoints.progress import Progress
 from checkpoints.source import open_source
 from jblock.adapt.quantization import quantise_chain
-from jblock.zoo import gc
-from jblock.zoo.codec import read_json
+from jblock.zoo import gc, partition
 from jblock.zoo.fsck import fsck
 from jblock.zoo.inventory import inventory
 from jblock.zoo.records import Chain
@@ -225,12 +224,13 @@ def _situations(folder: Path, bases: dict[str, Path]) -> Iterator[dict[str, Any]
 
 def _cut(zoo: Zoo, chain: Chain, base: str) -> dict[str, Any]:
     """How the zoo's partition serves a chain."""
-    blocks = read_json(zoo.path / "partition" / "current.json")["blocks"]
-    theirs = {tuple(block["components"]) for block in blocks[base]}
-    inner = [block["first"] for block in blocks[chain.name][2:-1]]
+    served = {name: zoo.chain(name) for name in zoo.chains()}
+    blocks = partition.blocks(served, zoo.cut_cost(served))
+    theirs = {block.components for block in blocks[base]}
+    inner = [block.first for block in blocks[chain.name][2:-1]]
     return {
         "blocks": len(blocks[chain.name]),
-        "blocks_of_base": sum(tuple(b["components"]) in theirs for b in blocks[chain.name]),
+        "blocks_of_base": sum(b.components in theirs for b in blocks[chain.name]),
         "cuts": [_place(zoo, chain, first) for first in inner],
     }
 

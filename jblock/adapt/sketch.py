@@ -15,7 +15,6 @@ import ml_dtypes
 import numpy as np
 
 from jblock.blocks.spec import canonical_json, spec_to_json
-from jblock.zoo import params
 from jblock.zoo.records import ComponentRecord
 from jblock.zoo.store import Zoo
 
@@ -44,8 +43,7 @@ def sketch(zoo: Zoo, record: ComponentRecord) -> np.ndarray:
             starts, length = np.zeros(1, np.int64), size
         else:
             starts, length = np.sort(rng.integers(0, size - _RUN, runs)), _RUN
-        with zoo.reading("components", record.id) as folder:
-            part = params.read_runs(folder / "params" / name, tensor, starts, length)
+        part = zoo.read_runs(record.id, name, starts, length)
         # A tensor counts as much as it does in the whole.
         parts.append(part * np.float32((size / part.size) ** 0.5))
     return np.concatenate(parts)

@@ -218,7 +218,7 @@ DeltaSpec = (
     | LowRankSpec
     | BitDeltaSpec
 )
-_KINDS: dict[str, Any] = {cls.kind: cls for cls in typing.get_args(DeltaSpec)}
+KINDS: dict[str, Any] = {cls.kind: cls for cls in typing.get_args(DeltaSpec)}
 
 
 def delta_to_json(spec: DeltaSpec) -> dict[str, Any]:
@@ -240,15 +240,13 @@ def delta_from_json(data: Mapping[str, Any]) -> DeltaSpec:
     """
     fields = dict(data)
     kind = fields.pop("kind", None)
-    if kind not in _KINDS:
-        raise SpecError(f"delta kind {kind!r} is not known; known: {', '.join(_KINDS)}")
+    if kind not in KINDS:
+        raise SpecError(f"delta kind {kind!r} is not known; known: {', '.join(KINDS)}")
     try:
         if kind in (LowRankSpec.kind, BitDeltaSpec.kind):
             return compressed_from_json(data)
         if kind == LoraSpec.kind:
             return LoraSpec(targets={n: LoraTarget(**t) for n, t in fields["targets"].items()})
-        return _KINDS[kind](
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        )
+        return KINDS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
     except (TypeError, KeyError, AttributeError) as e:
         raise SpecError(f"delta of kind {kind!r} has missing or unknown fields: {e}") from e

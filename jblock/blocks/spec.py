@@ -395,7 +395,7 @@ ComponentSpec = (
 )
 QUANTISABLE = (AttentionSpec, FfnSpec, ExpertSpec)
 LAYER_KINDS = ("attention", "ffn", "router", "expert")
-_KINDS: dict[str, Any] = {
+KINDS: dict[str, Any] = {
     cls.kind: cls
     for cls in (
         EmbeddingSpec,
@@ -496,8 +496,8 @@ def spec_from_json(data: dict[str, Any]) -> ComponentSpec:
     fields = dict(data)
     kind = fields.pop("kind", None)
     try:
-        if kind not in _KINDS:
-            raise SpecError(f"component kind {kind!r} is not known; known: {', '.join(_KINDS)}")
+        if kind not in KINDS:
+            raise SpecError(f"component kind {kind!r} is not known; known: {', '.join(KINDS)}")
         if fields.get("rope") is not None:
             rope = dict(fields["rope"])
             if "factors" in rope:
@@ -507,7 +507,7 @@ def spec_from_json(data: dict[str, Any]) -> ComponentSpec:
             fields["quant"] = QuantSpec(**fields["quant"])
         if kind in (AttentionSpec.kind, FfnSpec.kind) and "in_out" in fields:
             fields["transposed"] = fields.pop("in_out")
-        return _KINDS[kind](**fields)
+        return KINDS[kind](**fields)
     except (TypeError, KeyError, AttributeError) as e:
         raise SpecError(f"spec of kind {kind!r} has missing or unknown fields: {e}") from e
 

@@ -33,7 +33,7 @@ from jblock.engine.weights.lease import Lease
 from jblock.engine.weights.loader import Done, Loads, Targets, attempt, weights_of
 from jblock.engine.weights.residents import Adapter
 from jblock.parallel.placement import Placement
-from jblock.zoo.records import Chain
+from jblock.zoo.records import Chain, NotFoundError
 from jblock.zoo.store import Zoo
 
 T = TypeVar("T")
@@ -317,10 +317,9 @@ class ThreadEngine(Engine):
 
 def _find_chain(zoo: Zoo, model: str, known: Collection[str]) -> Chain:
     name, at, version = model.partition("@")
-    if name in known and not at:
-        return zoo.chain(name)
-    if name in known and version.isdecimal() and int(version) in zoo.versions(name):
-        return zoo.chain(name, int(version))
+    if name in known:
+        with contextlib.suppress(NotFoundError):
+            return zoo.serve(name, version if at else None)
     raise UnknownChain(
         f"{model!r} is not in the zoo, which has {', '.join(sorted(known))}; convert it first"
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 
 from jblock.engine.api import Engine
 from jblock.engine.config import EngineConfig
@@ -22,16 +23,19 @@ def build_engine(
     models: Sequence[str] = (),
     profiler_port: int = 0,
     executable_cache: str = "",
+    verify: str = "once",
     **settings: Any,
 ) -> Engine:
     """An engine over a zoo on disk.
 
     Args:
-      zoo: folder of the zoo.
-      models: chains to serve, "name" in its live version or "name@version"; when empty all of the zoo's
-        that are exact.
+      zoo: folder or URL of the zoo.
+      models: chains to serve, "name" in its active version, "name@version" or "name@alias"; when empty all
+        of the zoo's that are exact.
       profiler_port: port an XLA profiler session may attach to; 0 opens none.
       executable_cache: folder of compiled programs; `executable_cache.default_folder()` when empty.
+      verify: whether the hashes of components, deltas and tokenizers are checked when they are loaded:
+        "always", "once" (until a file changes), "never".
       **settings: fields of EngineConfig.
 
     Raises:
@@ -39,7 +43,7 @@ def build_engine(
       ValueError: a setting that cannot be used.
     """
     config = EngineConfig(**settings)
-    store = Zoo.open(zoo)
+    store = Zoo.open(zoo, verify=verify)
     chains = served_chains(store, models, config)
     if profiler_port:
         jax.profiler.start_server(profiler_port)
@@ -67,17 +71,18 @@ def cache_folder(zoo: Zoo, named: str) -> Path:
 
 
 def served_chains(store: Zoo, models: Sequence[str], config: EngineConfig) -> dict[str, Chain]:
-    """These chains, "name" or "name@version", by name; of none, all that are exact.
+    """These chains, "name", "name@version" or "name@alias", by name; of none, all that are exact. What they
+    name stays in the zoo while `store` is in use.
 
     Raises:
       ZooError: there are none, or one cannot be read.
       ValueError: a pinned one is not among them.
     """
     # What is approximate is served only where it is named.
-    names = list(models) or [n for n in store.chains() if store.chain(n).policy == "exact"]
+    names = list(models) or [n for n in store.chains() if _is_exact(store, n)]
     if not names:
         raise ZooError(
-            f"zoo {str(store.path)!r} has no exact chains; convert a model first (jblock-convert hf "
+            f"zoo {store.storage.location!r} has no exact chains; convert a model first (jblock-convert hf "
             "--help), or name the models to serve"
         )
     chains = [find_chain(store, name) for name in names]
@@ -91,14 +96,19 @@ def served_chains(store: Zoo, models: Sequence[str], config: EngineConfig) -> di
 
 
 def find_chain(zoo: Zoo, model: str) -> Chain:
-    """The chain "name" in its live version, or "name@version".
+    """The chain "name" in its active version, or "name@version", checked and kept from being removed.
 
     Raises:
-      ZooError: there is none, or it cannot be read.
+      ZooError: there is none, it cannot be read, or it is not what it says.
     """
-    name, at, version = model.partition("@")
-    if not at:
-        return zoo.chain(name)
-    if not version.isdecimal():
-        raise ZooError(f"models: {model!r} has no number after its '@'; give name or name@version")
-    return zoo.chain(name, int(version))
+    return zoo.serve(model)
+
+
+def _is_exact(store: Zoo, name: str) -> bool:
+    try:
+        chain = store.chain(name)
+        store.check_chain(chain)
+    except ZooError as e:
+        logging.warning("%s is not served: %s", name, e)
+        return False
+    return chain.policy == "exact"

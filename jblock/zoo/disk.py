@@ -8,6 +8,8 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,13 +44,58 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def identity(path: Path) -> tuple[int, int] | None:
-    """What tells a folder from one that came in its place; None if there is none."""
+def share(path: Path, like: Path) -> None:
+    """Gives a new file or folder, and what is in it, the permissions of the zoo's folder `like`, whatever the
+    umask of this process: who may add to a zoo may remove what another user left half done."""
+    mode = stat.S_IMODE(os.stat(like).st_mode)
+    trees = [(path, (), ())] if not path.is_dir() else os.walk(path)
+    for at, _, names in trees:
+        for each in (Path(at), *(Path(at, name) for name in names)):
+            with contextlib.suppress(OSError):  # of a file system without permissions
+                found = os.lstat(each)
+                wanted = mode if stat.S_ISDIR(found.st_mode) else mode & 0o666
+                if not stat.S_ISLNK(found.st_mode) and stat.S_IMODE(found.st_mode) != wanted:
+                    os.chmod(each, wanted)
+
+
+def check_folder(folder: Path) -> None:
+    """Checks that a file system does what a zoo asks of it: a name that is taken is given to nobody else, and
+    a folder is renamed in one step.
+
+    Raises:
+      ZooError: it does not; the message names a remedy.
+    """
+    made = folder / f"check-{secrets.token_hex(8)}"
     try:
-        found = os.stat(path)
-    except FileNotFoundError:
+        (made / "a").mkdir(parents=True)
+        (made / "a" / "file").write_bytes(b"")
+        os.rename(made / "a", made / "b")
+        (made / "c").mkdir()
+        try:
+            os.rename(made / "c", made / "b")
+            raise OSError(errno.ENOTSUP, "a folder was renamed over another one")
+        except OSError as e:
+            if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+        fsync_path(made)
+    except OSError as e:
+        if e.errno in (*_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
+            raise
+        raise ZooError(
+            f"the file system of {folder.parent} cannot hold a zoo ({e.strerror}): it has to rename folders "
+            "in one step; use a local disk, NFS or SMB, or give the bucket itself (--zoo s3://...)"
+        ) from e
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def identity(path: Path) -> tuple[int, int, int, int] | None:
+    """What tells a file or folder from one that came in its place; None if there is none."""
+    try:
+        found = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return found.st_ino, found.st_mtime_ns
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def fsync_path(path: Path) -> None:
@@ -84,6 +131,7 @@ def write_atomic(path: Path, data: bytes, scratch: Path) -> None:
     """Replaces `path` in one step: readers see the old bytes or the new ones."""
     aside = scratch / secrets.token_hex(8)
     write_new(aside, data)
+    share(aside, path.parent)
     os.replace(aside, path)
     fsync_path(path.parent)
 

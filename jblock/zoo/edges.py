@@ -4,23 +4,24 @@
 lies in the zoo; it changes no chain. A chain that uses what an edge offers is a named chain of its own.
 """
 
-import os
-from pathlib import Path
-
 from jblock.blocks.spec import canonical_json
-from jblock.zoo import codec, disk, lease
+from jblock.zoo import codec
 from jblock.zoo.edge_records import Edge
-from jblock.zoo.records import NotFoundError, ZooError
+from jblock.zoo.records import DamagedError, NotFoundError, ZooError, split_version
 from jblock.zoo.store import Zoo
 
 FOLDER = "edges"
 
 
-def edges(zoo: Zoo) -> list[Edge]:
+def edges(zoo: Zoo, problems: list[str] | None = None) -> list[Edge]:
     """All edges of a zoo, in the order of their ids.
 
+    Args:
+      zoo: the zoo.
+      problems: takes what is wrong with an edge that cannot be read, which is left out.
+
     Raises:
-      ZooError: one is damaged.
+      ZooError: one cannot be read, and `problems` is None.
     """
     found = []
     for id_ in edge_ids(zoo):
@@ -28,14 +29,17 @@ def edges(zoo: Zoo) -> list[Edge]:
             found.append(edge(zoo, id_))
         except NotFoundError:
             continue  # removed in the meantime
+        except ZooError as e:
+            if problems is None:
+                raise
+            problems.append(str(e))
     return found
 
 
 def edge_ids(zoo: Zoo) -> list[str]:
-    """File names under edges/ without their ending."""
-    folder = zoo.path / FOLDER
-    names = os.listdir(folder) if folder.is_dir() else []
-    return sorted(n.removesuffix(".json") for n in names)
+    """File names under edges/ without their ending; what has another ending is no edge."""
+    names = zoo.storage.names(FOLDER)
+    return [n.removesuffix(".json") for n in names if n.endswith(".json")]
 
 
 def edge(zoo: Zoo, id: str) -> Edge:
@@ -44,15 +48,20 @@ def edge(zoo: Zoo, id: str) -> Edge:
     Raises:
       ZooError: no such edge, or its record says something else than its id.
     """
-    path = _path(zoo, id)
-    if not path.is_file() or path.is_symlink():
-        raise NotFoundError(f"{zoo.path} has no edge {id}: it was removed or never added")
+    path = _path(id)
     try:
-        found = Edge.from_json(codec.read_json(path))
-    except ZooError as e:
-        raise ZooError(f"edge {id}: {e}: measure it again, or remove {path}") from e
-    if found.id != id:
-        raise ZooError(f"edge {id} says something else than its id: measure it again")
+        data = zoo.storage.read(path)
+    except NotFoundError as e:
+        raise NotFoundError(
+            f"{zoo.storage.location} has no edge {id}: it was removed or never added"
+        ) from e
+    try:
+        found = Edge.from_json(codec.parse_json(data, path))
+        same = found.id == id
+    except (ZooError, ValueError, RecursionError) as e:
+        raise DamagedError(f"edge {id}: {e}: measure it again, or remove {path}") from e
+    if not same:
+        raise DamagedError(f"edge {id} says something else than its id: measure it again")
     return found
 
 
@@ -66,12 +75,14 @@ def check_edge(zoo: Zoo, edge: Edge) -> None:
         zoo.component(step.component)
         for id_ in step.deltas:
             if zoo.delta(id_).component != step.component:
-                raise ZooError(f"edge: delta {id_} is for another component than {step.component}")
+                raise DamagedError(
+                    f"edge: delta {id_} is for another component than {step.component}"
+                )
     if edge.chain is not None:
-        name, _, version = edge.chain.rpartition("@")
-        if int(version) not in zoo.versions(name):
+        name, version = split_version(edge.chain)
+        if version not in zoo.versions(name):
             raise NotFoundError(
-                f"{zoo.path} has no model {edge.chain}: it was removed or never added"
+                f"{zoo.storage.location} has no model {edge.chain}: it was removed or never added"
             )
 
 
@@ -85,25 +96,15 @@ def put_edges(zoo: Zoo, *new: Edge) -> list[str]:
       NotFoundError: one names something the zoo does not hold; nothing was added.
       ZooError: the zoo cannot be written.
     """
-    with disk.disk_errors(zoo.path), lease.exclusive(zoo.path) as mine:
+    with zoo.changing("adding edges") as changes:
         for one in new:
             check_edge(zoo, one)  # nothing is removed while the lock is held
-        folder = zoo.path / FOLDER
-        folder.mkdir(exist_ok=True)
         for one in new:
-            data = canonical_json(one.record()) + "\n"
-            disk.write_atomic(_path(zoo, one.id), data.encode(), mine)
+            changes.put(_path(one.id), (canonical_json(one.record()) + "\n").encode())
         ids, relations = {one.id for one in new}, {one.relation for one in new}
-        for id_ in edge_ids(zoo):
-            if id_ in ids:
-                continue
-            try:
-                old = edge(zoo, id_)
-            except ZooError:
-                continue  # fsck tells
-            if old.relation in relations:
-                os.rename(_path(zoo, id_), mine / id_)
-        disk.fsync_path(folder)
+        for old in edges(zoo, problems=[]):
+            if old.id not in ids and old.relation in relations:
+                changes.remove(_path(old.id))
         return [one.id for one in new]
 
 
@@ -113,14 +114,12 @@ def remove_edge(zoo: Zoo, id: str) -> None:
     Raises:
       ZooError: no such edge.
     """
-    with disk.disk_errors(zoo.path), lease.exclusive(zoo.path) as mine:
-        path = _path(zoo, id)
-        if not path.is_file():
+    with zoo.changing("removing an edge") as changes:
+        if not zoo.storage.exists(_path(id)):
             raise NotFoundError(
-                f"{zoo.path} has no edge {id}: 'jblock-convert list --edges' lists them"
+                f"{zoo.storage.location} has no edge {id}: 'jblock-convert list --edges' lists them"
             )
-        os.rename(path, mine / id)
-        disk.fsync_path(path.parent)
+        changes.remove(_path(id))
 
 
 def find_edge(zoo: Zoo, prefix: str) -> str:
@@ -138,5 +137,5 @@ def find_edge(zoo: Zoo, prefix: str) -> str:
     return hits[0]
 
 
-def _path(zoo: Zoo, id: str) -> Path:
-    return zoo.path / FOLDER / f"{codec.check_id(id)}.json"
+def _path(id: str) -> str:
+    return f"{FOLDER}/{codec.check_id(id)}.json"

@@ -1,49 +1,62 @@
-"""What a zoo holds, who shares it, and what sharing saves. Reads records only, no tensor."""
+"""What a zoo holds, who shares it, and what sharing saves. Reads records only, no tensor.
 
-import os
+What cannot be read is told and left out; it stops nothing else.
+"""
+
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
-from jblock.zoo import edges
+from jblock.zoo import codec, edges, registry
 from jblock.zoo.acceptance import AcceptancePolicy, violations
-from jblock.zoo.codec import component_header, delta_header
-from jblock.zoo.records import Chain, TensorRecord
+from jblock.zoo.records import Chain, ComponentRecord, DeltaRecord, TensorRecord, ZooError
 from jblock.zoo.store import Zoo
 
 
-def inventory(zoo: Zoo, name: str | None = None) -> dict[str, Any]:
-    """Plain data about the whole zoo, or about the live version of one model.
+def inventory(zoo: Zoo, name: str | None = None, objects: bool = True) -> dict[str, Any]:
+    """Plain data about the whole zoo, or about one version of a model.
 
     Bytes are those of tensors. `logical_bytes` counts a component once for every chain that uses
     it, as separate checkpoints would; `stored_bytes` counts it once.
 
+    Args:
+      zoo: the zoo.
+      name: a model, as NAME or NAME@VERSION; None: all of them, in all versions.
+      objects: describe components and deltas too, each with all its users.
+
     Returns:
-      `{"chains": [...], "components": [...], "deltas": [...], "totals": {...}}`; with a name, only
-      that chain and what it uses, in the order of its steps.
+      `{"chains": [...], "components": [...], "deltas": [...], "totals": {...}, "problems": [...]}`; with a
+      name, only that chain and what it uses, in the order of its steps.
 
     Raises:
-      ZooError: no model of that name, or a damaged record.
+      ZooError: no model of that name, or its own record is damaged.
     """
-    chains = [zoo.chain(n, v) for n in zoo.chains() for v in zoo.versions(n)]
-    users: dict[str, set[str]] = defaultdict(set)
-    for chain in chains:
-        for id_ in _ids(chain):
-            users[id_].add(f"{chain.name}@{chain.version}")
-    component_ids = sorted(os.listdir(zoo.path / "components"))
-    delta_ids = sorted(os.listdir(zoo.path / "deltas"))
+    problems: list[str] = []
     if name is not None:
-        chains = [zoo.chain(name)]
-        component_ids = list(dict.fromkeys(s.component for s in chains[0].steps))
-        delta_ids = list(dict.fromkeys(d for s in chains[0].steps for d in s.deltas))
-    components = [_component(zoo, id_, users[id_]) for id_ in component_ids]
-    deltas = [_delta(zoo, id_, users[id_]) for id_ in delta_ids]
-    nbytes = {entry["id"]: entry["nbytes"] for entry in (*components, *deltas)}
-    rows = [_chain(zoo, chain, nbytes, users) for chain in chains]
+        model, _, version = name.partition("@")
+        wanted = zoo.chain(model, version or None)
+    chains, active = _chains(zoo, problems)
+    users: dict[str, list[str]] = defaultdict(list)
+    for chain in chains:
+        at = f"{chain.name}@{chain.version}"
+        for id_ in chain.ids:
+            users[id_].append(at)
+    component_ids = [i for i in zoo.storage.names("components") if codec.is_id(i)]
+    delta_ids = [i for i in zoo.storage.names("deltas") if codec.is_id(i)]
+    if name is not None:
+        chains = [wanted]
+        component_ids = list(dict.fromkeys(s.component for s in wanted.steps))
+        delta_ids = list(dict.fromkeys(d for s in wanted.steps for d in s.deltas))
+    components = _records(zoo, component_ids, zoo.component, problems)
+    deltas = _records(zoo, delta_ids, zoo.delta, problems)
+    nbytes = {record.id: record.nbytes for record in (*components, *deltas)}
+    rows = [_chain(chain, active, nbytes, users, problems) for chain in chains]
+    described = (components, deltas) if objects else ((), ())
     return {
-        "zoo": str(zoo.path),
+        "zoo": zoo.storage.location,
         "chains": rows,
-        "components": components,
-        "deltas": deltas,
+        "components": [_object(record, users) for record in described[0]],
+        "deltas": [_object(record, users) for record in described[1]],
         "totals": {
             "chains": len(rows),
             "components": len(components),
@@ -51,6 +64,7 @@ def inventory(zoo: Zoo, name: str | None = None) -> dict[str, Any]:
             "logical_bytes": sum(row["logical_bytes"] for row in rows),
             "stored_bytes": sum(nbytes.values()),
         },
+        "problems": problems,
     }
 
 
@@ -58,33 +72,86 @@ def edge_inventory(zoo: Zoo, accepted: AcceptancePolicy) -> dict[str, Any]:
     """Plain data about all edges, and which of them may be used.
 
     Returns:
-      `{"zoo", "edges": [...], "usable": count}`; each edge is its record with its `id`, its `policy`,
-      whether it is `usable`, and the `reasons` against.
-
-    Raises:
-      ZooError: an edge is damaged.
+      `{"zoo", "edges": [...], "usable": count, "problems": [...]}`; each edge is its record with its `id`,
+      its `policy`, whether it is `usable`, and the `reasons` against.
     """
+    problems: list[str] = []
     rows = []
-    for edge in edges.edges(zoo):
+    for edge in edges.edges(zoo, problems):
         reasons = violations(edge, accepted)
         row = {"id": edge.id, "policy": edge.policy, **edge.to_json()}
         rows.append(row | {"usable": not reasons, "reasons": reasons})
-    return {"zoo": str(zoo.path), "edges": rows, "usable": sum(r["usable"] for r in rows)}
+    usable = sum(r["usable"] for r in rows)
+    return {"zoo": zoo.storage.location, "edges": rows, "usable": usable, "problems": problems}
 
 
-def _ids(chain: Chain) -> list[str]:
-    """Distinct component and delta ids of a chain."""
-    return list(dict.fromkeys(i for s in chain.steps for i in (s.component, *s.deltas)))
+def stored_bytes(zoo: Zoo) -> int:
+    """About how many tensor bytes the zoo holds: sizes of the files, damaged records included."""
+    return sum(
+        zoo.storage.size(f"{kind}/{name}")
+        for kind in ("components", "deltas")
+        for name in zoo.storage.names(kind)
+    )
+
+
+def _chains(zoo: Zoo, problems: list[str]) -> tuple[list[Chain], dict[str, int | None]]:
+    """Every version of every model, and which is active."""
+    models = zoo.models()
+    problems += (
+        f"{zoo.storage.location}/chains/{n} is no model: run 'fsck'"
+        for n in sorted(set(zoo.storage.names("chains")) - set(models))
+    )
+    active: dict[str, int | None] = {}
+    paths: dict[str, tuple[str, int]] = {}
+    for name in models:
+        try:
+            model = registry.read(zoo.storage, name)
+        except ZooError as e:
+            problems.append(str(e))
+            continue
+        active[name] = model.active
+        paths |= {registry.path_of(name, v): (name, v) for v in sorted(model.versions)}
+    found = []
+    for path, data in zoo.storage.read_many(paths).items():
+        try:
+            if isinstance(data, ZooError):
+                raise data
+            where = f"{zoo.storage.location}/{path}"
+            found.append(registry.parse_chain(data, *paths[path], where))
+        except ZooError as e:
+            problems.append(str(e))
+    return found, active
+
+
+def _records(zoo: Zoo, ids: Sequence[str], read: Any, problems: list[str]) -> list[Any]:
+    found = []
+    for id_ in ids:
+        try:
+            found.append(read(id_))
+        except ZooError as e:
+            if zoo.storage.exists(f"components/{id_}") or zoo.storage.exists(f"deltas/{id_}"):
+                problems.append(str(e))
+    return found
 
 
 def _chain(
-    zoo: Zoo, chain: Chain, nbytes: dict[str, int], users: dict[str, set[str]]
+    chain: Chain,
+    active: dict[str, int | None],
+    nbytes: dict[str, int],
+    users: dict[str, list[str]],
+    problems: list[str],
 ) -> dict[str, Any]:
-    own = [i for i in _ids(chain) if len(users[i]) == 1]
+    ids = chain.ids
+    at = f"{chain.name}@{chain.version}"
+    missing = [i for i in ids if i not in nbytes]
+    if missing:
+        problems.append(f"{at} lacks {len(missing)} of its components and deltas: run 'fsck'")
+    own = [i for i in ids if users[i] in ([at], [])]
     return {
         "name": chain.name,
         "version": chain.version,
-        "live": zoo.current(chain.name) == chain.version,
+        "active": active.get(chain.name) == chain.version,
+        "digest": chain.digest,
         "family": chain.family,
         "base": chain.base,
         "policy": chain.policy,
@@ -93,44 +160,23 @@ def _chain(
         "tokenizer": chain.tokenizer,
         "max_position": chain.max_position,
         "vocab_size": chain.vocab_size,
-        "logical_bytes": sum(nbytes[i] for i in _ids(chain)),
-        "own_bytes": sum(nbytes[i] for i in own),
+        "logical_bytes": sum(nbytes.get(i, 0) for i in ids),
+        "own_bytes": sum(nbytes.get(i, 0) for i in own),
+        "missing": missing,
         "steps": [{"component": s.component, "deltas": list(s.deltas)} for s in chain.steps],
     }
 
 
-def _component(zoo: Zoo, id_: str, users: set[str]) -> dict[str, Any]:
-    record = zoo.component(id_)
+def _object(record: ComponentRecord | DeltaRecord, users: dict[str, list[str]]) -> dict[str, Any]:
     return {
-        "id": id_,
+        "id": record.id,
         "kind": record.spec.kind,
         "nbytes": record.nbytes,
-        **component_header(record),
+        **codec.header(record),
         "tensors": _tensors(record.tensors),
-        "used_by": sorted(users),
-    }
-
-
-def _delta(zoo: Zoo, id_: str, users: set[str]) -> dict[str, Any]:
-    record = zoo.delta(id_)
-    return {
-        "id": id_,
-        "kind": record.spec.kind,
-        "nbytes": record.nbytes,
-        **delta_header(record),
-        "tensors": _tensors(record.tensors),
-        "used_by": sorted(users),
+        "used_by": sorted(users[record.id]),
     }
 
 
 def _tensors(tensors: dict[str, TensorRecord]) -> dict[str, Any]:
     return {name: {"shape": list(t.shape), "dtype": t.dtype} for name, t in tensors.items()}
-
-
-def stored_bytes(zoo: Zoo) -> int:
-    """About how many tensor bytes the zoo holds: sizes of the files, damaged records included."""
-    total = 0
-    for kind in ("components", "deltas"):
-        for folder, _, files in os.walk(zoo.path / kind):
-            total += sum(os.lstat(os.path.join(folder, f)).st_size for f in files)
-    return total

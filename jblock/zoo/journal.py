@@ -12,7 +12,8 @@ from pathlib import Path
 from jblock.zoo import codec, disk
 from jblock.zoo.records import ZooError
 
-FOLDER = "unfinished"
+FOLDER = "journal"
+_OLD_FOLDER = "unfinished"  # of zoos of format 1
 KEPT_SECONDS = 24 * 3600.0
 
 
@@ -41,7 +42,9 @@ class Journal:
 
     def write(self, scratch: Path) -> None:
         """Puts what is finished on the disk."""
-        self._path.parent.mkdir(exist_ok=True)
+        if not self._path.parent.exists():
+            self._path.parent.mkdir(exist_ok=True)
+            disk.share(self._path.parent, self._path.parent.parent)
         disk.write_atomic(self._path, json.dumps(self.ids).encode(), scratch)
 
     def remove(self) -> None:
@@ -51,15 +54,14 @@ class Journal:
 
 def named(root: Path) -> set[str]:
     """The ids that journals of the last day name; removes older journals."""
-    folder = root / FOLDER
     found: set[str] = set()
-    if folder.is_dir():
-        for name in os.listdir(folder):
+    for folder in (root / FOLDER, root / _OLD_FOLDER):
+        for name in os.listdir(folder) if folder.is_dir() else ():
             path = folder / name
             try:
                 if time.time() - path.stat().st_mtime > KEPT_SECONDS:
                     path.unlink(missing_ok=True)
-                else:
+                elif path.suffix == ".json":
                     found.update(str(i) for i in codec.read_json(path).values())
             except (OSError, ZooError):
                 continue  # only a hint

@@ -11,28 +11,48 @@ fails at the next step: that is the fence, and there is no gap between a check a
 
 The exclusive lock is the highest number in `locks/`, which names a lease; it is free when that lease
 is gone. Taking it is making the next number, which a file system gives to one only.
+
+Users of a group may share a zoo: what one leaves behind, another can break without reading it, for only
+the parent folders need to be writable. Whoever waits says for whom, and gives up after MAX_WAIT_SECONDS.
 """
 
 import contextlib
 import fcntl
 import json
 import os
+import platform
+import pwd
 import secrets
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from jblock.zoo import disk
 from jblock.zoo.records import ZooError
 
 SECONDS = 60.0
 """How long a lease outlives the last sign of its holder."""
 
-_SIGNS = 6  # in the life of a lease
+MAX_WAIT_SECONDS = 90.0
+"""How long anybody waits for the exclusive lock."""
+
+_HEARTBEATS = 6  # in the life of a lease
+_TELL_SECONDS = 2.0  # of waiting, before it is said for whom
 _MARK = "lease"
 USES = "uses"
 """In a lease: the folder whose file names are the ids its holder relies on."""
+
+
+class LockedError(ZooError):
+    """Another process holds the exclusive lock for longer than anybody waits."""
+
+
+def tell(text: str) -> None:
+    """Says on stderr what a process waits for."""
+    print(f"jblock: {text}", file=sys.stderr, flush=True)
 
 
 class LeaseLostError(ZooError):
@@ -40,20 +60,21 @@ class LeaseLostError(ZooError):
 
 
 @contextlib.contextmanager
-def lease(tmp: Path, seconds: float = SECONDS) -> Iterator[Path]:
+def lease(tmp: Path, seconds: float = SECONDS, purpose: str = "") -> Iterator[Path]:
     """Holds a lease of its own; yields its folder, which is removed at the end whatever happens.
 
     Args:
       tmp: the zoo's folder of leases.
       seconds: how long it holds without a sign.
+      purpose: what its holder does, for those who wait for it.
 
     Raises:
       LeaseLostError: another one broke it in the meantime.
     """
-    folder, fd = _make(tmp, seconds)
+    folder, fd = _make(tmp, seconds, purpose)
     stop = threading.Event()
     beat = threading.Thread(
-        target=_keep_up, args=(folder / _MARK, seconds / _SIGNS, stop), daemon=True
+        target=_heartbeat, args=(folder / _MARK, seconds / _HEARTBEATS, stop), daemon=True
     )
     beat.start()
     try:
@@ -73,12 +94,15 @@ def lease(tmp: Path, seconds: float = SECONDS) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def exclusive(root: Path) -> Iterator[Path]:
+def exclusive(root: Path, purpose: str = "") -> Iterator[Path]:
     """Holds the zoo's exclusive lock, waiting for it if need be; yields the lease's folder.
 
-    Whoever holds it publishes and removes only by renames and links to and from that folder.
+    Whoever holds it publishes and removes only by renames to and from that folder.
+
+    Raises:
+      LockedError: another process held it for MAX_WAIT_SECONDS.
     """
-    with lease(root / "tmp") as mine:
+    with lease(root / "tmp", purpose=purpose) as mine:
         _acquire(root, mine)
         yield mine
 
@@ -96,6 +120,7 @@ def used(tmp: Path) -> set[str]:
     """The ids that leases name."""
     found = set()
     for name in os.listdir(tmp):
+        # One that cannot be looked into is of a user with a private umask, who shares nothing.
         with contextlib.suppress(OSError):
             found.update(os.listdir(tmp / name / USES))
     return found
@@ -109,12 +134,22 @@ def use(folder: Path, id: str) -> None:
         if not folder.exists():
             raise
         (folder / USES).mkdir(exist_ok=True)
+        disk.share(folder / USES, folder.parent)  # others ask for it before they remove
         (folder / USES / id).touch()
 
 
-def _make(tmp: Path, seconds: float) -> tuple[Path, int]:
+def _make(tmp: Path, seconds: float, purpose: str) -> tuple[Path, int]:
     # Before anything is made: who is killed with half a lease leaves it for as long as a lease lives.
-    said = json.dumps({"host": _host(), "seconds": seconds}).encode()
+    said = json.dumps(
+        {
+            "host": _host(),
+            "seconds": seconds,
+            "node": platform.node(),
+            "user": user(),
+            "pid": os.getpid(),
+            "purpose": purpose,
+        }
+    ).encode()
     while True:
         folder = tmp / secrets.token_hex(8)
         aside = folder.with_suffix(".new")
@@ -126,6 +161,7 @@ def _make(tmp: Path, seconds: float) -> tuple[Path, int]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             os.write(fd, said)
+            disk.share(aside, tmp)
             os.rename(aside, folder)
             return folder, fd
         except FileNotFoundError:
@@ -136,10 +172,11 @@ def _make(tmp: Path, seconds: float) -> tuple[Path, int]:
             raise
 
 
-def _keep_up(mark: Path, every: float, stop: threading.Event) -> None:
+def _heartbeat(mark: Path, every: float, stop: threading.Event) -> None:
     while not stop.wait(every):
         try:
             os.utime(mark)
+            os.utime(mark.parent)  # what a user who may not read the mark sees
         except FileNotFoundError:
             return  # broken; the holder finds out at its next step
         except OSError:
@@ -147,23 +184,41 @@ def _keep_up(mark: Path, every: float, stop: threading.Event) -> None:
 
 
 def _acquire(root: Path, mine: Path) -> None:
-    locks, token = root / "locks", mine / "token"
+    locks = root / "locks"
     locks.mkdir(exist_ok=True)
-    token.write_text(mine.name)
-    wait = 0.005
+    wait, begin, told = 0.005, time.monotonic(), ""
     while True:
         number = max(_numbers(locks), default=0)
-        if number and _held(root / "tmp", locks / str(number)):
+        holder = _holder(root / "tmp", locks / str(number)) if number else None
+        if holder is not None:
+            waited = time.monotonic() - begin
+            if waited > MAX_WAIT_SECONDS:
+                raise LockedError(
+                    f"{root} has been locked by {describe(root / 'tmp' / holder)} for "
+                    f"{MAX_WAIT_SECONDS:.0f} s: nothing was changed; run the same command again later"
+                )
+            if waited > _TELL_SECONDS and told != holder:
+                tell(
+                    f"waiting for {describe(root / 'tmp' / holder)}, at most "
+                    f"{MAX_WAIT_SECONDS - waited:.0f} s more"
+                )
+                told = holder
             time.sleep(wait)
             wait = min(2 * wait, 0.2)
             continue
         try:
-            os.link(token, locks / str(number + 1))
+            # Not a link, which FUSE and SMB folders may lack. Until its text is in it, it counts as held.
+            fd = os.open(locks / str(number + 1), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             continue
+        try:
+            os.write(fd, mine.name.encode())
+        finally:
+            os.close(fd)
+        disk.share(locks / str(number + 1), locks)
         # The highest number is never removed. So if this one is not it, it was passed on and
         # removed in the meantime, and is ours by mistake.
-        if max(_numbers(locks)) > number + 1:
+        if max(_numbers(locks), default=0) > number + 1:
             continue
         for old in _numbers(locks):
             if old <= number:
@@ -172,35 +227,64 @@ def _acquire(root: Path, mine: Path) -> None:
         return
 
 
+def describe(folder: Path) -> str:
+    """The holder of a lease, for people."""
+    try:
+        said = json.loads((folder / _MARK).read_bytes()[:4096])
+        what = f" ({said['purpose']})" if said.get("purpose") else ""
+        return f"process {said['pid']} of {said['user']} on {said['node']}{what}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"another process (lease {folder.name})"
+
+
+def user() -> str:
+    """The name of the user that this process belongs to."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return f"user {os.geteuid()}"
+
+
 def _numbers(locks: Path) -> list[int]:
     return [int(n) for n in os.listdir(locks) if n.isdecimal()]
 
 
-def _held(tmp: Path, lock: Path) -> bool:
+def _holder(tmp: Path, lock: Path) -> str | None:
+    """The name of the lease that holds a lock; None when it is free."""
     try:
-        holder = tmp / Path(lock.read_text()).name
+        name = Path(lock.read_text()).name
+        if not name and _now(tmp) - lock.lstat().st_mtime > SECONDS:
+            return None  # its maker died before it wrote
     except FileNotFoundError:
-        return True  # passed on in the meantime: look again
-    if not holder.exists():
-        return False
-    if _expired(holder, _now(tmp)):
-        _remove(holder)
-    return holder.exists()
+        return "?"  # passed on in the meantime: look again
+    except OSError:
+        # Of another user with a private umask: nobody but its age tells whether it is held.
+        return "?" if _now(tmp) - lock.lstat().st_mtime <= SECONDS else None
+    if not name:
+        return "?"
+    if not os.path.lexists(tmp / name):
+        return None
+    if _expired(tmp / name, _now(tmp)):
+        _remove(tmp / name)
+    return name if os.path.lexists(tmp / name) else None
 
 
 def _expired(folder: Path, now: float) -> bool:
-    mark = folder / _MARK
+    mark, seconds = folder / _MARK, SECONDS
     try:
-        # Without a mark it is being made, or is a remnant.
-        at = (mark if mark.exists() else folder).lstat().st_mtime
-        seconds = SECONDS
-        if mark.exists():
-            fd = os.open(mark, os.O_RDWR | os.O_NOFOLLOW)
+        # The folder's own time serves where the mark cannot be read, and where there is none: then it is
+        # being made, or is a remnant.
+        at = folder.lstat().st_mtime
+        with contextlib.suppress(FileNotFoundError, PermissionError, NotADirectoryError):
+            # Opened before its time is taken: a network file system then asks the server.
+            fd = os.open(mark, os.O_RDONLY | os.O_NOFOLLOW)
             try:
+                at = os.fstat(fd).st_mtime
                 said = json.loads(os.read(fd, 4096) or b"{}")
                 seconds = min(max(float(said.get("seconds", SECONDS)), 0.0), 3600.0)
                 if said.get("host") and said["host"] == _host():
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    # Shared, which reading is enough for: its holder's own is exclusive.
+                    fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
                     return True
             finally:
                 os.close(fd)
@@ -209,17 +293,19 @@ def _expired(folder: Path, now: float) -> bool:
     except (ValueError, TypeError, AttributeError):
         pass  # half written
     except OSError:
-        return False  # gone already, or not ours
+        return False  # gone already
     return now - at > seconds
 
 
 def _remove(path: Path) -> bool:
     """Breaks a lease in one step, then removes what was in it; whether it was there."""
-    gone = path.with_name(f"gone-{secrets.token_hex(8)}")
-    try:
-        os.rename(path, gone)
-    except OSError:
-        return False
+    gone = path
+    if not path.name.startswith("gone-"):
+        gone = path.with_name(f"gone-{secrets.token_hex(8)}")
+        try:
+            os.rename(path, gone)
+        except OSError:
+            return False
     if gone.is_dir():
         shutil.rmtree(gone, ignore_errors=True)
     else:

@@ -1,12 +1,13 @@
 """What the zoo stores beside tensors: component, delta and chain records. Plain data, no I/O."""
 
 import dataclasses
+import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jblock.blocks.delta_spec import DeltaSpec
-from jblock.blocks.spec import ComponentSpec
+from jblock.blocks.spec import ComponentSpec, canonical_json
 
 POLICIES = ("exact", "near", "adaptive")
 """What a chain promises: identical components only; substitutes measured to be nearly equal, or lossy codecs;
@@ -21,6 +22,18 @@ class ZooError(ValueError):
 
 class NotFoundError(ZooError):
     """Something named by its id is not in the zoo: never added, or removed in the meantime."""
+
+
+class DamagedError(ZooError):
+    """What was read is not what was written: its hash, its form or its size is wrong."""
+
+
+class UnreadableError(ZooError):
+    """A file is there and cannot be read (permissions, a network that is away): it may be sound."""
+
+
+class NewerError(ZooError):
+    """A record has fields or kinds that this version does not know: a newer version wrote it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +97,9 @@ class Step:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Step":
         """Inverse of `to_json`; KeyError or TypeError where it is not one."""
+        ids = (data["component"], *data["deltas"])
+        if not isinstance(data["deltas"], list | tuple) or not all(_is_id(i) for i in ids):
+            raise TypeError(f"step {str(dict(data))[:120]} has something else than ids")
         return cls(
             component=data["component"],
             deltas=tuple(data["deltas"]),
@@ -97,7 +113,7 @@ class Chain:
 
     Attributes:
       name: public model name.
-      version: 1, 2, ...; given by the zoo on publishing.
+      version: 1, 2, ...; given by the zoo on publishing, and never given twice.
       family: name of the architecture ("llama", ...), for export.
       steps: embedding, then the layers, then norm, unembedding.
       tokenizer: tokenizer id, or None when the source had none (token ids only).
@@ -106,6 +122,8 @@ class Chain:
       eos_token_ids: ids that end a generation.
       bos_token_id: id the tokenizer puts first, if any.
       base: "name@version" of the chain an adapter was attached to, else None.
+      base_digest: digest of that version, whatever number it has in another zoo; None in records from
+        before versions had digests.
       generation: the source's generation_config, as far as it is about sampling defaults.
       source: the source's config.json as it was (for export and inspection).
       adapter: the adapter's adapter_config.json as it was; empty for a chain without one.
@@ -118,6 +136,9 @@ class Chain:
       origin: where a converted chain comes from: "source" (a path, or a name on the Hub), "revision" (the
         commit), "license", "date" (UTC); what is not known is left out. No part of what a version is:
         the same model from another place is no new one.
+      whole: index of a step, as text -> id of the one component that its component and deltas make. A
+        converter stores a component that differs from one of the zoo in biases and norms as a delta on
+        that; the digest covers the whole, and so does not depend on what was converted before.
     """
 
     name: str
@@ -130,6 +151,7 @@ class Chain:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     base: str | None = None
+    base_digest: str | None = None
     generation: dict[str, Any] = dataclasses.field(default_factory=dict)
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
     adapter: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -137,6 +159,28 @@ class Chain:
     policy: str = "exact"
     derived: dict[str, Any] = dataclasses.field(default_factory=dict)
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
+    whole: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) over all that decides what the model answers: family, steps with their deltas in
+        order, tokenizer, token ids, lengths, sampling defaults and policy. Not its name or number."""
+        steps: list[Any] = [step.to_json() for step in self.steps]
+        for index, id_ in self.whole.items():
+            steps[int(index)] |= {"component": id_, "deltas": []}
+        fields = ("family", "tokenizer", "max_position", "vocab_size", "bos_token_id")
+        covered = {name: getattr(self, name) for name in fields} | {
+            "steps": steps,
+            "eos_token_ids": list(self.eos_token_ids),
+            "generation": self.generation,
+            "policy": self.policy,
+        }
+        return hashlib.sha256(canonical_json(covered).encode()).hexdigest()
+
+    @property
+    def ids(self) -> list[str]:
+        """The distinct ids of its components and deltas, in order."""
+        return list(dict.fromkeys(i for s in self.steps for i in (s.component, *s.deltas)))
 
     def derive(
         self, name: str, steps: Sequence[Step], policies: Sequence[str], how: Mapping[str, Any]
@@ -155,45 +199,125 @@ class Chain:
             version=0,
             steps=tuple(steps),
             base=None,
+            base_digest=None,
             adapter={},
             source_files=None,
             policy=max(self.policy, *policies, key=POLICIES.index),
             derived={"chain": f"{self.name}@{self.version}", **how},
             origin={},
+            whole={},
         )
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON of the chain."""
-        return dataclasses.asdict(self) | {"steps": [step.to_json() for step in self.steps]}
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return data | {
+            "steps": [step.to_json() for step in self.steps],
+            "eos_token_ids": list(self.eos_token_ids),
+        }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "Chain":
+    def from_json(cls, data: Mapping[str, Any]) -> "Chain":
         """Inverse of `to_json`.
 
         Raises:
-          ZooError: fields missing or unknown, or numbers that are none of a model.
+          NewerError: a field that this version does not know.
+          DamagedError: fields missing or of a wrong type, or numbers that are none of a model.
         """
-        fields = dict(data)
+        unknown = sorted(data.keys() - _CHAIN_FIELDS)
+        if unknown:
+            raise NewerError(
+                f"chain record has the field {unknown[0]!r}: a newer version of jblock wrote it; use "
+                "that version"
+            )
+        for field, (check, expected) in _CHAIN_CHECKS.items():
+            if field in data and not check(data[field]):
+                raise DamagedError(
+                    f"chain record: {field} is {str(data[field])[:80]!r}, expected {expected}: the zoo "
+                    "is damaged; run fsck"
+                )
         try:
+            fields = dict(data)
             fields["steps"] = tuple(Step.from_json(s) for s in fields["steps"])
             fields["eos_token_ids"] = tuple(fields.get("eos_token_ids", ()))
             chain = cls(**fields)
-        except (TypeError, KeyError) as e:
-            raise ZooError(f"chain record has missing or unknown fields: {e}") from e
-        if chain.policy not in POLICIES or not isinstance(chain.derived, dict):
-            raise ZooError(
-                f"chain record: policy is {chain.policy!r}: the zoo is damaged; run fsck"
+        except (TypeError, KeyError, AttributeError) as e:
+            raise DamagedError(f"chain record has missing or malformed fields: {e}") from e
+        if not all(0 <= id_ < chain.vocab_size for id_ in chain.eos_token_ids):
+            raise DamagedError(
+                f"chain record: eos_token_ids {list(chain.eos_token_ids)} are not all under vocab_size "
+                f"{chain.vocab_size}: the zoo is damaged; run fsck"
             )
-        for field in ("max_position", "vocab_size"):
-            value = fields[field]
-            if type(value) is not int or not 1 <= value < 2**31:
-                raise ZooError(f"chain record: {field} is {value!r}: the zoo is damaged; run fsck")
-        for id_ in chain.eos_token_ids:
-            if type(id_) is not int or not 0 <= id_ < chain.vocab_size:
-                raise ZooError(
-                    f"chain record: eos_token_ids has {id_!r}: the zoo is damaged; run fsck"
-                )
+        if not all(i.isdecimal() and int(i) < len(chain.steps) for i in chain.whole):
+            raise DamagedError("chain record: whole names a step that is not there; run fsck")
         return chain
+
+
+_CHAIN_FIELDS = {f.name for f in dataclasses.fields(Chain)}
+_HEX = re.compile(r"[0-9a-f]{64}")
+VERSION_NAME = re.compile(r"([^@]+)@([1-9][0-9]{0,8})")
+"""name@version."""
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str) and _HEX.fullmatch(value) is not None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and 1 <= value < 2**31
+
+
+def _is_json(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or check(value)
+
+
+# Field -> what it has to be, and in words.
+_CHAIN_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (lambda v: isinstance(v, str), "a name"),
+    "version": (lambda v: type(v) is int and 0 <= v < 2**31, "a number"),
+    "family": (lambda v: isinstance(v, str), "a name"),
+    "steps": (lambda v: isinstance(v, list | tuple), "a list"),
+    "tokenizer": (_optional(_is_id), "an id or null"),
+    "source_files": (_optional(_is_id), "an id or null"),
+    "max_position": (_is_number, "a whole number, at least 1"),
+    "vocab_size": (_is_number, "a whole number, at least 1"),
+    "eos_token_ids": (
+        lambda v: isinstance(v, list | tuple) and all(type(i) is int for i in v),
+        "a list of whole numbers",
+    ),
+    "bos_token_id": (_optional(lambda v: type(v) is int and v >= 0), "a whole number or null"),
+    "base": (
+        _optional(lambda v: isinstance(v, str) and VERSION_NAME.fullmatch(v) is not None),
+        "NAME@VERSION or null",
+    ),
+    "base_digest": (_optional(_is_id), "a digest or null"),
+    "generation": (_is_json, "an object"),
+    "source": (_is_json, "an object"),
+    "adapter": (_is_json, "an object"),
+    "derived": (_is_json, "an object"),
+    "policy": (lambda v: v in POLICIES, f"one of {', '.join(POLICIES)}"),
+    "origin": (_is_json, "an object"),
+    "whole": (
+        lambda v: isinstance(v, dict) and all(_is_id(i) for i in v.values()),
+        "an object of ids",
+    ),
+}
+
+
+def split_version(text: str) -> tuple[str, int]:
+    """The name and the number of "name@version".
+
+    Raises:
+      ZooError: it is something else.
+    """
+    match = VERSION_NAME.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise ZooError(f"{text!r} is not NAME@VERSION")
+    return match[1], int(match[2])
 
 
 def check_name(name: str) -> str:
@@ -202,7 +326,7 @@ def check_name(name: str) -> str:
     Raises:
       ZooError: anything but letters, digits, '_', '-' and single inner dots, or over 128 long.
     """
-    if not _NAME.fullmatch(name) or len(name) > 128:
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > 128:
         raise ZooError(
             f"name {name!r} cannot be used: give 1 to 128 letters, digits, '_' or '-', with single "
             "dots only between them (no slash, no leading dot)"

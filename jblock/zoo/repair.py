@@ -1,96 +1,164 @@
 """`fsck --repair`: puts right what can be, and sets aside what cannot, so that it can be made again."""
 
-import os
-from pathlib import Path
+import dataclasses
 
-from jblock.zoo import disk, edges, lease
-from jblock.zoo.fsck import damaged
-from jblock.zoo.records import ZooError
+from jblock.zoo import codec, edges, registry
+from jblock.zoo.fsck import Problem, check_edge_file, check_object, problems
+from jblock.zoo.objects import KINDS
+from jblock.zoo.records import DamagedError, NewerError, UnreadableError, ZooError
+from jblock.zoo.storage import QUARANTINE, Changes
 from jblock.zoo.store import Zoo
-
-ASIDE = "damaged"
 
 
 def repair(zoo: Zoo) -> list[str]:
     """Repairs what `fsck` finds; returns what was done, one line each.
 
-    - A damaged component, delta, tokenizer or source that no model uses is moved to `damaged/`; so is one
-      in use: converting one of the models that use it again then makes it anew.
-    - A model whose live version is not named gets its newest sound version.
-    - An edge that is damaged, or names what is not there, is moved to `damaged/`: it can be measured again.
-    - The partition, which is derived, is written anew.
+    - A damaged component, delta, tokenizer or source is moved to `quarantine/`; so is a version that lacks
+      something, or whose record is damaged: converting the model again brings both back.
+    - A model whose active version went, or whose pointer is damaged, gets its newest sound version.
+    - An edge that is damaged, or names what is not there, is moved to `quarantine/`: measure it again.
+    - What is nothing of a zoo is moved there too. What cannot be read, or is of a newer version, stays.
+
+    Hashing takes long and holds no lock; what it finds is looked at again under the lock.
 
     Raises:
       ZooError: the zoo cannot be written.
     """
-    done = []
-    with disk.disk_errors(zoo.path):
-        lease.clean(zoo.path / "tmp")
-        with lease.exclusive(zoo.path) as mine:
-            bad = damaged(zoo)
-            users = _users(zoo)
-            aside = zoo.path / ASIDE
-            for kind, id_ in bad:
-                aside.mkdir(exist_ok=True)
-                # By way of the lease, which is the fence.
-                os.rename(zoo.path / kind / id_, mine / id_)
-                os.rename(mine / id_, aside / f"{kind}-{id_}.{mine.name}")
-                names = ", ".join(users.get(id_, [])) or "no model"
-                again = f"convert one of {names} again" if id_ in users else "nothing lacks it"
-                done.append(f"{kind[:-1]} {id_} was damaged, is moved to {ASIDE}/: {again}")
-            done += _edges(zoo, mine)
-            for name in sorted(os.listdir(zoo.path / "chains")):
-                done += _live(zoo, name, mine)
-            zoo.write_partition(mine)
+    zoo.storage.clean()
+    suspects = [p for p in problems(zoo) if p.damaged]
+    done: list[str] = []
+    with zoo.changing("repairing the zoo") as changes:
+        users = _users(zoo)
+        for problem in suspects:
+            if problem.name.split("/")[0] in KINDS and _still(zoo, problem):
+                done.append(_set_object_aside(zoo, changes, problem, users))
+        if done:
+            done += _set_users_aside(zoo, changes)
+        for problem in suspects:
+            if problem.name.count("/") == 1 and problem.name.startswith("chains/"):
+                changes.quarantine(problem.name)
+                done.append(f"{problem.name} is nothing of a zoo, is moved to {QUARANTINE}/")
+        for name in zoo.models():
+            done += _repair_model(zoo, changes, name)
+        for file in zoo.storage.names(edges.FOLDER):
+            for problem in check_edge_file(zoo, file):
+                if problem.damaged:
+                    changes.quarantine(problem.name)
+                    done.append(
+                        f"{problem.name} is moved to {QUARANTINE}/ ({problem.text}): measure it again if "
+                        "it is wanted"
+                    )
     return done
 
 
-def _edges(zoo: Zoo, mine: Path) -> list[str]:
-    """Sets edges aside that cannot be used as they are."""
+def _still(zoo: Zoo, problem: Problem) -> bool:
+    """Whether a problem is still there: it may have been removed, or converted again, since it was found."""
+    kind, id_ = problem.name.split("/", 1)
+    return any(p.damaged for p in check_object(zoo, kind, id_))
+
+
+def _set_object_aside(
+    zoo: Zoo, changes: Changes, problem: Problem, users: dict[str, list[str]]
+) -> str:
+    kind, id_ = problem.name.split("/", 1)
+    changes.quarantine(problem.name)
+    if not codec.is_id(id_):
+        return f"{problem.name} is nothing of a zoo, is moved to {QUARANTINE}/"
+    names = ", ".join(users.get(id_, [])) or "no model"
+    again = f"convert one of {names} again" if id_ in users else "no model uses it"
+    return f"{kind[:-1]} {id_} was damaged, is moved to {QUARANTINE}/: {again}"
+
+
+def _set_users_aside(zoo: Zoo, changes: Changes) -> list[str]:
+    """Moves what refers to a component that is not there: nothing can use it before it is made again."""
     done = []
-    for id_ in edges.edge_ids(zoo):
-        try:
-            edges.check_edge(zoo, edges.edge(zoo, id_))
-        except ZooError as e:
-            path = zoo.path / edges.FOLDER / f"{id_}.json"
-            if not path.exists():
-                continue  # no edge at all: fsck names it
-            (zoo.path / ASIDE).mkdir(exist_ok=True)
-            os.rename(path, mine / f"{id_}.json")
-            os.rename(mine / f"{id_}.json", zoo.path / ASIDE / f"edges-{id_}.{mine.name}.json")
-            done.append(f"edge {id_} is moved to {ASIDE}/ ({e}): measure it again if it is wanted")
+    for kind in ("deltas", "components"):
+        for id_ in zoo.storage.names(kind):
+            try:
+                if kind == "deltas":
+                    needs = [zoo.delta(id_).component]
+                else:
+                    needs = [c for c, _ in zoo.component(id_).refs.values()]
+            except ZooError:
+                continue
+            if not all(zoo.storage.exists(f"components/{c}") for c in needs):
+                changes.quarantine(f"{kind}/{id_}")
+                done.append(
+                    f"{kind[:-1]} {id_} refers to a component that is not there, is moved to {QUARANTINE}/"
+                )
     return done
 
 
 def _users(zoo: Zoo) -> dict[str, list[str]]:
     users: dict[str, list[str]] = {}
-    for name in sorted(os.listdir(zoo.path / "chains")):
-        for version in zoo.versions(name):
+    for name in zoo.models():
+        for version in registry.version_files(zoo.storage, name):
             try:
-                chain = zoo.chain(name, version)
+                chain = registry.chain(zoo.storage, name, version)
             except ZooError:
                 continue
-            ids = {i for s in chain.steps for i in (s.component, *s.deltas)}
-            for id_ in ids | {chain.tokenizer or "", chain.source_files or ""}:
+            for id_ in {*chain.ids, chain.tokenizer or "", chain.source_files or ""}:
                 users.setdefault(id_, []).append(f"{name}@{version}")
     return users
 
 
-def _live(zoo: Zoo, name: str, mine: Path) -> list[str]:
-    """Names the newest sound version as live where `current` is damaged."""
-    if not (zoo.path / "chains" / name / "current").exists():
-        return []  # a writer was killed before its first version went live
+def _repair_model(zoo: Zoo, changes: Changes, name: str) -> list[str]:
+    """Takes versions away that cannot be served any more, and points at the newest one that can."""
+    done = []
     try:
-        zoo.chain(name)
-        return []
+        model = registry.with_digests(zoo.storage, registry.read(zoo.storage, name))
+    except DamagedError:
+        model = _pointer_again(zoo, name)
+        done.append(f"{name}: its pointer was damaged, is made again from its versions")
     except ZooError:
-        pass
-    for version in reversed(zoo.versions(name)):
+        return []  # unreadable, or of a newer version
+    bad = []
+    for version in sorted(model.versions):
         try:
-            zoo.chain(name, version)
-        except ZooError:
+            chain = registry.chain(zoo.storage, name, version)
+            if model.versions[version] not in ("", chain.digest):
+                raise DamagedError("its digest is another than when it was published")
+            zoo.check_chain(chain)
+        except (UnreadableError, NewerError):
             continue
-        data = f"{version}\n".encode()
-        disk.write_atomic(zoo.path / "chains" / name / "current", data, mine)
-        return [f"{name}: its live version was not named; now it is {version}"]
-    return []
+        except ZooError as e:
+            bad.append((version, str(e)))
+    for version, why in bad:
+        path = registry.path_of(name, version)
+        if zoo.storage.exists(path):
+            changes.quarantine(path)
+        done.append(f"{name}@{version} is moved to {QUARANTINE}/ ({why}): convert it again")
+    if not done:
+        return []
+    gone = {version for version, _ in bad}
+    left = {v: d for v, d in model.versions.items() if v not in gone}
+    active = model.active
+    if active not in left:
+        active = max(left, default=None)
+        done.append(
+            f"{name}: its active version is now {active}"
+            if active is not None
+            else f"{name} has no sound version left: convert it again"
+        )
+    lost = {v: d for v, d in model.versions.items() if v in gone and d}
+    model = dataclasses.replace(
+        model,
+        active=active,
+        versions=left,
+        lost={**model.lost, **lost},
+        named={v: n for v, n in model.named.items() if v in left},
+        aliases={a: v for a, v in model.aliases.items() if v in left},
+    )
+    registry.write(changes, model.did("repair", active or 0))
+    return done
+
+
+def _pointer_again(zoo: Zoo, name: str) -> registry.Model:
+    numbers = registry.version_files(zoo.storage, name)
+    model = registry.Model(
+        name=name,
+        next=max(numbers, default=0) + 1,
+        versions=dict.fromkeys(numbers, ""),
+        state=zoo.storage.pointer(f"chains/{name}/{registry.POINTER}")[1],
+    )
+    return registry.with_digests(zoo.storage, model)

@@ -1,70 +1,72 @@
-"""The zoo on disk: content-addressed components and deltas, and the chains that name them.
+"""The zoo: content-addressed components and deltas, and the chains that name them.
 
     zoo.json                        format version
-    components/<id>/                spec.json, params/ (orbax); immutable
+    components/<id>/                spec.json, params.safetensors; immutable
     deltas/<id>/                    the same, naming the component they apply to
     tokenizers/<id>/                tokenizer.json and its companions
     sources/<id>/                   small files of a checkpoint as they were, for export
-    chains/<name>/<version>.json    immutable; chains/<name>/current holds the live version
-    partition/current.json          blocks of the live chains; derived, replaceable
+    chains/<name>/<version>.json    immutable; chains/<name>/model.json points at the active one (registry.py)
     edges/<id>.json                 what was measured of substitutes (edges.py); immutable
+    profiles/<target>/              what blocks take on one kind of machine (latency_profiles.py)
     tmp/                            leases, each the scratch folder of a process at work
     locks/                          whose turn it is to publish or remove
-    unfinished/                     what interrupted conversions had finished
+    journal/                        what interrupted conversions had finished
+    quarantine/                     what `fsck --repair` moved out of the way
 
-Reading needs no lock: everything under a final name is complete.
+Reading needs no lock: everything under a final name is complete. A zoo is a folder, or a bucket with the same
+names in it (object_storage.py).
 """
 
 import contextlib
-import json
+import dataclasses
 import os
-import re
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from jblock.blocks.delta_spec import DeltaSpec
 from jblock.blocks.spec import ComponentSpec, canonical_json
-from jblock.zoo import codec, disk, ids, latency_profiles, lease, params, partition
+from jblock.zoo import checks, codec, disk, latency_profiles, lease, partition, registry
 from jblock.zoo.journal import Journal
+from jblock.zoo.objects import Objects
 from jblock.zoo.records import (
     Chain,
-    ComponentRecord,
-    DeltaRecord,
+    DamagedError,
     NotFoundError,
-    TensorRecord,
     ZooError,
     check_name,
+    split_version,
 )
+from jblock.zoo.storage import Changes, FolderStorage, Storage
+from jblock.zoo.verification import Verification
 from jblock.zoo.writer import Writer
 
-FORMAT = 1
+FORMAT = 2
+READ_FORMATS = (1, 2)
 FOLDERS = (
     "components",
     "deltas",
     "tokenizers",
     "sources",
     "chains",
-    "partition",
     "edges",
     "tmp",
     "locks",
 )
-_VERSION_FILE = re.compile(r"([1-9][0-9]{0,8})\.json")
+_OLD_FOLDERS = ("partition",)  # a zoo of format 1 that was never finished has it
 
 
-class Zoo:
-    """One zoo. Make it with `Zoo.create` or `Zoo.open`.
+class Zoo(Objects):
+    """One zoo. Make it with `Zoo.create` or `Zoo.open`; see `Objects` for what reads by id."""
 
-    Attributes:
-      path: its folder, links resolved.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, storage: Storage, verification: Verification | None = None):
+        super().__init__(storage, verification)
+        self._held = contextlib.ExitStack()
+        self._lease: Path | None = None
+        weakref.finalize(self, self._held.close)
 
     @classmethod
     def create(cls, path: str | os.PathLike) -> "Zoo":
@@ -73,122 +75,62 @@ class Zoo:
         Raises:
           ZooError: the folder holds something else, or cannot be written.
         """
+        if is_url(path):
+            from jblock.zoo.object_storage import ObjectStorage
+
+            ObjectStorage(str(path)).create(_zoo_json())
+            return cls.open(path)
         root = Path(path)
         if (root / "zoo.json").exists():
             return cls.open(root)
         with disk.disk_errors(root):
             # A writer killed in here leaves only folders of these names, and no zoo.json.
-            ours = {*FOLDERS, "zoo.json", "lost+found"}
+            ours = {*FOLDERS, *_OLD_FOLDERS, "zoo.json", "lost+found"}
             if root.exists() and not set(os.listdir(root)) <= ours:
                 raise ZooError(f"{root} holds something else than a zoo: give an empty folder")
+            root.mkdir(parents=True, exist_ok=True)
             for folder in FOLDERS:
-                (root / folder).mkdir(parents=True, exist_ok=True)
+                (root / folder).mkdir(exist_ok=True)
+                disk.share(root / folder, root)
+            disk.check_folder(root / "tmp")
             disk.fsync_path(root)
-            with lease.lease(root / "tmp") as scratch:
-                data = canonical_json({"format": FORMAT}) + "\n"
-                disk.write_atomic(root / "zoo.json", data.encode(), scratch)
+            with lease.lease(root / "tmp", purpose="making the zoo") as scratch:
+                disk.write_atomic(root / "zoo.json", _zoo_json(), scratch)
         return cls.open(root)
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> "Zoo":
+    def open(cls, path: str | os.PathLike, verify: str = "never") -> "Zoo":
         """Opens a zoo for reading and adding.
+
+        Args:
+          path: a folder, or the URL of a bucket and a folder in it, such as s3://bucket/zoo.
+          verify: which hashes are checked on loading; see `Verification`.
 
         Raises:
           ZooError: there is no zoo, or it is of a format this version does not know.
         """
+        storage: Storage
         try:
-            root = Path(path).resolve(strict=True)
-            found = json.loads((root / "zoo.json").read_bytes())
-        except FileNotFoundError as e:
+            if is_url(path):
+                from jblock.zoo.object_storage import ObjectStorage
+
+                storage = ObjectStorage(str(path))
+            else:
+                storage = FolderStorage(Path(path).resolve(strict=True))
+            found = codec.parse_json(storage.read("zoo.json"), f"{path}/zoo.json")
+        except (FileNotFoundError, NotFoundError) as e:
             raise ZooError(
                 f"{path} is not a zoo (no zoo.json): make one with 'jblock-convert hf SRC --zoo "
                 f"{path} --name NAME'"
             ) from e
-        except (OSError, ValueError) as e:
+        except OSError as e:
             raise ZooError(f"{path}/zoo.json cannot be read: {e}") from e
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise ZooError(f"{path}/zoo.json says {found!r}; this version reads format {FORMAT}")
-        return cls(root)
-
-    # Components and deltas
-
-    def component(self, id: str) -> ComponentRecord:
-        """The record of a component.
-
-        Raises:
-          ZooError: no such component, or its record is damaged.
-        """
-        return codec.component_record(id, self._record("components", id))
-
-    def load_component(self, id: str, verify: bool = False) -> dict[str, np.ndarray]:
-        """The tensors of a component by the names of its spec, tied ones included.
-
-        Args:
-          id: component id.
-          verify: recompute the content hash of what is read, and of what it is tied to.
-
-        Raises:
-          ZooError: no such component, or it is damaged.
-        """
-        record = self.component(id)
-        tensors = self._load("components", id, record.tensors)
-        if verify:
-            self._verify(id, codec.component_header(record), tensors)
-        for name, (component, tensor) in record.refs.items():
-            target = self.component(component)
-            if tensor not in target.tensors:
-                raise ZooError(f"component {id}: {name!r} refers to {component}/{tensor}: damaged")
-            if verify:
-                self.check_component(target)
-            only = {tensor: target.tensors[tensor]}
-            tensors[name] = self._load("components", component, only)[tensor]
-        return tensors
-
-    def prefetch(self, id: str) -> None:
-        """Asks the kernel to begin reading a component that will be loaded soon."""
-        params.prefetch(self.folder("components", id) / "params", self.component(id).tensors)
-
-    def load_tensor(self, id: str, name: str) -> np.ndarray:
-        """One tensor of a component, tied or not.
-
-        Raises:
-          ZooError: no such component or tensor, or it is damaged.
-        """
-        record = self.component(id)
-        if name in record.refs:
-            return self.load_tensor(*record.refs[name])
-        if name not in record.tensors:
-            raise ZooError(f"component {id} has no tensor {name!r}")
-        return self._load("components", id, {name: record.tensors[name]})[name]
-
-    def check_component(self, record: ComponentRecord) -> None:
-        """Recomputes the content hash of a component's own tensors.
-
-        Raises:
-          ZooError: the tensors are damaged.
-        """
-        tensors = self._load("components", record.id, record.tensors)
-        self._verify(record.id, codec.component_header(record), tensors)
-
-    def delta(self, id: str) -> DeltaRecord:
-        """The record of a delta.
-
-        Raises:
-          ZooError: no such delta, or its record is damaged.
-        """
-        return codec.delta_record(id, self._record("deltas", id))
-
-    def load_delta(self, id: str, verify: bool = False) -> dict[str, np.ndarray]:
-        """The tensors of a delta by the names of its spec.
-
-        Raises:
-          ZooError: no such delta, or it is damaged.
-        """
-        record = self.delta(id)
-        tensors = self._load("deltas", id, record.tensors)
-        if verify:
-            self._verify(id, codec.delta_header(record), tensors)
-        return tensors
+        if found.get("format") not in READ_FORMATS:
+            raise ZooError(
+                f"{path}/zoo.json says {found!r}; this version reads formats "
+                f"{', '.join(map(str, READ_FORMATS))}: use the version of jblock that made it"
+            )
+        return cls(storage, Verification(verify))
 
     # Adding
 
@@ -205,9 +147,9 @@ class Zoo:
         journal = Journal(self.path, key) if key else None
         writer = None
         with disk.disk_errors(self.path):
-            lease.clean(self.path / "tmp")
+            self.storage.clean()
             try:
-                with lease.lease(self.path / "tmp") as scratch:
+                with self.storage.lease("adding to the zoo") as scratch:
                     writer = Writer(self, scratch, journal)
                     yield writer
                     writer.commit()
@@ -215,7 +157,7 @@ class Zoo:
                 raise  # the same work again adds what is missing
             except Exception:
                 if writer is not None:
-                    writer.undo()
+                    writer.rollback()
                 raise
 
     def put_component(
@@ -238,216 +180,284 @@ class Zoo:
         with self.writer() as writer:
             return writer.put_files("tokenizers", files)
 
-    def files(self, kind: str, id: str) -> dict[str, bytes]:
-        """The files of a tokenizer ("tokenizers") or of a source ("sources"), checked by their id.
+    @contextmanager
+    def changing(self, purpose: str) -> Iterator[Changes]:
+        """Holds the exclusive lock of a zoo, which is of the newest format from then on.
 
         Raises:
-          ZooError: none of that id, or it is damaged.
+          LockedError: another process holds it for longer than anybody waits.
         """
-        files = {}
-        with self.reading(kind, id) as folder:
-            for name in sorted(os.listdir(folder)):
-                path = folder / name
-                if path.is_symlink() or not path.is_file():
-                    raise ZooError(f"{path} is no regular file: remove it")
-                files[name] = path.read_bytes()
-            if ids.files_id(files) != id:
-                raise ZooError(
-                    f"{folder} holds other content than its id says: convert the model again"
-                )
-        return files
+        with self.storage.exclusive(purpose) as changes:
+            found = codec.parse_json(self.storage.read("zoo.json"), "zoo.json")
+            if found.get("format") != FORMAT:
+                changes.put("zoo.json", _zoo_json())
+            yield changes
 
-    def tokenizer_path(self, id: str) -> Path:
-        """The folder of a tokenizer.
+    def publish(self, chain: Chain, activate: bool = True) -> Chain:
+        """Adds `chain` as a version of its name; returns it with its number.
 
-        Raises:
-          ZooError: no such tokenizer.
-        """
-        return self.folder("tokenizers", id)
+        The version is a new one, unless the zoo has an equal version already.
 
-    def publish(self, chain: Chain) -> Chain:
-        """Makes `chain` the live version of its name and returns it with its version.
-
-        The version is a new one, unless the zoo has an equal version already: that one goes live.
+        Args:
+          chain: to add; a `base` it names is pinned by its digest.
+          activate: make it the active version of its name.
 
         Raises:
           NotFoundError: the chain names something the zoo does not hold (any more).
           ZooError: what it names does not fit, or the disk is full.
         """
+        chain = self._pin_base(chain)
         self.check_chain(chain)
-        with disk.disk_errors(self.path), lease.exclusive(self.path) as mine:
-            self.check_chain(chain)  # again: nothing is removed from here on
-            base, _, number = (chain.base or "").rpartition("@")
-            if base and int(number) not in self.versions(base):
-                raise NotFoundError(f"{self.path} has no model {chain.base}: it was removed")
-            folder = self._inside(self.path / "chains" / chain.name)
-            folder.mkdir(exist_ok=True)
-            disk.fsync_path(folder.parent)
-            published = self._add_version(chain, folder, mine)
-            live = f"{published.version}\n".encode()
-            disk.write_atomic(folder / "current", live, mine)
-            self.write_partition(mine)
-        return published
+        with self.changing(f"publishing {chain.name}") as changes:
+            self._check_there(chain)  # nothing is removed from here on
+            self._check_base(chain)
+            return registry.publish(self.storage, changes, chain, activate)
 
     def check_chain(self, chain: Chain) -> None:
-        """Checks that everything a chain names is there and fits.
+        """Checks that everything a chain names is there and fits, and that its policy is not too narrow.
 
         Raises:
           ZooError: what is missing or does not fit.
         """
         check_name(chain.name)
+        specs, deltas = [], []
         for step in chain.steps:
-            self.component(step.component)
-            for id_ in step.deltas:
-                if self.delta(id_).component != step.component:
-                    raise ZooError(f"delta {id_} is for another component than {step.component}")
-        if chain.tokenizer is not None:
-            self.tokenizer_path(chain.tokenizer)
-        if chain.source_files is not None:
-            self.folder("sources", chain.source_files)
+            spec = self.component(step.component).spec
+            specs.append(spec)
+            deltas.append([self.delta(id_).spec for id_ in step.deltas])
+            for id_, delta in zip(step.deltas, deltas[-1], strict=True):
+                record = self.delta(id_)
+                if record.component != step.component:
+                    raise DamagedError(
+                        f"delta {id_} is for another component than {step.component}"
+                    )
+                shapes = {name: t.shape for name, t in record.tensors.items()}
+                codec.check_shapes(f"delta {id_}", shapes, codec.shapes_of(delta, spec))
+            for component, _ in self.component(step.component).refs.values():
+                self.component(component)
+        checks.check_steps(chain, specs, deltas)
+        self._check_there(chain)
 
-    # Chains
+    def _check_there(self, chain: Chain) -> None:
+        wanted = {f"components/{s.component}" for s in chain.steps}
+        wanted |= {f"deltas/{d}" for s in chain.steps for d in s.deltas}
+        for kind, id_ in (("tokenizers", chain.tokenizer), ("sources", chain.source_files)):
+            if id_ is not None:
+                wanted.add(f"{kind}/{id_}")
+        for name in sorted(wanted):
+            kind, _, id_ = name.partition("/")
+            codec.check_id(id_)
+            if not self.storage.exists(name):
+                raise NotFoundError(
+                    f"{self.storage.location} has no {kind[:-1]} {id_}: it was removed or never added"
+                )
+
+    def _pin_base(self, chain: Chain) -> Chain:
+        if chain.base is None:
+            return chain
+        name, number = split_version(chain.base)
+        try:
+            digest = self.chain(name, number).digest
+        except NotFoundError as e:
+            raise NotFoundError(
+                f"{self.storage.location} has no model {chain.base}: it was removed"
+            ) from e
+        if chain.base_digest not in (None, digest):
+            raise ZooError(
+                f"{chain.name} is made for a {name} of digest {chain.base_digest}, {chain.base} here has "
+                f"{digest}: give the version it was made for"
+            )
+        return dataclasses.replace(chain, base_digest=digest)
+
+    def _check_base(self, chain: Chain) -> None:
+        if chain.base is not None:
+            name, number = split_version(chain.base)
+            if number not in registry.read(self.storage, name).versions:
+                raise NotFoundError(
+                    f"{self.storage.location} has no model {chain.base}: it was removed"
+                )
+
+    # Models
+
+    def models(self) -> list[str]:
+        """Names under chains/, of models with an active version or without, sorted."""
+        return [n for n in self.storage.names("chains") if _is_name(n)]
 
     def chains(self) -> list[str]:
-        """Names of the models that have a live version, sorted."""
-        folder = self.path / "chains"
-        return sorted(n for n in os.listdir(folder) if (folder / n / "current").is_file())
+        """Names of the models that have an active version, sorted; one that cannot be read is left out."""
+        found = []
+        for name in self.models():
+            with contextlib.suppress(ZooError):
+                if registry.read(self.storage, name).active is not None:
+                    found.append(name)
+        return found
+
+    def model(self, name: str) -> registry.Model:
+        """The pointer of a model: its versions, which of them is active, its aliases and its history.
+
+        Raises:
+          NotFoundError: there never was one.
+          ZooError: it cannot be read.
+        """
+        model = registry.read(self.storage, name)
+        if model.next == 1:
+            known = ", ".join(self.chains()) or "none"
+            raise NotFoundError(f"no model {name!r} in {self.storage.location}; known: {known}")
+        return model
 
     def versions(self, name: str) -> list[int]:
         """Versions of a model, oldest first; empty when there is none."""
-        folder = self._inside(self.path / "chains" / check_name(name))
-        if not folder.is_dir():
-            return []
-        found = (_VERSION_FILE.fullmatch(f) for f in os.listdir(folder))
-        return sorted(int(m[1]) for m in found if m)
+        return sorted(registry.read(self.storage, name).versions)
 
-    def chain(self, name: str, version: int | None = None) -> Chain:
-        """One version of a model, by default the live one.
+    def chain(self, name: str, version: int | str | None = None) -> Chain:
+        """One version of a model, by default the active one.
+
+        Args:
+          name: of the model, or NAME@VERSION.
+          version: its number, or an alias; None: the active one.
 
         Raises:
           NotFoundError: no such model or version (the known ones are named).
           ZooError: a damaged record.
         """
-        folder = self._inside(self.path / "chains" / check_name(name))
-        if version is None:
-            with contextlib.suppress(NotFoundError):
-                version = self.current(name)
-        path = folder / f"{version}.json"
-        # Another process may remove it at any moment.
+        if version is None and "@" in name:
+            name, _, version = name.partition("@")
+        model = registry.read(self.storage, name)
+        number: int | None = None
+        with contextlib.suppress(NotFoundError):
+            number = model.active if version is None else registry.resolve(model, str(version))
+        if number is None:
+            raise self._unknown(model, version)
         try:
-            chain = Chain.from_json(codec.read_json(self._inside(path)))
-        except ZooError:
-            if path.exists():
-                raise
-            what, known = name if version is None else f"{name}@{version}", self.chains()
-            raise NotFoundError(
-                f"no model {what!r} in {self.path}; known: {', '.join(known) or 'none'}"
-            ) from None
-        if (chain.name, chain.version) != (name, version):
-            raise ZooError(f"{path} describes {chain.name}@{chain.version}: the zoo is damaged")
-        return chain
+            found = registry.chain(self.storage, name, number)
+        except NotFoundError:
+            # Another process may remove it at any moment; what is still listed is lost.
+            model = registry.read(self.storage, name)
+            if number in model.versions:
+                raise DamagedError(
+                    f"{self.storage.location}/{registry.path_of(name, number)} is missing: the zoo is "
+                    "damaged; run fsck"
+                ) from None
+            raise self._unknown(model, version) from None
+        if model.versions[number] not in ("", found.digest):
+            raise DamagedError(
+                f"{name}@{number} has another digest than when it was published: its record was changed; "
+                "run 'fsck --repair' and convert the model again"
+            )
+        return found
 
-    def current(self, name: str) -> int:
-        """The live version of a model.
+    def active(self, name: str) -> int:
+        """The active version of a model.
 
         Raises:
           NotFoundError: there is none.
           ZooError: its record is damaged.
         """
-        path = self._inside(self.path / "chains" / check_name(name) / "current")
-        try:
-            return int(path.read_bytes().decode())
-        except FileNotFoundError as e:
-            raise NotFoundError(
-                f"{self.path} has no model {name}: it was removed or never added"
-            ) from e
-        except (OSError, ValueError) as e:
-            raise ZooError(f"{path} does not name the live version ({e}); run fsck") from e
+        model = registry.read(self.storage, name)
+        if model.active is None:
+            raise self._unknown(model, None)
+        return model.active
 
-    # Paths
-
-    def folder(self, kind: str, id: str) -> Path:
-        """The folder of a component, delta, tokenizer or source.
+    def activate(self, name: str, version: int | str) -> registry.Model:
+        """Makes a version of a model the active one; returns the model as it is then.
 
         Raises:
-          ZooError: `id` is no id, or the zoo does not hold it.
+          NotFoundError: no such model or version.
         """
-        path = self._inside(self.path / kind / codec.check_id(id))
-        if not path.is_dir():
-            raise NotFoundError(
-                f"{self.path} has no {kind[:-1]} {id}: it was removed or never added"
-            )
-        return path
+        chain = self.chain(name, version)
+        self.check_chain(chain)
+        with self.changing(f"activating {name}@{version}") as changes:
+            model = registry.with_digests(self.storage, self.model(name))
+            if chain.version not in model.versions:
+                raise self._unknown(model, version)
+            if model.active == chain.version:
+                return model
+            return registry.activate(changes, model, chain.version)
 
-    @contextmanager
-    def reading(self, kind: str, id: str) -> Iterator[Path]:
-        """The folder of something of a kind for as long as files in it are read.
+    def rollback(self, name: str) -> registry.Model:
+        """Makes the version active that was so before; returns the model as it is then.
 
         Raises:
-          NotFoundError: the zoo does not hold it, or another process removed it meanwhile.
-          ZooError, OSError: what the block raises, of a folder that is still there.
+          NotFoundError: no such model, or no earlier active version is left.
         """
-        folder = self.folder(kind, id)
-        before = disk.identity(folder)
-        try:
-            yield folder
-        except NotFoundError:
-            raise
-        except (ZooError, OSError) as e:
-            # Removed by one rename, and perhaps added again.
-            if before is None or disk.identity(folder) != before:
+        with self.changing(f"rolling {name} back") as changes:
+            model = registry.with_digests(self.storage, self.model(name))
+            version = model.before()
+            if version is None:
                 raise NotFoundError(
-                    f"{self.path} has no {kind[:-1]} {id} any more: it was removed while it was read"
-                ) from e
-            raise
+                    f"{name} had no other active version that is still there: activate one of "
+                    f"{', '.join(map(str, sorted(model.versions))) or 'none'}"
+                )
+            self.check_chain(registry.chain(self.storage, name, version))
+            return registry.activate(changes, model, version, "rollback")
 
-    def _inside(self, path: Path) -> Path:
-        if Path(os.path.realpath(path)) != path:
-            raise ZooError(f"{path} is a link: a zoo holds everything itself; replace it by a copy")
-        return path
+    def alias(self, name: str, alias: str, version: int | str | None) -> registry.Model:
+        """Lets NAME@ALIAS stand for a version; None takes the alias away.
 
-    def _record(self, kind: str, id: str) -> dict[str, Any]:
-        with self.reading(kind, id) as folder:
-            return codec.read_json(self._inside(folder / "spec.json"))
+        Raises:
+          NotFoundError: no such model, version or alias.
+        """
+        registry.check_alias(alias)
+        with self.changing(f"naming a version of {name}") as changes:
+            model = registry.with_digests(self.storage, self.model(name))
+            if version is None and alias not in model.aliases:
+                raise _unknown_alias(model, alias)
+            number = None if version is None else registry.resolve(model, str(version))
+            return registry.alias(changes, model, alias, number)
 
-    def _load(
-        self, kind: str, id: str, records: Mapping[str, TensorRecord]
-    ) -> dict[str, np.ndarray]:
-        if not records:
-            return {}
-        with self.reading(kind, id) as folder:
-            return params.load(self._inside(folder / "params"), records)
-
-    def _verify(self, id: str, header: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
-        found = ids.content_id(header, tensors)
-        if found != id:
-            raise ZooError(
-                f"{id} holds other content than its id says (hash {found}): the zoo is damaged; "
-                "remove the folder and convert the model again"
+    def _unknown(self, model: registry.Model, version: int | str | None) -> NotFoundError:
+        where = self.storage.location
+        if version is None and model.versions:
+            known = ", ".join(map(str, sorted(model.versions)))
+            return NotFoundError(
+                f"model {model.name!r} in {where} has no active version, but {known}: 'jblock-convert "
+                f"activate {model.name}@{max(model.versions)}' makes one active"
             )
+        what = model.name if version is None else f"{model.name}@{version}"
+        known = ", ".join(self.chains()) or "none"
+        return NotFoundError(f"no model {what!r} in {where}; known: {known}")
 
-    def _add_version(self, chain: Chain, folder: Path, scratch: Path) -> Chain:
-        wanted = {**chain.to_json(), "version": 0}
-        versions = self.versions(chain.name)
-        for version in versions:
-            there = codec.read_json(folder / f"{version}.json")
-            # By way of the record: an older one lacks fields that were added later.
-            same = Chain.from_json({**there, "version": 0}).to_json()
-            if canonical_json(same | {"origin": {}}) == canonical_json(wanted | {"origin": {}}):
-                return self.chain(chain.name, version)
-        version = max(versions, default=0) + 1
-        while True:
-            data = canonical_json({**wanted, "version": version}) + "\n"
-            aside = scratch / f"{version}.json"
-            disk.write_new(aside, data.encode())
-            try:
-                # A link, not a rename: it fails when another writer took the number.
-                os.link(aside, folder / f"{version}.json")
-                break
-            except FileExistsError:
-                version += 1
-        disk.fsync_path(folder)
-        return self.chain(chain.name, version)
+    # Serving
+
+    def serve(self, name: str, version: int | str | None = None) -> Chain:
+        """A version of a model to be served: held (see `hold`) and checked (see `check_chain`)."""
+        chain = self.chain(name, version)
+        self.hold(chain)
+        self.check_chain(chain)
+        return chain
+
+    def hold(self, chain: Chain) -> None:
+        """Keeps what a chain names from being removed for as long as this process lives, or `release`.
+
+        Where the zoo cannot be written to, nothing keeps it; that is logged.
+
+        Raises:
+          NotFoundError: something of it is gone already.
+        """
+        ids = [*chain.ids, *filter(None, (chain.tokenizer, chain.source_files))]
+        with contextlib.suppress(ZooError):
+            ids += [o for i in chain.ids for o, _ in self._refs(i)]
+        try:
+            if self._lease is None:
+                self._lease = self._held.enter_context(self.storage.lease("serving"))
+            self.storage.use(self._lease, ids)
+        except OSError as e:
+            lease.tell(
+                f"{self.storage.location} cannot be written to ({e.strerror}): nothing keeps 'gc' from "
+                f"removing what {chain.name} needs while it is served"
+            )
+        self._check_there(chain)
+
+    def release(self) -> None:
+        """Ends what `hold` began."""
+        self._held.close()
+        self._lease = None
+
+    def _refs(self, id_: str) -> list[tuple[str, str]]:
+        try:
+            return list(self.component(id_).refs.values())
+        except NotFoundError:
+            return []  # a delta
 
     def cut_cost(self, chains: Mapping[str, Chain]) -> partition.Cost | None:
         """What cuts cost on this machine, if it was measured here (`jblock-convert profile`)."""
@@ -461,14 +471,26 @@ class Zoo:
             nbytes={i: self.component(i).nbytes for i in ids_},
         )
 
-    def write_partition(self, scratch: Path) -> None:
-        """Writes the partition of the live chains anew. Call it with the exclusive lock held."""
-        live = {}
-        for name in self.chains():
-            try:
-                live[name] = self.chain(name)
-            except ZooError:
-                continue  # fsck reports it; the partition is derived and can be made again
-        cut = partition.blocks(live, self.cut_cost(live))
-        data = canonical_json({"blocks": partition.to_json(cut)}) + "\n"
-        disk.write_atomic(self.path / "partition" / "current.json", data.encode(), scratch)
+
+def is_url(path: str | os.PathLike) -> bool:
+    """Whether a zoo lies in a bucket: s3://, gs://, memory://."""
+    return "://" in str(path)
+
+
+def _unknown_alias(model: registry.Model, alias: str) -> NotFoundError:
+    """The error for an alias that a model does not have."""
+    return NotFoundError(
+        f"model {model.name} has no alias {alias!r}; known: {', '.join(sorted(model.aliases)) or 'none'}"
+    )
+
+
+def _zoo_json() -> bytes:
+    return (canonical_json({"format": FORMAT}) + "\n").encode()
+
+
+def _is_name(name: str) -> bool:
+    try:
+        check_name(name)
+    except ZooError:
+        return False
+    return True

@@ -17,7 +17,7 @@ import numpy as np
 
 from jblock.blocks.delta_spec import DeltaSpec, delta_to_json
 from jblock.blocks.spec import ComponentSpec, canonical_json, spec_to_json
-from jblock.zoo import codec, disk, ids, lease, params
+from jblock.zoo import codec, ids, params
 from jblock.zoo.journal import Journal
 from jblock.zoo.records import Chain, ComponentRecord, ZooError
 
@@ -48,8 +48,8 @@ class Writer:
         self._staged_bytes = 0
         self.added: set[str] = set()
         self._scratch = scratch
-        self._staged: dict[Path, Path] = {}  # target -> staged folder
-        self._referring: set[Path] = set()  # targets that name other components
+        self._staged: dict[str, Path] = {}  # name in the zoo -> staged folder
+        self._referring: set[str] = set()  # names of what refers to other components
         self._records: dict[str, ComponentRecord] = {}
         self.new_bytes = 0
 
@@ -62,9 +62,9 @@ class Writer:
 
     def has(self, kind: str, id_: str) -> bool:
         """Whether the zoo has a component or delta, or it is staged; it stays as long as this writer."""
-        lease.use(self._scratch, id_)
-        path = self._zoo.path / kind / id_
-        return path in self._staged or path.is_dir()
+        self._use(id_)
+        name = f"{kind}/{id_}"
+        return name in self._staged or self._zoo.storage.exists(name)
 
     def finish(self, label: str, id_: str) -> None:
         """Notes that a part of the work became `id_`, so that a later try need not repeat it."""
@@ -77,10 +77,10 @@ class Writer:
         if self._staged_bytes >= PART_BYTES:
             self.commit()
 
-    def publish(self, chain: Chain) -> Chain:
+    def publish(self, chain: Chain, activate: bool = True) -> Chain:
         """Moves in what is staged and publishes a chain of it; see `Zoo.publish`."""
         self.commit()
-        published = self._zoo.publish(chain)
+        published = self._zoo.publish(chain, activate)
         if self._journal is not None:
             self._journal.remove()
         return published
@@ -105,7 +105,7 @@ class Writer:
         records = ids.tensor_records(tensors)
         shapes = {name: record.shape for name, record in records.items()}
         for name, (component, tensor) in refs.items():
-            lease.use(self._scratch, component)
+            self._use(component)
             target = self._records.get(component) or self._zoo.component(component)
             if tensor not in target.tensors:
                 raise ZooError(
@@ -122,7 +122,7 @@ class Writer:
             id=id_, spec=spec, tensors=records, refs=refs, nbytes=_nbytes(tensors)
         )
         self._records[id_] = record
-        self._stage(self._zoo.path / "components" / id_, header, tensors, bool(refs))
+        self._stage(f"components/{id_}", header, tensors, bool(refs))
         return id_
 
     def put_delta(self, spec: DeltaSpec, component: str, tensors: Mapping[str, np.ndarray]) -> str:
@@ -131,7 +131,7 @@ class Writer:
         Raises:
           ZooError: tensors do not fit the spec, or the component is not there.
         """
-        lease.use(self._scratch, component)
+        self._use(component)
         base = self._records.get(component) or self._zoo.component(component)
         records = ids.tensor_records(tensors)
         shapes = {name: record.shape for name, record in records.items()}
@@ -139,7 +139,7 @@ class Writer:
         codec.check_dtypes(spec, records)
         header = {"spec": delta_to_json(spec), "component": component}
         id_ = ids.content_id(header, tensors)
-        self._stage(self._zoo.path / "deltas" / id_, header, tensors, True)
+        self._stage(f"deltas/{id_}", header, tensors, True)
         return id_
 
     def put_files(self, kind: str, files: Mapping[str, bytes]) -> str:
@@ -148,9 +148,9 @@ class Writer:
             if "/" in name or "\0" in name or name in ("", ".", ".."):
                 raise ZooError(f"file name {name!r} cannot be stored: give a plain name")
         id_ = ids.files_id(files)
-        target = self._zoo.path / kind / id_
-        lease.use(self._scratch, id_)
-        if target not in self._staged and not target.exists():
+        target = f"{kind}/{id_}"
+        self._use(id_)
+        if target not in self._staged and not self._zoo.storage.exists(target):
             folder = self._new_folder(target)
             for name, data in files.items():
                 (folder / name).write_bytes(data)
@@ -158,15 +158,11 @@ class Writer:
 
     def commit(self) -> None:
         """Moves what was staged into the zoo."""
-        disk.fsync_trees(self._staged.values())
         # What others refer to is in place, on the disk, before what refers to it.
         for refers in (False, True):
-            targets = [t for t in self._staged if (t in self._referring) is refers]
-            for target in targets:
-                if disk.move_dir(self._staged[target], target):
-                    self.added.add(target.name)
-            for parent in {t.parent for t in targets}:
-                disk.fsync_path(parent)
+            part = {n: f for n, f in self._staged.items() if (n in self._referring) is refers}
+            added = self._zoo.storage.move_in(part, self._scratch) if part else []
+            self.added |= {name.partition("/")[2] for name in added}
         self._staged.clear()
         self._staged_bytes = 0
         if self._journal is not None and self._finished:
@@ -174,7 +170,7 @@ class Writer:
             self._finished = {}
             self._journal.write(self._scratch)
 
-    def undo(self) -> None:
+    def rollback(self) -> None:
         """Removes what was moved in already, but for what others rely on. Call it without the lease."""
         from jblock.zoo import gc
 
@@ -186,15 +182,15 @@ class Writer:
                 gc.collect(self._zoo, dry_run=False, only=self.added)
 
     def _stage(
-        self, target: Path, header: dict, tensors: Mapping[str, np.ndarray], refers: bool
+        self, target: str, header: dict, tensors: Mapping[str, np.ndarray], refers: bool
     ) -> None:
-        lease.use(self._scratch, target.name)
-        if target in self._staged or target.exists():
+        self._use(target.partition("/")[2])
+        if target in self._staged or self._zoo.storage.exists(target):
             return
         nbytes = _nbytes(tensors)
         folder = self._new_folder(target)
         if tensors:
-            params.save(folder / "params", tensors)
+            params.save(folder, tensors)
         record = codec.record_json(header, ids.tensor_records(tensors), nbytes)
         (folder / "spec.json").write_text(canonical_json(record) + "\n")
         if refers:
@@ -202,8 +198,11 @@ class Writer:
         self.new_bytes += nbytes
         self._staged_bytes += nbytes
 
-    def _new_folder(self, target: Path) -> Path:
-        folder = self._scratch / f"{target.parent.name}-{target.name}"
+    def _use(self, id_: str) -> None:
+        self._zoo.storage.use(self._scratch, [id_])
+
+    def _new_folder(self, target: str) -> Path:
+        folder = self._scratch / target.replace("/", "-")
         folder.mkdir()
         self._staged[target] = folder
         return folder

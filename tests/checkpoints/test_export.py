@@ -1,5 +1,6 @@
 """Export: the files a model was made from come back bit by bit."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from converter_cli import Cli
 from tiny_checkpoints import CONFIG
 
 from checkpoints.adapter import base_named_by
+from jblock.zoo.store import Zoo
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 # Of multimodal ones only the text model comes back: test_multimodal.py.
@@ -112,8 +114,35 @@ def test_what_is_there_is_not_overwritten_and_damage_is_not_exported(cli, tmp_pa
     result = cli("export", "m", "--out", tmp_path / "src")
     assert (result.code, "not empty" in result.err) == (2, True)
     assert tiny.files_of(tmp_path / "src") == before
-    weights = next(cli.zoo.glob("components/*/params/q.weight/0.0"))
-    weights.write_bytes(b"\1" + weights.read_bytes()[1:])
+    component = Zoo.open(cli.zoo).chain("m").steps[1].component
+    weights = cli.zoo / "components" / component / "params.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     result = cli("export", "m", "--out", tmp_path / "out")
     assert (result.code, "other content" in result.err) == (2, True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["src", "zoo"]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"modeling_evil.py": b"import os"},
+        {"pytorch_model.bin": b"\x80\x04pickle"},
+        {".git-hook": b"x"},
+        {"evil.so.header": b"{}"},
+        {"config.json": b'{"auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}}'},
+        {"config.json": b"{"},
+    ],
+)
+def test_only_files_of_a_checkpoint_are_written(cli, tmp_path, files):
+    source = tiny.write_checkpoint(tmp_path / "src")
+    cli.ok("hf", source, "--name", "m")
+    zoo = Zoo.open(cli.zoo)
+    chain = zoo.chain("m")
+    kept = zoo.files("sources", chain.source_files)
+    with zoo.writer() as writer:
+        evil = writer.put_files("sources", kept | files)
+    zoo.publish(dataclasses.replace(chain, name="evil", version=0, source_files=evil))
+    result = cli("export", "evil", "--out", tmp_path / "out")
+    assert (result.code, "do not trust" in result.err or "is none" in result.err) == (2, True)
+    assert not (tmp_path / "out").exists()
+    assert cli("verify", "evil", "--against", source).code == 1

@@ -65,7 +65,7 @@ def test_copy_sends_only_what_is_missing(filled, tmp_path):
     ffn = 4 * (16 + 3 * 16 * 24)
     assert sent == {"a": sent["a"], "base": 0, "tuned": ffn}
     again = json.loads(filled.ok("copy", "--to", target, "--json"))["models"]
-    assert [m["sent_bytes"] for m in again] == [0, 0, 0]
+    assert [(m["sent_bytes"], m["added"]) for m in again] == [(0, False)] * 3
     other = Cli(target, filled._capsys)
     assert fsck(Zoo.open(target)) == []
     for name, folder in (("base", "base"), ("tuned", "t"), ("a", "a")):
@@ -79,8 +79,119 @@ def test_an_adapter_takes_its_base_along_under_its_version_there(filled, tmp_pat
     another = tiny.write_checkpoint(tmp_path / "b2", tensors=tiny.weights(CONFIG, seed=7))
     other.ok("hf", another, "--name", "base")
     filled.ok("copy", "a", "--to", other.zoo)
-    assert Zoo.open(other.zoo).chain("a").base == "base@2"
+    zoo = Zoo.open(other.zoo)
+    assert (zoo.chain("a").base, zoo.active("base")) == ("base@2", 1)
+    assert zoo.chain("a").base_digest == Zoo.open(filled.zoo).chain("base").digest
     other.ok("verify", "a", "--against", tmp_path / "a")
+    other.ok("verify", "base@2", "--against", tmp_path / "base")
+
+
+def test_copy_says_what_it_adds_and_moves_nothing_it_was_not_asked_for(filled, tmp_path):
+    target = tmp_path / "other"
+    data = json.loads(filled.ok("copy", "a", "--to", target, "--json"))["models"]
+    told = [(m["name"], m["asked_for"], m["added"], m["active"]) for m in data]
+    assert told == [("base", False, True, False), ("a", True, True, True)]
+    assert Zoo.open(target).chains() == ["a"]
+    # An old version, asked for by its number, does not become active either.
+    second = tiny.write_checkpoint(tmp_path / "b2", tensors=tiny.weights(CONFIG, seed=7))
+    filled.ok("hf", second, "--name", "base")
+    filled.ok("copy", "base", "--to", target)
+    zoo = Zoo.open(target)
+    assert (zoo.active("base"), zoo.versions("base")) == (2, [1, 2])
+    filled.ok("copy", "base@1", "--to", target)
+    assert zoo.active("base") == 2
+    filled.ok("copy", "tuned", "--no_activate", "--to", target)
+    assert (zoo.versions("tuned"), zoo.chains()) == ([1], ["a", "base"])
+
+
+def test_versions_are_added_activated_named_and_rolled_back(filled, tmp_path):
+    for seed in (7, 8):
+        source = tiny.write_checkpoint(tmp_path / f"b{seed}", tensors=tiny.weights(CONFIG, seed))
+        (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+        out = filled.ok("hf", source, "--name", "base", "--no_activate")
+        assert "not active" in out
+    zoo = Zoo.open(filled.zoo)
+    assert (zoo.active("base"), zoo.versions("base")) == (1, [1, 2, 3])
+    filled.ok("verify", "base@3", "--against", tmp_path / "b8")
+    filled.ok("activate", "base@2")
+    filled.ok("alias", "base@3", "next")
+    filled.ok("activate", "base@next")
+    assert zoo.active("base") == 3
+    filled.ok("rollback", "base")
+    assert zoo.active("base") == 2
+    assert "alias base@next names it" in filled("rm", "base@3").err
+    filled.ok("alias", "base", "next", "--remove")
+    filled.ok("rm", "base@3")
+    # The number is not given again, nor is it after the whole model went.
+    third = tiny.write_checkpoint(tmp_path / "b9", tensors=tiny.weights(CONFIG, 9))
+    assert "base@4 added" in filled.ok("hf", third, "--name", "base")
+    filled.ok("rm", "a")
+    filled.ok("rm", "base")
+    assert "base@5 added" in filled.ok("hf", third, "--name", "base")
+    lines = json.loads(filled.ok("history", "base", "--json"))["history"]
+    assert [line["action"] for line in lines].count("add") == 5
+    assert [line["action"] for line in lines].count("remove") == 4
+    added = lines[1]
+    assert (added["license"], added["source"]) == ("apache-2.0", str(tmp_path / "b7"))
+    assert added.keys() >= {"time", "user", "version", "digest", "active"}
+    assert "apache-2.0" in filled.ok("history", "base")
+    for bad in (
+        ("activate", "base"),
+        ("activate", "base@9"),
+        ("activate", "base@x"),
+        ("rollback", "no"),
+    ):
+        assert filled(*bad).code == 2
+    filled.ok("fsck")
+
+
+def test_an_adapter_is_pinned_to_a_version_of_its_base(filled, tmp_path):
+    second = tiny.write_checkpoint(tmp_path / "b2", tensors=tiny.weights(CONFIG, seed=7))
+    filled.ok("hf", second, "--name", "base")
+    data = json.loads(
+        filled.ok("peft", tmp_path / "a", "--base", "base@1", "--name", "old", "--json")
+    )
+    zoo = Zoo.open(filled.zoo)
+    assert (data["base"], data["base_digest"]) == ("base@1", zoo.chain("base", 1).digest)
+    assert [s.component for s in zoo.chain("old").steps] == [
+        s.component for s in zoo.chain("base", 1).steps
+    ]
+
+
+def test_one_odd_file_stops_nothing(filled, tmp_path):
+    ffn = Zoo.open(filled.zoo).chain("tuned").steps[4].component
+    (filled.zoo / "components" / ffn / "spec.json").write_text("{")
+    (filled.zoo / "components" / ("0" * 64)).mkdir()
+    (filled.zoo / "components" / ".DS_Store").write_text("x")
+    (filled.zoo / "edges" / "note.txt").write_text("x")
+    (filled.zoo / "chains" / "broken").mkdir()
+    (filled.zoo / "chains" / "broken" / "model.json").write_text("{")
+    new = tiny.write_checkpoint(tmp_path / "new", tensors=tiny.weights(CONFIG, seed=5))
+    for command in (
+        ("hf", new, "--name", "new"),
+        ("peft", tmp_path / "a", "--base", "base", "--name", "b"),
+        ("plan", tmp_path / "base", "--name", "more"),
+        ("list",),
+        ("inspect",),
+        ("inspect", "base"),
+        ("diff", "base", "new"),
+        ("verify", "base", "--against", tmp_path / "base"),
+        ("export", "a", "--out", tmp_path / "out"),
+        ("copy", "base", "--to", tmp_path / "other"),
+        ("gc",),
+        ("gc", "--delete"),
+        ("rm", "b"),
+        ("equivalence",),
+    ):
+        result = filled(*command)
+        assert result.code == 0, (command, result.err)
+    assert "warning" in filled("list").err
+    assert filled("fsck").code == 1
+    filled("fsck", "--repair")
+    assert filled("fsck").out.endswith("clean\n")
+    filled.ok("list")
+    filled.ok("hf", tmp_path / "t", "--name", "tuned")
+    filled.ok("verify", "tuned", "--against", tmp_path / "t")
 
 
 def test_rm_and_gc(filled, tmp_path):
@@ -95,11 +206,12 @@ def test_rm_and_gc(filled, tmp_path):
 
 
 def test_repair_then_convert_again(filled, tmp_path):
-    path = next(filled.zoo.glob("components/*/params/gate.weight/0.0"))
-    path.write_bytes(np.zeros(16 * 24, "f4").tobytes())
+    ffn = Zoo.open(filled.zoo).chain("base").steps[2].component
+    path = filled.zoo / "components" / ffn / "params.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + bytes(4))
     assert filled("fsck").code == 1
     result = filled("fsck", "--repair", "--json")
-    assert len(json.loads(result.out)["repaired"]) == 1
+    assert len(json.loads(result.out)["repaired"]) > 1
     for name, folder in (("base", "base"), ("tuned", "t")):
         filled.ok("hf", tmp_path / folder, "--name", name)
     assert filled.ok("fsck").endswith("clean\n")
@@ -124,7 +236,7 @@ def test_an_interrupted_conversion_goes_on_where_it_was(cli, tmp_path, monkeypat
     cli.ok("hf", source, "--name", "m")
     assert len(done) == 7  # each component once
     cli.ok("verify", "m", "--against", source)
-    assert not any((cli.zoo / "unfinished").iterdir())
+    assert not any((cli.zoo / "journal").iterdir())
 
     # Another config makes other components, and a file that was written to is read again.
     interrupt, done[:] = True, []
@@ -167,12 +279,15 @@ def test_json_from_every_command(filled, tmp_path):
         "quantize": ["base", "--name", "base-int8"],
         "compress": ["tuned", "--base", "base", "--budget", "0.5"],
         "merge": ["--adapter", "a=0.7", "--adapter", "b=0.3", "--name", "merged"],
+        "activate": ["base@1"],
+        "alias": ["base@1", "stable"],
+        "history": ["base"],
         "rm": ["tuned"],
         "gc": [],
         "fsck": [],
     }
     # What trains is in test_approximate.py.
-    assert commands.keys() | {"stitch", "surrogate"} == texts.MORE.keys()
+    assert commands.keys() | {"stitch", "surrogate", "rollback"} == texts.MORE.keys()
     for command, argv in commands.items():
         assert isinstance(json.loads(filled.ok(command, *argv, "--json")), dict), command
     result = filled("rm", "base", "--json")

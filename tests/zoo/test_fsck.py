@@ -7,6 +7,7 @@ import shutil
 import pytest
 import zoos
 
+from jblock.zoo import gc
 from jblock.zoo.fsck import fsck
 from jblock.zoo.records import ZooError
 from jblock.zoo.store import Zoo
@@ -37,6 +38,11 @@ def edit(path, **change):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
 
+def swap_steps(path):
+    steps = json.loads(path.read_text())["steps"]
+    edit(path, steps=[steps[0], steps[2], steps[1], *steps[3:]])
+
+
 def component(zoo, step=1):
     return zoo.path / "components" / zoo.chain("m").steps[step].component
 
@@ -52,14 +58,11 @@ def tokenizer(zoo):
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda z: flip(component(z) / "params" / "up.weight" / "0.0"),
-        lambda z: (component(z) / "params" / "up.weight" / "0.0").write_bytes(b""),
-        lambda z: (component(z) / "params" / "up.weight" / "0.0").unlink(),
-        lambda z: (component(z) / "params" / "up.weight" / ".zarray").write_text("[]"),
-        lambda z: (component(z) / "params" / "up.weight" / ".zarray").write_text("{"),
-        lambda z: edit(component(z) / "params/up.weight/.zarray", order="F"),
-        lambda z: edit(component(z) / "params/up.weight/.zarray", dtype="<i4"),
-        lambda z: shutil.rmtree(component(z) / "params"),
+        lambda z: flip(component(z) / "params.safetensors"),
+        lambda z: (component(z) / "params.safetensors").write_bytes(b""),
+        lambda z: (component(z) / "params.safetensors").unlink(),
+        lambda z: flip(component(z) / "params.safetensors", 12),
+        lambda z: flip(component(z) / "params.safetensors", 0),
         lambda z: shutil.rmtree(component(z)),
         lambda z: shutil.rmtree(component(z, 0)),
         lambda z: (component(z) / "spec.json").write_text("{"),
@@ -72,7 +75,7 @@ def tokenizer(zoo):
         lambda z: edit(component(z, 3) / "spec.json", refs={"weight": "x"}),
         lambda z: component(z).rename(z.path / "components" / ("0" * 64)),
         lambda z: (z.path / "components" / "stray").mkdir(),
-        lambda z: flip(delta(z) / "params" / "up.a" / "0.0"),
+        lambda z: flip(delta(z) / "params.safetensors"),
         lambda z: edit(delta(z) / "spec.json", component="0" * 64),
         lambda z: shutil.rmtree(delta(z)),
         lambda z: flip(tokenizer(z) / "tokenizer.json"),
@@ -84,8 +87,15 @@ def tokenizer(zoo):
         lambda z: edit(z.path / "chains/m/1.json", base="gone@1"),
         lambda z: (z.path / "chains/m/1.json").write_text("{"),
         lambda z: (z.path / "chains/m/1.json").unlink(),
-        lambda z: (z.path / "chains/m/current").write_text("2\n"),
-        lambda z: (z.path / "chains/m/current").write_text("one"),
+        lambda z: edit(z.path / "chains/m/1.json", eos_token_ids=[3]),
+        lambda z: swap_steps(z.path / "chains/m/1.json"),
+        lambda z: edit(z.path / "chains/m/model.json", active=2),
+        lambda z: edit(z.path / "chains/m/model.json", next=1),
+        lambda z: edit(z.path / "chains/m/model.json", surprise=1),
+        lambda z: (z.path / "chains/m/model.json").write_text("{"),
+        lambda z: (z.path / "chains/.DS_Store").write_text("x"),
+        lambda z: (z.path / "components/.DS_Store").write_text("x"),
+        lambda z: (z.path / "edges/note.txt").write_text("x"),
     ],
 )
 def test_damage_is_found(zoo, damage):
@@ -98,7 +108,7 @@ def test_damage_is_found(zoo, damage):
 
 def test_damaged_bytes_are_told_on_a_checked_load(zoo):
     id_ = zoo.chain("m").steps[0].component
-    flip(component(zoo, 0) / "params" / "weight" / "0.0")
+    flip(component(zoo, 0) / "params.safetensors")
     zoo.load_component(id_)
     with pytest.raises(ZooError, match="other content"):
         zoo.load_component(id_, verify=True)
@@ -114,7 +124,14 @@ def test_what_a_crash_leaves_is_no_damage(zoo):
     (zoo.path / "chains/newer/1.json").write_text(json.dumps(edit_to))  # killed before it was live
     (zoo.path / "tmp" / "dead" / "components-x").mkdir(parents=True)
     os.utime(zoo.path / "tmp" / "dead", (1, 1))
-    (zoo.path / "partition" / "current.json").unlink()
+    # Killed between its second version and the pointer.
+    edit_to = json.loads((zoo.path / "chains/m/1.json").read_text()) | {"version": 2}
+    (zoo.path / "chains/m/2.json").write_text(json.dumps(edit_to))
     assert fsck(zoo) == []
-    assert zoo.chains() == ["m"]
+    assert (zoo.chains(), zoo.versions("m")) == (["m"], [1])
     assert not any((zoo.path / "tmp").iterdir())
+    # The next writer takes the number, and gc takes what is left.
+    assert zoos.fill(zoo, seed=1).version == 2
+    gc.collect(zoo, dry_run=False)
+    assert not (zoo.path / "chains/newer/1.json").exists()
+    assert fsck(zoo) == []

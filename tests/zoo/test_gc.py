@@ -58,7 +58,7 @@ def test_rm_then_gc_keeps_what_another_model_shares(zoo):
 
 def test_old_versions(zoo):
     zoos.fill(zoo, seed=1)
-    with pytest.raises(ZooError, match="m@2 is the live version"):
+    with pytest.raises(ZooError, match="m@2 is the active version"):
         gc.remove(zoo, "m", 2)
     assert gc.remove(zoo, "m", 1) == ["m@1"]
     assert zoo.versions("m") == [2]
@@ -74,7 +74,7 @@ def test_a_base_and_what_an_edge_names_are_protected(zoo):
     with pytest.raises(ZooError, match="a@1 is an adapter on m@1"):
         gc.remove(zoo, "m")
     loose = zoo.put_component(zoos.FFN, zoos.tensors(zoos.FFN, seed=9))
-    edge = zoo.path / "edges" / "e.json"
+    edge = zoo.path / "edges" / f"{'e' * 64}.json"
     edge.write_text(json.dumps({"kind": "equivalent", "components": [loose], "of": "a@1"}))
     assert gc.collect(zoo, dry_run=False) == []
     with pytest.raises(ZooError, match=r"e\.json names a@1"):
@@ -115,13 +115,35 @@ def test_an_unfinished_conversion_is_kept_for_a_day(zoo):
     with zoo.writer("1" * 64) as writer:
         assert writer.finished("ffn") is None
     then = time.time() - 25 * 3600
-    os.utime(zoo.path / "unfinished" / f"{'0' * 64}.json", (then, then))
+    os.utime(zoo.path / "journal" / f"{'0' * 64}.json", (then, then))
     assert ids(gc.collect(zoo, dry_run=False)) == {id_}
     with zoo.writer("0" * 64) as writer:
         assert writer.finished("ffn") is None
 
 
-def test_damage_stops_gc(zoo):
+def test_a_damaged_record_stops_nothing_and_what_it_named_stays(zoo):
+    zoos.fill(zoo, name="other", seed=1)
+    loose = zoo.put_component(zoos.FFN, zoos.tensors(zoos.FFN, seed=9))
     (zoo.path / "chains" / "m" / "1.json").write_text("{")
-    with pytest.raises(ZooError, match=r"1\.json"):
-        gc.collect(zoo, dry_run=False)
+    problems = []
+    assert ids(gc.collect(zoo, dry_run=False, problems=problems)) == {loose}
+    assert any("chains/m/1.json" in p for p in problems)
+    assert gc.remove(zoo, "other") == ["other@1"]
+    assert len(gc.collect(zoo, dry_run=False)) == 5
+    assert gc.remove(zoo, "m") == ["m@1"]  # the damaged one too
+    gc.collect(zoo, dry_run=False)
+    assert os.listdir(zoo.path / "components") == []
+    assert fsck(zoo) == []
+
+
+def test_a_damaged_edge_keeps_what_was_there_when_it_was_written(zoo):
+    before = zoo.put_component(zoos.FFN, zoos.tensors(zoos.FFN, seed=8))
+    path = zoo.path / "edges" / f"{'e' * 64}.json"
+    path.write_text("{")
+    after = zoo.put_component(zoos.FFN, zoos.tensors(zoos.FFN, seed=9))
+    then = time.time() - 100
+    os.utime(zoo.folder("components", before), (then - 100, then - 100))
+    os.utime(path, (then, then))
+    problems = []
+    assert ids(gc.collect(zoo, dry_run=False, problems=problems)) == {after}
+    assert any("1 entries" in p for p in problems)

@@ -13,6 +13,7 @@ import zoos
 from jblock.zoo import lease
 from jblock.zoo.fsck import fsck
 from jblock.zoo.lease import LeaseLostError
+from jblock.zoo.storage import FolderChanges
 from jblock.zoo.store import Zoo
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -118,13 +119,13 @@ def broken(folder):
 def test_who_lost_the_lock_cannot_publish(zoo, monkeypatch):
     chain = zoos.fill(zoo)
     before = {p: p.read_bytes() for p in zoo.path.glob("chains/**/*") if p.is_file()}
-    add = Zoo._add_version
+    put = FolderChanges.put
 
-    def late(self, chain, folder, scratch):
-        broken(scratch)  # this process slept here, and the lock was given to another
-        return add(self, chain, folder, scratch)
+    def late(self, name, data):
+        broken(self.scratch)  # this process slept here, and the lock was given to another
+        put(self, name, data)
 
-    monkeypatch.setattr(Zoo, "_add_version", late)
+    monkeypatch.setattr(FolderChanges, "put", late)
     with pytest.raises(LeaseLostError, match="stood still"):
         zoo.publish(chain.from_json(chain.to_json() | {"name": "other", "version": 0}))
     assert {p: p.read_bytes() for p in zoo.path.glob("chains/**/*") if p.is_file()} == before

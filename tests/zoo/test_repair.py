@@ -1,9 +1,14 @@
 """fsck --repair: derived records are written anew, damage is set aside and can be made again."""
 
+import errno
+import json
+import os
+
 import pytest
 import zoos
 
 from jblock.zoo.fsck import fsck
+from jblock.zoo.inventory import inventory
 from jblock.zoo.repair import repair
 from jblock.zoo.store import Zoo
 
@@ -23,7 +28,7 @@ def test_a_sound_zoo_stays_as_it_is(zoo):
 @pytest.mark.parametrize(
     "file",
     [
-        "components/{c}/params/up.weight/0.0",
+        "components/{c}/params.safetensors",
         "components/{c}/spec.json",
         "deltas/{d}/spec.json",
         "tokenizers/{t}/merges.txt",
@@ -35,28 +40,79 @@ def test_damage_is_set_aside_and_made_again(zoo, file):
     path = file.format(c=step.component, d=step.deltas[0], t=chain.tokenizer)
     (zoo.path / path).write_bytes(b"{")
     assert fsck(zoo) != []
-    (done,) = repair(zoo)
-    assert "convert one of m@1 again" in done
-    assert len(list((zoo.path / "damaged").iterdir())) == 1
-    assert zoos.fill(zoo) == chain
+    done = repair(zoo)
+    assert "convert one of m@1 again" in done[0]
+    # Moved away: what was damaged, and the version that lacks it; what is left is sound.
+    assert len(list((zoo.path / "quarantine").iterdir())) in (2, 3)
+    assert (zoo.chains(), fsck(zoo)) == ([], [])
+    assert inventory(zoo)["problems"] == []
+    assert zoos.fill(zoo) == chain  # under the number it had
     assert fsck(zoo) == []
 
 
 def test_damage_that_nothing_uses(zoo):
     loose = zoo.put_component(zoos.FFN, zoos.tensors(zoos.FFN, seed=9))
-    (zoo.path / "components" / loose / "params" / "up.weight" / "0.0").write_bytes(b"")
+    (zoo.path / "components" / loose / "params.safetensors").write_bytes(b"")
     (done,) = repair(zoo)
-    assert "nothing lacks it" in done
+    assert "no model uses it" in done
     assert fsck(zoo) == []
 
 
-@pytest.mark.parametrize("text", ["", "x", "99\n"])
-def test_the_newest_sound_version_goes_live(zoo, text):
+@pytest.mark.parametrize("pointer", [None, "", "{", "[]", '{"active": 99}'])
+def test_the_newest_sound_version_becomes_active(zoo, pointer):
     zoos.fill(zoo, seed=1)
     zoos.fill(zoo, seed=2)
     (zoo.path / "chains" / "m" / "3.json").write_text("{}")
-    (zoo.path / "chains" / "m" / "current").write_text(text)
-    (zoo.path / "partition" / "current.json").write_text("?")
-    assert repair(zoo) == ["m: its live version was not named; now it is 2"]
-    assert zoo.current("m") == 2
-    assert len(fsck(zoo)) == 1  # version 3 is lost
+    if pointer is not None:
+        (zoo.path / "chains" / "m" / "model.json").write_text(pointer)
+    assert repair(zoo)[-1] == "m: its active version is now 2"
+    assert (zoo.active("m"), zoo.versions("m")) == (2, [1, 2])
+    assert fsck(zoo) == []
+    assert zoos.fill(zoo, seed=3).version == 4  # 3 is never given again
+
+
+def test_what_cannot_be_read_is_not_taken_for_damage(zoo, monkeypatch):
+    opened = os.open
+
+    def refused(path, *args, **kwargs):
+        if str(path).endswith("params.safetensors"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(path, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", refused)
+        assert any("nothing says that it is damaged" in p for p in fsck(zoo))
+        assert repair(zoo) == []
+    assert fsck(zoo) == []
+
+
+def test_a_record_of_a_newer_version_is_told_and_left_alone(zoo):
+    path = zoo.path / "chains" / "m" / "1.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"surprise": 1}))
+    assert any("newer version" in p for p in fsck(zoo))
+    assert repair(zoo) == []
+    zoos.fill(zoo, name="other", seed=1)
+    assert [row["name"] for row in inventory(zoo)["chains"]] == ["other"]
+    assert path.exists()
+
+
+def test_what_is_nothing_of_a_zoo_is_moved_away(zoo):
+    for name in ("components/.DS_Store", "chains/.DS_Store", "edges/._x", "deltas/x y"):
+        (zoo.path / name).write_text("x")
+    assert len(fsck(zoo)) == 4
+    assert zoos.fill(zoo, name="other", seed=1).version == 1
+    assert len(inventory(zoo)["chains"]) == 2
+    assert len(repair(zoo)) == 4
+    assert fsck(zoo) == []
+
+
+def test_hashing_holds_no_lock(zoo, monkeypatch):
+    checked = []
+
+    def publish_meanwhile(self, record):
+        with zoo.changing("another process"):
+            checked.append(record.id)
+
+    monkeypatch.setattr(Zoo, "check_component", publish_meanwhile)
+    repair(zoo)
+    assert len(checked) == 4
