@@ -23,7 +23,11 @@ from jblock.zoo.store import Zoo
 
 
 def export(
-    zoo_path: Path, name: str, out: Path, progress: Progress, version: int | None = None
+    zoo_path: str | Path,
+    name: str,
+    out: Path,
+    progress: Progress,
+    version: int | str | None = None,
 ) -> list[str]:
     """Writes a whole model to the new folder `out`. All of it is in memory at once.
 
