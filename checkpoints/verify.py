@@ -10,7 +10,7 @@ from checkpoints.bitfit import with_vectors
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.folders import is_adapter
 from checkpoints.hf import LEFT_OUT
-from checkpoints.opening import open_checkpoint
+from checkpoints.opening import kind_of, open_checkpoint
 from checkpoints.progress import Progress
 from checkpoints.source import TOKENIZER_LIST, Source
 from checkpoints.tokenizer import read_tokenizer
@@ -37,7 +37,7 @@ def verify(zoo_path: str | Path, name: str, source_path: Path, progress: Progres
         checkpoint = open_checkpoint(source_path)
         differences = _checkpoint(zoo, chain, checkpoint, progress)
         tokenizer = checkpoint.tokenizer
-    if source_path.is_dir():
+    if kind_of(source_path) == "hf":  # of others the zoo keeps what was made of their files
         differences += _kept_files(zoo, chain, source_path)
     if tokenizer is not None and chain.tokenizer != files_id(tokenizer.files):
         differences.append("the tokenizer files differ")
