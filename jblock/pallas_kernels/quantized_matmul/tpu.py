@@ -11,6 +11,7 @@ Zeros are taken off outside: their share is a product of the sums of x over each
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,9 @@ from jblock.pallas_kernels.tuning import Tuning
 LANES = 128
 _VMEM_BYTES = 64 * 2**20
 _LONGEST_CHUNK = 1024
+FEW_ROWS = 64
+_TOGETHER = 4  # chunks of a turn of the kernel's loop
+_COLUMNS = 512  # whose sums are in registers together
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,9 +68,11 @@ class Blocks:
 
 def heuristic(shape: Shape) -> Blocks:
     """At most 256 rows or 4 MB of them, which are many enough to hide widening the weights behind the
-    matrix unit; columns for blocks of 2 M weights, far over what hides a copy's latency."""
+    matrix unit; columns for blocks of 2 M weights, far over what hides a copy's latency, and of 4 M for few
+    rows, where a grid step's own cycles would show."""
     rows = max(16, min(256, 2**21 // shape.width // 16 * 16, -(-shape.rows // 16) * 16))
-    columns = max(LANES, min(1024, 2**21 // shape.width // LANES * LANES))
+    weights = 2**22 if rows <= FEW_ROWS else 2**21
+    columns = max(LANES, min(1024, weights // shape.width // LANES * LANES))
     return Blocks(rows=rows, columns=min(columns, -(-shape.out // LANES) * LANES))
 
 
@@ -131,15 +137,14 @@ def _call(
     chunk = max(group, LANES)
     while chunk > _LONGEST_CHUNK:
         chunk = _divided(chunk)
-    parts = max(1, LANES // group)  # groups of a chunk
-    laid = scales.T.reshape(-1, parts, out)
+    laid = scales.T
     return pl.pallas_call(
         functools.partial(_kernel, chunk=chunk, group=group),
         grid=(pl.cdiv(out, columns), pl.cdiv(rows, size)),
         in_specs=[
             pl.BlockSpec((size, width), lambda n, m: (m, 0)),
             pl.BlockSpec((columns, width), lambda n, m: (n, 0)),
-            pl.BlockSpec((*laid.shape[:2], columns), lambda n, m: (0, 0, n)),
+            pl.BlockSpec((laid.shape[0], columns), lambda n, m: (0, n)),
         ],
         out_specs=pl.BlockSpec((size, columns), lambda n, m: (m, n)),
         out_shape=jax.ShapeDtypeStruct((rows, out), jnp.float32),
@@ -158,13 +163,13 @@ def _divided(chunk: int) -> int:
 
 
 def _kernel(x, w_q, scales, out, *, chunk: int, group: int):
-    """x [rows, in], w_q [columns, in], scales [scale rows, parts, columns] -> out [rows, columns]."""
-    parts = scales.shape[1]
+    """x [rows, in], w_q [columns, in], scales [groups, columns] -> out [rows, columns]."""
+    parts = max(1, LANES // group)  # groups of a chunk
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     if parts > 1:
         first = lax.broadcasted_iota(jnp.int32, (parts, chunk), 0) * group
         ahead = lax.broadcasted_iota(jnp.int32, (parts, chunk), 1) - first
-        spread = (ahead >= 0) & (ahead < group)
+        spread = ((ahead >= 0) & (ahead < group)).astype(jnp.float32)
 
     def product(x: jax.Array, w: jax.Array) -> jax.Array:
         return lax.dot_general(
@@ -176,19 +181,31 @@ def _kernel(x, w_q, scales, out, *, chunk: int, group: int):
         )
 
     out[...] = jnp.zeros(out.shape, jnp.float32)
+    chunks = x.shape[1] // chunk
+    # Of few rows many at once, so that the weights of one are on their way into the matrix unit while
+    # another's product comes out. Of many rows the products of two would not fit the registers.
+    most = _TOGETHER if x.shape[0] <= FEW_ROWS else 1
+    together = max(n for n in range(1, most + 1) if chunks % n == 0)
 
-    @pl.loop(0, x.shape[1] // chunk)
-    def add(c):
+    def scaled_product(c: jax.Array, columns: Any) -> jax.Array:
         inputs = pl.ds(pl.multiple_of(c * chunk, LANES), chunk)
-        w = w_q[:, inputs].astype(jnp.float32)
+        w = w_q[columns, inputs]
         if parts == 1:
-            out[...] += product(x[:, inputs], w) * scales[lax.div(c, max(1, group // chunk))]
-        else:
-            by_input = lax.dot_general(
-                scales[c],
-                spread.astype(jnp.float32),
-                (((0,), (0,)), ((), ())),
-                precision=lax.Precision.HIGHEST,
-                preferred_element_type=jnp.float32,
+            scale = scales[pl.ds(lax.div(c, max(1, group // chunk)), 1), columns]
+            return product(x[:, inputs], w) * scale
+        by_input = lax.dot_general(
+            scales[pl.ds(c * parts, parts), columns],
+            spread,
+            (((0,), (0,)), ((), ())),
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+        return product(x[:, inputs], w.astype(jnp.float32) * by_input)
+
+    @pl.loop(0, chunks // together)
+    def add(several):
+        for begin in range(0, out.shape[1], _COLUMNS):
+            columns = pl.ds(begin, min(_COLUMNS, out.shape[1] - begin))
+            out[:, columns] += sum(
+                scaled_product(several * together + i, columns) for i in range(together)
             )
-            out[...] += product(x[:, inputs], w * by_input)
