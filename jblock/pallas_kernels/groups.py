@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 from jblock.pallas_kernels.pieces import piece_bound, pieces
@@ -81,3 +82,25 @@ def choose(index: Any, count: int, act: Callable[[int], None], first: int = 0) -
     @pl.when(index >= first + half)
     def _high() -> None:
         choose(index, count - half, act, first + half)
+
+
+def for_window(
+    first: Any, last: Any, size: int, part: int, act: Callable[[Any, int], None]
+) -> None:
+    """Inside a kernel: act(begin, rows) once, for rows of a block of `size` of which first .. last - 1
+    are an item's: all of them, or as few as hold those and are a power of two of `part`s. So what lies at
+    the edge of a group is multiplied once, and costs no more than a whole block."""
+    begin = lax.div(first, part) * part
+    needed = last - begin
+    rows, below = part, 0
+    while below < size:
+        rows = size if 2 * rows > size else rows
+
+        @pl.when((needed > below) & (needed <= rows))
+        def _act(rows: int = rows) -> None:
+            if rows == size:
+                act(0, size)
+            else:
+                act(pl.multiple_of(jnp.minimum(begin, (size - rows) // part * part), part), rows)
+
+        below, rows = rows, 2 * rows

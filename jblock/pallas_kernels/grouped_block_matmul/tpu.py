@@ -4,7 +4,7 @@ Work is cut into items, a block of rows by a variant that has rows in it, in the
 outer loop is over columns of the result, the inner one over items, each over all inputs: so a block of
 columns of a variant's weight is read once, whatever items its rows make, and a variant without rows is
 never read. The next one comes in while the present one is multiplied. Where an item has not all rows of
-its block, only those sixteens with rows of it are multiplied.
+its block, a window of it is multiplied, once, and masked.
 
 The idea of items over sorted rows is megablox's (jax.experimental.pallas.ops.tpu.megablox, after arXiv
 2211.15841); that kernel wants all weights stacked in one array and reads a weight again for each block
@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jblock.pallas_kernels.groups import choose, items
+from jblock.pallas_kernels.groups import choose, for_window, items
 from jblock.pallas_kernels.tuning import Tuning
 
 LANES = 128
@@ -212,12 +212,6 @@ def _kernel(block, group, first, last, opens, begins, following, x, *refs: Any, 
         mine = (row >= first[i]) & (row < last[i])
         out[part] = jnp.where(mine, product, out[part])
 
-    whole = (first[i] == 0) & (last[i] == size)
-    real = group[i] < variants
-    pl.when(real & whole)(lambda: multiply(0, size))
-
-    @pl.when(real & jnp.logical_not(whole))
-    def _parts() -> None:
-        @pl.loop(lax.div(first[i], PART), pl.cdiv(last[i], PART))
-        def _part(p: Any) -> None:
-            multiply(pl.multiple_of(p * PART, PART), PART)
+    @pl.when(group[i] < variants)
+    def _multiply() -> None:
+        for_window(first[i], last[i], size, PART, multiply)

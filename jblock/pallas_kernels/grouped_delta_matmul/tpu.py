@@ -3,7 +3,7 @@
 Work is cut into items, a block of rows by a group with an adapter in it. An item brings its adapter's
 pieces in runs of a few, the next run (of the next item, too) on its way while one is multiplied: rows of x
 by all ranks of the run, and that at once by the other halves of the pieces, added to the block of y in
-vector memory. Only those eights of a block that have rows of the item are multiplied. Blocks without any
+vector memory. Of a block only a window that holds the item's rows is multiplied, once. Blocks without any
 adapter are neither read nor written: y is updated in place.
 """
 
@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jblock.pallas_kernels.groups import items
+from jblock.pallas_kernels.groups import for_window, items
 from jblock.pallas_kernels.tuning import Tuning
 
 LANES = 128
@@ -226,7 +226,6 @@ def _kernel(*refs: Any, turns: int):
 
         number = for_pieces(i, r, slot, lambda copy: copy.wait())
 
-        whole = (first[i] == 0) & (last[i] == size)
         below = 0
         # A program for each power of two of pieces, so that few are not multiplied as many.
         for used in _sizes(run):
@@ -239,13 +238,9 @@ def _kernel(*refs: Any, turns: int):
                     a_buffer[slot, k] = jnp.zeros((rank, width), a_buffer.dtype)
                     b_buffer[slot, k] = jnp.zeros((rank, columns), b_buffer.dtype)
 
-                pl.when(whole)(lambda: add(0, size, slot, used))
-
-                @pl.when(jnp.logical_not(whole))
-                def _parts() -> None:
-                    @pl.loop(lax.div(first[i], PART), pl.cdiv(last[i], PART))
-                    def _part(p: Any) -> None:
-                        add(pl.multiple_of(p * PART, PART), PART, slot, used)
+                for_window(
+                    first[i], last[i], size, PART, lambda at, rows: add(at, rows, slot, used)
+                )
 
             below = used
 
