@@ -111,15 +111,17 @@ class Mixture(nnx.Module):
         out = jnp.zeros_like(x)
         here = len(self.experts) - spec.shared
         first = jax.lax.axis_index(self.expert_axes) * here if self.expert_axes else 0
-        # Experts that are split over devices go one by one, each device its own.
-        plain = not self.expert_axes and all(e.plain for e in list(self.experts)[:here])
+        plain = all(e.plain for e in list(self.experts)[:here])
         together = plain and grouped.has_kernels(rows.platform)
         if together:
-            picks = order[: chosen.size]
+            picks, own = order[: chosen.size], counts
+            if self.expert_axes:  # this device's experts first
+                picks = jnp.roll(picks, -starts[first])
+                own = jax.lax.dynamic_slice(counts, (first,), (here,))
             row = picks // spec.top_k
-            y = self._together(normed[row], counts, rows)
-            # Picks of no expert come last, and are padding's.
-            row = jnp.where(jnp.arange(row.size) < counts.sum(), row, num_rows)
+            y = self._together(normed[row], own, rows)
+            # Picks of no expert come last, and are padding's, or other devices'.
+            row = jnp.where(jnp.arange(row.size) < own.sum(), row, num_rows)
             out = out.at[row].add(y * weights[picks][:, None], mode="drop")
         for number, expert in enumerate(self.experts):
             e = first + number
@@ -155,7 +157,7 @@ class Mixture(nnx.Module):
 
     def _together(self, x: jax.Array, counts: jax.Array, rows: Rows) -> jax.Array:
         """Rows sorted by expert [T, hidden_size], how many each expert has -> the same through them."""
-        experts = list(self.experts)[: self.spec.num_experts]
+        experts = list(self.experts)[: counts.size]
 
         def project(x: jax.Array, name: str) -> jax.Array:
             weights = [getattr(e, name).weight[...] for e in experts]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jblock.blocks import grouped
 from jblock.blocks.moe import Mixture, group_size
 from jblock.blocks.platform import here
 from jblock.blocks.rows import Rows
@@ -115,3 +116,51 @@ def test_an_expert_without_rows_takes_no_time():
 def test_group_sizes(rows, size):
     spec = RouterSpec(hidden_size=8, num_experts=8, top_k=2, norm_eps=1e-5)
     assert group_size(rows, spec) == size
+
+
+def test_experts_that_are_split_go_through_the_grouped_kernel_too(monkeypatch):
+    """Two parts of four experts, each part's rows in one product a projection, sum to the whole."""
+    spec = RouterSpec(hidden_size=HIDDEN, num_experts=4, top_k=2, norm_eps=1e-5, shared=False)
+    rng = np.random.default_rng(3)
+    router, experts = laid(draw(spec, rng)), [laid(draw(EXPERT, rng)) for _ in range(4)]
+    calls = []
+
+    def multiply(x, weights, sizes, platform):
+        calls.append(len(weights))
+        outs = [w.shape[0] if here().out_in else w.shape[1] for w in weights]
+        assert len(set(outs)) == 1
+        ends = jnp.cumsum(sizes)
+        rows = jnp.arange(x.shape[0])[:, None]
+        parts = [
+            jnp.where(
+                (rows >= end - n) & (rows < end),
+                x @ (w.T if here().out_in else w),
+                0.0,
+            )
+            for w, end, n in zip(weights, ends, sizes, strict=True)
+        ]
+        return sum(parts)
+
+    def run(x, experts, axes):
+        rows = Rows(
+            num_seqs=4,
+            q_len=8,
+            starts=jnp.zeros(4, jnp.int32),
+            q_lens=jnp.asarray([8, 8, 3, 0], jnp.int32),
+            slots=jnp.zeros(4, jnp.int32),
+            mesh_axes=axes,
+        )
+        parts = [(EXPERT, e, {}) for e in experts]
+        return Mixture(spec, router, {}, parts, expert_axes=axes)(x, rows)
+
+    x = jnp.asarray(rng.standard_normal((32, HIDDEN)), jnp.float32)
+    wanted = run(x, experts, ())
+    monkeypatch.setattr(grouped, "has_kernels", lambda platform: True)
+    monkeypatch.setattr(grouped, "multiply", multiply)
+    split = [
+        {n: jnp.stack([experts[i][n], experts[2 + i][n]]) for n in experts[0]} for i in range(2)
+    ]
+    got = jax.vmap(lambda e: run(x, e, ("ep",)), axis_name="ep")(split)
+    assert calls == [2, 2, 2]
+    for part in got:
+        np.testing.assert_allclose(part[:19], wanted[:19], atol=2e-5)
