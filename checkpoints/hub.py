@@ -252,12 +252,12 @@ class _errors:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return (
                 f"the disk with the cache is full ({constants.HF_HUB_CACHE}): free some space or set HF_HOME "
-                "to a folder on another disk; the same command then goes on where it stopped"
+                "to a folder on another disk; the same command then downloads only what is missing"
             )
         if isinstance(error, (errors.LocalEntryNotFoundError, errors.HTTPError, OSError)):
             return (
-                f"cannot be downloaded ({_first_line(error)}): check the network; the same command goes on "
-                "where it stopped"
+                f"cannot be downloaded ({_first_line(error)}): check the network; the same command again "
+                "downloads only what is missing"
             )
         return None
 
