@@ -1,10 +1,10 @@
 """From a request as it came to one the engine can run, or to an error that says what to change."""
 
 import dataclasses
-import math
 from typing import Any
 
 from jblock.engine import api
+from jblock.engine.scheduling.request_checks import LOGIT_BIAS, first_problem
 from serving.errors import invalid
 from serving.text import TextCodec
 from serving.v1 import jblock_pb2 as pb
@@ -171,30 +171,10 @@ def check_policy(request: pb.GenerateRequest, info: api.ModelInfo) -> None:
 
 def _check_drawing(params: api.SamplingParams) -> None:
     """The ranges of what shapes the distribution."""
-    if not (math.isfinite(params.temperature) and params.temperature >= 0):
-        raise invalid(
-            f"temperature: {params.temperature} is not a finite number >= 0; 0 is greedy, 1 plain"
-        )
-    if params.top_k < 0:
-        raise invalid(f"top_k: {params.top_k} is below 0; 0 keeps all tokens")
-    if not 0 < params.top_p <= 1:
-        raise invalid(f"top_p: {params.top_p} is outside (0, 1]; 1 keeps all tokens")
-    if not 0 <= params.min_p <= 1:
-        raise invalid(f"min_p: {params.min_p} is outside [0, 1]; 0 keeps all tokens")
-    if not (math.isfinite(params.repetition_penalty) and params.repetition_penalty > 0):
-        raise invalid(
-            f"repetition_penalty: {params.repetition_penalty} is not a finite number > 0; "
-            "1 does nothing, above it repeats less"
-        )
-    for field in ("presence_penalty", "frequency_penalty"):
+    if wrong := first_problem(params):
+        field, allowed = wrong
         value = getattr(params, field)
-        if not -2 <= value <= 2:
-            raise invalid(f"{field}: {value} is outside [-2, 2]; 0 does nothing")
-    if not 0 <= params.top_logprobs <= api.MAX_TOP_LOGPROBS:
-        raise invalid(
-            f"top_logprobs: {params.top_logprobs} is outside 0 to {api.MAX_TOP_LOGPROBS}; "
-            "ask for fewer"
-        )
+        raise invalid(f"{field}: {value} {allowed.problem(value)}; {allowed.remedy}")
 
 
 def _check_bias(params: api.SamplingParams, info: api.ModelInfo) -> None:
@@ -209,10 +189,8 @@ def _check_bias(params: api.SamplingParams, info: api.ModelInfo) -> None:
                 f"logit_bias[{token_id}]: is no token id of {info.name}; ids go from 0 to "
                 f"{info.vocab_size - 1}"
             )
-        if not -100 <= value <= 100:
-            raise invalid(
-                f"logit_bias[{token_id}]: {value} is outside [-100, 100]; -100 forbids a token"
-            )
+        if wrong := LOGIT_BIAS.problem(value):
+            raise invalid(f"logit_bias[{token_id}]: {value} {wrong}; {LOGIT_BIAS.remedy}")
 
 
 def _given(request: pb.GenerateRequest, field: str, default: Any) -> Any:

@@ -106,6 +106,11 @@ def test_each_option_shows(agent):
     plain = generated(agent)
     assert generated(agent, min_p=1.0, temperature=2.0) == plain
     assert generated(agent, temperature=1e-40, seed=1) == plain  # Not the first of many infinities.
+    # Numbers at the ends of their ranges pick no other token than they should.
+    assert generated(agent, temperature=1.0, seed=1, top_p=1e-46) == plain
+    assert len(set(generated(agent, temperature=1e30, seed=1))) > 20
+    for penalty in (1e-6, 1e6):
+        assert set(generated(agent, temperature=1.0, seed=1, repetition_penalty=penalty)) != {0}
     assert generated(agent, logit_bias=((plain[0], -100.0),))[0] != plain[0]
     assert generated(agent, logit_bias=((7, 100.0),)) == [7] * 30
     varied = generated(agent, frequency_penalty=2.0, presence_penalty=2.0, repetition_penalty=5.0)
@@ -199,6 +204,12 @@ def test_who_waits_for_a_prefix_goes_on_when_its_owner_ends(zoo):
     [
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; give more than 0"),
         ({"presence_penalty": math.nan}, "presence_penalty is nan"),
+        ({"temperature": 1e39}, "temperature is 1e+39; give 0 to 1e+30"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty is 1e-40; give more than 0"),
+        (
+            {"logit_bias": ((5, 1e39),)},
+            "logit_bias has 1e+39 for the id 5; give values of -100 to 100",
+        ),
         ({"min_p": 1.5}, "min_p is 1.5"),
         ({"top_logprobs": 21}, "top_logprobs is 21; give 0 to 20"),
         ({"logit_bias": ((5, 1.0),) * 65}, "logit_bias has 65 ids; give at most 64"),

@@ -73,6 +73,16 @@ CASES = {
     "negative temperature": (ask(temperature=-0.1), "INVALID_ARGUMENT", "temperature: -0.1 is not"),
     "temperature nan": (ask(temperature=NAN), "INVALID_ARGUMENT", "temperature: nan is not"),
     "temperature inf": (ask(temperature=1e999), "INVALID_ARGUMENT", "temperature: inf is not"),
+    "temperature that is Inf in float32": (
+        ask(temperature=1e39),
+        "INVALID_ARGUMENT",
+        "temperature: 1e+39 is above 1e+30; 0 is greedy",
+    ),
+    "repetition_penalty that is 0 in float32": (
+        ask(repetition_penalty=1e-40),
+        "INVALID_ARGUMENT",
+        "repetition_penalty: 1e-40 is below 1e-06; 1 does nothing",
+    ),
     "top_k": (ask(top_k=-1), "INVALID_ARGUMENT", "top_k: -1 is below 0; 0 keeps all"),
     "top_p 0": (ask(top_p=0), "INVALID_ARGUMENT", "top_p: 0.0 is outside (0, 1]; 1 keeps all"),
     "top_p 1.5": (ask(top_p=1.5), "INVALID_ARGUMENT", "top_p: 1.5 is outside (0, 1]"),

@@ -127,7 +127,9 @@ def option_array(batch: Batch) -> np.ndarray:
         sampling = item.sequence.request.sampling
         # Below it logits would overflow; the best token is what such a temperature means.
         temperature = sampling.temperature if sampling.temperature >= MIN_TEMPERATURE else 0.0
-        floats[i, [0, 2, 4]] = temperature, sampling.top_p, sampling.min_p
+        # No vocabulary has 1e9 tokens, so the best one alone reaches it; much less is 0 in float32.
+        top_p = max(sampling.top_p, 1e-9)
+        floats[i, [0, 2, 4]] = temperature, top_p, sampling.min_p
         options[i, 1] = min(sampling.top_k, 2**31 - 1)
         options[i, 3:4].view(np.uint32)[0] = item.sequence.seed & 0xFFFFFFFF
     return options
