@@ -13,6 +13,7 @@ from jblock.blocks.ffn import Ffn
 from jblock.blocks.platform import here
 from jblock.blocks.rows import Rows
 from jblock.blocks.spec import AttentionSpec, EmbeddingSpec, FfnSpec, NormSpec, UnembeddingSpec
+from jblock.engine.programs.sampling import noise
 from jblock.engine.weights import params as parameters
 from jblock.pallas_kernels.paged_attention.reference import attention
 from jblock.zoo.records import Chain
@@ -60,8 +61,26 @@ def compare(zoo: Any, reference: Sequence[Trace], other: Sequence[Trace]) -> Com
 
 
 def logit_gap(zoo: Any, chain: Chain, token_ids: Sequence[int]) -> float:
-    """Gap between the two best next-token logits after `token_ids`, by a plain forward pass in float32
-    with no cache, no paging and no batch. Loads one component at a time."""
+    """Gap between the two best next-token logits after `token_ids`."""
+    best = jnp.sort(next_logits(zoo, chain, token_ids))[-2:]
+    return float(best[1] - best[0])
+
+
+def draw_gap(
+    zoo: Any, chain: Chain, token_ids: Sequence[int], temperature: float, seed: int
+) -> float:
+    """The same for a draw: the gap, in logits, between the two tokens that came nearest to being drawn after
+    `token_ids`."""
+    logits = next_logits(zoo, chain, token_ids)
+    ids = jnp.arange(logits.shape[0], dtype=jnp.int32)[None]
+    seeds, positions = jnp.array([seed], jnp.uint32), jnp.array([len(token_ids)], jnp.int32)
+    best = jnp.sort(logits / temperature + noise(seeds, positions, ids)[0])[-2:]
+    return float(best[1] - best[0]) * temperature
+
+
+def next_logits(zoo: Any, chain: Chain, token_ids: Sequence[int]) -> jnp.ndarray:
+    """float32 [vocab]: logits of the token after `token_ids`, by a plain forward pass with no cache, no
+    paging and no batch. Loads one component at a time."""
     count = len(token_ids)
     rows = Rows(
         num_seqs=1,
@@ -92,5 +111,5 @@ def logit_gap(zoo: Any, chain: Chain, token_ids: Sequence[int]) -> float:
             logits = Head((norm[0], spec), (norm[1], tensors), here(), tied=False)(x[-1:])
         else:
             raise ValueError(f"a component of kind {spec.kind} is not of a dense model")
-    best = jnp.sort(logits[0])[-2:]
-    return float(best[1] - best[0])
+    assert logits is not None, "a chain without a head"
+    return logits[0]

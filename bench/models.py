@@ -213,6 +213,9 @@ class MemoryZoo:
             return {n: self.load_component(o)[t] for n, (o, t) in record.refs.items()}
         return self._draw(id, {n: t.shape for n, t in record.tensors.items()})
 
+    def prefetch(self, id: str) -> None:
+        """Nothing: tensors are drawn, not read."""
+
     def load_tensor(self, id: str, name: str) -> np.ndarray:
         """One tensor of a component."""
         return self.load_component(id)[name]
@@ -297,7 +300,7 @@ def fine_tunes(shape: ModelShape, count: int, private_layers: int, seed: int = 0
 
 
 def save(zoo: MemoryZoo, path: Path) -> Path:
-    """Writes the chains of a zoo in memory, adapters apart, to a zoo on disk; returns its path."""
+    """Writes the chains of a zoo in memory to a zoo on disk; returns its path."""
     store = Zoo.create(path)
     ids: dict[str, str] = {}
     for chain in zoo.served.values():
@@ -308,8 +311,14 @@ def save(zoo: MemoryZoo, path: Path) -> Path:
             refs = {name: (ids[owner], tensor) for name, (owner, tensor) in record.refs.items()}
             tensors = {} if refs else zoo.load_component(step.component)
             ids[step.component] = store.put_component(record.spec, tensors, refs)
-        steps = tuple(Step(component=ids[step.component]) for step in chain.steps)
-        store.publish(dataclasses.replace(chain, steps=steps, version=0))
+        steps = []
+        for step in chain.steps:
+            component, deltas = ids[step.component], []
+            for delta in step.deltas:
+                spec, tensors = zoo.delta(delta).spec, zoo.load_delta(delta)
+                deltas.append(store.put_delta(spec, component, tensors))
+            steps.append(Step(component=component, deltas=tuple(deltas)))
+        store.publish(dataclasses.replace(chain, steps=tuple(steps), version=0))
     return path
 
 

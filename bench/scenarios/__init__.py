@@ -44,6 +44,9 @@ _ALL = (
     Scenario("stalls", "gaps between the tokens of streams while long prompts arrive"),
     Scenario("hotswap", "gaps between tokens while chains, weights and programs are swapped"),
     Scenario("coldstart", "process start to first token, with and without compiled programs"),
+    Scenario(
+        "restart", "engine processes killed and stopped under 24 streams: lost, differing, pause"
+    ),
     Scenario("peers", "vLLM, OpenVINO GenAI and transformers on the same work and machine"),
     Scenario("kv", "int8 KV over float32: bytes, speed over long contexts, changed answers"),
     Scenario("oversubscription", "KV for a quarter of what is offered: all finish, all the same"),
