@@ -1,7 +1,9 @@
 """Changes of what is served, while it is served: models are loaded, swapped and unloaded."""
 
 import asyncio
-from collections.abc import Mapping
+import concurrent.futures
+import time
+from collections.abc import Sequence
 
 import grpc
 from absl import logging
@@ -11,23 +13,34 @@ from serving.dispatcher import Dispatcher, load_models
 from serving.errors import RequestError, invalid, unavailable
 from serving.validation import ServedModel
 
+# How long a request whose model was swapped waits for the server to know the new one.
+_ADOPT_SECONDS = 10.0
+_LOOK_SECONDS = 0.05
+
 
 class Changes:
-    """Has the engine serve other chains, one change after the other.
+    """Has the engine serve other chains. Changes do not wait for each other: one whose storage hangs holds up
+    no other, and the engine puts together those that meet.
 
     The dispatcher's models, tokenizers included, are replaced in one assignment once the engine has
-    switched; a request that was prepared before and arrives after is prepared anew (`settled`).
+    switched; a request that was prepared before and arrives after is prepared anew (`replaced`).
     """
 
     def __init__(self, dispatcher: Dispatcher):
         self._dispatcher = dispatcher
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task] = set()
+        # Of its own: changes that hang must not take the threads that encode prompts.
+        self._pool = concurrent.futures.ThreadPoolExecutor(64, "jblock-change")
 
-    async def settled(self) -> None:
-        """Waits until no change is under way."""
-        async with self._lock:
-            pass
+    async def replaced(self, model: ServedModel | None) -> None:
+        """Waits until a model that the engine serves no more in this version is no longer served here either,
+        for a while."""
+        end = time.monotonic() + _ADOPT_SECONDS
+        while model is not None and time.monotonic() < end:
+            if self._dispatcher.models.get(model.info.name) is not model:
+                return
+            await asyncio.sleep(_LOOK_SECONDS)
 
     async def load(self, name: str, version: int) -> ServedModel:
         """Serves a model of the zoo too, in this version; 0 is the live one.
@@ -42,7 +55,7 @@ class Changes:
         if version < 0:
             raise invalid(f"version: {version} is below 0; 0 is the live one")
         await self._run({name: f"{name}@{version}" if version else name})
-        return self._dispatcher.models[name]
+        return self._dispatcher.find("name", name)
 
     async def unload(self, name: str) -> None:
         """Serves a model no more.
@@ -67,37 +80,40 @@ class Changes:
 
     async def _change(self, change: dict[str, str | None]) -> None:
         """Serves each model as `change` says, and all others in the version they have now."""
-        async with self._lock:
-            dispatcher = self._dispatcher
-            dispatcher.check_up()
-            now = {name: _pinned(model) for name, model in dispatcher.models.items()}
-            wanted = {n: w for n, w in (now | change).items() if w is not None}
-            if not wanted:
-                raise RequestError(
-                    grpc.StatusCode.FAILED_PRECONDITION,
-                    f"name: {next(iter(change))!r} is the last model served; load another first",
-                )
-            dispatcher.models = await asyncio.to_thread(
-                _serve, dispatcher.engine, tuple(wanted.values()), dispatcher.models
+        dispatcher = self._dispatcher
+        dispatcher.check_up()
+        now = {name: _pinned(model) for name, model in dispatcher.models.items()}
+        wanted = {n: w for n, w in (now | change).items() if w is not None}
+        if not wanted:
+            raise RequestError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"name: {next(iter(change))!r} is the last model served; load another first",
             )
-            logging.info("serving %s", ", ".join(wanted.values()))
+        loop, names = asyncio.get_running_loop(), tuple(wanted.values())
+        await loop.run_in_executor(self._pool, _serve, dispatcher.engine, names)
+        async with self._lock:
+            try:
+                dispatcher.models = await asyncio.to_thread(_adopt, dispatcher)
+            except ValueError as error:
+                back = [_pinned(model) for model in dispatcher.models.values()]
+                await asyncio.to_thread(_serve, dispatcher.engine, back)
+                raise RequestError(grpc.StatusCode.FAILED_PRECONDITION, f"name: {error}") from error
+        logging.info("serving %s", ", ".join(map(_pinned, dispatcher.models.values())))
+
+
+def _adopt(dispatcher: Dispatcher) -> dict[str, ServedModel]:
+    """What the engine serves now. It may have made another change since the one that asks."""
+    return load_models(dispatcher.engine.models(), dispatcher.models.values())
 
 
 def _pinned(model: ServedModel) -> str:
     return f"{model.info.name}@{model.info.version}"
 
 
-def _serve(
-    engine: api.Engine, wanted: tuple[str, ...], now: Mapping[str, ServedModel]
-) -> dict[str, ServedModel]:
-    """Switches the engine and reads the tokenizers; goes back where one cannot be read."""
+def _serve(engine: api.Engine, wanted: Sequence[str]) -> None:
+    """Switches the engine; its errors become statuses."""
     try:
-        infos = engine.serve(wanted)
-        try:
-            return load_models(infos, now.values())
-        except ValueError:
-            engine.serve([_pinned(model) for model in now.values()])
-            raise
+        engine.serve(wanted)
     except api.UnknownChain as error:
         raise RequestError(grpc.StatusCode.NOT_FOUND, f"name: {error}") from error
     except ValueError as error:

@@ -40,6 +40,9 @@ _FLAGS = (
     flags.DEFINE_integer(
         "host_cache_mb", None, "Host memory for adapters and parameters that are not on the device."
     ),
+    flags.DEFINE_float(
+        "read_seconds", None, "How long reading one adapter or component of the zoo may take."
+    ),
     flags.DEFINE_list("pinned", None, "Chains that are always on the device."),
     flags.DEFINE_bool("share", None, "Share blocks between models; --noshare: a set each."),
     flags.DEFINE_enum(

@@ -93,6 +93,7 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
         """Runs one request; once more where its model was swapped between our look and the engine's.
         Leaving early cancels it in the engine."""
         for is_last in (False, True):
+            before = self._dispatcher.models.get(request.model)
             try:
                 with contextlib.ExitStack() as admitted:
                     answers, usage = await self._submit(request, tenant, admitted)
@@ -110,7 +111,7 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
             except RequestError as error:
                 if error.code is not grpc.StatusCode.ABORTED or is_last:
                     raise
-            await self._changes.settled()
+            await self._changes.replaced(before)
 
     async def _submit(
         self, request: pb.GenerateRequest, tenant: Tenant, admitted: contextlib.ExitStack

@@ -283,7 +283,9 @@ class Engine(Protocol):
         "name@version" in that one.
 
         Blocks until requests submitted from now on are served so; others go on meanwhile, and those in
-        flight end on the version they started with.
+        flight end on the version they started with. Calls that overlap do not wait for each other's reading:
+        each adds and takes away what it differs by from what was served when it was made, and returns what
+        is served once it is done.
 
         Raises:
           UnknownChain: the zoo does not have one; nothing changed.

@@ -52,6 +52,8 @@ class EngineConfig:
       weights_memory_mb: parameters on the device at most, in 10^6 bytes; chains that are not asked for give
         way. 0 keeps all that are served.
       host_cache_mb: host memory for adapters, and for parameters that may give way, in 10^6 bytes.
+      read_seconds: how long reading one adapter or component may take; after that its storage hangs, and
+        who waits for it gets an error.
       pinned: chains that are loaded before they are asked for and never give way.
       compile_workers: threads that compile, before the first request and in the background.
       mesh: devices the agent spans, such as "tp=4"; "" is one. With dp sizes are of each group of devices.
@@ -79,6 +81,7 @@ class EngineConfig:
     adapter_slots: int = 32
     weights_memory_mb: int = 0
     host_cache_mb: int = 512
+    read_seconds: float = 60.0
     pinned: tuple[str, ...] = ()
     compile_workers: int = 2
     mesh: str = ""
@@ -105,6 +108,8 @@ class EngineConfig:
                     f"{field} is {value!r}; give a whole number of at least "
                     f"{int(field == 'adapter_slots')}"
                 )
+        if not self.read_seconds > 0:
+            raise ValueError(f"read_seconds is {self.read_seconds}; give more than 0")
         if not self.decode_sizes or not self.prefill_grids:
             raise ValueError("decode_sizes and prefill_grids need at least one entry each")
         _ = self.sharding  # refuses a mesh of another form

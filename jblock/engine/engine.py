@@ -2,13 +2,15 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import queue
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from absl import logging
 
+from jblock.blocks.spec import ComponentSpec
 from jblock.engine.api import (
     Engine,
     EngineDied,
@@ -17,20 +19,24 @@ from jblock.engine.api import (
     Output,
     ReportRunning,
     Request,
-    UnknownChain,
 )
+from jblock.engine.compile_tiers import CompileTiers
 from jblock.engine.config import EngineConfig
 from jblock.engine.graph.build import assemble
 from jblock.engine.graph.graph import Route, ServingGraph
-from jblock.engine.keeper import Keeper
 from jblock.engine.loop import Loop
+from jblock.engine.model_infos import model_infos
+from jblock.engine.model_updates import ModelUpdates
 from jblock.engine.programs.executable_cache import ExecutableCache
 from jblock.engine.programs.needed import Pools
 from jblock.engine.runner.rates import measure_rates
 from jblock.engine.runner.runner import Runner
+from jblock.engine.stats import StatsSnapshot
 from jblock.engine.watchdog import Watch
 from jblock.engine.weights.lease import Lease
-from jblock.engine.weights.loader import Done, Loads, Targets, attempt, weights_of
+from jblock.engine.weights.loader import Loads, Targets, weights_of
+from jblock.engine.weights.read_ahead import MOST_CHAINS, find_chains, read_ahead
+from jblock.engine.weights.readers import Done, Readers
 from jblock.engine.weights.residents import Adapter
 from jblock.parallel.placement import Placement
 from jblock.zoo.records import Chain, NotFoundError
@@ -77,7 +83,9 @@ class ThreadEngine(Engine):
         if placement.rules.mesh.dp > 1:
             raise ValueError(f"mesh {config.mesh!r}: for dp build a DataParallelEngine")
         graph = assemble(zoo, chains, config, placement=placement)
-        loads = Loads(graph.zoo, graph.placement, graph.resident_set, config)
+        self._readers = Readers(config.read_seconds)
+        loads = self._loads = Loads(graph.zoo, graph.placement, graph.resident_set, config)
+        loads.background = self._in_turn
         # Weights first: what they leave free is the KV's.
         loads.preload(weights_of(graph.resident_set))
         device = self._device = Runner(graph, config, cache, placement)
@@ -85,26 +93,32 @@ class ThreadEngine(Engine):
         self._outbox = outbox or queue.SimpleQueue()
         self._death: BaseException | None = None
         self._watch = Watch()
-        self._keeper = Keeper(
-            zoo, graph, device, config, self._warm, self._resize, self._switch, self._retire
+        self._tiers = CompileTiers(graph, device, config)
+        self._updates = ModelUpdates(
+            zoo,
+            graph,
+            device,
+            config,
+            self._tiers,
+            warm=self._warm,
+            resize=self._resize,
+            switch=self._switch,
+            retire=self._retire,
         )
         if config.host_kv_memory_mb:
             device.rates = measure_rates(device, graph)
-        self._models = _model_infos(zoo, graph, device)
+        self._models = model_infos(zoo, graph, device)
+        self._naming = threading.Lock()
         self._loop = Loop(graph, device, config, loads)
         loads.preload([graph.routes[name].needs for name in graph.pinned])
         while self._loop.measure():
             pass
         self._measured = threading.Event()
-        # A thread for each kind: the gigabytes of a model never stand before the megabytes of an adapter.
-        self._readers = {
-            kind: concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"jblock-{kind}")
-            for kind in ("adapter", "weights")
-        }
+        self._stats = StatsSnapshot(self._loop.stats)
         loads.background, loads.widen_tables = self._in_background, self._widen
         self._thread = threading.Thread(target=self._run, name="jblock-engine", daemon=True)
         self._thread.start()
-        self._keeper.start()
+        self._tiers.start()
 
     def models(self) -> tuple[ModelInfo, ...]:
         """The served chains."""
@@ -138,16 +152,18 @@ class ThreadEngine(Engine):
         return outputs
 
     def stats(self) -> EngineStats:
-        """Counters and gauges, at most a step old."""
-        return self._loop.stats()
+        """Counters and gauges, as they were a moment ago."""
+        return self._stats.with_background(
+            self._device.executables.compiles_in_background, self._readers.hung
+        )
 
     def close(self) -> None:
         """Stops the loop and waits for it."""
-        self._keeper.close()
+        self._tiers.closing.set()
+        self._readers.close()
         self._inbox.put(None)
         self._thread.join()
-        for reader in self._readers.values():
-            reader.shutdown(cancel_futures=True)
+        self._tiers.close()
 
     def serve(self, models: Sequence[str]) -> tuple[ModelInfo, ...]:
         """Serves exactly these chains from the next step on: "name" in its live version, or
@@ -157,13 +173,51 @@ class ThreadEngine(Engine):
           UnknownChain: the zoo does not have one; nothing changed.
           ValueError: a chain cannot be read, or does not fit; nothing changed.
         """
-        routes = self._keeper.graph.routes
+        routes = self._updates.graph.routes
         served = {f"{name}@{r.chain.version}": r.chain for name, r in routes.items()}
-        known = set(self._zoo.chains())
-        chains = [served.get(m) or _find_chain(self._zoo, m, known) for m in models]
-        graph = self._keeper.serve({chain.name: chain for chain in chains})
-        self._models = _model_infos(self._zoo, graph, self._device)
-        return self._models
+        added = [m for m in models if m not in served]
+        found, targets = self._read_ahead(added, routes) if added else ([], {})
+        names = {m.partition("@")[0] for m in models}
+
+        def change(now: dict[str, Chain]) -> dict[str, Chain]:
+            # What others changed since this call came stays as it is.
+            chains = {n: c for n, c in now.items() if n in names or n not in routes}
+            chains |= {chain.name: chain for chain in found}
+            if not chains:
+                raise ValueError("no model would be served; name at least one")
+            return chains
+
+        graph = self._updates.update(change, targets)
+        with self._naming:
+            if graph is self._updates.graph:
+                self._models = model_infos(self._zoo, graph, self._device, self._models)
+            return self._models
+
+    def _read_ahead(
+        self, models: Sequence[str], served: Mapping[str, Route]
+    ) -> tuple[list[Chain], Targets]:
+        """The chains, and what they adapt by spec. By itself, so that storage that hangs holds up no other
+        change, and tables are made for all that the new chains adapt before any of them waits for its own.
+
+        Raises:
+          UnknownChain, ValueError: see `serve`.
+        """
+        targets: dict[ComponentSpec, frozenset[str]] = {}
+        what = ", ".join(models)
+        try:
+            find = functools.partial(find_chains, self._zoo, models)
+            chains: list[Chain] = self._readers.run("records", what, find)
+            parts = {s.component for route in served.values() for s in route.chain.steps}
+            for chain in chains:
+                whole = len(chains) <= MOST_CHAINS
+                read = functools.partial(read_ahead, self._zoo, chain, parts, whole=whole)
+                for spec, adapted in self._readers.run("records", chain.name, read).items():
+                    targets[spec] = targets.get(spec, frozenset()) | adapted
+        except OSError as error:
+            if self._tiers.closing.is_set():
+                raise EngineDied("the engine was closed; build another one") from error
+            raise ValueError(f"{what} cannot be read: {error}") from error
+        return chains, targets
 
     def renew(self) -> None:
         """Compiles the programs that run several layers at once anew, and swaps each in while requests
@@ -172,34 +226,39 @@ class ThreadEngine(Engine):
         Raises:
           EngineDied: the engine was closed meanwhile.
         """
-        self._keeper.renew()
+        self._tiers.renew()
 
     def settle(self) -> None:
         """Waits until the background compiler has nothing left to do, and on an idle engine until all
         programs are measured."""
-        self._keeper.settle()
+        self._tiers.settle()
         while self._loop.idle and self._thread.is_alive() and not self._measured.wait(0.01):
             pass
 
     def _warm(self, graph: ServingGraph, routes: Sequence[Route]) -> list[Lease]:
-        """See Keeper."""
+        """See ModelUpdates."""
         done: concurrent.futures.Future[list[Lease]] = concurrent.futures.Future()
-        self._inbox.put(
-            lambda loop: loop.loads.warm(graph.resident_set, [r.needs for r in routes], done)
-        )
+
+        def warm(loop: Loop) -> None:
+            try:
+                loop.loads.warm(graph.resident_set, [r.needs for r in routes], done)
+            except Exception as error:
+                done.set_exception(error)
+
+        self._inbox.put(warm)
         return self._wait(done)
 
     def _resize(self, pools: Pools) -> None:
-        """See Keeper."""
+        """See ModelUpdates."""
         self._between_steps(lambda loop: loop.resize_pools(pools))
 
     def _retire(self) -> None:
-        """See Keeper."""
+        """See ModelUpdates."""
         with contextlib.suppress(EngineDied):
             self._between_steps(Loop.retire)
 
     def _switch(self, graph: ServingGraph, leases: list[Lease], pools: Pools) -> None:
-        """See Keeper."""
+        """See ModelUpdates."""
 
         def take_up(loop: Loop) -> None:
             loop.switch(graph, pools)
@@ -242,24 +301,27 @@ class ThreadEngine(Engine):
                     raise
                 self.check_alive()
 
-    def _in_background(self, kind: str, work: Callable[[], Any], done: Done) -> None:
-        """See `loading.Background`."""
+    def _in_turn(self, kind: str, name: str, work: Callable[[], Any], done: Done) -> None:
+        """See `loader.Background`; for as long as there is no loop, on the caller's own thread."""
+        read = functools.partial(self._readers.run, kind, name, work)
+        self._loads.defer(read, done)
+
+    def _in_background(self, kind: str, name: str, work: Callable[[], Any], done: Done) -> None:
+        """See `loader.Background`."""
 
         def answer(result: Any, error: Exception | None) -> None:
             self._inbox.put(lambda loop: done(result, error))
 
-        self._readers[kind].submit(attempt, work, answer)
+        self._readers.submit(kind, name, work, answer)
 
     def _widen(self, targets: Targets, adapter: Adapter) -> None:
-        """Has the keeper make tables; what it cannot make, its requests hear of."""
+        """Has tables made; what cannot be made, the adapter's requests hear of."""
 
-        def answer(done: concurrent.futures.Future[ServingGraph]) -> None:
-            error = done.exception()
-            if error is not None:
-                words = f"{adapter.name} cannot be served: {error}"
-                self._inbox.put(lambda loop: loop.residency.refuse(adapter, words))
+        def failed(error: Exception) -> None:
+            words = f"{adapter.name} cannot be served: {error}"
+            self._inbox.put(lambda loop: loop.residency.refuse(adapter, words))
 
-        self._keeper.widen(targets).add_done_callback(answer)
+        self._updates.widen(targets, failed)
 
     def check_alive(self) -> None:
         """Raises EngineDied if the loop is gone or stuck."""
@@ -274,7 +336,7 @@ class ThreadEngine(Engine):
     def _measure(self) -> bool:
         """Times one call of a program, if that disturbs nobody: a request that comes meanwhile waits for
         no more than this call. False: nothing to time, or not now."""
-        if self._measured.is_set() or not self._keeper.settled:
+        if self._measured.is_set() or not self._tiers.settled:
             return False
         if self._loop.measure() or self._loop.measure_again():
             return True
@@ -285,6 +347,7 @@ class ThreadEngine(Engine):
         try:
             while self._receive():
                 outputs = self._loop.step()
+                self._stats.take(outputs, idle=self._loop.idle)
                 if outputs:
                     self._outbox.put(outputs)
         except BaseException as e:
@@ -305,41 +368,31 @@ class ThreadEngine(Engine):
                 return True
             if message is None:
                 return False
+            self._take(message)
+            if self._inbox.empty():
+                return True
+
+    def _take(self, message: Request | str | Callable[[Loop], object]) -> None:
+        """One message. One that fails, fails alone: a request gets an error, and what a call was about
+        hears of it by its own means."""
+        try:
             if isinstance(message, str):
                 self._loop.cancel(message)
             elif isinstance(message, Request):
                 self._loop.submit(message)
             else:
                 message(self._loop)
-            if self._inbox.empty():
-                return True
-
-
-def _find_chain(zoo: Zoo, model: str, known: Collection[str]) -> Chain:
-    name, at, version = model.partition("@")
-    if name in known:
-        with contextlib.suppress(NotFoundError):
-            return zoo.serve(name, version if at else None)
-    raise UnknownChain(
-        f"{model!r} is not in the zoo, which has {', '.join(sorted(known))}; convert it first"
-    )
-
-
-def _model_infos(zoo: Zoo, graph: ServingGraph, device: Runner) -> tuple[ModelInfo, ...]:
-    ids = {r.chain.tokenizer for r in graph.routes.values()} - {None}
-    paths = {id_: str(zoo.tokenizer_path(id_)) for id_ in ids if id_ is not None}
-    return tuple(
-        ModelInfo(
-            name=name,
-            version=route.chain.version,
-            family=route.chain.family,
-            vocab_size=route.chain.vocab_size,
-            max_model_len=device.max_model_len(route),
-            tokenizer_path=paths.get(route.chain.tokenizer or "", ""),
-            base=route.chain.base or "",
-            blocks=len(route.instances),
-            shared_blocks=sum(graph.users[i] > 1 for i in route.instances),
-            policy=route.chain.policy,
-        )
-        for name, route in sorted(graph.routes.items())
-    )
+        except Exception as error:
+            logging.exception("a message to the engine's loop failed; the loop goes on")
+            if isinstance(message, Request):
+                words = f"the engine failed to take this request ({error!r}); its log says how"
+                self._outbox.put(
+                    [
+                        Output(
+                            request_id=message.request_id,
+                            finish_reason="error",
+                            error_code="INTERNAL",
+                            error_message=words,
+                        )
+                    ]
+                )

@@ -1,11 +1,14 @@
 """The agent's loop: admit, schedule, run a forward step, read tokens one step behind."""
 
+import contextlib
 import functools
 import math
 import secrets
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from absl import logging
 from jax.profiler import TraceAnnotation
 
 from jblock.engine.api import EngineStats, Output, ReportRunning, Request
@@ -25,9 +28,9 @@ from jblock.engine.scheduling.request_checks import request_problem
 from jblock.engine.scheduling.scheduler import Machine, Scheduler
 from jblock.engine.scheduling.sequence import SequenceState
 from jblock.engine.scheduling.step_budget import PROMPT_SHARE
+from jblock.engine.stats import collect_stats
 from jblock.engine.weights.loader import Loads, Targets
 from jblock.engine.weights.residents import Adapter
-from jblock.pallas_kernels import backends
 
 
 class Picked(NamedTuple):
@@ -39,8 +42,7 @@ class Picked(NamedTuple):
 
 
 class Loop:
-    """One agent's scheduling. Not thread-safe: `submit`, `cancel` and `step` are called by one
-    thread; `stats` may be called by any."""
+    """One agent's scheduling. Not thread-safe: one thread calls it; others read a snapshot (stats.py)."""
 
     def __init__(
         self,
@@ -127,7 +129,7 @@ class Loop:
         self.device.forget_calls()
 
     def _widen(self, targets: Targets, adapter: Adapter) -> None:
-        """Makes tables for more projections, where no keeper does it."""
+        """Makes tables for more projections, where nobody else does it."""
         old = self.graph
         chains = {name: route.chain for name, route in old.routes.items()}
 
@@ -138,7 +140,7 @@ class Loop:
                 self.switch(graph)
 
         make = functools.partial(assemble, old.zoo, chains, self.config, old, targets)
-        self.loads.background("adapter", make, done)
+        self.loads.background("adapter", adapter.name, make, done)
 
     def retire(self) -> None:
         """Lets go of blocks, registers and pools that neither the graph nor a running request needs."""
@@ -210,11 +212,7 @@ class Loop:
             self._finish(sequence, "cancelled")
 
     def step(self) -> list[Output]:
-        """Enqueues one sweep, then reads the tokens of the sweep before it.
-
-        Returns:
-          Outputs since the last call.
-        """
+        """Enqueues one step, then reads the tokens of the one before; returns outputs since the last call."""
         if self.loads.deferred or self.loads.warming:
             with TraceAnnotation("load"):
                 self.loads.pump()
@@ -224,19 +222,52 @@ class Loop:
         with TraceAnnotation("admit"):
             self._sequences.admit(self._machine())
         self._report_running()
-        enqueued = self._enqueue()
-        if self._in_flight is not None:
-            with TraceAnnotation("read_tokens"):
-                self._collect(self._in_flight)
-            step = self._in_flight
-            self._pace.note(step.enqueued, step.seconds, bool(step.sampled))
-        if self.kv.host.used:
-            self.kv.host.land()
-        self._in_flight = enqueued
+        try:
+            self._forward()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            self._give_way(error)
         if self._retiring:
             self.retire()
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    def _forward(self) -> None:
+        """Enqueues a step, and reads the one before. Where it fails, what may still be read is in flight."""
+        enqueued = self._enqueue()
+        before, self._in_flight = self._in_flight, None
+        if before is not None:
+            with TraceAnnotation("read_tokens"):
+                self._collect(before)
+            self._pace.note(before.enqueued, before.seconds, bool(before.sampled))
+        self._in_flight = enqueued
+        if self.kv.host.used:
+            self.kv.host.land()
+        self._sequences.note_step()
+
+    def _give_way(self, error: Exception) -> None:
+        """After a step for which the device had no memory: all sequences start over from the tokens they
+        have, half as many at a time; one that ran alone fails.
+
+        Raises:
+          JaxRuntimeError: the device's arrays are lost with the step.
+        """
+        before, self._in_flight = self._in_flight, None
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            if before is not None:
+                self._collect(before)
+        self.device.wait()
+        running = self._sequences.start_over()
+        logging.error("%s: %d sequences start over, half as many at a time", error, len(running))
+        if len(running) == 1:
+            self._finish(
+                running[0],
+                "error",
+                error_code="RESOURCE_EXHAUSTED",
+                error_message="the device has no memory for a step of this request alone: shorten the "
+                f"prompt, or start the server with less kv_memory_mb ({error})",
+            )
 
     def _report_running(self) -> None:
         """Says which requests the step to come computes, before it can end the process."""
@@ -289,45 +320,13 @@ class Loop:
 
     def stats(self) -> EngineStats:
         """Counters and gauges."""
-        executables, sequences, ran = (
-            self.device.executables,
+        return collect_stats(
+            self.device,
             self._sequences,
             self._stepper.counters,
-        )
-        counts = self.residency.counts
-        return EngineStats(
-            steps=ran.steps,
-            block_calls=ran.block_calls,
-            block_rows=ran.block_rows,
-            model_calls=ran.model_calls,
-            model_rows=ran.model_rows,
-            compiles_on_serving_path=executables.compiles_on_serving_path,
-            compiles_in_background=executables.compiles_in_background,
-            running=len(sequences.running),
-            waiting=len(sequences.waiting),
-            pages_free=sum(p.num_free for p in self.kv.pools.values()),
-            pages_total=sum(p.total for p in self.kv.pools.values()),
-            rows_free=sequences.rows.num_free,
-            rows_total=sequences.rows.total,
-            resident_bytes=self.residency.weight_bytes + self.graph.table_bytes,
-            chains=len(self.graph.routes),
-            chains_resident=self.residency.resident_chains,
-            adapters_resident=self.residency.adapters,
-            host_bytes=self.loads.cache.bytes,
-            residency_hits=counts.hits,
-            residency_misses=counts.misses,
-            host_hits=self.loads.cache.hits,
-            host_misses=self.loads.cache.misses,
-            loads=counts.loads,
-            load_failures=counts.failures,
-            evictions=counts.evictions,
-            prompt_tokens=ran.prompt_tokens,
-            cached_tokens=self.kv.hit_tokens,
-            preemptions=sequences.preemptions,
-            swaps=sequences.offloads,
-            host_kv_bytes=self.kv.host.used,
-            generated_tokens=self._generated_tokens,
-            kernels_replaced=len(backends.replaced()),
+            self.loads,
+            self.graph,
+            self._generated_tokens,
         )
 
     def _refuse(self, request: Request, code: str, message: str) -> None:
@@ -392,7 +391,7 @@ class Loop:
     def _finish(self, sequence: SequenceState, reason: str, **fields) -> None:
         """Sends the last output and gives back all the sequence held."""
         sequence.finished = True
-        request_id = sequence.request.request_id
-        self._outputs.append(Output(request_id=request_id, finish_reason=reason, **fields))
+        last = Output(request_id=sequence.request.request_id, finish_reason=reason, **fields)
+        self._outputs.append(last)
         self._sequences.end(sequence, poisoned=reason == "error")
         self.residency.release(sequence.lease)

@@ -1,6 +1,6 @@
 """Builds every program that some chains need before they are served, for devices that need not be here.
 
-What the keeper would compile in the background of a server is compiled now and kept in an executable
+What a server would compile in the background is compiled now and kept in an executable
 cache. A server with the same settings on the devices it was built for finds all of it there.
 """
 

@@ -164,6 +164,26 @@ def test_concurrent_changes_all_come_true(running):
     assert served(running) == {"echo": 1, "other": 1}
 
 
+def test_a_load_that_hangs_holds_up_no_other_change():
+    models = [{"name": "echo"}, {"name": "other"}]
+    engine = harness.build_engine(
+        models=models,
+        more=[{"name": "hung"}, {"name": "late", "offset": 5}],
+        slow_model="hung",
+        slow_seconds=3.0,
+    )
+    with harness.serving(engine) as running, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(running.client.load, "hung")
+        time.sleep(0.2)
+        running.client.unload("other")
+        running.client.load("late")
+        assert running.client.generate("late", [7], max_tokens=1).token_ids == (12,)
+        assert served(running) == {"echo": 1, "late": 1} and not loading.done()
+        loading.result()
+        # Put together with what was changed meanwhile.
+        assert served(running) == {"echo": 1, "hung": 1, "late": 1}
+
+
 def test_over_the_process_boundary():
     more = [{"name": "late", "offset": 5}, {"name": "wide", "misfit": "hidden size 9"}]
     engine = ProcessEngine("jblock.engine.process.mock:build_engine", {"more": more})

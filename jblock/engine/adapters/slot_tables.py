@@ -85,8 +85,8 @@ class Tables:
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        small = sum(a.nbytes for a in self._host.values())
-        return small + sum(a.nbytes for a in self._arrays.values())
+        with self._lock:
+            return sum(a.nbytes for a in (*self._host.values(), *self._arrays.values()))
 
     def write(
         self, slot: int, pieces: Sequence[int], form: TableForm, writes: Writes, updates: Updates

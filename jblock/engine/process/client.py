@@ -28,6 +28,10 @@ _CLOSE_SECONDS = 10.0
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
+# How much longer a child that is not idle may be silent.
+_BUSY_FACTOR = 6
+
+
 class ProcessEngine(api.Engine):
     """Implements `jblock.engine.api.Engine` over a child process.
 
@@ -48,7 +52,9 @@ class ProcessEngine(api.Engine):
         Args:
           factory: "module:function"; the function returns an Engine.
           kwargs: its arguments: None, bools, ints, floats, strings, and lists and maps of them.
-          heartbeat_seconds: a child that is silent for longer is frozen and is killed; 0 never.
+          heartbeat_seconds: a child that is silent for longer is frozen and is killed; 0 never. While it
+            has a thread that runs, or wants to, it may be silent for six times as long: the machine may be
+            busy, or its main thread in a long call.
 
         Raises:
           TypeError: an argument is no plain data.
@@ -246,6 +252,8 @@ class ProcessEngine(api.Engine):
             now = time.monotonic()
             # No more than a second counts: this process may have been paused too, or the machine slept.
             passed, looked = min(now - looked, 1.0), now
+            if _wants_to_run(self.pid):
+                passed /= _BUSY_FACTOR
             silent = silent + passed if frames == self._frames else 0.0
             frames = self._frames
             if silent > seconds and not self._ended():
@@ -275,6 +283,20 @@ class ProcessEngine(api.Engine):
                 sys.stderr.flush()
             except (OSError, ValueError):
                 continue  # Ours is closed; keep reading so that the child never blocks.
+
+
+def _wants_to_run(pid: int) -> bool:
+    """Whether a thread of a process runs, waits for a processor or for a disk. One that is stopped, or whose
+    threads all sleep, has none. False where the system does not say."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return False
+    for thread in threads:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/stat") as file:
+            if file.read().rpartition(")")[2].split()[0] in "RD":
+                return True
+    return False
 
 
 def _spawn(theirs: Connection) -> subprocess.Popen[bytes]:

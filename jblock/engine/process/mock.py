@@ -61,6 +61,8 @@ class MockEngine(api.Engine):
         *,
         more: Sequence[MockModel] = (),
         serve_delay: float = 0.0,
+        slow_model: str = "",
+        slow_seconds: float = 0.0,
         step_delay: float = 0.0,
         start_delay: float = 0.0,
         max_num_seqs: int = 256,
@@ -77,6 +79,8 @@ class MockEngine(api.Engine):
           models: what is served at first.
           more: what the pretended zoo has beside them.
           serve_delay: seconds `serve` takes.
+          slow_model: a model that takes `slow_seconds` more to be read, as from storage that hangs.
+          slow_seconds: see `slow_model`.
           step_delay: seconds a step takes.
           start_delay: seconds the warm-up takes.
           max_num_seqs: most requests running at once; the rest wait.
@@ -91,6 +95,7 @@ class MockEngine(api.Engine):
         self.step_delay = step_delay
         self.zoo = [*models, *more]
         self._serve_delay = serve_delay
+        self._slow_model, self._slow_seconds = slow_model, slow_seconds
         self._models = {m.info.name: m for m in models}
         self._warm_at = time.monotonic() + start_delay
         self._max_num_seqs = max_num_seqs
@@ -123,14 +128,19 @@ class MockEngine(api.Engine):
           UnknownChain: `zoo` does not have one.
           ValueError: one is told not to fit.
         """
-        found = [self._find(name) for name in models]
+        before = dict(self._models)
+        found = {m.info.name: m for m in map(self._find, models)}
+        added = {name: m for name, m in found.items() if before.get(name) is not m}
         time.sleep(self._serve_delay)
-        for model in found:
+        if any(m.info.name == self._slow_model for m in added.values()):
+            time.sleep(self._slow_seconds)
+        for model in added.values():
             if model.misfit:
                 raise ValueError(model.misfit)
         with self._changed:
-            self._models = {m.info.name: m for m in found}
-        return tuple(m.info for m in found)
+            kept = {n: m for n, m in self._models.items() if n in found or n not in before}
+            self._models = kept | added
+            return tuple(m.info for m in self._models.values())
 
     def _find(self, model: str) -> MockModel:
         for known in reversed(self.zoo):

@@ -116,12 +116,18 @@ class _Inbox(threading.Thread):
             ).start()
 
 
+_answering = threading.Lock()
+
+
 def _change(sender: _Sender, engine: api.Engine, frame: wire.Serve) -> None:
     """Serves other chains and answers with them, or with the error."""
     try:
-        answer = wire.Served(frame.number, tuple(engine.serve(frame.models)))
-    except api.EngineDied:
-        return  # The loop's own report follows.
+        engine.serve(frame.models)
+        with _answering:  # Answers in the order of what they say.
+            sender.send(wire.Served(frame.number, tuple(engine.models())))
+        return
+    except (api.EngineDied, OSError):
+        return  # The loop's own report follows, or nobody is left to hear.
     except Exception as error:
         kind = next((k for k, cls in wire.ERRORS.items() if isinstance(error, cls)), "other")
         if kind == "other":

@@ -31,6 +31,10 @@ class Machine:
     chunk_seconds: Callable[[Route, int], float | None]
 
 
+# Steps after which twice as many sequences may run, where the device had no memory for all.
+_STEPS_TO_DOUBLE = 64
+
+
 class Scheduler:
     """The sequences of one agent.
 
@@ -63,6 +67,8 @@ class Scheduler:
         self.rows = IdAllocator(num_rows)
         self.kv = kv
         self.preemptions = self.offloads = 0
+        self._max_running = self._most_running = config.max_num_seqs
+        self._steps = 0
         self._withdraw = withdraw
         self._waiting_by_id: dict[str, SequenceState] = {}
         self._seq_slots = IdAllocator(config.max_num_seqs)
@@ -101,6 +107,8 @@ class Scheduler:
         started: list[SequenceState] = []
         for sequence in self.waiting:
             if not self._seq_slots.num_free or not self.rows.num_free:
+                break
+            if len(self.running) >= self._max_running:
                 break
             # The cheapest questions first: hundreds may wait for one thing.
             if held and not held.isdisjoint(sequence.pages.layers):
@@ -223,6 +231,29 @@ class Scheduler:
         self._release(sequence, cache=True)
         self.waiting.appendleft(sequence)
         self._waiting_by_id[sequence.request.request_id] = sequence
+
+    def note_step(self) -> None:
+        """After a step for which there was memory: from time to time more sequences may run again."""
+        self._steps += 1
+        if self._steps % _STEPS_TO_DOUBLE == 0:
+            self._max_running = min(2 * self._max_running, self._most_running)
+
+    def start_over(self) -> list[SequenceState]:
+        """Preempts every running sequence and keeps nothing of what it computed: a step failed half way, and
+        what it wrote is not known. Half as many run from now on.
+
+        Returns:
+          Those that ran, oldest first.
+        """
+        running = list(self.running.values())
+        for sequence in reversed(running):
+            self.preemptions += 1
+            self.kv.invalidate(sequence.pages)
+            self._release(sequence, cache=False)
+            self.waiting.appendleft(sequence)
+            self._waiting_by_id[sequence.request.request_id] = sequence
+        self._max_running, self._steps = max(1, len(running) // 2), 0
+        return running
 
     def _release(self, sequence: SequenceState, *, cache: bool) -> None:
         """Gives back the pages, row and slot of a running sequence."""

@@ -22,19 +22,19 @@ from jblock.engine.weights.cache import WeightCache
 from jblock.engine.weights.host_cache import HostCache
 from jblock.engine.weights.lease import Lease
 from jblock.engine.weights.needs import Needs, ResidentSet
+from jblock.engine.weights.readers import Done
 from jblock.engine.weights.residents import Adapter, Resident, Weights
 from jblock.parallel.placement import Placement
 from jblock.zoo.records import ZooError
 from jblock.zoo.store import Zoo
 
-Done = Callable[[Any, Exception | None], None]
 Targets = Mapping[ComponentSpec, frozenset[str]]
 WidenTables = Callable[[Targets, Adapter], None]
 AdapterWrites = dict[str, Writes]
 """What goes into the tables of each component of a chain that has tables, by component id."""
-Background = Callable[[str, Callable[[], Any], Done], None]
-"""(kind of work, the work, what takes its result or error): runs the work anywhere, and hands over the
-result between two steps of the loop. Work of one kind is done in order."""
+Background = Callable[[str, str, Callable[[], Any], Done], None]
+"""(kind of work, what it is about, the work, what takes its result or error): runs the work anywhere, and
+hands over the result between two steps of the loop. Work of one kind is done in order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,22 +159,31 @@ class Loads:
             else:
                 self.residency.probed(adapter, probe.targets, probe.size)
 
-        self.background("adapter", functools.partial(_probe, self._zoo, adapter, needs), done)
+        read = functools.partial(_probe, self._zoo, adapter, needs)
+        self.background("adapter", adapter.name, read, done)
 
     def load(self, resident: Resident, needs: Needs) -> None:
         """See `residency.Worker`."""
+        read: Callable[[], Any]
+        place: Callable[[Any], None]
         if isinstance(resident, Weights):
-            self.background(
-                "weights",
-                functools.partial(self._read_weights, resident),
-                functools.partial(self._place_weights, resident),
-            )
+            kind, read = "weights", functools.partial(self._read_weights, resident)
+            place = functools.partial(self._place_weights, resident)
         elif isinstance(resident, Adapter):
-            self.background(
-                "adapter",
-                functools.partial(self._read_adapter, resident, needs),
-                functools.partial(self._place_adapter, resident, needs),
-            )
+            kind, read = "adapter", functools.partial(self._read_adapter, resident, needs)
+            place = functools.partial(self._place_adapter, resident, needs)
+        else:
+            raise TypeError(f"a {type(resident).__name__} is neither weights nor an adapter")
+
+        def done(content: Any, error: Exception | None) -> None:
+            if error is None:
+                try:
+                    place(content)
+                except Exception as e:  # It fails this load, not the loop.
+                    error = e
+            self.residency.finished(resident, _words(resident, error) if error else "")
+
+        self.background(kind, resident.name, read, done)
 
     def widen(self, adapter: Adapter, needs: Needs) -> None:
         """See `residency.Worker`."""
@@ -229,23 +238,10 @@ class Loads:
 
     # Writing, between two steps
 
-    def _place_weights(
-        self, weights: Weights, tensors: parameters.Tensors | None, error: Exception | None
-    ) -> None:
-        if tensors is not None:
-            weights.tensors = tensors
-        self.residency.finished(weights, "" if tensors is not None else _words(weights, error))
+    def _place_weights(self, weights: Weights, tensors: parameters.Tensors) -> None:
+        weights.tensors = tensors
 
-    def _place_adapter(
-        self,
-        adapter: Adapter,
-        needs: Needs,
-        writes: AdapterWrites | None,
-        error: Exception | None,
-    ) -> None:
-        if writes is None:
-            self.residency.finished(adapter, _words(adapter, error))
-            return
+    def _place_adapter(self, adapter: Adapter, needs: Needs, writes: AdapterWrites) -> None:
         for part in {p.component: p for p in needs.parts}.values():
             if part.form is None or part.tables is None:
                 continue
@@ -255,12 +251,15 @@ class Loads:
                 functools.partial(self._updates.vector_update, part.spec, part.form),
             )
             part.tables.write(adapter.slot, adapter.pieces[: mine.count], part.form, mine, updates)
-        self.residency.finished(adapter)
 
     # Where nobody else does the work
 
-    def _defer(self, kind: str, work: Callable[[], Any], done: Done) -> None:
+    def defer(self, work: Callable[[], Any], done: Done) -> None:
+        """Has `pump` do some work."""
         self.deferred.append((work, done))
+
+    def _defer(self, kind: str, name: str, work: Callable[[], Any], done: Done) -> None:
+        self.defer(work, done)
 
 
 def weights_of(served: ResidentSet) -> list[Needs]:
