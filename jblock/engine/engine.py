@@ -39,7 +39,7 @@ from jblock.engine.weights.read_ahead import MOST_CHAINS, find_chains, read_ahea
 from jblock.engine.weights.readers import Done, Readers
 from jblock.engine.weights.residents import Adapter
 from jblock.parallel.placement import Placement
-from jblock.zoo.records import Chain, NotFoundError
+from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
 
 T = TypeVar("T")

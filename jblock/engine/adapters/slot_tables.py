@@ -86,7 +86,8 @@ class Tables:
     def nbytes(self) -> int:
         """Bytes on the device."""
         with self._lock:
-            return sum(a.nbytes for a in (*self._host.values(), *self._arrays.values()))
+            host = sum(a.nbytes for a in self._host.values())
+            return host + sum(a.nbytes for a in self._arrays.values())
 
     def write(
         self, slot: int, pieces: Sequence[int], form: TableForm, writes: Writes, updates: Updates
