@@ -213,6 +213,10 @@ class MemoryZoo:
             return {n: self.load_component(o)[t] for n, (o, t) in record.refs.items()}
         return self._draw(id, {n: t.shape for n, t in record.tensors.items()})
 
+    def serve(self, name: str, version: int | str | None = None) -> Chain:
+        """See `Zoo.serve`; nothing can be removed here."""
+        return self.chain(name, None if version is None else int(version))
+
     def prefetch(self, id: str) -> None:
         """Nothing: tensors are drawn, not read."""
 
