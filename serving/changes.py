@@ -90,7 +90,8 @@ class Changes:
                 f"name: {next(iter(change))!r} is the last model served; load another first",
             )
         loop, names = asyncio.get_running_loop(), tuple(wanted.values())
-        await loop.run_in_executor(self._pool, _serve, dispatcher.engine, names)
+        base = tuple(now.values())
+        await loop.run_in_executor(self._pool, _serve, dispatcher.engine, names, base)
         async with self._lock:
             try:
                 dispatcher.models = await asyncio.to_thread(_adopt, dispatcher)
@@ -110,10 +111,10 @@ def _pinned(model: ServedModel) -> str:
     return f"{model.info.name}@{model.info.version}"
 
 
-def _serve(engine: api.Engine, wanted: Sequence[str]) -> None:
+def _serve(engine: api.Engine, wanted: Sequence[str], base: Sequence[str] | None = None) -> None:
     """Switches the engine; its errors become statuses."""
     try:
-        engine.serve(wanted)
+        engine.serve(wanted, base)
     except api.UnknownChain as error:
         raise RequestError(grpc.StatusCode.NOT_FOUND, f"name: {error}") from error
     except ValueError as error:

@@ -278,9 +278,16 @@ class Engine(Protocol):
         """
         ...
 
-    def serve(self, models: Sequence[str]) -> tuple[ModelInfo, ...]:
+    def serve(
+        self, models: Sequence[str], base: Sequence[str] | None = None
+    ) -> tuple[ModelInfo, ...]:
         """Serves exactly these chains, and returns them: "name" in the version live in the zoo now,
         "name@version" in that one.
+
+        Args:
+          models: to serve.
+          base: "name@version" of those the caller saw served: only what differs from them is changed, so
+            that changes which meet are all made. None: what is served now.
 
         Blocks until requests submitted from now on are served so; others go on meanwhile, and those in
         flight end on the version they started with. Calls that overlap do not wait for each other's reading:

@@ -165,7 +165,9 @@ class ThreadEngine(Engine):
         self._thread.join()
         self._tiers.close()
 
-    def serve(self, models: Sequence[str]) -> tuple[ModelInfo, ...]:
+    def serve(
+        self, models: Sequence[str], base: Sequence[str] | None = None
+    ) -> tuple[ModelInfo, ...]:
         """Serves exactly these chains from the next step on: "name" in its live version, or
         "name@version".
 
@@ -175,13 +177,14 @@ class ThreadEngine(Engine):
         """
         routes = self._updates.graph.routes
         served = {f"{name}@{r.chain.version}": r.chain for name, r in routes.items()}
-        added = [m for m in models if m not in served]
+        seen = set(served) if base is None else set(base)
+        added = [m for m in models if m not in seen and m not in served]
         found, targets = self._read_ahead(added, routes) if added else ([], {})
-        names = {m.partition("@")[0] for m in models}
+        names, before = ({m.partition("@")[0] for m in own} for own in (models, seen))
 
         def change(now: dict[str, Chain]) -> dict[str, Chain]:
             # What others changed since this call came stays as it is.
-            chains = {n: c for n, c in now.items() if n in names or n not in routes}
+            chains = {n: c for n, c in now.items() if n in names or n not in before}
             chains |= {chain.name: chain for chain in found}
             if not chains:
                 raise ValueError("no model would be served; name at least one")

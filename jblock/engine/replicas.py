@@ -127,14 +127,16 @@ class DataParallelEngine(Engine):
         for engine in self._engines:
             engine.close()
 
-    def serve(self, models: Sequence[str]) -> tuple[ModelInfo, ...]:
+    def serve(
+        self, models: Sequence[str], base: Sequence[str] | None = None
+    ) -> tuple[ModelInfo, ...]:
         """Serves exactly these chains in every group; see `ThreadEngine.serve`. Where one group cannot, those
         before it go back."""
         before = [f"{m.name}@{m.version}" for m in self._engines[0].models()]
         changed = []
         try:
             for engine in self._engines:
-                engine.serve(models)
+                engine.serve(models, base)
                 changed.append(engine)
         except Exception:
             for engine in changed:

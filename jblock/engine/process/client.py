@@ -151,7 +151,9 @@ class ProcessEngine(api.Engine):
             raise api.EngineDied(self._died)
         return outputs
 
-    def serve(self, models: Sequence[str]) -> tuple[api.ModelInfo, ...]:
+    def serve(
+        self, models: Sequence[str], base: Sequence[str] | None = None
+    ) -> tuple[api.ModelInfo, ...]:
         """Has the child serve exactly these chains, and waits until it does.
 
         Raises:
@@ -161,7 +163,9 @@ class ProcessEngine(api.Engine):
         self.models()
         with self._changed:
             number = next(self._numbers)
-            self._outbox.put(wire.pack(wire.Serve(number, tuple(models))))
+            self._outbox.put(
+                wire.pack(wire.Serve(number, tuple(models), None if base is None else tuple(base)))
+            )
             self._changed.wait_for(lambda: number in self._served or self._ended())
             if number not in self._served:
                 raise api.EngineDied(self._died or "the engine was closed; build another one")

@@ -121,16 +121,21 @@ class MockEngine(api.Engine):
         time.sleep(max(0.0, self._warm_at - time.monotonic()))
         return tuple(m.info for m in self._models.values())
 
-    def serve(self, models: Sequence[str]) -> tuple[api.ModelInfo, ...]:
+    def serve(
+        self, models: Sequence[str], base: Sequence[str] | None = None
+    ) -> tuple[api.ModelInfo, ...]:
         """Serves these chains of `zoo`; requests keep the version they were submitted to.
 
         Raises:
           UnknownChain: `zoo` does not have one.
           ValueError: one is told not to fit.
         """
-        before = dict(self._models)
+        if base is None:
+            base = [f"{m.info.name}@{m.info.version}" for m in self._models.values()]
+        before = {name.partition("@")[0] for name in base}
         found = {m.info.name: m for m in map(self._find, models)}
-        added = {name: m for name, m in found.items() if before.get(name) is not m}
+        wanted = {m.partition("@")[0] for m in models if m not in base}
+        added = {n: m for n, m in found.items() if n in wanted and self._models.get(n) is not m}
         time.sleep(self._serve_delay)
         if any(m.info.name == self._slow_model for m in added.values()):
             time.sleep(self._slow_seconds)

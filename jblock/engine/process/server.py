@@ -122,7 +122,7 @@ _answering = threading.Lock()
 def _change(sender: _Sender, engine: api.Engine, frame: wire.Serve) -> None:
     """Serves other chains and answers with them, or with the error."""
     try:
-        engine.serve(frame.models)
+        engine.serve(frame.models, frame.base)
         with _answering:  # Answers in the order of what they say.
             sender.send(wire.Served(frame.number, tuple(engine.models())))
         return

@@ -150,7 +150,9 @@ class SupervisedEngine(api.Engine):
             if time.monotonic() >= end and not self._outputs:
                 return []
 
-    def serve(self, models: Sequence[str]) -> tuple[api.ModelInfo, ...]:
+    def serve(
+        self, models: Sequence[str], base: Sequence[str] | None = None
+    ) -> tuple[api.ModelInfo, ...]:
         """Serves exactly these chains; waits for a process that is warm first. Later processes serve what
         was served last.
 
@@ -166,7 +168,7 @@ class SupervisedEngine(api.Engine):
             if self._closed or engine is None:
                 raise api.EngineDied("the engine was closed; build another one")
         try:
-            infos = engine.serve(models)
+            infos = engine.serve(models, base)
         except api.EngineDied as error:
             raise api.EngineDied(
                 f"{error}, during this change; a new process serves what was served before"

@@ -48,6 +48,7 @@ class Serve(_Frame, frozen=True):
 
     number: int
     models: tuple[str, ...]
+    base: tuple[str, ...] | None = None
 
 
 class Close(_Frame, frozen=True):
