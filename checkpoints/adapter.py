@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints.adapter_plan import AdapterPlan
+from checkpoints.adapter_plan import AdapterPlan, check_stack
 from checkpoints.adapterhub import is_adapterhub, plan_bottlenecks
 from checkpoints.errors import CheckpointError
 from checkpoints.folders import ADAPTER_CONFIG, expect_adapter
@@ -69,5 +69,8 @@ def plan_adapter(zoo: Zoo, base: Chain, config: Mapping[str, Any], source: Sourc
         another shape or rank than expected, or is missing.
     """
     if is_adapterhub(config):
-        return plan_bottlenecks(zoo, base, config, source)
-    return plan_peft(zoo, base, read_settings(config), source)
+        planned = plan_bottlenecks(zoo, base, config, source)
+    else:
+        planned = plan_peft(zoo, base, read_settings(config), source)
+    check_stack(zoo, base, planned)
+    return planned

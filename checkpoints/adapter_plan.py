@@ -7,7 +7,11 @@ import numpy as np
 
 from checkpoints.errors import CheckpointError
 from checkpoints.source import Source
-from jblock.blocks.delta_spec import DeltaSpec
+from jblock.blocks.compressed_spec import BitDeltaSpec
+from jblock.blocks.delta_spec import BottleneckSpec, DeltaSpec, LoraSpec, PrefixSpec, PromptSpec
+from jblock.blocks.spec import ComponentSpec, EmbeddingSpec, UnembeddingSpec
+from jblock.zoo.records import Chain
+from jblock.zoo.store import Zoo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +46,60 @@ class AdapterPlan:
       deltas: in the order of their steps, and of their effect.
       replaced: step -> tensor of its component -> the adapter's tensor that stands for it, where a matrix
         is among them. An adapter on an embedding brings the base's own along, so they may be equal.
+      vocab_size: tokens of the adapter's own vocabulary; 0 where it has the base's.
     """
 
     deltas: tuple[PlannedDelta, ...]
     replaced: dict[int, dict[str, str]]
+    vocab_size: int = 0
 
     def on(self, index: int) -> list[PlannedDelta]:
         """The deltas of a step."""
         return [d for d in self.deltas if d.index == index]
+
+    def spec(self, spec: ComponentSpec) -> ComponentSpec:
+        """The spec of a component whose tensors are replaced."""
+        if self.vocab_size and isinstance(spec, (EmbeddingSpec, UnembeddingSpec)):
+            return dataclasses.replace(spec, vocab_size=self.vocab_size)
+        return spec
+
+
+def check_stack(zoo: Zoo, base: Chain, plan: AdapterPlan) -> None:
+    """Checks that an adapter's deltas can act on what its base has, before a request finds out.
+
+    Raises:
+      CheckpointError: one needs the float weight of what is stored in few bits, or a model would have two
+        of what it can have once.
+    """
+    before = [[zoo.delta(d).spec for d in step.deltas] for step in base.steps]
+    virtual = (PromptSpec, PrefixSpec)
+    if any(isinstance(s, virtual) for specs in before for s in specs) and any(
+        isinstance(d.spec, virtual) for d in plan.deltas
+    ):
+        raise CheckpointError(
+            f"{base.name} begins with virtual tokens already, and a model can have one prompt or prefix: "
+            "add the adapter to a base without"
+        )
+    for delta in plan.deltas:
+        specs = before[delta.index]
+        if isinstance(delta.spec, BottleneckSpec) and any(
+            isinstance(s, BottleneckSpec) for s in specs
+        ):
+            raise CheckpointError(
+                f"{base.name} has a bottleneck adapter behind component {delta.index} already: add this one "
+                "to a base without"
+            )
+        if not isinstance(delta.spec, LoraSpec):
+            continue
+        spec = zoo.component(base.steps[delta.index].component).spec
+        dora = {name for name, target in delta.spec.targets.items() if target.dora}
+        few = getattr(spec, "quant", None) is not None
+        coded = {n for s in specs if isinstance(s, BitDeltaSpec) for n in s.targets} & dora
+        if dora and (few or coded):
+            raise CheckpointError(
+                f"use_dora needs the float weights of {min(coded or dora)!r} (component {delta.index}), "
+                f"which {base.name} has in few bits: add the adapter to the float model that it was made from"
+            )
 
 
 def component_tensors(

@@ -17,6 +17,7 @@ from checkpoints.safetensors_file import TensorInfo
 from checkpoints.source import Source, open_source, read_json
 from checkpoints.tokenizer import TokenizerFiles, read_tokenizer
 from jblock.families import Family, Plan, family_for
+from jblock.families.fields import Fields
 from jblock.zoo.ids import FLOATS
 
 
@@ -96,13 +97,14 @@ def understood(
     """
     family = family_for(config)
     described = {n: v for n, v in config.items() if n != prequantized.FIELD}
-    plan, source = layouts.fit(family.plan(described), source)
+    fields = Fields(described)
+    plan, source = layouts.fit(family.plan(fields), source)
     if config.get(prequantized.FIELD):
         _check_packing_is_meant(config[prequantized.FIELD], source)
         packing = prequantized.packing_of(config)
         plan, source = prequantized.unpacked(plan, source, packing)
     buffers = check_tensors(plan, source)
-    notes = list(source.notes)
+    notes = [*source.notes, *_notes_on_config(config, family, fields.unread())]
     if buffers:
         notes.append(
             f"{len(buffers)} buffers (masks, rope tables) are left out, which the config decides: "
@@ -121,6 +123,22 @@ def understood(
         tokenizer=tokenizer,
         license=license,
     )
+
+
+def _notes_on_config(config: Mapping[str, Any], family: Family, unread: Sequence[str]) -> list[str]:
+    """What of a config decides nothing here."""
+    notes = []
+    if unread:
+        notes.append(
+            f"config.json: {len(unread)} fields are ignored, which decide nothing in the family "
+            f"{family.name}: {', '.join(unread)}"
+        )
+    kind = config.get("model_type")
+    if config.get("architectures") and kind is not None and kind not in family.model_types:
+        notes.append(
+            f"config.json: model_type is {kind!r}; architectures is followed ({config['architectures'][0]})"
+        )
+    return notes
 
 
 def check_tensors(plan: Plan, source: Source) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ def explain(found: Collection[str], wanted: Collection[str]) -> str:
 
     Returns:
       A sentence with one name of each, the prefix (or inner part) that was found and the one that was
-      expected, and where it comes from; "" where no one difference explains half of the missing names.
+      expected, and where it comes from; "" where no one difference explains half of the names.
     """
     there = set(found)
     ordered = sorted(wanted)
@@ -43,7 +43,7 @@ def explain(found: Collection[str], wanted: Collection[str]) -> str:
         return ""
     # Of equal ones the shortest, and one that is counted from the start.
     best = max(matches, key=lambda c: (matches[c], -len(c[2]) - len(c[3]), not c[1]))
-    if matches[best] * 2 < len(checked):
+    if matches[best] * 2 < min(len(checked), len(there)):
         return ""
     name = next(n for n in checked if _apply(best, n) in there)
     seen = _apply(best, name)

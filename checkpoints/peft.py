@@ -56,7 +56,7 @@ def convert(
     tokenizer = read_tokenizer(source_path)
     small = source.small_files(SMALL_FILES, tokenizer.given if tokenizer else ())
     if tokenizer is not None:
-        note_tokenizer(tokenizer, base.vocab_size, source_path, progress)
+        note_tokenizer(tokenizer, planned.vocab_size or base.vocab_size, source_path, progress)
 
     before = zoo.versions(name)
 
@@ -106,7 +106,7 @@ def _put_step(
                     f"the adapter has {min(planned.replaced[index].values())!r} whole, where "
                     f"{base.name} is itself changed by deltas: merge one of them"
                 )
-            spec = zoo.component(step.component).spec
+            spec = planned.spec(zoo.component(step.component).spec)
             step = dataclasses.replace(step, component=writer.put_component(spec, tensors))
     deltas = tuple(
         writer.put_delta(

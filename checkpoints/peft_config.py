@@ -72,7 +72,8 @@ _METHODS = {
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # What a program computes with holds no more.
 _FLOAT32_MAX = 3.4e38
-_LAYER = re.compile(r".*\.[^.]*\.(\d+)\.")  # as PEFT finds it
+# The first number of a path, as PEFT finds a layer's since 0.21: one further on may be an expert's.
+_LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 _REMEDY = {
     "trainable_token_indices": "merge it into the base and convert the result with 'hf'",
     "ensure_weight_tying": "train without it, or merge it into the base",
@@ -119,6 +120,7 @@ class Settings:
       modules: endings of the modules that must be there; None: whatever the weights hold.
       may_adapt: endings of the modules that may be there; None: any.
       layers: layers that may be adapted; None: any.
+      layer_lists: layers_pattern: names of the lists that layers are numbered in; () for any.
       saved: modules_to_save: endings of modules that come whole.
       feedforward: endings of the modules whose inputs (IA)3 scales.
       virtual_tokens: num_virtual_tokens; 0 without.
@@ -129,6 +131,7 @@ class Settings:
     modules: tuple[str, ...] | None
     may_adapt: tuple[str, ...] | None
     layers: tuple[int, ...] | None
+    layer_lists: tuple[str, ...]
     saved: tuple[str, ...]
     feedforward: tuple[str, ...] = ()
     virtual_tokens: int = 0
@@ -142,9 +145,14 @@ class Settings:
         """Whether PEFT would make an adapter on `module`; weights for others it ignores."""
         if self.may_adapt is None or module in self.may_adapt:
             return True
-        layer = _LAYER.match(module)
-        right_layer = self.layers is None or (layer and int(layer[1]) in self.layers)
-        return bool(right_layer and _named(module, self.may_adapt))
+        right_layer = self.layers is None or self._layer(module) in self.layers
+        return right_layer and _named(module, self.may_adapt)
+
+    def _layer(self, module: str) -> int | None:
+        """The number of the layer that `module` is in."""
+        patterns = [re.compile(rf"(?:^|.*?\.){re.escape(n)}\.(\d+)\.") for n in self.layer_lists]
+        found = (pattern.match(module) for pattern in patterns or [_LAYER])
+        return next((int(layer[1]) for layer in found if layer), None)
 
     def saves(self, module: str) -> bool:
         """Whether `module`, or one that it is in, comes whole."""
@@ -192,6 +200,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
         modules=None if partial else endings,
         may_adapt=endings,
         layers=_layers(config),
+        layer_lists=_layer_lists(config),
         saved=_endings(config, "modules_to_save") or (),
         feedforward=_endings(config, "feedforward_modules") or (),
         virtual_tokens=virtual,
@@ -256,6 +265,16 @@ def _layers(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     if not isinstance(layers, list) or not all(type(i) is int for i in layers):
         raise _refuse("layers_to_transform", given, "give a list of numbers of layers")
     return tuple(layers)
+
+
+def _layer_lists(config: Mapping[str, Any]) -> tuple[str, ...]:
+    given = config.get("layers_pattern") or []
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, list) or not all(
+        isinstance(n, str) and re.fullmatch(r"[\w.]+", n) for n in names
+    ):
+        raise _refuse("layers_pattern", given, "give the name of the list of layers, as 'layers'")
+    return tuple(names)
 
 
 def _refuse(field: str, value: Any, remedy: str) -> CheckpointError:

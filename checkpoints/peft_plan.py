@@ -1,7 +1,9 @@
 """Which step of a base gets which tensors of a PEFT adapter. Names and shapes decide, no numbers."""
 
 import dataclasses
+from collections.abc import Mapping
 
+from checkpoints import naming
 from checkpoints.adapter_plan import AdapterPlan, PlannedDelta, TensorSource
 from checkpoints.errors import CheckpointError
 from checkpoints.peft_config import LoraSettings, Settings
@@ -16,7 +18,14 @@ from jblock.blocks.delta_spec import (
     PromptSpec,
 )
 from jblock.blocks.layout import is_projection
-from jblock.blocks.spec import AttentionSpec, ComponentSpec, projection_shape, unquantised
+from jblock.blocks.spec import (
+    AttentionSpec,
+    ComponentSpec,
+    EmbeddingSpec,
+    UnembeddingSpec,
+    projection_shape,
+    unquantised,
+)
 from jblock.families import families
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
@@ -34,13 +43,16 @@ def plan_peft(zoo: Zoo, base: Chain, settings: Settings, source: Source) -> Adap
       CheckpointError: a tensor that has no place in the base, has another shape or rank than
         expected, or is missing.
     """
-    planner = _Planner(zoo, base, settings, source)
+    modules = _modules(base)
+    # Transformers 5 has GPT-NeoX's head under another name than its checkpoints.
+    if any(n.startswith(_HEAD) for n in source.tensors) and "embed_out" in modules:
+        modules["lm_head"] = modules.pop("embed_out")
+    planner = _Planner(zoo, base, settings, source, modules)
     if settings.virtual_tokens:
         planner.take_virtual()
-    for path, module in _modules(base).items():
-        # Transformers 5 has GPT-NeoX's head under another name than its checkpoints.
-        renamed = path == "embed_out" and any(n.startswith(_HEAD) for n in source.tensors)
-        planner.take_module("lm_head" if renamed else path, module)
+    for path, module in modules.items():
+        planner.take_module(path, module)
+    planner.take_tied_head()
     return planner.plan()
 
 
@@ -71,8 +83,16 @@ def _modules(base: Chain) -> dict[str, _Module]:
 class _Planner:
     """Takes tensors of the adapter, module by module."""
 
-    def __init__(self, zoo: Zoo, base: Chain, settings: Settings, source: Source):
+    def __init__(
+        self,
+        zoo: Zoo,
+        base: Chain,
+        settings: Settings,
+        source: Source,
+        modules: Mapping[str, _Module],
+    ):
         self._zoo, self._base, self._settings, self._source = zoo, base, settings, source
+        self._modules = modules
         self._left = set(source.tensors)
         self._unmodular = not any(_EXPERTS in name for name in source.tensors)
         self._lora: dict[int, dict[str, LoraTarget]] = {}
@@ -84,14 +104,20 @@ class _Planner:
         self._whole: dict[int, dict[str, str]] = {}
         self._virtual: list[PlannedDelta] = []
         self._specs: dict[int, ComponentSpec] = {}
+        self._vocab_size = 0
+        self._vocab_size = self._resized_vocabulary()
+        self._specs.clear()
 
     def plan(self) -> AdapterPlan:
         """What was taken; refuses what is left."""
         if self._left:
             raise CheckpointError(
                 f"{self._source.path}: tensor {min(self._left)!r} fits no projection of "
-                f"{self._base.name} ({self._base.family}, {len(self._base.steps)} components): the "
-                "adapter is for another base, or adapts what cannot be served"
+                f"{self._base.name} ({self._base.family}, {len(self._base.steps)} components): "
+                + (
+                    self._explained()
+                    or "the adapter is for another base, or adapts what cannot be served"
+                )
             )
         deltas: list[PlannedDelta] = list(self._virtual)
         replaced: dict[int, dict[str, str]] = {}
@@ -118,7 +144,48 @@ class _Planner:
             raise CheckpointError(
                 f"{self._source.path} has no tensors of an adapter: give a trained one"
             )
-        return AdapterPlan(deltas=tuple(deltas), replaced=replaced)
+        return AdapterPlan(deltas=tuple(deltas), replaced=replaced, vocab_size=self._vocab_size)
+
+    def take_tied_head(self) -> None:
+        """Where the head is tied to an embedding that the adapter brings, it is the head's too."""
+        last = len(self._base.steps) - 1
+        tied = "weight" in self._zoo.component(self._base.steps[last].component).refs
+        if tied and 0 in self._whole and last not in self._whole:
+            if any(self._settings.saves(path) for path, m in self._modules.items() if m.index == 0):
+                return  # PEFT trains a copy of it, and leaves the head as it is.
+            self._whole[last] = dict(self._whole[0])
+        if self._vocab_size and not {0, last} <= self._whole.keys():
+            raise CheckpointError(
+                f"{self._source.path}: its vocabulary has {self._vocab_size} tokens, that of "
+                f"{self._base.name} {self._base.vocab_size}, and it brings only one of embedding and head: "
+                "save it with save_embedding_layers=True"
+            )
+
+    def _resized_vocabulary(self) -> int:
+        """Tokens of the vocabulary where the adapter brings embeddings of another one; 0 where not."""
+        for path, module in self._modules.items():
+            spec = self._spec(module.index)
+            if module.tensors.get("weight") != "weight" or not hasattr(spec, "vocab_size"):
+                continue
+            for name in (f"{_PREFIX}{path}.weight", f"{_PREFIX}{path}.base_layer.weight"):
+                info = self._source.tensors.get(name)
+                if info is None or len(info.shape) != 2 or info.shape[1] != spec.hidden_size:
+                    continue
+                if info.shape[0] != spec.vocab_size:
+                    return info.shape[0]
+        return 0
+
+    def _explained(self) -> str:
+        """Which prefix the adapter's names have and which is expected; "" where it is not that."""
+        suffix = "ia3_l" if self._settings.method == "IA3" else "lora_A.weight"
+        wanted = [
+            f"{_PREFIX}{path}.{suffix}"
+            for path, module in self._modules.items()
+            if self._is_projection(module.index, module.tensors.get("weight", ""))
+            and (self._settings.modules is None or self._settings.targets(path))
+        ]
+        missing = [n for n in wanted if n not in self._source.tensors]
+        return naming.explain(self._left, missing)
 
     def take_module(self, path: str, module: _Module) -> None:
         """Takes all that the adapter has for one module of the base."""
@@ -217,7 +284,10 @@ class _Planner:
         shapes = self._spec(module.index).tensors()
         for tensor, name in module.tensors.items():
             stem = f"{_PREFIX}{path}."
-            found = [f"{stem}{tensor}"] if saved or (biases and tensor == "bias") else []
+            # Embedding and head may be saved along though they are the base's own.
+            table = hasattr(self._spec(module.index), "vocab_size") and tensor == "weight"
+            plain = saved or table or (biases and tensor == "bias")
+            found = [f"{stem}{tensor}"] if plain else []
             # What is adapted may come with the base's own tensors: embeddings, and trained biases.
             found.append(f"{stem}base_layer.{tensor}")
             if norms:
@@ -241,7 +311,8 @@ class _Planner:
             if self._settings.targets(path) and not expert:
                 raise CheckpointError(
                     f"{self._source.path}: tensor {names[0]!r} is missing, though target_modules of "
-                    "adapter_config.json names its module: give the whole adapter"
+                    "adapter_config.json names its module: "
+                    + (self._explained() or "give the whole adapter")
                 )
             return False
         if not self._settings.allows(path):
@@ -278,5 +349,8 @@ class _Planner:
     def _spec(self, index: int) -> ComponentSpec:
         if index not in self._specs:
             component = self._base.steps[index].component
-            self._specs[index] = unquantised(self._zoo.component(component).spec)
+            spec = unquantised(self._zoo.component(component).spec)
+            if isinstance(spec, (EmbeddingSpec, UnembeddingSpec)) and self._vocab_size:
+                spec = dataclasses.replace(spec, vocab_size=self._vocab_size)
+            self._specs[index] = spec
         return self._specs[index]

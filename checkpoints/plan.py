@@ -147,7 +147,10 @@ def _adapter(path: Path, zoo: Zoo, name: str, base_name: str, progress: Progress
                 stored = zoo.load_component(component)
                 own = component_tensors(stored, planned.replaced[i], source)
                 if own is not None:
-                    header: dict[str, Any] = {"spec": spec_to_json(record.spec), "refs": {}}
+                    header: dict[str, Any] = {
+                        "spec": spec_to_json(planned.spec(record.spec)),
+                        "refs": {},
+                    }
                     component = ids.content_id(header, own)
                     size = sum(v.nbytes for v in own.values())
                     there = _has(zoo, "components", component)

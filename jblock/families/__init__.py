@@ -54,8 +54,8 @@ def family_for(config: Mapping[str, Any]) -> Family:
         raise ConfigError(f"config.json: {reason}; served: {', '.join(known)}")
     if isinstance(config.get("auto_map"), dict) and "AutoModelForCausalLM" in config["auto_map"]:
         raise ConfigError(
-            "config.json: auto_map names code that comes with the checkpoint, which is never run; "
-            f"architectures served: {', '.join(known)}"
+            "config.json: auto_map names code that comes with the checkpoint, which is never run, and "
+            f"architectures is {names!r}; architectures served: {', '.join(known)}"
         )
     given = f"architecture {names[0]!r}" if names else f"model_type {config.get('model_type')!r}"
     raise ConfigError(f"config.json: {given} is not served; served: {', '.join(known)}")

@@ -3,6 +3,7 @@ position."""
 
 from jblock.families import config as cfg
 from jblock.families.base import Config, Family
+from jblock.families.fields import changed
 from jblock.families.rope import RopeSpec, rope
 from jblock.families.windows import every_layer
 
@@ -47,10 +48,7 @@ def _options(config: Config, layer: int) -> dict[str, object]:
 def _rope(config: Config, layer: int, head_dim: int) -> RopeSpec:
     del layer
     field, section = _section(config)
-    # Its own copy of the length says nothing that the config does not.
-    others = ("llama_4_scaling_beta", "max_position_embeddings")
-    plain = {k: v for k, v in section.items() if k not in others}
-    return rope({**config, field: plain}, head_dim)
+    return rope(changed(config, **{field: section}), head_dim)
 
 
 FAMILY = Family(

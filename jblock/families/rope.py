@@ -1,5 +1,6 @@
 """The rotary embedding a config asks for, in every spelling and variant that is served."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -7,26 +8,19 @@ from typing import Any
 from jblock.blocks.rope_spec import RopeSpec
 from jblock.families.config import ConfigError, flag, integer, number
 
-# Fields of each variant beside its type and theta.
-_REQUIRED = {
-    "default": set(),
-    "linear": {"factor"},
-    "dynamic": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    "yarn": {"factor"},
-    "longrope": {"short_factor", "long_factor"},
-}
-_OPTIONAL = {
-    "yarn": {
+# Fields that each variant must have beside its type and theta.
+_REQUIRED: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
         "original_max_position_embeddings",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-    },
-    "longrope": {"original_max_position_embeddings", "attention_factor", "factor"},
+    ),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
 }
 
 
@@ -53,15 +47,36 @@ def rope(
     Raises:
       ConfigError: a rope type, field or value that is not known, or two spellings that disagree.
     """
-    scaling = _section(config, "rope_scaling")
-    modern = _section(config, "rope_parameters")
-    if scaling and modern and _kind(scaling) != _kind(modern):
+    sections = {f: _section(config, f) for f in ("rope_scaling", "rope_parameters")}
+    given = {name: section for name, section in sections.items() if section}
+    dim = functools.partial(
+        _rotated, config, head_dim=head_dim, partial=partial, partial_field=partial_field
+    )
+    found = {
+        name: _read(config, name, section, theta, theta_field, head_dim, dim(name, section))
+        for name, section in (given or {"rope_parameters": {}}).items()
+    }
+    first, *others = found.values()
+    if others and others[0] != first:
         raise ConfigError(
-            f"config.json: rope_scaling asks for {_kind(scaling)!r} and rope_parameters for "
-            f"{_kind(modern)!r}; remove the wrong one"
+            f"config.json: rope_scaling describes {first} and rope_parameters {others[0]}; remove the "
+            "wrong one"
         )
-    theta = _either(config, modern, theta_field, "rope_theta", theta)
-    share = _either(config, modern, partial_field, "partial_rotary_factor", partial or 1.0)
+    return first
+
+
+def _rotated(
+    config: Mapping[str, Any],
+    name: str,
+    section: Mapping[str, Any],
+    *,
+    head_dim: int,
+    partial: float | None,
+    partial_field: str,
+) -> int:
+    """How many dimensions of a head are rotated."""
+    field = "partial_rotary_factor"
+    share = _either(config, name, section, partial_field, field, partial or 1.0)
     if share > 1 or (partial is None and share != 1):
         raise ConfigError(
             f"config.json: {partial_field} is {share!r}; "
@@ -71,35 +86,51 @@ def rope(
                 else "give a number up to 1"
             )
         )
-    dim = int(head_dim * share)
-    params = {**scaling, **modern}
-    kind = _kind(params)
-    named = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
-    extra = {k: v for k, v in params.items() if k not in named}
-    if kind not in _REQUIRED or not _REQUIRED[kind] <= extra.keys() <= _REQUIRED[
-        kind
-    ] | _OPTIONAL.get(kind, set()):
+    return int(head_dim * share)
+
+
+def _read(
+    config: Mapping[str, Any],
+    name: str,
+    section: Mapping[str, Any],
+    theta: float,
+    theta_field: str,
+    head_dim: int,
+    dim: int,
+) -> RopeSpec:
+    """What one section says, with the fields that stand outside of it. Fields that its variant does not
+    have are not read, as in transformers."""
+    kind = _kind(name, section)
+    missing = [f for f in _REQUIRED.get(kind, ()) if section.get(f) is None]
+    if kind not in _REQUIRED or missing:
         raise ConfigError(
-            f"config.json: rope of type {kind!r} with fields {sorted(extra)} is not known; known: "
-            + ", ".join(f"{k!r} with {sorted(v) or 'none'}" for k, v in _REQUIRED.items())
+            f"config.json: {name} asks for rope of type {kind!r}"
+            + (f" and has no {missing[0]!r}" if missing else ", which is not known")
+            + "; known: "
+            + ", ".join(f"{k!r} with {list(v) or 'none'}" for k, v in _REQUIRED.items())
         )
-    common: dict[str, Any] = {"theta": theta, "dim": 0 if dim == head_dim else dim}
+    common: dict[str, Any] = {
+        "theta": _either(config, name, section, theta_field, "rope_theta", theta),
+        "dim": 0 if dim == head_dim else dim,
+    }
     if kind == "linear":
-        return RopeSpec(kind=kind, factor=number(extra, "factor"), **common)
+        return RopeSpec(kind=kind, factor=number(section, "factor"), **common)
     if kind == "llama3":
         return RopeSpec(
             kind=kind,
-            factor=number(extra, "factor"),
-            low_freq_factor=number(extra, "low_freq_factor"),
-            high_freq_factor=number(extra, "high_freq_factor"),
-            original_max_position=integer(extra, "original_max_position_embeddings"),
+            factor=number(section, "factor"),
+            low_freq_factor=number(section, "low_freq_factor"),
+            high_freq_factor=number(section, "high_freq_factor"),
+            original_max_position=integer(section, "original_max_position_embeddings"),
             **common,
         )
     if kind == "yarn":
-        return _yarn(config, extra, common)
+        return _yarn(config, section, common)
     if kind == "longrope":
-        return _longrope(config, extra, common, dim)
-    # "dynamic" stretches sequences past max_position_embeddings only, where serving ends.
+        return _longrope(config, section, common, dim)
+    if kind == "dynamic":
+        # It stretches sequences past max_position_embeddings only, where serving ends.
+        number(section, "factor")
     return RopeSpec(**common)
 
 
@@ -161,35 +192,41 @@ def _longrope(
 
 def _either(
     config: Mapping[str, Any],
-    modern: Mapping[str, Any],
+    name: str,
+    section: Mapping[str, Any],
     field: str,
-    modern_field: str,
+    inner_field: str,
     default: float,
 ) -> float:
-    """A number that stands in the config or in its newer section, if at all.
+    """A number that stands in the config or in its section `name`, if at all.
 
     Raises:
       ConfigError: it stands in both, with two values.
     """
-    outside, inside = config.get(field), modern.get(modern_field)
+    outside, inside = config.get(field), section.get(inner_field)
     if outside is not None and inside is not None and outside != inside:
         raise ConfigError(
-            f"config.json: {field} is {outside!r} and rope_parameters.{modern_field} {inside!r}; "
+            f"config.json: {field} is {outside!r} and {name}.{inner_field} {inside!r}; "
             "remove the wrong one"
         )
-    return number(modern, modern_field, number(config, field, default))
+    return number(section, inner_field, number(config, field, default))
 
 
-def _section(config: Mapping[str, Any], field: str) -> dict[str, Any]:
+def _section(config: Mapping[str, Any], field: str) -> Mapping[str, Any]:
     value = config.get(field) or {}
     if not isinstance(value, dict) or any(isinstance(v, dict) for v in value.values()):
         raise ConfigError(
             f"config.json: {field} is {value!r}; only one set of rope fields for the whole model "
             "can be served"
         )
-    return {k: v for k, v in value.items() if v is not None}
+    return value
 
 
-def _kind(params: Mapping[str, Any]) -> str:
-    kind = str(params.get("rope_type", params.get("type", "default")))
-    return {"su": "longrope"}.get(kind, kind)
+def _kind(name: str, section: Mapping[str, Any]) -> str:
+    kinds = [str(k) for k in (section.get("rope_type"), section.get("type")) if k is not None]
+    kinds = ["longrope" if k == "su" else k for k in kinds] or ["default"]
+    if len(set(kinds)) > 1:
+        raise ConfigError(
+            f"config.json: {name} has rope_type {kinds[0]!r} and type {kinds[1]!r}; remove the wrong one"
+        )
+    return kinds[0]

@@ -4,6 +4,7 @@ import dataclasses
 
 from jblock.families import config as cfg
 from jblock.families.base import Config
+from jblock.families.fields import changed
 from jblock.families.rope import RopeSpec, rope
 
 
@@ -36,7 +37,7 @@ def rope_of_layer(
     known = {"full_attention": full, "sliding_attention": sliding}
     kind = "sliding_attention" if slides else "full_attention"
     mine = known[kind]
-    inner = dict(config)
+    inner = config
     sections = config.get("rope_parameters")
     if sections is not None:
         if not isinstance(sections, dict) or not sections.keys() <= known.keys():
@@ -45,7 +46,7 @@ def rope_of_layer(
                 f"{', '.join(map(repr, known))}"
             )
         # The older fields outside say the same, or nothing.
-        inner |= {"rope_parameters": sections.get(kind) or {}, "rope_scaling": None}
-    elif not mine.scaled:
-        inner |= {"rope_scaling": None}
+        inner = changed(inner, rope_parameters=sections.get(kind) or {})
+    if not mine.scaled:
+        inner = changed(inner, rope_scaling=None)
     return rope(inner, head_dim, theta=mine.theta, theta_field=mine.theta_field)

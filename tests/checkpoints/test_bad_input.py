@@ -58,7 +58,13 @@ def cli(zoo, capsys):
         ({"architectures": ["MambaForCausalLM"]}, ["MambaForCausalLM", "LlamaForCausalLM"]),
         ({"architectures": None, "model_type": "mamba"}, ["mamba"]),
         ({"architectures": ["A", "B"]}, ["architectures"]),
-        ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, ["auto_map"]),
+        (
+            {
+                "architectures": ["PlamoForCausalLM"],
+                "auto_map": {"AutoModelForCausalLM": "modeling_plamo.PlamoForCausalLM"},
+            },
+            ["auto_map", "never run", "PlamoForCausalLM"],
+        ),
         ({"hidden_act": "relu"}, ["hidden_act", "relu", "silu"]),
         ({"rope_scaling": {"type": "linear"}}, ["linear", "llama3"]),
         ({"rope_scaling": {"type": "mrope", "factor": 2.0}}, ["mrope", "llama3"]),
@@ -221,7 +227,7 @@ def test_names(tmp_path, cli, name):
     refused(cli, ["name"], "hf", tiny.write_checkpoint(tmp_path / "src"), f"--name={name}")
 
 
-@pytest.mark.parametrize("name", ["nothing", "../base", "base@1"])
+@pytest.mark.parametrize("name", ["nothing", "../base", "base@9"])
 def test_unknown_models(tmp_path, cli, name):
     refused(cli, [name], "verify", name, "--against", tmp_path)
 

@@ -110,12 +110,11 @@ def test_rope_in_both_spellings(change, rope):
 @pytest.mark.parametrize(
     "change",
     [
-        {"rope_scaling": {"rope_type": "default", "factor": 2.0}},
         {"rope_scaling": {"rope_type": "dynamic"}},
         {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}},
-        {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "attention_factor": 1.0}},
         {"rope_scaling": {"rope_type": "llama3", **LLAMA3}, "rope_parameters": {"rope_theta": 1.0}},
-        {"rope_scaling": {"mrope_section": [1, 2], "type": "default"}},
+        {"rope_scaling": {"mrope_section": [1, 2], "type": "mrope"}},
+        {"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 2.0}},
         {"rope_parameters": {"partial_rotary_factor": 1.5}},
         {"rope_parameters": {"rope_theta": float("inf")}},
         {"rope_scaling": "llama3"},
