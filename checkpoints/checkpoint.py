@@ -130,8 +130,8 @@ def _notes_on_config(config: Mapping[str, Any], family: Family, unread: Sequence
     notes = []
     if unread:
         notes.append(
-            f"config.json: {len(unread)} fields are ignored, which decide nothing in the family "
-            f"{family.name}: {', '.join(unread)}"
+            f"config.json: {len(unread)} fields are ignored, which decide nothing here ({family.name}): "
+            + ", ".join(unread)
         )
     kind = config.get("model_type")
     if config.get("architectures") and kind is not None and kind not in family.model_types:

@@ -19,6 +19,7 @@ _SPACE = "\u2581"
 _BPE = 2
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 _REMEDY = "make tokenizer.json with the tool the model came with, and convert again"
 
 
@@ -44,7 +45,7 @@ def convert(data: bytes, config: Mapping[str, Any], added: Mapping[str, Any]) ->
     """
     try:
         pieces = _read(data)
-        extra = _added(len(pieces), config, added)
+        tokens = _added(pieces, config, added)
     except (ValueError, LookupError, TypeError, AttributeError, struct.error) as e:
         raise CheckpointError(f"tokenizer.model cannot be converted ({e}): {_REMEDY}") from e
     ranks = {piece.text: i for i, piece in enumerate(pieces)}
@@ -61,9 +62,8 @@ def convert(data: bytes, config: Mapping[str, Any], added: Mapping[str, Any]) ->
         )
     )
     # What is one token wherever it stands in the text.
-    control = [(p.text, True) for p in pieces if p.type in (_UNKNOWN, _CONTROL)]
-    for text, special in (*control, *extra):
-        out.add_tokens([AddedToken(text, normalized=False, special=special)])
+    for id_ in sorted(tokens):
+        out.add_tokens([tokens[id_]])
     if config.get("legacy", True):
         out.normalizer = normalizers.Sequence(
             [normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)]
@@ -91,19 +91,36 @@ def convert(data: bytes, config: Mapping[str, Any], added: Mapping[str, Any]) ->
 
 
 def _added(
-    first: int, config: Mapping[str, Any], added: Mapping[str, Any]
-) -> list[tuple[str, bool]]:
-    """Text, and whether it is special, of the tokens that follow the model's own."""
+    pieces: list[Piece], config: Mapping[str, Any], added: Mapping[str, Any]
+) -> dict[int, AddedToken]:
+    """By their ids, the tokens that are one wherever they stand: the model's control pieces, and what
+    added_tokens.json and added_tokens_decoder add behind its own. Both may say again what the model says."""
     if config.get("tokenizer_class", "LlamaTokenizer") not in _CLASSES:
         raise ValueError(f"it is for a {config['tokenizer_class']}")
-    tokens = {int(id_): (str(text), True) for text, id_ in added.items()}
+    first = len(pieces)
+    tokens = {
+        i: AddedToken(piece.text, normalized=False, special=True)
+        for i, piece in enumerate(pieces)
+        if piece.type in (_UNKNOWN, _CONTROL)
+    }
+    for text, id_ in added.items():
+        token = AddedToken(str(text), normalized=False, special=True)
+        tokens.setdefault(_checked(pieces, int(id_), str(text)), token)
     for key, entry in (config.get("added_tokens_decoder") or {}).items():
-        if int(key) >= first:
-            tokens[int(key)] = (str(entry["content"]), bool(entry.get("special", False)))
-    ids = sorted(tokens)
-    if ids != list(range(first, first + len(ids))):
-        raise ValueError(f"added tokens have the ids {ids}, which do not follow its {first}")
-    return [tokens[id_] for id_ in ids]
+        flags = {f: bool(entry.get(f, False)) for f in _FLAGS}
+        text = str(entry["content"])
+        tokens[_checked(pieces, int(key), text)] = AddedToken(text, **flags)
+    extra = sorted(i for i in tokens if i >= first)
+    if extra != list(range(first, first + len(extra))):
+        raise ValueError(f"added tokens have the ids {extra}, which do not follow its {first}")
+    return tokens
+
+
+def _checked(pieces: list[Piece], id_: int, text: str) -> int:
+    """The id of an added token, where it is not another piece's."""
+    if 0 <= id_ < len(pieces) and pieces[id_].text != text:
+        raise ValueError(f"added token {text!r} has the id {id_} of its piece {pieces[id_].text!r}")
+    return id_
 
 
 def merges_by_score(pieces: list[Piece], ranks: Mapping[str, int]) -> list[tuple[str, str]]:

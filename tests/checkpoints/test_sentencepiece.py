@@ -54,6 +54,25 @@ def test_added_tokens():
             tokenizer(added=added)
 
 
+def test_flags_of_added_tokens():
+    """As transformers 5 tokenizes: rstrip and lstrip take the spaces beside a token into it."""
+    entry = {"content": "<|user|>", "normalized": False, "special": True}
+    text = "a <|user|> b"
+    plain = tokenizer({"added_tokens_decoder": {"400": entry}}).encode(text).ids
+    greedy = {**entry, "rstrip": True, "lstrip": True}
+    found = tokenizer({"added_tokens_decoder": {"400": greedy}})
+    assert found.encode(text).ids != plain and found.encode(text).ids.count(400) == 1
+    assert found.encode(text).ids == found.encode("a<|user|>b").ids
+
+
+def test_tokens_that_say_again_what_the_model_says():
+    again = {"<unk>": 0, "<s>": 1, "</s>": 2, "<|im_end|>": 400}
+    assert tokenizer(added=again).to_str() == tokenizer(added={"<|im_end|>": 400}).to_str()
+    for wrong in ({"<s>": 2}, {"</s>": 1, "<x>": 400}):
+        with pytest.raises(CheckpointError, match="its piece"):
+            tokenizer(added=wrong)
+
+
 def message(*fields):
     """Protobuf bytes of (number, value) fields: ints and bytes, all short."""
     out = b""

@@ -21,9 +21,9 @@ PHI3 = BASE | {"architectures": ["Phi3ForCausalLM"]}
 NEEDS = {"gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}}
 # Fields that decide nothing where another one is as in these configs.
 CONDITIONAL = {
-    "qwen2": {"max_window_layers"},
-    "qwen3": {"max_window_layers"},
-    "smollm3": {"no_rope_layer_interval", "max_window_layers"},
+    "qwen2": {"max_window_layers", "sliding_window"},
+    "qwen3": {"max_window_layers", "sliding_window"},
+    "smollm3": {"no_rope_layer_interval", "max_window_layers", "sliding_window"},
     "phi3": {"original_max_position_embeddings"},
 }
 
