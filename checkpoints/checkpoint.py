@@ -18,6 +18,7 @@ from checkpoints.source import Source, open_source, read_json
 from checkpoints.tokenizer import TokenizerFiles, read_tokenizer
 from jblock.families import Family, Plan, family_for
 from jblock.families.fields import Fields
+from jblock.families.multimodal import text_config, wrapper_of
 from jblock.zoo.ids import FLOATS
 
 
@@ -97,8 +98,11 @@ def understood(
     """
     family = family_for(config)
     described = {n: v for n, v in config.items() if n != prequantized.FIELD}
-    fields = Fields(described)
-    plan, source = layouts.fit(family.plan(fields), source)
+    # Of a multimodal wrapper the text model's fields are followed up; the rest is the vision part's.
+    wrapper = wrapper_of(described)
+    fields = Fields(described if wrapper is None else text_config(described, wrapper))
+    plan = family.plan(fields)
+    plan, source = layouts.fit(plan if wrapper is None else family.plan(described), source)
     if config.get(prequantized.FIELD):
         _check_packing_is_meant(config[prequantized.FIELD], source)
         packing = prequantized.packing_of(config)
@@ -134,7 +138,8 @@ def _notes_on_config(config: Mapping[str, Any], family: Family, unread: Sequence
             + ", ".join(unread)
         )
     kind = config.get("model_type")
-    if config.get("architectures") and kind is not None and kind not in family.model_types:
+    wrapped = wrapper_of(config) is not None
+    if config.get("architectures") and kind not in (None, *family.model_types) and not wrapped:
         notes.append(
             f"config.json: model_type is {kind!r}; architectures is followed ({config['architectures'][0]})"
         )
