@@ -13,6 +13,7 @@ from tiny_checkpoints import ADAPTER, CONFIG
 from checkpoints.peft_config import read_settings
 from jblock.zoo.store import Zoo
 
+UNNAMED = ADAPTER | {"base_model_name_or_path": ""}
 TIED = CONFIG | {"tie_word_embeddings": True}
 EMBED, HEAD = "base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"
 
@@ -127,7 +128,7 @@ def dora(tmp_path):
     for name in [n for n in tensors if n.endswith("lora_B.weight")]:
         vector = name.replace("lora_B.weight", "lora_magnitude_vector")
         tensors[vector] = np.ones(len(tensors[name]), np.float32)
-    return tiny.write_adapter(tmp_path / "dora", ADAPTER | {"use_dora": True}, tensors)
+    return tiny.write_adapter(tmp_path / "dora", UNNAMED | {"use_dora": True}, tensors)
 
 
 def test_dora_needs_float_weights(base, tmp_path):
@@ -138,8 +139,8 @@ def test_dora_needs_float_weights(base, tmp_path):
     refused(base, words, "peft", source, *argv)
     refused(base, words, "plan", source, *argv)
     base.ok("peft", source, "--base", "base", "--name", "ad")
-    plain = {**ADAPTER, "base_model_name_or_path": ""}
-    base.ok("peft", tiny.write_adapter(tmp_path / "lora", plain), *argv[:2], "--name", "lora")
+    lora = tiny.write_adapter(tmp_path / "lora", UNNAMED)
+    base.ok("peft", lora, *argv[:2], "--name", "lora")
 
 
 def test_two_prompts_are_refused_when_converted(base, tmp_path):
@@ -163,7 +164,9 @@ def test_a_version_stands_wherever_a_name_does(base, tmp_path):
     assert base("verify", "base@2", "--against", tmp_path / "base").code == 1
     base.ok("verify", "old@1", "--against", source)
     base.ok("plan", source, "--base", "base@1", "--name", "x")
-    base.ok("merge", "--adapter", "old@1=0.5", "--name", "half")
+    more = tiny.write_adapter(tmp_path / "more", tensors=tiny.adapter_weights(seed=3))
+    base.ok("peft", more, "--base", "base@1", "--name", "more")
+    base.ok("merge", "--adapter", "old@1=0.5", "--adapter", "more=0.5", "--name", "half")
     assert zoo.chain("half").base == "base@1"
     base.ok("quantize", "base@1", "--name", "small")
     base.ok("diff", "base@1", "base@2")
