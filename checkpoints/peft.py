@@ -77,6 +77,7 @@ def convert(
                 steps=tuple(steps),
                 base=f"{base.name}@{base.version}",
                 base_digest=base.digest,
+                vocab_size=planned.vocab_size or base.vocab_size,
                 whole={},
                 adapter=config,
                 source_files=writer.put_files("sources", small),

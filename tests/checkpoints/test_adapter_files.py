@@ -159,7 +159,7 @@ def test_a_version_stands_wherever_a_name_does(base, tmp_path):
     base.ok("peft", source, "--base", "base@1", "--name", "old")
     base.ok("peft", source, "--base", "base", "--name", "new")
     zoo = Zoo.open(base.zoo)
-    assert (zoo.chain("old").base, zoo.chain("new").base) == ("base@1", "base@2")
+    assert [zoo.chain(n).base for n in ("old", "new")] == ["base@1", "base@2"]
     base.ok("verify", "base@1", "--against", tmp_path / "base")
     assert base("verify", "base@2", "--against", tmp_path / "base").code == 1
     base.ok("verify", "old@1", "--against", source)
