@@ -166,8 +166,20 @@ def forward(
     Returns:
       `(B, T, D)` float32; multiply with `unembedding` for logits.
     """
-    x = params[EMBEDDING][tokens]
-    for layer in range(config.num_layers):
+    x = layers(config, params, params[EMBEDDING][tokens], 0, config.num_layers, lora_scale)
+    return _rms_norm(x, params[FINAL_NORM], config.norm_eps)
+
+
+def layers(
+    config: Config,
+    params: Mapping[str, jax.Array],
+    x: jax.Array,
+    first: int,
+    last: int,
+    lora_scale: float = 0.0,
+) -> jax.Array:
+    """Takes hidden states `(B, T, D)` through layers `first` to `last - 1`."""
+    for layer in range(first, last):
         prefix = f"model.layers.{layer}"
         normed = _rms_norm(x, params[f"{prefix}.input_layernorm.weight"], config.norm_eps)
         x = x + _attention(config, params, layer, normed, lora_scale)
@@ -175,7 +187,12 @@ def forward(
         gate = _linear(params, f"{prefix}.mlp.gate_proj", normed, lora_scale)
         up = _linear(params, f"{prefix}.mlp.up_proj", normed, lora_scale)
         x = x + _linear(params, f"{prefix}.mlp.down_proj", jax.nn.silu(gate) * up, lora_scale)
-    return _rms_norm(x, params[FINAL_NORM], config.norm_eps)
+    return x
+
+
+def head(config: Config, params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
+    """Logits `(..., V)` of hidden states `(..., D)` behind the last layer."""
+    return _rms_norm(x, params[FINAL_NORM], config.norm_eps) @ unembedding(config, params).T
 
 
 def unembedding(config: Config, params: Mapping[str, jax.Array]) -> jax.Array:
