@@ -7,10 +7,13 @@ from typing import Any
 
 from checkpoints import probes
 from checkpoints.errors import CheckpointError
+from checkpoints.probes import ProbeOptions
 from checkpoints.progress import Progress
-from jblock.adapt import forward, metrics, stitching, surrogates, training, training_state
-from jblock.adapt.metrics import Outputs
+from jblock.adapt import estimate, stitching, surrogates, training, training_state
+from jblock.adapt.metrics import Evaluator, Outputs
+from jblock.adapt.probe import ProbeData
 from jblock.adapt.stitching import Join
+from jblock.blocks.spec import unquantised
 from jblock.zoo.edge_records import Edge, Score, versions
 from jblock.zoo.edges import put_edges
 from jblock.zoo.records import Chain, Step
@@ -24,18 +27,12 @@ class Data:
     Attributes:
       train: text.
       train_items: task items to train on, if any.
-      text: held-out text.
-      items: held-out task items, if any.
-      tokens: of the held-out text.
-      max_items: of the held-out items.
+      probe: what to measure on.
     """
 
     train: Path
     train_items: Path | None
-    text: Path
-    items: Path | None
-    tokens: int
-    max_items: int
+    probe: ProbeOptions
 
 
 def stitch(
@@ -68,11 +65,14 @@ def stitch(
     lower, upper = zoo.chain(lower_name), zoo.chain(upper_name)
     wanted = [_join(text) for text in joins]
     stitching.check(zoo, lower, upper, wanted)
-    probe = probes.probe(zoo, upper, data.text, data.items, data.tokens, data.max_items)
-    parents = {c.name: metrics.outputs(forward.load(zoo, c.steps), probe) for c in (lower, upper)}
-    teacher = min((lower, upper), key=lambda c: parents[c.name].perplexity)
+    probe = probes.probe(zoo, upper, data.probe, [upper.name, name])
     rows = probes.train_text(zoo, upper, data.train)
     width = zoo.component(upper.steps[0].component).spec.hidden_size
+    inner = inner_size or width
+    _tell(zoo, progress, name, upper, min(j.upper for j in wanted), None, schedule, probe)
+    beside = {c.name: Evaluator(zoo, c.steps, probe) for c in (lower, upper)}
+    parents = {n: evaluator.original for n, evaluator in beside.items()}
+    teacher = min((lower, upper), key=lambda c: parents[c.name].perplexity)
     with progress.steps(f"{name}: training", schedule.steps) as advance:
         spec, tensors, work = stitching.train(
             zoo,
@@ -82,7 +82,7 @@ def stitch(
             teacher,
             rows,
             schedule,
-            inner_size or width,
+            inner,
             lambda step, value: advance(1),
         )
     component = zoo.put_component(spec, training.stored(tensors, _dtype(zoo, upper)))
@@ -102,15 +102,15 @@ def stitch(
     }
     for join in wanted:
         steps = stitching.steps(zoo, lower, upper, join, step)
-        at = stitching.layers(zoo, upper)[join.upper]
-        below = stitching.layers(zoo, lower)[join.lower]
-        outputs = metrics.outputs(forward.load(zoo, steps), probe)
-        beside = {n: metrics.scores(parent, outputs) for n, parent in parents.items()}
+        at = stitching.layer_starts(zoo, upper)[join.upper]
+        below = stitching.layer_starts(zoo, lower)[join.lower]
+        found = {n: evaluator.measure([steps])[0] for n, evaluator in beside.items()}
+        scores = {n: comparison.scores() for n, comparison in found.items()}
         edge = Edge(
             kind="stitch",
             original=upper.steps[:at],
             substitute=(*lower.steps[:below], step),
-            scores=beside[upper.name],
+            scores=scores[upper.name],
             chain=f"{upper.name}@{upper.version}",
             probe=probe.record,
             provenance=settings,
@@ -125,7 +125,8 @@ def stitch(
         made = upper.derive(full, steps, (lower.policy, "adaptive"), how)
         limit = min(lower.max_position, upper.max_position)
         published = zoo.publish(dataclasses.replace(made, max_position=limit))
-        result["models"].append(_row(f"{full}@{published.version}", outputs, edge, beside))
+        outputs = found[upper.name].substitute
+        result["models"].append(_row(f"{full}@{published.version}", outputs, edge, scores))
     training_state.remove(work)
     return result
 
@@ -156,13 +157,16 @@ def surrogate(
       CheckpointError, ZooError: layers that have no surrogate, or bad files.
     """
     chain = zoo.chain(of)
-    starts = stitching.layers(zoo, chain)
+    starts = stitching.layer_starts(zoo, chain)
     first, last = _range(layers, len(starts) - 1)
     begin, end = starts[first], starts[last]
-    probe = probes.probe(zoo, chain, data.text, data.items, data.tokens, data.max_items)
+    probe = probes.probe(zoo, chain, data.probe, [chain.name, name])
     rows = [probes.train_text(zoo, chain, data.train)]
     if data.train_items is not None:
         rows.append(probes.train_items(zoo, chain, data.train_items))
+    specs = [unquantised(zoo.component(s.component).spec) for s in chain.steps[begin:end]]
+    surrogates.smaller(specs, keep)  # refuses what has no surrogate, before anything is computed
+    _tell(zoo, progress, name, chain, last, (begin, end), schedule, probe)
     with progress.steps(f"{name}: training", schedule.steps) as advance:
         made = surrogates.train(
             zoo, chain, begin, end, keep, rows, schedule, lambda step, value: advance(1)
@@ -180,13 +184,13 @@ def surrogate(
             for id_, step in zip(ids, old, strict=True)
         )
         steps = (*chain.steps[:begin], *new, *chain.steps[end:])
-        before = metrics.outputs(forward.load(zoo, chain.steps), probe)
-        after = metrics.outputs(forward.load(zoo, steps), probe)
+        (found,) = Evaluator(zoo, chain.steps, probe).measure([steps])
+        before, after = found.original, found.substitute
         edge = Edge(
             kind="surrogate",
             original=old,
             substitute=new,
-            scores=metrics.scores(before, after),
+            scores=found.scores(),
             chain=f"{chain.name}@{chain.version}",
             probe=probe.record,
             provenance={
@@ -207,6 +211,31 @@ def surrogate(
         "parents": [_row(chain.name, before)],
         "models": [_row(f"{name}@{published.version}", after, edge, {chain.name: edge.scores})],
     }
+
+
+def _tell(
+    zoo: Zoo,
+    progress: Progress,
+    name: str,
+    chain: Chain,
+    layer: int,
+    trained: tuple[int, int] | None,
+    schedule: training.Schedule,
+    probe: ProbeData,
+) -> None:
+    """Says what training and measuring will take: `layer` is the lowest frozen one above what is trained, and
+    `trained` the steps that are; None is a stitch."""
+
+    def scalars(steps: Sequence[Step]) -> int:
+        return sum(estimate.scalars(zoo.component(s.component).spec) for s in steps)
+
+    width = zoo.component(chain.steps[0].component).spec.hidden_size
+    above = scalars(chain.steps[stitching.layer_starts(zoo, chain)[layer] : -2])
+    own = 3 * width * width if trained is None else scalars(chain.steps[slice(*trained)])
+    work = estimate.training(zoo, chain.steps, above, own, schedule.steps, schedule.batch_tokens)
+    progress.note(
+        f"{name}: training {work}, measuring {estimate.measuring(zoo, chain.steps, probe, 1)}"
+    )
 
 
 def _row(

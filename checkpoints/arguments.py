@@ -103,12 +103,20 @@ def _deriving(command: Command) -> None:
         help="which codecs may be used; may be given several times (default: all)",
     )
     compress.add_argument("--name", dest="copy_name", help="name of the copy (default: NAME-small)")
+    _probe(compress)
     quantize = command("quantize", commands.quantize, "make a copy of a model in few bits", "name")
     quantize.add_argument("--bits", type=int, choices=(4, 8), default=4, help="of a weight")
     quantize.add_argument("--group", type=int, default=64, help="inputs that share a scale")
     quantize.add_argument(
         "--name", dest="copy_name", help="name of the copy (default: NAME-int4, NAME-int8)"
     )
+    _probe(quantize)
+    measure = command("measure", commands.measure, "measure one model beside another", "name")
+    measure.add_argument(
+        "--against", dest="other", required=True, metavar="OTHER", help="model it is held against"
+    )
+    _probe(measure, text_required=True)
+    _thresholds(measure)
     merge = command("merge", commands.merge, "add the weighted sum of LoRA adapters", "--name")
     _no_activate(merge)
     merge.add_argument(
@@ -217,31 +225,38 @@ def _details(sub: argparse.ArgumentParser) -> None:
 def _thresholds(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--policy",
-        default="adaptive",
+        default="exact",
         choices=["exact", "near", "adaptive"],
-        help="the widest policy whose edges may be used (default: adaptive)",
+        help="the widest policy whose edges may be used (default: exact, which is none)",
     )
     sub.add_argument(
         "--threshold",
         action="append",
         default=[],
         metavar="MEASURE=WORST",
-        help="the worst value accepted, e.g. kl=0.01 or top1_agreement=0.99; one of them has to be "
-        "of outputs; may be given several times",
+        help="the worst value accepted, e.g. kl=0.01 or accuracy_change=0.005 (of a change the size "
+        "counts); one has to be on kl or accuracy_change; may be given several times",
     )
 
 
 def _probe(sub: argparse.ArgumentParser, text_required: bool = False) -> None:
-    sub.add_argument("--text", required=text_required, help="held-out text to measure on, UTF-8")
+    sub.add_argument(
+        "--text",
+        required=text_required,
+        help="held-out text to measure on, UTF-8; or .jsonl with a conversation (messages) a line, for "
+        "models with a chat template",
+    )
     sub.add_argument(
         "--items",
         action="append",
         default=[],
         metavar="[MODEL=]FILE",
-        help="task items to measure on, one JSON object a line with prompt and answer (and stop: false "
-        "where a model need not end there); for one model or for all; may be given several times",
+        help="task items to measure on, one JSON object a line with prompt (or messages, for the chat "
+        "template) and answer (and stop: false where a model need not end there); for one model or for "
+        "all; may be given several times",
     )
     sub.add_argument("--tokens", type=int, default=8192, help="of the text (default: 8192)")
+    sub.add_argument("--row_tokens", type=int, default=512, help="of a row of text (default: 512)")
     sub.add_argument("--max_items", type=int, default=4000, help="of a task (default: 4000)")
 
 

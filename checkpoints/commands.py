@@ -15,7 +15,7 @@ def compress(args: argparse.Namespace) -> Outcome:
     from jblock.adapt.compression import CODECS, compress_chain
     from jblock.zoo.store import Zoo
 
-    zoo = Zoo.open(args.zoo)
+    zoo, options = Zoo.open(args.zoo), _probe_options(args)
     chain, base = (zoo.chain(*name_and_version(n)) for n in (args.name, args.base))
     name = args.copy_name or f"{chain.name}-small"
     steps = zip(chain.steps, base.steps, strict=False)
@@ -24,7 +24,9 @@ def compress(args: argparse.Namespace) -> Outcome:
     with progress_of(args).bar(name, total) as advance:
         made = compress_chain(zoo, chain, base, name, args.budget, args.codec or CODECS, advance)
     codecs = ", ".join(f"{n} x {label}" for label, n in made.derived["codecs"].items())
-    return _lossy(made, "changed components", f"codecs: {codecs}")
+    lost = f"{made.derived['change_error']:.2%} of what the fine-tune changed is lost"
+    measured = _measured(args, zoo, made, chain, options, "change_error")
+    return _lossy(made, "changed components", measured, lost, f"codecs: {codecs}")
 
 
 def quantize(args: argparse.Namespace) -> Outcome:
@@ -33,14 +35,28 @@ def quantize(args: argparse.Namespace) -> Outcome:
     from jblock.blocks.quant_spec import QuantSpec
     from jblock.zoo.store import Zoo
 
-    zoo = Zoo.open(args.zoo)
+    zoo, options = Zoo.open(args.zoo), _probe_options(args)
     chain = zoo.chain(*name_and_version(args.name))
     spec = QuantSpec(bits=args.bits, group=args.group)
     name = args.copy_name or f"{chain.name}-int{args.bits}"
     total = sum(zoo.component(s.component).nbytes for s in chain.steps)
     with progress_of(args).bar(name, total) as advance:
         made = quantise_chain(zoo, chain, name, spec, advance)
-    return _lossy(made, "weights")
+    lost = f"the weights are {made.derived['parameter_error']:.2%} off"
+    measured = _measured(args, zoo, made, chain, options, "parameter_error")
+    return _lossy(made, "weights", measured, lost)
+
+
+def measure(args: argparse.Namespace) -> Outcome:
+    """Measures one model beside another."""
+    from checkpoints import printing
+    from checkpoints.measure import measure
+    from jblock.zoo.store import Zoo
+
+    zoo, options = Zoo.open(args.zoo), _probe_options(args)
+    model, against = (zoo.chain(*name_and_version(n)) for n in (args.name, args.other))
+    data = measure(zoo, model, against, options, accepted(args), progress_of(args))
+    return Outcome(data, lambda: printing.print_measured(data))
 
 
 def merge(args: argparse.Namespace) -> Outcome:
@@ -248,10 +264,7 @@ def equivalence(args: argparse.Namespace) -> Outcome:
     options = Options(
         names=args.names,
         cosine=args.cosine,
-        text=Path(args.text) if args.text else None,
-        items=args.items,
-        tokens=args.tokens,
-        max_items=args.max_items,
+        probe=_probe_options(args),
         accepted=accepted(args),
         suffix=args.suffix,
     )
@@ -270,7 +283,7 @@ def stitch(args: argparse.Namespace) -> Outcome:
         args.upper,
         args.at,
         args.name,
-        _training_data(args, args.upper),
+        _training_data(args),
         _schedule(args),
         args.inner,
         progress_of(args),
@@ -289,26 +302,58 @@ def surrogate(args: argparse.Namespace) -> Outcome:
         args.layers,
         args.keep,
         args.to,
-        _training_data(args, args.name),
+        _training_data(args),
         _schedule(args),
         progress_of(args),
     )
     return Outcome(data, lambda: printing.print_approximate(data))
 
 
-def _training_data(args: argparse.Namespace, name: str) -> Any:
+def _training_data(args: argparse.Namespace) -> Any:
     from checkpoints.approximate import Data
-    from checkpoints.probes import by_model
 
     train_items = getattr(args, "train_items", None)
     return Data(
         train=Path(args.train),
         train_items=Path(train_items) if train_items else None,
+        probe=_probe_options(args),
+    )
+
+
+def _probe_options(args: argparse.Namespace) -> Any:
+    """What to measure on; None without --text."""
+    from checkpoints.errors import CheckpointError
+    from checkpoints.probes import ProbeOptions
+
+    if args.text is None:
+        if args.items:
+            raise CheckpointError("--items needs --text: give held-out text to measure on too")
+        return None
+    return ProbeOptions(
         text=Path(args.text),
-        items=by_model(args.items, [name]).get(name),
+        items=args.items,
         tokens=args.tokens,
+        row_tokens=args.row_tokens,
         max_items=args.max_items,
     )
+
+
+def _measured(
+    args: argparse.Namespace, zoo: Any, made: Any, chain: Any, options: Any, error: str
+) -> dict[str, Any] | None:
+    """The cost of a lossy copy end to end, recorded as an edge; None where there is nothing to measure on."""
+    from checkpoints.measure import measure
+    from jblock.zoo.acceptance import AcceptancePolicy
+    from jblock.zoo.edge_records import Score
+
+    if options is None:
+        return None
+    how = {
+        k: v for k, v in made.derived.items() if k in ("command", "base", "budget", "bits", "group")
+    }
+    more = {error: Score(value=made.derived[error])}
+    progress = progress_of(args)
+    return measure(zoo, made, chain, options, AcceptancePolicy(), progress, how, more)
 
 
 def _schedule(args: argparse.Namespace) -> Any:
@@ -406,24 +451,30 @@ def name_and_version(text: str) -> tuple[str, str | None]:
     return (name, version) if at else (text, None)
 
 
-def _lossy(made: Any, what: str, *texts: str) -> Outcome:
+def _lossy(made: Any, what: str, measured: dict[str, Any] | None, *texts: str) -> Outcome:
     """The outcome of a copy that is smaller, and not exact."""
-    from checkpoints.printing import size
+    from checkpoints import printing
 
     derived = made.derived
     base = f" on {derived['base']}" if "base" in derived else ""
     data = {"name": made.name, "version": made.version, "policy": made.policy, **derived}
-    return Outcome(
-        data,
-        lines(
-            f"{made.name}@{made.version} from {derived['chain']}{base}: "
-            f"{size(derived['bytes_before'])} of {what} are {size(derived['bytes_after'])}, "
-            f"relative error {derived['parameter_error']:.2%}",
-            *texts,
-            "it is served where it is named, to requests that accept policy near; measure what it costs "
-            "before you rely on it",
-        ),
-    )
+
+    def show() -> None:
+        small, large = printing.size(derived["bytes_after"]), printing.size(derived["bytes_before"])
+        print(
+            f"{made.name}@{made.version} from {derived['chain']}{base}: {large} of {what} are {small}"
+        )
+        for text in texts:
+            print(text)
+        if measured is None:
+            print(
+                "what that costs was not measured: give --text and --items, or run 'measure' later"
+            )
+        else:
+            printing.print_measured(measured)
+        print("it is served where it is named, to requests that accept policy near")
+
+    return Outcome({**data, "measured": measured}, show)
 
 
 def _size(zoo: Any, chain: Any) -> int:

@@ -2,16 +2,16 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from checkpoints import probes
 from checkpoints.errors import CheckpointError
+from checkpoints.probes import ProbeOptions
 from checkpoints.progress import Progress
-from jblock.adapt import substitution
-from jblock.adapt.probe import ProbeData
+from jblock.adapt import candidates, estimate, forward, substitution
+from jblock.adapt.candidates import COUNTERPARTS
+from jblock.adapt.substitution import ChainEvaluator, Measured, Recommendation
 from jblock.zoo.acceptance import AcceptancePolicy, violations
-from jblock.zoo.edge_records import Edge
 from jblock.zoo.edges import put_edges
 from jblock.zoo.records import Chain, Step, ZooError
 from jblock.zoo.store import Zoo
@@ -22,22 +22,16 @@ class Options:
     """What to look for, and on what to measure it.
 
     Attributes:
-      names: models to find substitutes for; none means all that are exact.
+      names: models to find substitutes for; none means all that are exact and have no adapter.
       cosine: smallest cosine of a candidate's parameters.
-      text: held-out text; None: candidates only, nothing is measured.
-      items: [MODEL=]FILE of task items.
-      tokens: of the text.
-      max_items: of a task.
+      probe: what to measure on; None: candidates only, nothing is measured.
       accepted: what the operator accepts.
       suffix: publish the recommended chains under NAME + suffix; None: only tell.
     """
 
     names: Sequence[str]
     cosine: float
-    text: Path | None
-    items: Sequence[str]
-    tokens: int
-    max_items: int
+    probe: ProbeOptions | None
     accepted: AcceptancePolicy
     suffix: str | None
 
@@ -46,8 +40,9 @@ def run(zoo: Zoo, options: Options, progress: Progress) -> dict[str, Any]:
     """Searches, measures, records edges, recommends.
 
     Returns:
-      `{"components", "alike", "candidates": [...], "edges": [...], "recommended": [...],
-      "freed_bytes"}`.
+      `{"components", "alike", "candidates": [...], "skipped": [...], "edges": [...], "recommended": [...],
+      "rejected": [...], "freed_bytes"}`. `rejected` was chosen on the first half of the probe and not
+      confirmed by the second.
 
     Raises:
       CheckpointError, ZooError: bad options, no such model, or damage.
@@ -63,80 +58,131 @@ def run(zoo: Zoo, options: Options, progress: Progress) -> dict[str, Any]:
             active.pop(name, None)
             progress.note(f"{name} is left out: {e}")
     exact = {name: chain for name, chain in active.items() if chain.policy == "exact"}
-    chains = {name: zoo.chain(name) for name in options.names} or exact
-    used = substitution.users(exact | chains)
+    # An adapter's own steps stay, and what replaces its base's is measured with its base.
+    plain = {n: c for n, c in exact.items() if not any(s.deltas for s in c.steps)}
+    chains = {name: zoo.chain(name) for name in options.names} or plain
+    used = candidates.users(exact | chains)
     total = sum(zoo.component(id_).nbytes for id_ in used)
     with progress.bar("comparing", total) as advance:
-        found = substitution.search(zoo, used, options.cosine, advance)
+        found = candidates.search(zoo, used, options.cosine, advance)
     data: dict[str, Any] = {
         "components": found.components,
         "alike": found.alike,
         "candidates": [
             {**dataclasses.asdict(c), "used_by": sorted(used[c.original])} for c in found.candidates
         ],
+        "skipped": [],
         "edges": [],
         "recommended": [],
+        "rejected": [],
         "freed_bytes": 0,
     }
-    if options.text is None:
+    if options.probe is None:
         return data
-    files = probes.by_model(options.items, list(chains))
-    changes: dict[str, dict[int, Step]] = {}
+    changed: dict[str, Sequence[Step]] = {}
     for name, chain in chains.items():
-        at = substitution.places(chain, found.candidates)
-        if not at:
+        reason = forward.unmergeable(zoo, chain.steps)
+        if reason is not None:
+            data["skipped"].append({"chain": f"{name}@{chain.version}", "reason": reason})
+            progress.note(f"{name} is left out: {reason}")
             continue
-        probe = probes.probe(
-            zoo, chain, options.text, files.get(name), options.tokens, options.max_items
-        )
-        data["edges"] += _measure(zoo, chain, at, probe, options, progress, changes, data)
-    data["freed_bytes"] = substitution.freed(zoo, exact | chains, changes)
+        others = [
+            m
+            for n, m in active.items()
+            if n != name and forward.unmergeable(zoo, m.steps) is None and not m.adapter
+        ]
+        at = substitution.places(chain, found.candidates)
+        models = substitution.other_models(zoo, chain, others)
+        if at or models:
+            steps = _measure(zoo, chain, at, models, list(chains), options, progress, data)
+            if steps is not None:
+                changed[name] = steps
+    data["freed_bytes"] = substitution.freed(zoo, exact | chains, changed)
     return data
 
 
 def _measure(
     zoo: Zoo,
     chain: Chain,
-    at: dict[int, Step],
-    probe: ProbeData,
+    at: dict[int, list[Step]],
+    models: Sequence[Chain],
+    names: Sequence[str],
     options: Options,
     progress: Progress,
-    changes: dict[str, dict[int, Step]],
     data: dict[str, Any],
-) -> list[dict[str, Any]]:
-    """Measures every change of one chain, each alone and neighbors together; then those to recommend."""
+) -> tuple[Step, ...] | None:
+    """Measures every change of one chain, each alone and neighbors together, and other models in its place;
+    then those to recommend. Returns the steps of the chain with what is recommended."""
+    assert options.probe is not None
+    probe = probes.probe(zoo, chain, options.probe, names)
     provenance = {"command": "equivalence", "cosine": options.cosine}
-    tried = [{i: step} for i, step in at.items()] + substitution.runs(at)
-    edges: list[Edge] = []
-    with progress.steps(f"{chain.name}: measuring", 2 * len(tried)) as advance:
-        bench = substitution.ChainEvaluator(zoo, chain, probe, min(at))
-        for change in tried:
-            edges.append(bench.edge(change, bench.measure(change), provenance))
-            advance(1)
-        single = {i: e for i, e in zip(at, edges, strict=False)}
-        kept, scores = substitution.recommend(bench, single, options.accepted, lambda: advance(1))
-    if kept:
-        changes[chain.name] = kept
-        row: dict[str, Any] = {
-            "chain": f"{chain.name}@{chain.version}",
-            "steps": sorted(kept),
-            "of": len(chain.steps),
-            "accuracy": bench.original.accuracy,
-            "perplexity": bench.original.perplexity,
-            "scores": {n: dataclasses.asdict(s) for n, s in scores.items()},
-        }
-        together = bench.edge(kept, scores, provenance)
-        if together not in edges:
-            edges.append(together)
-        if options.suffix is not None:
-            derived = {"command": "equivalence", "edge": together.id}
-            new = substitution.changed(chain, kept, chain.name + options.suffix, derived)
-            published = zoo.publish(new)
-            row["published"] = f"{published.name}@{published.version}"
-        data["recommended"].append(row)
+    single = [{i: step} for i, by in at.items() for step in by]
+    several = substitution.runs({i: by[0] for i, by in at.items()})
+    models_measured = min(len(models), COUNTERPARTS)
+    count = 2 * len(single) + len(several) + models_measured
+    progress.note(f"{chain.name}: {estimate.measuring(zoo, chain.steps, probe, count)}")
+    with progress.steps(f"{chain.name}: measuring", count) as advance:
+        evaluator = ChainEvaluator(zoo, chain, probe)
+        tried = evaluator.measure(single, lambda: advance(1))
+        together = evaluator.measure(several, lambda: advance(1))
+        nearest = substitution.nearest_models(evaluator, zoo, models, COUNTERPARTS)
+        wholes = evaluator.measure_models(nearest, lambda: advance(1))
+        advised = substitution.recommend(
+            evaluator, [*tried, *wholes], options.accepted, provenance, lambda: advance(1)
+        )
+    edges = [evaluator.edge(m, provenance) for m in (*tried, *together, *wholes)]
+    result = None
+    if advised is not None:
+        if advised.edge not in edges:
+            edges.append(advised.edge)
+        result = _advise(zoo, evaluator, advised, options, data)
     put_edges(zoo, *edges)
-    rows = []
     for edge in edges:
         reasons = violations(edge, options.accepted)
-        rows.append({"id": edge.id, **edge.to_json(), "usable": not reasons, "reasons": reasons})
-    return rows
+        row = {"id": edge.id, **edge.to_json(), "usable": not reasons, "reasons": reasons}
+        data["edges"].append(row)
+    return result
+
+
+def _advise(
+    zoo: Zoo,
+    evaluator: ChainEvaluator,
+    advised: Recommendation,
+    options: Options,
+    data: dict[str, Any],
+) -> tuple[Step, ...] | None:
+    chain, measured = evaluator.chain, advised.measured
+    row: dict[str, Any] = {
+        "chain": f"{chain.name}@{chain.version}",
+        "steps": sorted(measured.change) if measured.change is not None else None,
+        "of": len(chain.steps),
+        "accuracy": evaluator.original.accuracy,
+        "perplexity": evaluator.original.perplexity,
+        "scores": {n: dataclasses.asdict(s) for n, s in advised.edge.scores.items()},
+    }
+    if advised.reasons:
+        data["rejected"].append({**row, "reasons": advised.reasons})
+        return None
+    if options.suffix is not None:
+        how = {"command": "equivalence", "edge": advised.edge.id}
+        policies = (advised.edge.policy, *_policies(zoo, measured))
+        new = chain.derive(chain.name + options.suffix, measured.steps, policies, how)
+        published = zoo.publish(new)
+        row["published"] = f"{published.name}@{published.version}"
+    data["recommended"].append(row)
+    return measured.steps
+
+
+def _policies(zoo: Zoo, measured: Measured) -> list[str]:
+    """Policies of the models that a change takes its steps from as a whole."""
+    if measured.change is not None:
+        return []
+    found = []
+    for name in zoo.chains():
+        try:
+            model = zoo.chain(name)
+        except ZooError:
+            continue
+        if model.steps == measured.steps:
+            found.append(model.policy)
+    return found

@@ -11,6 +11,9 @@ from checkpoints import arguments
 from checkpoints.errors import BAD_INPUT
 from jblock.command import program
 
+# Commands that run on an accelerator where there is one.
+_COMPUTE = {"compress", "quantize", "quantise", "measure", "equivalence", "stitch", "surrogate"}
+
 
 def parser(name: str) -> argparse.ArgumentParser:
     """The command line, of a program called `name`."""
@@ -60,8 +63,14 @@ def main(args: argparse.Namespace) -> int:
 
 def run() -> None:
     """Console entry point."""
-    # The converter computes nothing; it should not wait for, or take, an accelerator.
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    # "jblock convert COMMAND" or "jblock-convert COMMAND".
+    words = [arg for arg in sys.argv[1:] if not arg.startswith("-")][:2]
+    if _COMPUTE.isdisjoint(words):
+        # What computes nothing should not wait for, or take, an accelerator.
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    else:
+        # Beside a server on the same accelerator, take what is used and no more.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     app.run(main, flags_parser=parse)
 
 

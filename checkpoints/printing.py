@@ -149,26 +149,46 @@ def print_equivalence(data: dict[str, Any]) -> None:
     """Candidates, what was measured of them in place, and what is recommended."""
     rows = table("original", "substitute", "size", "cosine", "least of a tensor", "used by")
     for row in data["candidates"]:
-        name, least = min(row["cosines"].items(), key=lambda item: item[1])
+        least = min(row["cosines"].items(), key=lambda item: item[1], default=None)
         rows.add_row(
             row["original"][:12],
             row["substitute"][:12],
             size(row["nbytes"]),
             f"{row['cosine']:.5f}",
-            f"{least:.5f} ({name})",
+            "not compared" if least is None else f"{least[1]:.5f} ({least[0]})",
             ", ".join(row["used_by"][:3]),
         )
     console().print(rows)
     print_edges({"edges": data["edges"], "usable": sum(e["usable"] for e in data["edges"])})
     for row in data["recommended"]:
         scores = ", ".join(f"{n} {_score(s)}" for n, s in row["scores"].items())
-        places = ", ".join(map(str, row["steps"]))
         published = f", published as {row['published']}" if "published" in row else ""
-        print(f"{row['chain']}: steps {places}: {scores}{published}")
+        print(f"{row['chain']}: {_places(row)}: {scores}{published}")
+    for row in data["rejected"]:
+        print(
+            f"{row['chain']}: {_places(row)}: chosen on the first half of the probe, not confirmed by the "
+            f"second: {'; '.join(row['reasons'])}"
+        )
+    for row in data["skipped"]:
+        print(f"{row['chain']} was not measured: {row['reason']}")
     print(
         f"{data['components']} components, {data['alike']} pairs of like sketches, "
         f"{len(data['candidates'])} candidates; the recommended free {size(data['freed_bytes'])}"
     )
+
+
+def print_measured(data: dict[str, Any]) -> None:
+    """One model beside another."""
+    rows = table("model", "perplexity", "accuracy")
+    for i, name in enumerate((data["model"], data["against"])):
+        accuracy = data["accuracy"][i]
+        shown = "" if accuracy is None else f"{accuracy:.4f}"
+        rows.add_row(name, f"{data['perplexity'][i]:.3f}", shown)
+    console().print(rows)
+    for name, score in data["scores"].items():
+        print(f"{name} {_score(score)}")
+    usable = "usable" if data["usable"] else "not usable: " + "; ".join(data["reasons"])
+    print(f"edge {data['edge'][:12]}, {data['kind']}: {usable}")
 
 
 def print_approximate(data: dict[str, Any]) -> None:
@@ -187,6 +207,12 @@ def print_approximate(data: dict[str, Any]) -> None:
         print(f"{counts['surrogate']} of {counts['original']} parameters: {share:.3f}")
     else:
         print(f"stitch {data['stitch'][:12]}: {size(data['bytes'])}")
+
+
+def _places(row: dict[str, Any]) -> str:
+    if row["steps"] is None:
+        return "another model"
+    return "steps " + ", ".join(map(str, row["steps"]))
 
 
 def _step(step: dict[str, Any]) -> str:

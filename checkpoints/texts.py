@@ -37,14 +37,23 @@ MORE = {
     "compress": (
         "Every changed attention, ffn and expert becomes the base's component and a delta: low rank in 8\n"
         "bits, or codes of 1, 2 or 4 bits; each gets the codec that buys most within the budget. Biases\n"
-        "and norms are kept exactly. The copy has policy `near`; it shares the base's weights and matmuls.",
-        "compress my-finetune --base llama --budget 0.125 --zoo ./zoo",
+        "and norms are kept exactly. The copy has policy `near`; it shares the base's weights and matmuls.\n"
+        "With --text what it costs is measured from end to end and kept as an edge.",
+        "compress my-finetune --base llama --budget 0.125 --text held-out.txt --items items.jsonl \\\n"
+        "    --zoo ./zoo",
+    ),
+    "measure": (
+        "Both are put through the text and the items of OTHER. KL, top-1, perplexity and items, with their\n"
+        "intervals, become an edge, which is held against --policy and --threshold here and in list --edges.",
+        "measure my-finetune-small --against my-finetune --text held-out.txt --items items.jsonl \\\n"
+        "    --policy near --threshold accuracy_change=0.005 --zoo ./zoo",
     ),
     "quantize": (
         "Attentions, ffns and experts get weights of 4 or 8 bits with a scale a group; norms, routers and\n"
         "both embeddings stay. The copy is a model of its own with policy `near`: it is served only where\n"
-        "it is named, to requests that accept that. Edges tell how far each component is from its original.",
-        "quantize llama --zoo ./zoo --bits 4 --group 64",
+        "it is named, to requests that accept that. Edges tell how far each component is from its original\n"
+        "and, with --text, what all of them cost from end to end.",
+        "quantize llama --zoo ./zoo --bits 4 --group 64 --text held-out.txt",
     ),
     "hf": (
         "Each checkpoint is cut into components; those that the zoo has already are not stored again. What\n"
@@ -84,7 +93,7 @@ MORE = {
     "list": (
         "`logical` is what separate checkpoints would take, `own` what only that model uses. With --edges:\n"
         "what was measured of substitutes, and which of them --policy and --threshold allow.",
-        "list --edges --threshold top1_agreement=0.99 --zoo ./zoo",
+        "list --edges --policy near --threshold kl=0.01 --zoo ./zoo",
     ),
     "inspect": (
         "Tells what a model stores of its own, what it shares with which others, and its blocks; with\n"
@@ -118,10 +127,11 @@ MORE = {
     ),
     "equivalence": (
         "Finds components with parameters that point the same way, without comparing all pairs. With --text\n"
-        "each is put in the place of the other and measured from end to end; the scores become edges. What\n"
-        "--policy and --threshold allow together is recommended; with --suffix as models of policy near.",
+        "each is put in the place of the other and measured from end to end, as are models of other widths;\n"
+        "the scores become edges. What --policy and --threshold allow is chosen on one half of the text and\n"
+        "items and recommended if the other half confirms it; with --suffix as models of policy near.",
         "equivalence --text held-out.txt --items mine=items.jsonl --policy near \\\n"
-        "    --threshold accuracy_change=-0.005 --zoo ./zoo",
+        "    --threshold accuracy_change=0.005 --zoo ./zoo",
     ),
     "stitch": (
         "Trains a small component between the frozen layers of both, on the text and on what the better of\n"

@@ -11,7 +11,6 @@ converter's command and prints a table in Markdown and the figures as JSON. Seed
 """
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -25,12 +24,13 @@ import jax
 from absl import app, flags
 
 from checkpoints import approximate, equivalence
+from checkpoints.probes import ProbeOptions, train_items
 from checkpoints.probes import probe as held_out
-from checkpoints.probes import train_items
 from checkpoints.progress import Progress
 from examples import demo_zoo, probes
-from jblock.adapt import forward, metrics, stitching, training, training_state
+from jblock.adapt import forward, stitching, training, training_state
 from jblock.adapt.forward import Weights
+from jblock.adapt.metrics import Evaluator
 from jblock.adapt.probe import ProbeData, Rows
 from jblock.blocks.spec import AttentionSpec
 from jblock.zoo.acceptance import AcceptancePolicy
@@ -64,24 +64,28 @@ def prepare(out: pathlib.Path) -> Zoo:
 def retrain(zoo: Zoo, name: str, new: str, first: int, items: pathlib.Path) -> Chain:
     """A later version of a fine-tune: its own layers trained on for some steps, as a model of its own."""
     chain = zoo.chain(name)
-    begin, end = stitching.layers(zoo, chain)[first], len(chain.steps) - 2
+    begin, end = stitching.layer_starts(zoo, chain)[first], len(chain.steps) - 2
     rows = train_items(zoo, chain, items)
     whole = forward.load(zoo, chain.steps)
     schedule = training.Schedule(steps=40, learning_rate=1e-4, batch_tokens=1280, seed=1)
     work = training.key(name, new, dataclasses.asdict(schedule), rows)
 
-    def loss(form: int, trained: Any, fixed: Any, tokens: jax.Array, target: jax.Array):
-        by = Weights(whole.specs[begin:end], trained)
-        weights = Weights(whole.specs, fixed).replaced(begin, end - begin, by)
-        _, logits = forward.hidden_and_logits(weights, tokens)
-        return training.cross_entropy(logits, tokens, target)
+    @jax.jit
+    def loss_and_gradient(trained: Any, fixed: Any, tokens: jax.Array, target: jax.Array):
+        def loss(trained: Any) -> jax.Array:
+            by = Weights(whole.specs[begin:end], trained)
+            weights = Weights(whole.specs, fixed).replaced(begin, end - begin, by)
+            _, logits = forward.hidden_and_logits(weights, tokens)
+            return training.cross_entropy(logits, tokens, target)
+
+        return jax.value_and_grad(loss)(trained)
 
     trained = training.fit(
         work,
-        loss,
+        lambda now, step: loss_and_gradient(
+            now, whole.tensors, *training.batch([rows], schedule, step)
+        ),
         whole.tensors[begin:end],
-        whole.tensors,
-        functools.partial(training.batch, [rows], schedule),
         schedule,
     )
     steps = list(chain.steps)
@@ -107,10 +111,11 @@ def equivalents(
     options = equivalence.Options(
         names=list(names or tunes),
         cosine=0.8,
-        text=files / "held-out.txt",
-        items=[f"{name}={files}/items/{tunes[name]}.jsonl" for name in (names or tunes)],
-        tokens=8192,
-        max_items=4000,
+        probe=ProbeOptions(
+            text=files / "held-out.txt",
+            items=[f"{name}={files}/items/{tunes[name]}.jsonl" for name in (names or tunes)],
+            tokens=16384,
+        ),
         accepted=AcceptancePolicy(policy="near", thresholds={"accuracy_change": _WORST}),
         suffix=".near",
     )
@@ -118,7 +123,8 @@ def equivalents(
     print("| model | step | cosine | hidden error | KL | top-1 | accuracy change, points |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     points = []
-    for edge in sorted(data["edges"], key=lambda e: -e["scores"]["parameter_cosine"]["value"]):
+    compared = [e for e in data["edges"] if "parameter_cosine" in e["scores"]]
+    for edge in sorted(compared, key=lambda e: -e["scores"]["parameter_cosine"]["value"]):
         chain = zoo.chain(*_split(edge["chain"]))
         scores = {n: s["value"] for n, s in edge["scores"].items()}
         change = edge["scores"]["accuracy_change"]
@@ -130,7 +136,8 @@ def equivalents(
         points.append((scores["parameter_cosine"], -change["value"], kind.split()[0]))
     print()
     for row in data["recommended"]:
-        print(f"{row['chain']}: {len(row['steps'])} steps of {row['of']} replaced", end=", ")
+        count = row["of"] if row["steps"] is None else len(row["steps"])
+        print(f"{row['chain']}: {count} steps of {row['of']} replaced", end=", ")
         print(f"accuracy {_percent(row['scores']['accuracy_change'])} of {row['accuracy']:.4f}")
     data["serving"] = serving(zoo, data, out)
     if plot is not None:
@@ -233,15 +240,17 @@ def confirm(out: pathlib.Path) -> dict[str, Any]:
     behind the first 16,384 tokens, and other facts."""
     zoo, files = prepare(out), out / "probes"
     facts = files / "facts-further.jsonl"
-    data = held_out(zoo, zoo.chain("demo-3m"), files / "held-out.txt", facts, 65536, 4000)
+    options = ProbeOptions(text=files / "held-out.txt", items=[str(facts)], tokens=65536)
+    data = held_out(zoo, zoo.chain("demo-3m"), options)
     first = 16384 // data.text.tokens.shape[1]
     text = Rows(data.text.tokens[first:], data.text.target[first:])
     data = ProbeData(data.name, text, data.items)
-    small = metrics.outputs(forward.load(zoo, zoo.chain("demo-1m").steps), data)
+    evaluator = Evaluator(zoo, zoo.chain("demo-1m").steps, data)
     rows: list[dict[str, Any]] = []
     for name in ["demo-1m", "demo-3m", *(n for n in zoo.chains() if "-under-" in n)]:
-        found = metrics.outputs(forward.load(zoo, zoo.chain(name).steps), data)
-        scores = {n: dataclasses.asdict(s) for n, s in metrics.scores(small, found).items()}
+        (beside,) = evaluator.measure([zoo.chain(name).steps])
+        found = beside.substitute
+        scores = {n: dataclasses.asdict(s) for n, s in beside.scores().items()}
         row = {"name": name, "perplexity": found.perplexity, "accuracy": found.accuracy}
         rows.append(row | {"beside": {"demo-1m": scores}})
     _table(rows)
@@ -291,10 +300,7 @@ def _data(
     return approximate.Data(
         train=files / text,
         train_items=trained,
-        text=files / "held-out.txt",
-        items=items,
-        tokens=tokens,
-        max_items=4000,
+        probe=ProbeOptions(text=files / "held-out.txt", items=[str(items)], tokens=tokens),
     )
 
 

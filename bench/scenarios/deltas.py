@@ -1,21 +1,18 @@
 """What few bytes cost on the demo family: bytes against accuracy of compressed and quantised models."""
 
 import argparse
-import functools
 import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bench.report import progress
-from jblock.adapt import forward, metrics
+from jblock.adapt import metrics, scores
 from jblock.adapt.compression import compress_chain
-from jblock.adapt.probe import Rows, item_rows
+from jblock.adapt.probe import ProbeData, Rows, item_rows
 from jblock.adapt.quantization import quantise_chain
 from jblock.blocks.quant_spec import QuantSpec
 from jblock.zoo.records import Chain
@@ -39,7 +36,6 @@ QUANTISED = {
     "int4, groups of 32": QuantSpec(bits=4, group=32),
 }
 _ITEM_SEED = 4
-_BATCH = 200  # items put through a model at once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     Accuracy is the share of held-out items whose answer greedy decoding gives exactly: each token of
     the expected answer is the best one after those before it. Same items for both sides; changes carry
-    their 95% interval (`adapt.metrics.paired`).
+    their 95% interval (`adapt.scores.paired`).
     """
     from examples import demo_zoo
 
@@ -69,7 +65,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         demo_zoo.convert([e for n, e in family.items() if n in needed or n in names], path)
         zoo = Zoo.open(path)
         rows = {name: _items(zoo.chain(name), family[name], items) for name in names}
-        right = {n: _right(forward.load(zoo, zoo.chain(n).steps), rows[n]) for n in names}
+        right = {n: _right(zoo, zoo.chain(n), rows[n]) for n in names}
         compressed: list[dict[str, Any]] = []
         quantised: list[dict[str, Any]] = []
         for name in names:
@@ -77,7 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
             def measure(label: str, make: Callable[[], Chain], name=name) -> dict[str, Any]:
                 made = make()
-                found = _right(forward.load(zoo, made.steps), rows[name])
+                found = _right(zoo, made, rows[name])
                 row = _row(name, label, made, right[name], found)
                 progress(f"{name}, {label}: {json.dumps(row['accuracy_change'])}")
                 return row
@@ -109,21 +105,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _right(weights: forward.Weights, rows: Rows) -> np.ndarray:
+def _right(zoo: Zoo, chain: Chain, rows: Rows) -> np.ndarray:
     """bool [items]: whether each token of the answer is the best one after those before it."""
-    found = []
-    for begin in range(0, len(rows), _BATCH):
-        at = np.arange(begin, begin + _BATCH) % len(rows)
-        tokens, target = jnp.asarray(rows.tokens[at]), jnp.asarray(rows.target[at])
-        found.append(np.asarray(_exact(weights.specs, weights.tensors, tokens, target)))
-    return np.concatenate(found)[: len(rows)]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _exact(specs, tensors, tokens: jax.Array, target: jax.Array) -> jax.Array:
-    _, logits = forward.hidden_and_logits(forward.Weights(specs, tensors), tokens)
-    best = jnp.argmax(logits[:, :-1], axis=-1)
-    return jnp.all((best == tokens[:, 1:]) | ~target[:, 1:], axis=1)
+    found = metrics.outputs(zoo, chain.steps, ProbeData("items", rows.first(1), rows)).right
+    assert found is not None
+    return found
 
 
 def _items(chain: Chain, entry: Mapping[str, Any], count: int) -> Rows:
@@ -141,14 +127,15 @@ def _items(chain: Chain, entry: Mapping[str, Any], count: int) -> Rows:
 
 
 def _row(name: str, label: str, made: Chain, own: np.ndarray, found: np.ndarray) -> dict[str, Any]:
-    change, derived = metrics.paired(own, found), made.derived
+    change, derived = scores.paired(own, found), made.derived
     return {
         "model": name,
         "setting": label,
         "bytes_before": derived["bytes_before"],
         "bytes_after": derived["bytes_after"],
         "times_smaller": round(derived["bytes_before"] / derived["bytes_after"], 2),
-        "parameter_error": round(derived["parameter_error"], 4),
+        # Of what the fine-tune changed where that is what was compressed, else of the weights.
+        "error": round(derived.get("change_error", derived.get("parameter_error")), 4),
         "codecs": derived.get("codecs"),
         "accuracy": round(float(own.mean()), 4),
         "accuracy_change": {

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jblock.adapt import codecs as coding
 from jblock.blocks import compress
 from jblock.blocks.compressed_spec import TABLE_GROUP, BitDeltaSpec, BitsTarget, LowRankSpec
 from jblock.blocks.delta_spec import BiasNormSpec
@@ -22,6 +23,7 @@ from jblock.zoo.records import Chain, ComponentRecord, Step, ZooError, check_nam
 from jblock.zoo.store import Zoo
 
 Tensors = Mapping[str, np.ndarray]
+Factors = dict[str, dict[str, np.ndarray]]  # projection -> `codecs.low_rank` of the largest rank
 RANKS = (4, 8, 16, 24, 32, 48, 64, 96, 128)
 BITS = tuple(BitsTarget(bits=b, group=g) for b in (1, 2, 4) for g in (0, TABLE_GROUP))
 CODECS = ("low_rank", "bits")
@@ -77,10 +79,11 @@ def compress_chain(
             f"{base.name}@{base.version}: there is nothing to do"
         )
     options: dict[int, list[Option]] = {}
+    factors: dict[int, Factors] = {}
     before = 0
     for index, (own, under) in changed.items():
         before += own.nbytes
-        options[index] = _options(zoo, own, under, codecs)
+        options[index], factors[index] = _options(zoo, own, under, codecs)
         advance(own.nbytes)
     chosen = choose(options, budget * before)
     steps = list(chain.steps)
@@ -94,7 +97,7 @@ def compress_chain(
             counts[label] = counts.get(label, 0) + 1
             after += chosen[index].nbytes
             if label != _AS_IT_IS:
-                deltas, loss = _deltas(zoo, own, under, label)
+                deltas, loss = _deltas(zoo, own, under, label, factors.pop(index))
                 error, norm = error + loss[0], norm + loss[1]
                 ids = tuple(writer.put_delta(spec, under.id, tensors) for spec, tensors in deltas)
                 ids += tuple(
@@ -108,7 +111,7 @@ def compress_chain(
                     kind="quantised",
                     original=(Step(component=own.id),),
                     substitute=(substitute,),
-                    scores={"parameter_error": Score(value=_ratio(*loss))},
+                    scores={"change_error": Score(value=_ratio(*loss))},
                     provenance=provenance | {"codec": label},
                     versions=versions(),
                 )
@@ -119,7 +122,7 @@ def compress_chain(
             "budget": budget,
             "bytes_before": before,
             "bytes_after": after,
-            "parameter_error": _ratio(error, norm),
+            "change_error": _ratio(error, norm),
             "codecs": dict(sorted(counts.items())),
         }
         published = writer.publish(chain.derive(name, steps, (base.policy, "near"), how))
@@ -242,7 +245,8 @@ def _vectors(spec: ComponentSpec, own: Tensors, under: Tensors) -> dict[str, np.
 
 def _options(
     zoo: Zoo, own: ComponentRecord, under: ComponentRecord, codecs: Sequence[str]
-) -> list[Option]:
+) -> tuple[list[Option], Factors]:
+    """What a component can be kept as, and the low-rank factors of its projections, decomposed once."""
     mine, theirs = zoo.load_component(own.id), zoo.load_component(under.id)
     differences = _differences(own.spec, mine, theirs)
     vectors = sum(v.nbytes for v in _vectors(own.spec, mine, theirs).values())
@@ -250,38 +254,45 @@ def _options(
         p: float(np.sum(np.square(mine[f"{p}.weight"], dtype=np.float32))) for p in differences
     }
     options = [Option(_AS_IT_IS, own.nbytes, 0.0)]
-
-    def add(label: str, made: Mapping[str, tuple[int, float]]) -> None:
-        error = sum(squared / norms[p] for p, (_, squared) in made.items())
-        options.append(Option(label, vectors + sum(n for n, _ in made.values()), error))
-
+    factors: Factors = {}
     if "low_rank" in codecs:
-        singular = {p: compress.decompose(d) for p, d in differences.items()}
-        for rank in RANKS:
-            made = {}
-            for p, parts in singular.items():
-                tensors = compress.low_rank(parts, rank)
-                loss = np.sum((_difference(_low_rank({p: rank}), tensors, p) - differences[p]) ** 2)
-                made[p] = (_nbytes(tensors), float(loss))
-            add(f"low_rank {rank}", made)
-            if all(rank >= len(s) for _, s, _ in singular.values()):
+        rows: list[dict[str, tuple[int, float]]] = [{} for _ in RANKS]
+        for p, d in differences.items():
+            parts = coding.decompose(d, max(RANKS))
+            made = factors[p] = coding.low_rank(parts, len(parts[1]))
+            # A rank that a projection does not have is all the rank it has.
+            ranks = tuple(min(rank, len(parts[1])) for rank in RANKS)
+            for row, rank, left in zip(
+                rows, ranks, coding.low_rank_errors(d, made, ranks), strict=True
+            ):
+                row[p] = (_nbytes(coding.truncated(made, rank)), left)
+        for rank, row in zip(RANKS, rows, strict=True):
+            options.append(_option(f"low_rank {rank}", row, norms, vectors))
+            if all(rank >= len(made["scale"]) for made in factors.values()):
                 break
     for target in BITS if "bits" in codecs else ():
         if any(d.shape[1] * target.bits % 8 for d in differences.values()):
             continue
-        made = {}
+        row = {}
         for p, d in differences.items():
-            tensors = compress.few_bits(d, target)
-            loss = np.sum((_difference(BitDeltaSpec(targets={p: target}), tensors, p) - d) ** 2)
-            made[p] = (_nbytes(tensors), float(loss))
-        add(_label(target), made)
-    return options
+            tensors, left = coding.few_bits(d, target)
+            row[p] = (_nbytes(tensors), left)
+        options.append(_option(_label(target), row, norms, vectors))
+    return options, factors
+
+
+def _option(
+    label: str, made: Mapping[str, tuple[int, float]], norms: Mapping[str, float], vectors: int
+) -> Option:
+    """From the bytes and the squared error of each projection."""
+    error = sum(left / norms[p] for p, (_, left) in made.items())
+    return Option(label, vectors + sum(n for n, _ in made.values()), error)
 
 
 def _deltas(
-    zoo: Zoo, own: ComponentRecord, under: ComponentRecord, label: str
+    zoo: Zoo, own: ComponentRecord, under: ComponentRecord, label: str, factors: Factors
 ) -> tuple[list[tuple[Any, dict[str, np.ndarray]]], tuple[float, float]]:
-    """(spec, tensors) of the deltas, and |difference|^2 and |original|^2 of the weights."""
+    """(spec, tensors) of the deltas; squared sizes of what they leave of the change, and of the change."""
     mine, theirs = zoo.load_component(own.id), zoo.load_component(under.id)
     differences = _differences(own.spec, mine, theirs)
     vectors = _vectors(own.spec, mine, theirs)
@@ -292,9 +303,9 @@ def _deltas(
     tensors: dict[str, np.ndarray] = {}
     for p, d in differences.items():
         if kind == "low_rank":
-            made = compress.low_rank(compress.decompose(d), int(rest))
+            made = coding.truncated(factors[p], int(rest))
         else:
-            made = compress.few_bits(d, _target(label))
+            made, _ = coding.few_bits(d, _target(label))
         tensors |= {f"{p}.{part}": value for part, value in made.items()}
     if kind == "low_rank":
         spec: LowRankSpec | BitDeltaSpec = LowRankSpec(
@@ -302,21 +313,13 @@ def _deltas(
         )
     else:
         spec = BitDeltaSpec(targets=dict.fromkeys(differences, _target(label)))
-    error = norm = 0.0
+    error = change = 0.0
     for p, d in differences.items():
         error += float(np.sum((compress.difference_of(spec, tensors, p) - d) ** 2))
-        norm += float(np.sum(np.square(mine[f"{p}.weight"], dtype=np.float32)))
+        change += float(np.sum(d**2))
     if differences:
         deltas.append((spec, tensors))
-    return deltas, (error, norm)
-
-
-def _difference(spec: LowRankSpec | BitDeltaSpec, tensors: Tensors, p: str) -> np.ndarray:
-    return compress.difference_of(spec, {f"{p}.{part}": v for part, v in tensors.items()}, p)
-
-
-def _low_rank(targets: dict[str, int]) -> LowRankSpec:
-    return LowRankSpec(targets=targets)
+    return deltas, (error, change)
 
 
 def _label(target: BitsTarget) -> str:

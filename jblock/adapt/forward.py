@@ -49,8 +49,8 @@ class Weights:
 
     Attributes:
       specs: one a step; of what few bits stand for.
-      tensors: float32, one dict a step, named as its spec has them and in the orientation they are stored
-        in; deltas are merged into them.
+      tensors: float32 (`load` may make matrices bfloat16), one dict a step, named as its spec has them and in
+        the orientation they are stored in; deltas are merged into them.
     """
 
     specs: tuple[ComponentSpec, ...]
@@ -78,12 +78,20 @@ class Weights:
         return sum(int(t.size) for tensors in self.tensors for t in tensors.values())
 
 
-def load(zoo: Zoo, steps: Sequence[Step]) -> Weights:
+def load(zoo: Zoo, steps: Sequence[Step], dtype: str = "float32") -> Weights:
     """Reads steps of a zoo; components that occur twice are read once.
+
+    Args:
+      zoo: where they lie.
+      steps: of a chain.
+      dtype: of matrices; vectors are float32.
 
     Raises:
       ZooError: something is missing or damaged, or a delta of a kind that cannot be merged.
     """
+    reason = unmergeable(zoo, steps)
+    if reason is not None:
+        raise ZooError(reason)
     known: dict[Step, Tensors] = {}
     specs = []
     for step in steps:
@@ -95,10 +103,25 @@ def load(zoo: Zoo, steps: Sequence[Step]) -> Weights:
             values = _floats(record.spec, zoo.load_component(step.component))
             for id_ in step.deltas:
                 _merge(zoo, id_, spec, values)
-            known[key] = {n: jnp.asarray(v) for n, v in values.items()}
+            known[key] = {
+                n: jnp.asarray(v.astype(dtype) if v.ndim == 2 else v) for n, v in values.items()
+            }
     return Weights(
         tuple(specs), tuple(known[dataclasses.replace(s, fused_with_previous=False)] for s in steps)
     )
+
+
+def unmergeable(zoo: Zoo, steps: Sequence[Step]) -> str | None:
+    """Why the deltas of some steps cannot be merged into their components; None if they can."""
+    for id_ in dict.fromkeys(d for step in steps for d in step.deltas):
+        spec = zoo.delta(id_).spec
+        if isinstance(spec, LowRankSpec | BitDeltaSpec | BiasNormSpec):
+            continue
+        if not isinstance(spec, LoraSpec):
+            return f"delta {id_} is {spec.kind}, which cannot be merged to measure"
+        if any(n == "weight" or t.dora or t.bias for n, t in spec.targets.items()):
+            return f"delta {id_} is LoRA of an embedding, with a bias or DoRA: it cannot be merged"
+    return None
 
 
 def _floats(spec: ComponentSpec, stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -118,14 +141,8 @@ def _merge(zoo: Zoo, id_: str, spec: ComponentSpec, values: dict[str, np.ndarray
         values |= {n: v.astype(np.float32) for n, v in zoo.load_delta(id_).items()}
         return
     lora = delta.spec
-    plain = isinstance(lora, LoraSpec) and not any(
-        name == "weight" or t.dora or t.bias for name, t in lora.targets.items()
-    )
-    if not isinstance(lora, LoraSpec) or not plain:
-        raise ZooError(
-            f"delta {id_}: only plain LoRA on layers, biases, norms and compressed deltas can be "
-            "merged to measure"
-        )
+    if not isinstance(lora, LoraSpec):
+        raise ZooError(f"delta {id_} is {lora.kind}, which cannot be merged to measure")
     tensors = {n: v.astype(np.float32) for n, v in zoo.load_delta(id_).items()}
     for name, target in lora.targets.items():
         change = np.float32(target.scale) * (tensors[f"{name}.b"] @ tensors[f"{name}.a"])

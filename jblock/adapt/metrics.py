@@ -1,25 +1,32 @@
-"""How far what two chains put out is apart, on the same rows: the scores of an edge.
+"""What chains make of a probe, and how far apart two of them are, row by row and item by item.
 
-Intervals are 95% ones. Tokens of a row depend on each other, so rows are what is sampled; task items are
-paired, each answered by both chains.
+Chains go through a probe together, layer by layer (`layers.py`): a layer is read once for all of them, and
+chains that begin alike share what they compute. Of each chain the last hidden rows are kept, not its
+logits, which would take vocabulary size / hidden size times as much memory.
 """
 
 import dataclasses
 import functools
 import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jblock.adapt import forward
+from jblock.adapt import layers, scores
 from jblock.adapt.forward import Weights
+from jblock.adapt.layers import Plan
 from jblock.adapt.probe import ProbeData, Rows
-from jblock.blocks.spec import AttentionSpec
 from jblock.zoo.edge_records import Score
+from jblock.zoo.records import Step
+from jblock.zoo.store import Zoo
 
-_TOKENS = 4096  # put through a chain at once
-_Z = 1.959964
+Steps = tuple[Step, ...]
+_BATCH_TOKENS = 2048  # put through a layer at once
+_HEAD_TOKENS = 256  # whose logits are in memory at once
+LIVE_BYTES = 512 << 20  # hidden rows of all chains that go through the layers together
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,14 +34,10 @@ class Outputs:
     """What one chain makes of a probe.
 
     Attributes:
-      hidden: float32 [B, T, d] of the text, before the final norm.
-      log_probs: float32 [B, T, vocab_size] of the text's next tokens.
       nats: float64 [B], mean cross entropy of a row of text.
-      right: bool [items]; None without a task.
+      right: bool [items], whether each token of the answer is the best one; None without a task.
     """
 
-    hidden: list[np.ndarray]
-    log_probs: list[np.ndarray]
     nats: np.ndarray
     right: np.ndarray | None
 
@@ -50,164 +53,299 @@ class Outputs:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PrefixActivations:
-    """Hidden rows behind the first steps of a chain: what chains that differ above need not compute again.
+class Comparison:
+    """One chain beside another on the same probe.
 
     Attributes:
-      count: those steps.
-      depth: attention layers among them.
-      text: float32 [B, T, d] of each batch of text.
-      items: the same of task items.
+      original: what the other makes of it.
+      substitute: what this one makes of it.
+      kl: float64 [B], KL(original || substitute) in nats, mean over a row's tokens.
+      same: float64 [B], share of a row's tokens with the same best next token.
+      error: float64 [B], |difference| / |original| of the last hidden rows; None where they differ in size.
+      positions: of text that count in a row.
     """
 
-    count: int
-    depth: int
+    original: Outputs
+    substitute: Outputs
+    kl: np.ndarray
+    same: np.ndarray
+    error: np.ndarray | None
+    positions: int
+
+    def scores(self) -> dict[str, Score]:
+        """The scores of outputs of an edge, see edge_records.MEASURES."""
+        count = len(self.kl) * self.positions
+        found = {
+            "kl": scores.mean_score(self.kl, count, low=0.0),
+            "top1_agreement": scores.mean_score(self.same, count, low=0.0, high=1.0),
+            "perplexity_change": scores.perplexity_change(
+                self.original.nats, self.substitute.nats, count
+            ),
+        }
+        if self.error is not None:
+            found["hidden_error"] = scores.mean_score(self.error, count, low=0.0)
+        if self.original.right is not None and self.substitute.right is not None:
+            found["accuracy_change"] = scores.paired(self.original.right, self.substitute.right)
+        return found
+
+    def half(self, second: bool) -> "Comparison":
+        """The half of the probe to choose on (False) or to score on (True): the first or last rows of the
+        text, even or odd items."""
+        rows = slice(len(self.kl) // 2, None) if second else slice(None, len(self.kl) // 2)
+        items = slice(int(second), None, 2)
+
+        def part(of: Outputs) -> Outputs:
+            return Outputs(of.nats[rows], None if of.right is None else of.right[items])
+
+        error = None if self.error is None else self.error[rows]
+        halves = part(self.original), part(self.substitute)
+        return Comparison(*halves, self.kl[rows], self.same[rows], error, self.positions)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Hidden:
+    """Last hidden rows of a chain: float32 [B, T, d] of each batch of text and of items."""
+
     text: list[jax.Array]
     items: list[jax.Array]
 
 
-def below(weights: Weights, data: ProbeData, count: int = 1) -> PrefixActivations:
-    """Runs the first `count` steps of a chain over a probe."""
-    part = weights.part(0, count)
+class Evaluator:
+    """A chain on its probe, and others beside it.
 
-    def run(rows: Rows | None) -> list[jax.Array]:
-        batches = [] if rows is None else _batches(rows)
-        return [_below(part.specs, part.tensors, jnp.asarray(tokens)) for tokens, _ in batches]
-
-    depth = sum(isinstance(s, AttentionSpec) for s in part.specs)
-    return PrefixActivations(count, depth, run(data.text), run(data.items))
-
-
-def outputs(weights: Weights, data: ProbeData, known: PrefixActivations | None = None) -> Outputs:
-    """Runs a chain over a probe. Holds the text's log-probabilities: 4 bytes x tokens x vocabulary.
-
-    Args:
-      weights: of all steps.
-      data: what to put through.
-      known: of its first steps, if they were run before.
+    Attributes:
+      original: what the chain makes of the probe.
     """
-    known = below(weights, data) if known is None else known
-    part = weights.part(known.count, len(weights.specs))
-    form = (part.specs, known.depth)
-    hidden, log_probs, nats, right = [], [], [], []
-    for x, (tokens, target) in zip(known.text, _batches(data.text), strict=True):
-        h, p, n = _text(form, part.tensors, x, jnp.asarray(tokens), jnp.asarray(target))
-        hidden.append(np.asarray(h))
-        log_probs.append(np.asarray(p))
-        nats.append(np.asarray(n, np.float64))
-    if data.items is None:
-        return Outputs(hidden, log_probs, np.concatenate(nats)[: len(data.text)], None)
-    for x, (tokens, target) in zip(known.items, _batches(data.items), strict=True):
-        hits = _exact(form, part.tensors, x, jnp.asarray(tokens), jnp.asarray(target))
-        right.append(np.asarray(hits))
-    every = np.concatenate(right)[: len(data.items)]
-    return Outputs(hidden, log_probs, np.concatenate(nats)[: len(data.text)], every)
+
+    def __init__(self, zoo: Zoo, steps: Sequence[Step], data: ProbeData):
+        """Runs the chain.
+
+        Raises:
+          ZooError: a component is missing or damaged, or a delta cannot be merged.
+        """
+        self._zoo, self._steps, self._data = zoo, tuple(steps), data
+        hidden = self._hidden([self._steps])[0]
+        (self._reference,) = (_on_host(hidden),)
+        ((self.original, _),) = self._outputs([self._steps], [hidden], compared=False)
+
+    def measure(
+        self, chains: Sequence[Sequence[Step]], on_done: Callable[[], object] = lambda: None
+    ) -> list[Comparison]:
+        """Runs chains of the same vocabulary beside the original.
+
+        Args:
+          chains: steps of each; those that begin as the original does share its computation.
+          on_done: called after each.
+
+        Raises:
+          ZooError: as `Evaluator`.
+        """
+        found: list[Comparison] = []
+        for group in self._groups([tuple(c) for c in chains]):
+            hidden = self._hidden(group)
+            for outputs, (kl, same, error) in self._outputs(group, hidden, compared=True):
+                found.append(
+                    Comparison(
+                        self.original,
+                        outputs,
+                        kl,
+                        same,
+                        error,
+                        self._data.text.tokens.shape[1],
+                    )
+                )
+                on_done()
+        return found
+
+    def _groups(self, chains: Sequence[Steps]) -> Iterator[list[Steps]]:
+        """As many chains at a time as their hidden rows have room."""
+        tokens = self._data.text.tokens.size
+        tokens += 0 if self._data.items is None else self._data.items.tokens.size
+        group: list[Steps] = []
+        used = 0
+        for chain in chains:
+            width = max(
+                getattr(self._zoo.component(s.component).spec, "hidden_size", 0) for s in chain[:2]
+            )
+            size = 4 * width * tokens
+            if group and used + size > LIVE_BYTES:
+                yield group
+                group, used = [], 0
+            group.append(chain)
+            used += size
+        if group:
+            yield group
+
+    def _hidden(self, chains: Sequence[Steps]) -> list[_Hidden]:
+        """The last hidden rows of some chains, which go through the layers side by side."""
+        plans = [layers.plan(self._zoo, steps) for steps in chains]
+        # Chains that were alike so far share one state, under what they have in common.
+        states: dict[tuple[Steps, ...], _Hidden] = {}
+        for embedding in dict.fromkeys(p.embedding for p in plans):
+            weights = layers.load(self._zoo, embedding)
+            states[(embedding,)] = _Hidden(
+                [layers.embed(weights, tokens) for tokens, _ in batches(self._data.text)],
+                []
+                if self._data.items is None
+                else [layers.embed(weights, tokens) for tokens, _ in batches(self._data.items)],
+            )
+            del weights
+        done: dict[tuple[Steps, ...], _Hidden] = {}
+        for at in range(max(len(p.layers) for p in plans)):
+            # Layer -> the states it takes further, each with what it is then called.
+            work: dict[Steps, dict[tuple[Steps, ...], int]] = defaultdict(dict)
+            for p in plans:
+                before = _name(p, at)
+                if at < len(p.layers):
+                    work[p.layers[at].steps][before] = p.layers[at].depth
+                elif before in states:
+                    done[before] = states[before]
+            after: dict[tuple[Steps, ...], _Hidden] = {}
+            order = list(work)
+            for steps, weights in zip(order, layers.loaded(self._zoo, order), strict=True):
+                for before, depth in work[steps].items():
+                    after[(*before, steps)] = _advance(weights, states[before], depth)
+            states = after
+        done |= states
+        return [done[_name(p, len(p.layers))] for p in plans]
+
+    def _outputs(
+        self, chains: Sequence[Steps], hidden: Sequence[_Hidden], compared: bool
+    ) -> Iterator[tuple[Outputs, tuple[np.ndarray, np.ndarray, np.ndarray | None]]]:
+        """Outputs of each chain and, if it is `compared`, kl, same and error of each row."""
+        reference = layers.load(self._zoo, self._steps[-2:]) if compared else None
+        heads: dict[Steps, Weights] = {}
+        for steps, rows in zip(chains, hidden, strict=True):
+            if steps[-2:] not in heads:
+                heads = {steps[-2:]: layers.load(self._zoo, steps[-2:])}
+                if steps[-2:] == self._steps[-2:] and reference is not None:
+                    heads = {steps[-2:]: reference}
+            head = heads[steps[-2:]]
+            beside = self._reference.text if compared else [None] * len(rows.text)
+            nats, kl, same, error = [], [], [], []
+            for x, x0, (tokens, target) in zip(
+                rows.text, beside, batches(self._data.text), strict=True
+            ):
+                for row in range(len(x)):
+                    n, k, s, e = _row(head, x[row], reference, x0, row, tokens[row], target[row])
+                    nats.append(n)
+                    kl.append(k)
+                    same.append(s)
+                    error.append(e)
+            count = len(self._data.text)
+            right = self._right(head, rows.items)
+            found = [np.array(v[:count], np.float64) for v in (kl, same, error)]
+            apart = None if np.isnan(found[2]).any() else found[2]
+            yield Outputs(np.array(nats[:count], np.float64), right), (found[0], found[1], apart)
+
+    def _right(self, head: Weights, hidden: Sequence[jax.Array]) -> np.ndarray | None:
+        """bool [items]: whether each token that counts is the best one after those before it."""
+        if self._data.items is None:
+            return None
+        right = []
+        for x, (tokens, target) in zip(hidden, batches(self._data.items), strict=True):
+            rows, at = np.nonzero(target[:, 1:])
+            wanted = tokens[rows, at + 1]
+            hits = np.ones(len(x), bool)
+            for begin in range(0, len(rows), _HEAD_TOKENS):
+                part = np.resize(
+                    np.arange(begin, min(begin + _HEAD_TOKENS, len(rows))), _HEAD_TOKENS
+                )
+                best = np.asarray(_best(head.specs, head.tensors, x[rows[part], at[part]]))
+                np.logical_and.at(hits, rows[part], best == wanted[part])
+            right.append(hits)
+        return np.concatenate(right)[: len(self._data.items)]
 
 
-def scores(original: Outputs, substitute: Outputs) -> dict[str, Score]:
-    """The scores of outputs of an edge, see MEASURES."""
-    errors, kls, same = [], [], []
-    for h0, h1, p0, p1 in zip(
-        original.hidden, substitute.hidden, original.log_probs, substitute.log_probs, strict=True
-    ):
-        error, kl, agree = _compare(h0, h1, p0, p1)
-        errors.append(error)
-        kls.append(kl)
-        same.append(agree)
-    rows = len(original.nats)
-    positions = rows * (original.log_probs[0].shape[1])
-    found = {
-        "kl": mean_score(np.concatenate(kls)[:rows], positions, low=0.0),
-        "top1_agreement": mean_score(np.concatenate(same)[:rows], positions, low=0.0, high=1.0),
-    }
-    if original.hidden[0].shape == substitute.hidden[0].shape:  # else they cannot be compared
-        found["hidden_error"] = mean_score(np.concatenate(errors)[:rows], positions, low=0.0)
-    change = mean_score(substitute.nats - original.nats, positions)
-    found["perplexity_change"] = Score(
-        value=math.expm1(change.value),
-        low=math.expm1(change.low or 0.0),
-        high=math.expm1(change.high or 0.0),
-        count=positions,
-    )
-    if original.right is not None and substitute.right is not None:
-        found["accuracy_change"] = paired(original.right, substitute.right)
-    return found
-
-
-def mean_score(
-    by_row: np.ndarray, count: int, low: float = -math.inf, high: float = math.inf
-) -> Score:
-    """The mean over rows with its interval (normal approximation), kept within `low` and `high`."""
-    value = float(np.mean(by_row))
-    width = _Z * float(np.std(by_row, ddof=1)) / math.sqrt(len(by_row)) if len(by_row) > 1 else 0.0
-    return Score(
-        value=value, low=max(value - width, low), high=min(value + width, high), count=count
-    )
-
-
-def paired(original: np.ndarray, substitute: np.ndarray) -> Score:
-    """The change of a share of right items, both bool [items], with the interval of Agresti and Min (2005):
-    half an item is added to each of the four cells, so that no disagreement seen is not taken for none."""
-    n = len(original)
-    gained = int(np.sum(substitute & ~original))
-    lost = int(np.sum(original & ~substitute))
-    b, c, m = gained + 0.5, lost + 0.5, n + 2
-    centre = (b - c) / m
-    width = _Z * math.sqrt(b + c - (b - c) ** 2 / m) / m
-    value = (gained - lost) / n
-    return Score(
-        value=value, low=min(centre - width, value), high=max(centre + width, value), count=n
-    )
-
-
-def _batches(rows: Rows):
-    """Equal batches, so that one program serves; the last is filled up with rows of its own."""
-    size = max(1, min(len(rows), _TOKENS // rows.tokens.shape[1]))
+def batches(rows: Rows) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Tokens and target [B, T] of equal batches, so that one program serves; the last is filled up with
+    rows of its own."""
+    size = max(1, min(len(rows), _BATCH_TOKENS // rows.tokens.shape[1]))
     for begin in range(0, len(rows), size):
         at = np.arange(begin, begin + size) % len(rows)
         yield rows.tokens[at], rows.target[at]
 
 
+def logits_bytes(vocabulary: int) -> int:
+    """Of the logits and probabilities of two chains that are in memory at once."""
+    return 6 * 4 * _HEAD_TOKENS * vocabulary
+
+
+def outputs(zoo: Zoo, steps: Sequence[Step], data: ProbeData) -> Outputs:
+    """What a chain makes of a probe."""
+    return Evaluator(zoo, steps, data).original
+
+
+def _name(plan: Plan, count: int) -> tuple[Steps, ...]:
+    return (plan.embedding, *(layer.steps for layer in plan.layers[:count]))
+
+
+def _advance(weights: Weights, state: _Hidden, depth: int) -> _Hidden:
+    return _Hidden(
+        [layers.through(weights, x, depth) for x in state.text],
+        [layers.through(weights, x, depth) for x in state.items],
+    )
+
+
+def _on_host(hidden: _Hidden) -> _Hidden:
+    return _Hidden([np.asarray(x) for x in hidden.text], [])  # type: ignore[misc]
+
+
+def _row(head, x, reference, x0, row, tokens, target):
+    """nats, kl, same and error of one row of text [T, d], some tokens at a time."""
+    length = len(tokens)
+    sums = np.zeros(5)
+    counted = int(target[1:].sum())
+    following = np.append(tokens[1:], 0)
+    counts = np.append(target[1:], False)
+    for begin in range(0, length, _HEAD_TOKENS):
+        at = slice(begin, min(begin + _HEAD_TOKENS, length))
+        part = (x[at], jnp.asarray(following[at]), jnp.asarray(counts[at]))
+        if reference is None:
+            nats = _nats(head.specs, head.tensors, *part)
+            sums[0] += float(nats)
+        else:
+            found = _compare(
+                (head.specs, reference.specs),
+                head.tensors,
+                reference.tensors,
+                jnp.asarray(x0[row][at]),
+                *part,
+            )
+            sums[:4] += np.asarray(found, np.float64)
+    if reference is None:
+        return sums[0] / counted, 0.0, 0.0, 0.0
+    return sums[0] / counted, sums[1] / length, sums[2] / length, sums[3] / length
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _below(specs, tensors, tokens):
-    weights = Weights(specs, tensors)
-    return forward.run(weights.part(1, len(specs)), forward.embed(weights, tokens))
-
-
-def _above(form, tensors, x):
-    """Last hidden rows and logits, from the rows `x` that lie below these steps."""
-    specs, depth = form
-    weights = Weights(specs, tensors)
-    x = forward.run(weights.part(0, len(specs) - 2), x, depth)
-    return x, forward.head(weights, x)
+def _nats(specs, tensors, x, following, counts):
+    return _cross_entropy(
+        jax.nn.log_softmax(layers.logits(Weights(specs, tensors), x)), following, counts
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _text(form, tensors, x, tokens, target):
-    hidden, logits = _above(form, tensors, x)
-    log_probs = jax.nn.log_softmax(logits)
-    picked = jnp.take_along_axis(log_probs[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
-    counts = target[:, 1:]
-    nats = -jnp.sum(jnp.where(counts, picked, 0.0), axis=1) / jnp.sum(counts, axis=1)
-    return hidden, log_probs, nats
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _exact(form, tensors, x, tokens, target):
-    """bool [B]: whether each token that counts is the best one after those before it."""
-    _, logits = _above(form, tensors, x)
-    best = jnp.argmax(logits[:, :-1], axis=-1)
-    return jnp.all((best == tokens[:, 1:]) | ~target[:, 1:], axis=1)
-
-
-@jax.jit
-def _compare(h0, h1, p0, p1):
-    """Means over each row's tokens, all [B]."""
-    if h0.shape == h1.shape:
-        size = jnp.maximum(jnp.linalg.norm(h0, axis=-1), 1e-30)
-        error = jnp.mean(jnp.linalg.norm(h1 - h0, axis=-1) / size, axis=1)
+def _compare(specs, tensors, tensors0, x0, x, following, counts):
+    """Sums over tokens: nats, KL, same best token, |difference| / |original| of hidden rows."""
+    logits = layers.logits(Weights(specs[0], tensors), x)
+    logits0 = layers.logits(Weights(specs[1], tensors0), x0)
+    p, p0 = jax.nn.log_softmax(logits), jax.nn.log_softmax(logits0)
+    kl = jnp.maximum(jnp.sum(jnp.exp(p0) * (p0 - p), axis=-1), 0.0)
+    same = jnp.argmax(p, -1) == jnp.argmax(p0, -1)
+    if x.shape == x0.shape:
+        size = jnp.maximum(jnp.linalg.norm(x0, axis=-1), 1e-30)
+        error = jnp.sum(jnp.linalg.norm(x - x0, axis=-1) / size)
     else:
-        error = jnp.full(h0.shape[0], jnp.nan)
-    kl = jnp.mean(jnp.maximum(jnp.sum(jnp.exp(p0) * (p0 - p1), axis=-1), 0.0), axis=1)
-    same = jnp.mean(jnp.argmax(p0, -1) == jnp.argmax(p1, -1), axis=1)
-    return error, kl, same
+        error = jnp.full((), jnp.nan)
+    return jnp.stack([_cross_entropy(p, following, counts), jnp.sum(kl), jnp.sum(same), error])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _best(specs, tensors, x):
+    return jnp.argmax(layers.logits(Weights(specs, tensors), x), axis=-1)
+
+
+def _cross_entropy(log_probs, following, counts):
+    picked = jnp.take_along_axis(log_probs, following[:, None], axis=-1)[:, 0]
+    return -jnp.sum(jnp.where(counts, picked, 0.0))

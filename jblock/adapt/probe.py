@@ -62,6 +62,20 @@ class ProbeData:
     text: Rows
     items: Rows | None = None
 
+    def half(self, second: bool) -> "ProbeData":
+        """The half to choose on (False) or to score on (True): the first or last rows of the text, even or
+        odd items (`metrics.Comparison.half` has their results)."""
+        cut = len(self.text) // 2
+        rows = slice(cut, None) if second else slice(None, cut)
+        items = slice(int(second), None, 2)
+        return ProbeData(
+            f"{self.name}, {'second' if second else 'first'} half",
+            Rows(self.text.tokens[rows], self.text.target[rows]),
+            None
+            if self.items is None
+            else Rows(self.items.tokens[items], self.items.target[items]),
+        )
+
     @property
     def record(self) -> Probe:
         """Name, digest and size, for an edge."""
@@ -78,18 +92,24 @@ class ProbeData:
 def text_rows(
     tokenizer: Tokenizer, text: str, row_tokens: int, bos: int | None, max_rows: int | None = None
 ) -> Rows:
-    """Text cut into rows of `row_tokens` tokens, each behind a `bos` where there is one.
+    """Text cut into rows of `row_tokens` tokens, each behind a `bos` where there is one. Of more rows than
+    `max_rows` those are taken that lie evenly over the whole text.
 
     Raises:
-      ZooError: it does not fill a row.
+      ZooError: it does not fill two rows.
     """
     pieces = [text[i : i + 100_000] for i in range(0, len(text), 100_000)]
     stream = [i for e in tokenizer.encode_batch(pieces, add_special_tokens=False) for i in e.ids]
     width = row_tokens - (bos is not None)
-    count = min(len(stream) // width, max_rows or len(stream))
+    there = len(stream) // width
+    count = there if max_rows is None else min(there, max_rows)
     if count < 2:
-        raise ZooError(f"the text has {len(stream)} tokens: give at least {2 * width}")
-    tokens = np.array(stream[: count * width], np.int32).reshape(count, width)
+        raise ZooError(
+            f"the text has {len(stream)} tokens, {count} rows of {width} are to be taken of it: give at "
+            f"least {2 * width}"
+        )
+    tokens = np.array(stream[: there * width], np.int32).reshape(there, width)
+    tokens = tokens[np.arange(count) * there // count]
     if bos is not None:
         tokens = np.concatenate([np.full((count, 1), bos, np.int32), tokens], axis=1)
     target = np.ones(tokens.shape, bool)
@@ -102,14 +122,17 @@ def item_rows(tokenizer: Tokenizer, items: Sequence[Mapping[str, Any]], eos: int
 
     Args:
       tokenizer: of the models.
-      items: dicts of `prompt` and `answer`, and `stop`, whether the model has to end after the answer
-        (true where it is left out).
+      items: dicts of `prompt` and `answer`; `stop`, whether the model has to end after the answer (true where
+        it is left out); `rendered`, whether a chat template put the special tokens into the prompt (false).
       eos: the id that ends an answer.
 
     Raises:
       ZooError: an item without prompt or answer, or no `eos` where one is wanted.
     """
-    prompts = tokenizer.encode_batch([str(i["prompt"]) for i in items])
+    prompts = [
+        tokenizer.encode_batch([str(i["prompt"])], add_special_tokens=not i.get("rendered"))[0]
+        for i in items
+    ]
     answers = tokenizer.encode_batch([str(i["answer"]) for i in items], add_special_tokens=False)
     rows = []
     for item, prompt, answer in zip(items, prompts, answers, strict=True):
@@ -142,8 +165,12 @@ def read_items(path: Path) -> list[dict[str, Any]]:
             item = json.loads(line)
         except ValueError as e:
             raise ZooError(f"{path}:{number}: {e}: give one JSON object a line") from e
-        if not isinstance(item, dict) or not {"prompt", "answer"} <= item.keys():
-            raise ZooError(f'{path}:{number}: give {{"prompt": ..., "answer": ...}}')
+        asks = isinstance(item, dict) and ("prompt" in item) != ("messages" in item)
+        if not asks or "answer" not in item:
+            raise ZooError(
+                f'{path}:{number}: give {{"prompt": ..., "answer": ...}}, or "messages" for "prompt", which '
+                "the model's chat template then renders"
+            )
         items.append(item)
     if not items:
         raise ZooError(f"{path} has no items")

@@ -2,9 +2,8 @@
 
 A sketch is a sample of a component's elements, at places that only its spec decides, so that sketches of
 one spec can be compared. A sample is read straight from the files, some hundred kilobytes of however many
-megabytes, so nothing has to be kept for it. Signs of random projections of the sketches, in bands, bring
-likely pairs together (SimHash, Charikar 2002; banding as in Leskovec et al., Mining of Massive Datasets,
-chapter 3): work grows with the number of components and of alike pairs, not of all pairs.
+megabytes, so nothing has to be kept for it. Each is compared with its nearest neighbors (`neighbors.py`) and
+with the most used ones, so work grows with the number of components, also where all are alike.
 """
 
 import hashlib
@@ -14,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import ml_dtypes
 import numpy as np
 
+from jblock.adapt import neighbors
 from jblock.blocks.spec import canonical_json, spec_to_json
 from jblock.zoo.records import ComponentRecord
 from jblock.zoo.store import Zoo
@@ -21,8 +21,8 @@ from jblock.zoo.store import Zoo
 ELEMENTS = 16384
 _RUN = 256  # neighbours read at once
 _ROW = 8192
-# A pair of cosine 0.95 is missed once in ten million, of 0.9 in 3,000; one of 0 is looked at in a hundred.
-_BANDS, _BITS = 48, 12
+_NEIGHBORS = 8
+_HUBS = 16  # of the most used components: bases, which may lie further off than the siblings of a fine-tune
 
 
 def group(record: ComponentRecord) -> str:
@@ -49,47 +49,57 @@ def sketch(zoo: Zoo, record: ComponentRecord) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def alike(sketches: np.ndarray, least: float) -> list[tuple[int, int, float]]:
-    """Pairs of rows (i < j) of `sketches` [n, elements] whose cosine is at least `least`, with it.
+def alike(sketches: np.ndarray, least: float, uses: Sequence[int]) -> list[tuple[int, int, float]]:
+    """Pairs of rows (i < j) of `sketches` whose cosine is at least `least`, with it: each row with those it
+    is most alike to, and with the most used of those it is alike to.
 
-    All that collide in a band are looked at, and no others.
+    So there are at most some pairs a row, however many are alike.
+
+    Args:
+      sketches: float32 [n, elements]; scaled to length 1 in place.
+      least: smallest cosine.
+      uses: how often each is used.
     """
-    count, width = sketches.shape
-    sizes = np.linalg.norm(sketches, axis=1)
-    unit = sketches / np.maximum(sizes, 1e-30)[:, None]
-    planes = np.random.default_rng(0).standard_normal((width, _BANDS * _BITS), np.float32)
-    signs = (unit @ planes > 0).reshape(count, _BANDS, _BITS)
-    codes = signs @ (1 << np.arange(_BITS))  # [n, bands]
-    found: dict[tuple[int, int], float] = {}
-    for band in range(_BANDS):
-        buckets: dict[int, list[int]] = defaultdict(list)
-        for row, code in enumerate(codes[:, band]):
-            buckets[int(code)].append(row)
-        for rows in buckets.values():
-            if len(rows) > 1:
-                cosines = unit[rows] @ unit[rows].T
-                for a, b in zip(*np.nonzero(np.triu(cosines >= least, 1)), strict=True):
-                    found[rows[a], rows[b]] = float(cosines[a, b])
-    return [(i, j, cosine) for (i, j), cosine in sorted(found.items())]
+    sizes = np.sqrt(np.vecdot(sketches, sketches))
+    real = np.flatnonzero(np.isfinite(sizes) & (sizes > 0)).tolist()
+    if len(real) < len(sketches):  # what is all zeros, or no numbers, is like nothing
+        kept = alike(sketches[real], least, [uses[i] for i in real])
+        return [(real[i], real[j], cosine) for i, j, cosine in kept]
+    sketches /= sizes[:, None]
+    rows, far = neighbors.nearest(sketches, _NEIGHBORS)
+    found = [(np.repeat(np.arange(len(rows)), rows.shape[1]), rows.reshape(-1), far.reshape(-1))]
+    for hub in sorted(range(len(uses)), key=lambda i: (-uses[i], i))[:_HUBS]:
+        if uses[hub] < 2:
+            break
+        apart = 2 - 2 * (sketches @ sketches[hub])
+        others = np.flatnonzero(np.arange(len(uses)) != hub)
+        found.append((np.full(len(others), hub), others, apart[others]))
+    one, other, apart = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    cosines = 1 - apart / 2  # of rows of length 1, apart by that square
+    near = (cosines >= least) & (one >= 0) & (other >= 0)
+    pairs = {
+        (min(i, j), max(i, j)): c
+        for i, j, c in zip(
+            one[near].tolist(), other[near].tolist(), cosines[near].tolist(), strict=True
+        )
+    }
+    return [(i, j, cosine) for (i, j), cosine in sorted(pairs.items())]
 
 
-def nearest(
-    order: Sequence[int], pairs: Iterable[tuple[int, int, float]]
+def counterparts(
+    pairs: Iterable[tuple[int, int, float]], uses: Sequence[int], count: int
 ) -> list[tuple[int, int, float]]:
-    """(row, other, cosine): for each row the one it is most alike to of those before it in `order`. So
-    what is compared in full is one pair a component at most."""
-    near: dict[int, dict[int, float]] = defaultdict(dict)
+    """(row, other, cosine): for each row at most `count` others that may replace it, most alike first. The
+    most used replace the others, of equally used ones the first replace the later."""
+    near: dict[int, list[tuple[float, int]]] = defaultdict(list)
     for i, j, cosine in pairs:
-        near[i][j] = near[j][i] = cosine
-    before: set[int] = set()
-    out = []
-    for row in order:
-        known = [(cosine, other) for other, cosine in near[row].items() if other in before]
-        if known:
-            cosine, other = max(known)
-            out.append((row, other, cosine))
-        before.add(row)
-    return out
+        row, other = (j, i) if (-uses[i], i) < (-uses[j], j) else (i, j)
+        near[row].append((cosine, other))
+    return [
+        (row, other, cosine)
+        for row in sorted(near)
+        for cosine, other in sorted(near[row], key=lambda pair: (-pair[0], pair[1]))[:count]
+    ]
 
 
 class Reference:

@@ -15,16 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jblock.adapt import forward, training
+from jblock.adapt import forward, layers, training
 from jblock.adapt.forward import Weights
+from jblock.adapt.frozen import FrozenTop, pull
 from jblock.adapt.probe import Rows
-from jblock.blocks.spec import AttentionSpec, StitchSpec
+from jblock.blocks.spec import StitchSpec
 from jblock.zoo.records import Chain, Step, ZooError
 from jblock.zoo.store import Zoo
 
-_KNOWN_BYTES = 1 << 30  # for hidden rows that are computed once
-_TURNS = 3
-_BATCH_TOKENS = 4096
 _START_TOKENS = 32768
 _RIDGE = 1e-3
 
@@ -37,7 +35,7 @@ class Join:
     upper: int
 
 
-def layers(zoo: Zoo, chain: Chain) -> list[int]:
+def layer_starts(zoo: Zoo, chain: Chain) -> list[int]:
     """Index of the first step of every layer of a chain, then that of its head."""
     kinds = [zoo.component(step.component).spec.kind for step in chain.steps]
     return [*(i for i, kind in enumerate(kinds) if kind == "attention"), len(kinds) - 2]
@@ -51,7 +49,7 @@ def check(zoo: Zoo, lower: Chain, upper: Chain, joins: Sequence[Join]) -> None:
     """
     if lower.tokenizer != upper.tokenizer or lower.vocab_size != upper.vocab_size:
         raise ZooError(f"{lower.name} and {upper.name} have other tokenizers: no stitch can help")
-    counts = [len(layers(zoo, chain)) - 1 for chain in (lower, upper)]
+    counts = [len(layer_starts(zoo, chain)) - 1 for chain in (lower, upper)]
     for join in joins:
         if not 1 <= join.lower <= counts[0] or not 0 <= join.upper < counts[1]:
             raise ZooError(
@@ -65,7 +63,8 @@ def check(zoo: Zoo, lower: Chain, upper: Chain, joins: Sequence[Join]) -> None:
 
 def steps(zoo: Zoo, lower: Chain, upper: Chain, join: Join, stitch: Step) -> tuple[Step, ...]:
     """The steps of a stitched chain."""
-    first, last = layers(zoo, lower)[join.lower], layers(zoo, upper)[join.upper]
+    first = layer_starts(zoo, lower)[join.lower]
+    last = layer_starts(zoo, upper)[join.upper]
     return (*lower.steps[:first], stitch, *upper.steps[last:])
 
 
@@ -94,98 +93,60 @@ def train(
     """
     check(zoo, lower, upper, joins)
     joins = sorted(joins)
-    below, above = forward.load(zoo, lower.steps), forward.load(zoo, upper.steps)
-    whole = forward.load(zoo, teacher.steps)
-    ends = [layers(zoo, lower)[j.lower] for j in joins]
-    cuts = [layers(zoo, upper)[j.upper] for j in joins]
+    plans = [layers.plan(zoo, chain.steps) for chain in (lower, upper, teacher)]
+    starts = [layer_starts(zoo, chain) for chain in (lower, upper)]
+    ends = [plans[0].before(starts[0][j.lower]) for j in joins]
+    cuts = [plans[1].before(starts[1][j.upper]) for j in joins]
     spec = StitchSpec(
-        hidden_size=below.specs[0].hidden_size,
-        output_size=above.specs[0].hidden_size,
+        hidden_size=zoo.component(lower.steps[0].component).spec.hidden_size,
+        output_size=zoo.component(upper.steps[0].component).spec.hidden_size,
         inner_size=inner_size,
         depths=tuple(j.lower for j in joins),
         norm_eps=1e-5,
     )
+    taught = zoo.component(teacher.steps[0].component).spec.hidden_size
     work = training.key(
         [dataclasses.astuple(j) for j in joins],
         [[[s.component, *s.deltas] for s in c.steps] for c in (lower, upper, teacher)],
         [dataclasses.asdict(schedule), inner_size, "stitch"],
         data,
     )
-    data = _some(data, schedule, len(ends) * spec.hidden_size + whole.specs[0].hidden_size)
-    last = len(whole.specs) - 2
+    data = training.some(data, schedule, len(joins) * spec.hidden_size + taught)
+    last = len(plans[2].layers)
     if teacher.steps == lower.steps:
-        *known, wanted = _behind(whole, [*ends, last], data.tokens)
+        *known, wanted = layers.rows_behind(zoo, lower.steps, [*ends, last], data.tokens)
     else:
-        known = _behind(below, ends, data.tokens)
-        (wanted,) = _behind(whole, [last], data.tokens)
-    start = _start(spec, above, cuts, data.tokens, known, schedule.seed)
+        known = layers.rows_behind(zoo, lower.steps, ends, data.tokens)
+        (wanted,) = layers.rows_behind(zoo, teacher.steps, [last], data.tokens)
+    start = _start(zoo, spec, upper, cuts, data.tokens, known, schedule.seed)
+    lowest = min(cuts)
+    top = FrozenTop(zoo, plans[1].layers[lowest:], plans[1].head)
+    teaches = FrozenTop(zoo, (), plans[2].head)
+    runs = [functools.partial(_stitched, spec, j.lower) for j in joins]
+    pulls = [pull(run) for run in runs]
 
-    def draw(step: int) -> tuple[np.ndarray, ...]:
+    def gradients(trained: Any, step: int) -> tuple[float, Any]:
+        form = step % len(joins)
         at = training.places(data, schedule, step)
-        return known[step % len(joins)][at], wanted[at], data.tokens[at], data.target[at]
+        x = jnp.asarray(known[form][at])
+        where = (cuts[form] - lowest, joins[form].lower - joins[form].upper)
+        rows = top.forward(runs[form](trained, x), *where)
+        taught = (teaches, wanted[at])
+        value, gradient = top.loss(rows[-1], data.tokens[at], data.target[at], 0.5, taught)
+        return value, pulls[form](trained, x, top.backward(rows, gradient, *where))
 
-    def loss(form: int, trained: Any, fixed: Any, x: Any, last: Any, tokens: Any, target: Any):
-        high, teaches = Weights(above.specs, fixed[0]), Weights(whole.specs[-2:], fixed[1])
-        x = forward.run(Weights((spec,), (trained,)), x, first_layer=joins[form].lower)
-        x = forward.run(high.part(cuts[form], len(above.specs) - 2), x)
-        logits = forward.head(high, x)
-        nats = training.cross_entropy(logits, tokens, target)
-        return 0.5 * nats + 0.5 * training.kl_divergence(
-            forward.head(teaches, last), logits, target
-        )
-
-    tensors = training.fit(
-        work,
-        loss,
-        start,
-        (above.tensors, whole.tensors[-2:]),
-        draw,
-        schedule,
-        form=lambda step: step % len(joins),
-        on_step=on_step,
-    )
-    return spec, tensors, work
-
-
-def _some(data: Rows, schedule: training.Schedule, width: int) -> Rows:
-    """As many rows of a data set as training comes to `_TURNS` times, and as `_KNOWN_BYTES` hold `width`
-    numbers a token of."""
-    length = data.tokens.shape[1]
-    used = schedule.steps * schedule.batch_tokens // _TURNS
-    most = min(_KNOWN_BYTES // (4 * width), used) // length
-    if len(data) <= most:
-        return data
-    rng = np.random.default_rng([schedule.seed, len(data)])
-    at = np.sort(rng.choice(len(data), max(2, most), replace=False))
-    return Rows(data.tokens[at], data.target[at])
-
-
-def _behind(weights: Weights, ends: Sequence[int], tokens: np.ndarray) -> list[np.ndarray]:
-    """Hidden rows of a chain, float32 [B, T, d], behind its first `end` steps, for each of `ends`."""
-    size = max(1, min(len(tokens), _BATCH_TOKENS // tokens.shape[1]))
-    parts: list[list[np.ndarray]] = [[] for _ in ends]
-    for begin in range(0, len(tokens), size):
-        at = np.arange(begin, begin + size) % len(tokens)  # all of one size: one program
-        found = _rows(weights.specs, tuple(ends), weights.tensors, tokens[at])
-        for part, x in zip(parts, found, strict=True):
-            part.append(np.asarray(x))
-    return [np.concatenate(part)[: len(tokens)] for part in parts]
+    return spec, training.fit(work, gradients, start, schedule, on_step), work
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _rows(specs, ends, tensors, tokens):
-    weights = Weights(specs, tensors)
-    x, at, out = forward.embed(weights, tokens), 1, {}
-    for end in sorted(set(ends)):
-        depth = sum(isinstance(spec, AttentionSpec) for spec in specs[:at])
-        out[end] = x = forward.run(weights.part(at, end), x, depth)
-        at = end
-    return [out[end] for end in ends]
+def _stitched(spec, depth: int, trained, x):
+    return forward.run(Weights((spec,), (trained,)), x, first_layer=depth)
 
 
 def _start(
+    zoo: Zoo,
     spec: StitchSpec,
-    above: Weights,
+    upper: Chain,
     cuts: Sequence[int],
     tokens: np.ndarray,
     known: Sequence[np.ndarray],
@@ -197,7 +158,7 @@ def _start(
     shapes = spec.tensors()
     count = min(len(tokens), max(2, _START_TOKENS // tokens.shape[1]))
     at = np.sort(rng.choice(len(tokens), count, replace=False))
-    targets = _behind(above, cuts, tokens[at])
+    targets = layers.rows_behind(zoo, upper.steps, cuts, tokens[at])
     up = rng.standard_normal(shapes["up.weight"], np.float32) * spec.hidden_size**-0.5
     means, xs, ys = [], [], []
     for rows, target in zip(known, targets, strict=True):

@@ -1,163 +1,52 @@
-"""Components that may replace others: candidates by their parameters, then what they cost in place.
+"""What substitutes cost in place: the chain with them beside the chain as it is, on probe data.
 
-Parameters only nominate. What counts is measured end to end: the candidate in its place in the chain, on
-probe data, beside the chain as it is.
+What is recommended was chosen on one half of the probe and is scored on the other, so that the best of many
+tries is not taken for as good as it looked.
 """
 
-import concurrent.futures
 import dataclasses
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jblock.adapt import forward, metrics, sketch
+from jblock.adapt import forward
+from jblock.adapt.candidates import Candidate, users
+from jblock.adapt.metrics import Comparison, Evaluator
 from jblock.adapt.probe import ProbeData
+from jblock.blocks.spec import StitchSpec
 from jblock.zoo.acceptance import AcceptancePolicy, violations
 from jblock.zoo.edge_records import Edge, Score, versions
-from jblock.zoo.records import Chain, ComponentRecord, Step
+from jblock.zoo.records import Chain, Step, ZooError
 from jblock.zoo.store import Zoo
 
-_THREADS = 2  # components compared at a time, each with a copy in memory
-_READERS = 8  # sketches read at a time: many short reads, for which the disk is waited for
-_AHEAD = 4  # components that the kernel reads meanwhile
+Change = Mapping[int, Step]
+_KINDS = {
+    "stitch": "stitch",
+    "surrogate": "surrogate",
+    "compress": "quantised",
+    "quantise": "quantised",
+    "quantize": "quantised",
+}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """Two components of one spec with parameters that point the same way.
-
-    Attributes:
-      original: id of the one that would be replaced.
-      substitute: id of the one that would take its place; at least as many chains use it.
-      nbytes: of the original.
-      cosine: of all parameters as one vector.
-      cosines: of each tensor.
-    """
-
-    original: str
-    substitute: str
-    nbytes: int
-    cosine: float
-    cosines: Mapping[str, float]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Search:
-    """What a search looked at.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Measured:
+    """A change of some steps of a chain, and what came out.
 
     Attributes:
-      components: how many components were sketched.
-      alike: pairs whose sketches are alike.
-      candidates: pairs that were compared in full and are alike, most alike first.
+      change: index -> the step that takes this place; None: `steps` is another model as a whole.
+      steps: of the chain with it.
+      comparison: beside the chain as it is.
+      cosine: of the replaced parameters as one vector, if they can be compared.
+      kind: of an edge.
     """
 
-    components: int
-    alike: int
-    candidates: tuple[Candidate, ...]
-
-
-def users(chains: Mapping[str, Chain]) -> dict[str, set[str]]:
-    """Component id -> names of the chains that use it."""
-    found: dict[str, set[str]] = defaultdict(set)
-    for name, chain in chains.items():
-        for step in chain.steps:
-            found[step.component].add(name)
-    return found
-
-
-def search(
-    zoo: Zoo,
-    used: Mapping[str, set[str]],
-    least: float,
-    on_bytes: Callable[[int], None] = lambda nbytes: None,
-) -> Search:
-    """Finds components that are alike, among those in `used`.
-
-    Args:
-      zoo: where they lie.
-      used: component id -> who uses it; those most used replace the others.
-      least: smallest cosine of all parameters.
-      on_bytes: called with the bytes of what was read.
-
-    Raises:
-      ZooError: a component is damaged.
-    """
-    groups: dict[str, list[ComponentRecord]] = defaultdict(list)
-    for id_ in used:
-        record = zoo.component(id_)
-        if record.tensors:
-            groups[sketch.group(record)].append(record)
-    count = alike = 0
-    found = []
-    for records in groups.values():
-        count += len(records)
-        if len(records) < 2:
-            continue
-        sketches = read_sketches(zoo, records)
-        pairs = sketch.alike(sketches, least)
-        alike += len(pairs)
-        order = sorted(range(len(records)), key=lambda i: (-len(used[records[i].id]), i))
-        by_target: dict[int, list[int]] = defaultdict(list)
-        for row, other, _ in sketch.nearest(order, pairs):
-            by_target[other].append(row)
-        ahead = _Prefetcher(
-            zoo, [records[i].id for o, rows in by_target.items() for i in (o, *rows)]
-        )
-        for other, rows in by_target.items():
-            target = sketch.Reference(zoo.load_component(records[other].id))
-            ahead.advance()
-            for record, cosines in _compare(zoo, [records[i] for i in rows], target, ahead):
-                on_bytes(record.nbytes)
-                whole = cosines.pop("")
-                if whole >= least:
-                    found.append(
-                        Candidate(
-                            original=record.id,
-                            substitute=records[other].id,
-                            nbytes=record.nbytes,
-                            cosine=whole,
-                            cosines=cosines,
-                        )
-                    )
-    found.sort(key=lambda c: -c.cosine)
-    return Search(components=count, alike=alike, candidates=tuple(found))
-
-
-def read_sketches(zoo: Zoo, records: Sequence[ComponentRecord]) -> np.ndarray:
-    """float32 [records, n]: the sketches of components of one group."""
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        return np.stack(list(pool.map(lambda record: sketch.sketch(zoo, record), records)))
-
-
-class _Prefetcher:
-    """Has the kernel read components that will be loaded soon, a few before their turn."""
-
-    def __init__(self, zoo: Zoo, order: Sequence[str]):
-        self._zoo, self._rest = zoo, iter(order)
-        for _ in range(_AHEAD):
-            self.advance()
-
-    def advance(self) -> None:
-        """Called when one of them was loaded."""
-        id_ = next(self._rest, None)
-        if id_ is not None:
-            self._zoo.prefetch(id_)
-
-
-def _compare(
-    zoo: Zoo, records: Sequence[ComponentRecord], target: sketch.Reference, ahead: _Prefetcher
-) -> Iterator[tuple[ComponentRecord, dict[str, float]]]:
-    """Cosines of some components with one, reading the next while one is compared."""
-
-    def one(record: ComponentRecord) -> tuple[ComponentRecord, dict[str, float]]:
-        tensors = zoo.load_component(record.id)
-        ahead.advance()
-        return record, sketch.cosine(tensors, target)
-
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        yield from pool.map(one, records)
+    change: Change | None
+    steps: tuple[Step, ...]
+    comparison: Comparison
+    cosine: Score | None
+    kind: str = "equivalent"
 
 
 class ChainEvaluator:
@@ -169,63 +58,143 @@ class ChainEvaluator:
       original: what the chain makes of it.
     """
 
-    def __init__(self, zoo: Zoo, chain: Chain, data: ProbeData, lowest: int = 1):
-        """Runs the chain as it is. Steps below `lowest` are run only here, if none of them is changed."""
+    def __init__(self, zoo: Zoo, chain: Chain, data: ProbeData):
+        """Runs the chain as it is."""
         self._zoo, self.chain, self.data = zoo, chain, data
-        self._weights = forward.load(zoo, chain.steps)
-        self._below = metrics.below(self._weights, data, max(1, lowest))
-        self.original = metrics.outputs(self._weights, data, self._below)
+        self._evaluator = Evaluator(zoo, chain.steps, data)
+        self.original = self._evaluator.original
 
-    def measure(self, change: Mapping[int, Step]) -> dict[str, Score]:
-        """Scores of the chain with other steps at some places, all of them at once.
+    def measure(
+        self, changes: Sequence[Change], on_done: Callable[[], object] = lambda: None
+    ) -> list[Measured]:
+        """Runs the chain with each of some sets of changes."""
+        chains = [
+            tuple(change.get(i, step) for i, step in enumerate(self.chain.steps))
+            for change in changes
+        ]
+        found = self._evaluator.measure(chains, on_done)
+        rows = zip(changes, chains, found, strict=True)
+        return [Measured(c, steps, f, self._cosine(c)) for c, steps, f in rows]
 
-        `parameter_cosine` is that of the replaced components as one vector.
-        """
-        weights = self._weights
-        sums = np.zeros(3)
-        for at, step in change.items():
-            by = forward.load(self._zoo, [step])
-            for name, value in by.tensors[0].items():
-                a, b = (np.asarray(v).reshape(-1) for v in (self._weights.tensors[at][name], value))
-                sums += (a @ b, a @ a, b @ b)
-            weights = weights.replaced(at, 1, by)
-        cosine = Score(value=float(sums[0] / max(np.sqrt(sums[1] * sums[2]), 1e-30)))
-        # A changed embedding leaves nothing to go on from.
-        known = self._below if min(change) >= self._below.count else None
-        outputs = metrics.outputs(weights, self.data, known)
-        found = metrics.scores(self.original, outputs)
-        return {"parameter_cosine": cosine, **found}
+    def measure_models(
+        self, models: Sequence[Chain], on_done: Callable[[], object] = lambda: None
+    ) -> list[Measured]:
+        """Runs other models of the same vocabulary in the chain's place. They may be of other widths and
+        depths: what is compared is what they put out."""
+        found = self._evaluator.measure([m.steps for m in models], on_done)
+        return [
+            Measured(None, m.steps, f, None, kind_of(self._zoo, m))
+            for m, f in zip(models, found, strict=True)
+        ]
 
     def edge(
-        self, change: Mapping[int, Step], scores: Mapping[str, Score], provenance: Mapping[str, Any]
+        self,
+        measured: Measured,
+        provenance: Mapping[str, Any],
+        second: bool | None = True,
+        more: Mapping[str, Score] | None = None,
     ) -> Edge:
-        """The edge that says so: from the first changed step to the last."""
-        first, last = min(change), max(change) + 1
-        steps = self.chain.steps
+        """The edge that says so, from the first changed step to the last.
+
+        Args:
+          measured: by this evaluator.
+          provenance: of the edge.
+          second: the half of the probe whose scores it has (`Comparison.half`); None: all of it, where
+            nothing was chosen by them.
+          more: further scores.
+        """
+        first, last = _changed(self.chain.steps, measured.steps)
+        behind = len(self.chain.steps) - last
+        comparison, data = measured.comparison, self.data
+        if second is not None:
+            comparison, data = comparison.half(second), data.half(second)
+        cosine = {} if measured.cosine is None else {"parameter_cosine": measured.cosine}
         return Edge(
-            kind="equivalent",
-            original=steps[first:last],
-            substitute=tuple(change.get(i, steps[i]) for i in range(first, last)),
-            scores=scores,
+            kind=measured.kind,
+            original=self.chain.steps[first:last],
+            substitute=measured.steps[first : len(measured.steps) - behind],
+            scores={**cosine, **(more or {}), **comparison.scores()},
             chain=f"{self.chain.name}@{self.chain.version}",
-            probe=self.data.record,
+            probe=data.record,
             provenance=provenance,
             versions=versions(),
         )
 
+    def _cosine(self, change: Change) -> Score:
+        """Of the replaced components as one vector."""
+        sums = np.zeros(3)
+        for at, step in change.items():
+            own, by = (
+                forward.load(self._zoo, [s]).tensors[0] for s in (self.chain.steps[at], step)
+            )
+            for name, value in by.items():
+                a, b = (np.asarray(v, np.float32).reshape(-1) for v in (own[name], value))
+                sums += (a @ b, a @ a, b @ b)
+        return Score(value=float(sums[0] / max(np.sqrt(sums[1] * sums[2]), 1e-30)))
 
-def places(chain: Chain, candidates: Sequence[Candidate]) -> dict[int, Step]:
-    """Step index -> what may stand there. Adapted steps stay: an adapter was trained on its own base."""
-    by_original = {c.original: c for c in candidates}
-    return {
-        at: dataclasses.replace(step, component=by_original[step.component].substitute)
-        for at, step in enumerate(chain.steps)
-        if step.component in by_original and not step.deltas
-    }
+
+def _changed(original: Sequence[Step], substitute: Sequence[Step]) -> tuple[int, int]:
+    """The steps original[first:last] that others take the place of; at least one on either side."""
+    shorter = min(len(original), len(substitute)) - 1
+    first = next((i for i in range(shorter) if original[i] != substitute[i]), shorter)
+    same = 0
+    while same < shorter - first and original[-1 - same] == substitute[-1 - same]:
+        same += 1
+    return first, len(original) - same
+
+
+def beside(
+    zoo: Zoo,
+    chain: Chain,
+    other: Chain,
+    data: ProbeData,
+    provenance: Mapping[str, Any],
+    more: Mapping[str, Score] | None = None,
+) -> tuple[Edge, Comparison]:
+    """What `other` puts out beside `chain`, on all of a probe, and the edge that says so.
+
+    Raises:
+      ZooError: the two have other tokens or are equal, or a component is missing or damaged.
+    """
+    if (chain.tokenizer, chain.vocab_size) != (other.tokenizer, other.vocab_size):
+        raise ZooError(
+            f"{other.name} and {chain.name} have other tokenizers: what they put out cannot be compared"
+        )
+    if chain.steps == other.steps:
+        raise ZooError(
+            f"{other.name}@{other.version} and {chain.name}@{chain.version} are the same components: there "
+            "is nothing to measure"
+        )
+    evaluator = ChainEvaluator(zoo, chain, data)
+    (measured,) = evaluator.measure_models([other])
+    return evaluator.edge(measured, provenance, None, more), measured.comparison
+
+
+def kind_of(zoo: Zoo, model: Chain) -> str:
+    """The kind of edge to a model as a whole: by how it was made, else "equivalent"."""
+    kind = _KINDS.get(str(model.derived.get("command")), "equivalent")
+    if kind == "equivalent" and any(
+        isinstance(zoo.component(s.component).spec, StitchSpec) for s in model.steps
+    ):
+        return "stitch"
+    return kind
+
+
+def places(chain: Chain, candidates: Sequence[Candidate]) -> dict[int, list[Step]]:
+    """Step index -> what may stand there, most alike first. Adapted steps stay: an adapter was trained on its
+    own base."""
+    found: dict[int, list[Step]] = {}
+    for at, step in enumerate(chain.steps):
+        if step.deltas:
+            continue
+        by = [c.substitute for c in candidates if c.original == step.component]
+        if by:
+            found[at] = [dataclasses.replace(step, component=id_) for id_ in by]
+    return found
 
 
 def runs(changes: Mapping[int, Step]) -> list[dict[int, Step]]:
-    """Changes of neighbouring steps taken together: blocks that could be shared as a whole."""
+    """Changes of neighboring steps taken together: blocks that could be shared as a whole."""
     found: list[dict[int, Step]] = []
     for at, step in sorted(changes.items()):
         if found and at - 1 in found[-1]:
@@ -235,53 +204,101 @@ def runs(changes: Mapping[int, Step]) -> list[dict[int, Step]]:
     return [run for run in found if len(run) > 1]
 
 
-def recommend(
-    bench: ChainEvaluator,
-    edges: Mapping[int, Edge],
-    accepted: AcceptancePolicy,
-    on_done: Callable[[], object] = lambda: None,
-) -> tuple[dict[int, Step], dict[str, Score]]:
-    """The largest set of changes found whose cost together is still accepted.
+def other_models(zoo: Zoo, chain: Chain, models: Sequence[Chain]) -> list[Chain]:
+    """Models that could take a chain's place though their components cannot be compared with its own: of the
+    same tokenizer, and of another width or with a stitch."""
 
-    Costs add up, so usable changes are tried one upon the other, the least costly first, and each is kept
-    only if all of them together pass.
+    def widths(model: Chain) -> list[int]:
+        specs = [zoo.component(s.component).spec for s in model.steps]
+        return [getattr(spec, "hidden_size", 0) for spec in specs]
+
+    own = widths(chain)
+    return [
+        m
+        for m in models
+        if m.steps != chain.steps
+        and (m.tokenizer, m.vocab_size) == (chain.tokenizer, chain.vocab_size)
+        and chain.tokenizer is not None
+        and (widths(m) != own or kind_of(zoo, m) == "stitch")
+    ]
+
+
+def nearest_models(
+    evaluator: ChainEvaluator, zoo: Zoo, models: Sequence[Chain], count: int
+) -> list[Chain]:
+    """The `count` models that put out what the chain does most often, on the first rows of its probe."""
+    if len(models) <= count:
+        return list(models)
+    small = ProbeData("", evaluator.data.text.first(2))
+    found = Evaluator(zoo, evaluator.chain.steps, small).measure([m.steps for m in models])
+    order = sorted(range(len(models)), key=lambda i: -float(found[i].same.mean()))
+    return [models[i] for i in order[:count]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recommendation:
+    """What was chosen on the first half of a probe.
+
+    Attributes:
+      measured: the changes together.
+      edge: with their scores on the second half.
+      reasons: why the second half does not confirm the choice; empty if it does.
+    """
+
+    measured: Measured
+    edge: Edge
+    reasons: list[str]
+
+
+def recommend(
+    evaluator: ChainEvaluator,
+    tried: Sequence[Measured],
+    accepted: AcceptancePolicy,
+    provenance: Mapping[str, Any],
+    on_done: Callable[[], object] = lambda: None,
+) -> Recommendation | None:
+    """The largest set of changes found whose cost together is accepted on the first half of the probe.
+
+    Costs add up, so usable changes are tried one upon the other, the least costly first, one a place, and
+    each is kept only if all of them together pass. Where none is usable, another model as a whole may be.
 
     Args:
-      bench: of the chain.
-      edges: step index -> the edge measured for a change there.
+      evaluator: of the chain.
+      tried: changes of one step each, and other models.
       accepted: by the operator.
-      on_done: called after each measurement.
-
-    Returns:
-      The changes, and their scores together; empty if none is usable.
+      provenance: of the edge.
+      on_done: called after each that was looked at.
     """
-    usable = {at: e for at, e in edges.items() if not violations(e, accepted)}
-    kept: dict[int, Step] = {}
-    scores: dict[str, Score] = {}
-    for at, edge in sorted(usable.items(), key=lambda item: item[1].scores["kl"].value):
-        trial = {**kept, at: edge.substitute[0]}
-        measured = edge.scores if not kept else bench.measure(trial)
-        if not violations(bench.edge(trial, measured, {}), accepted):
-            kept, scores = trial, dict(measured)
+
+    def passes(measured: Measured) -> bool:
+        return not violations(evaluator.edge(measured, {}, second=False), accepted)
+
+    def cost(measured: Measured) -> float:
+        return float(measured.comparison.half(False).kl.mean())
+
+    kept: Measured | None = None
+    for one in sorted((m for m in tried if m.change is not None), key=cost):
         on_done()
-    return kept, scores
+        before = kept.change if kept is not None and kept.change is not None else {}
+        if not passes(one) or one.change is None or min(one.change) in before:
+            continue
+        trial = one if not before else evaluator.measure([{**before, **one.change}])[0]
+        kept = trial if passes(trial) else kept
+    if kept is None:
+        models = sorted((m for m in tried if m.change is None and passes(m)), key=cost)
+        kept = models[0] if models else None
+    if kept is None:
+        return None
+    edge = evaluator.edge(kept, provenance)
+    return Recommendation(kept, edge, violations(edge, accepted))
 
 
-def changed(
-    chain: Chain, change: Mapping[int, Step], name: str, derived: Mapping[str, Any]
-) -> Chain:
-    """A chain of its own with other steps; `near`, so it is served only to who accepts that."""
-    steps = [change.get(i, step) for i, step in enumerate(chain.steps)]
-    return chain.derive(name, steps, ("near",), derived)
-
-
-def freed(zoo: Zoo, chains: Mapping[str, Chain], changes: Mapping[str, Mapping[int, Step]]) -> int:
-    """Bytes of components that no chain uses any more once `changes` (chain name -> changes) are made."""
+def freed(zoo: Zoo, chains: Mapping[str, Chain], changed: Mapping[str, Sequence[Step]]) -> int:
+    """Bytes of components that no chain uses any more once some (by name) have the steps of `changed`."""
     before = set(users(chains))
-    after: set[str] = set()
-    for name, chain in chains.items():
-        change = changes.get(name, {})
-        after |= {change.get(i, s).component for i, s in enumerate(chain.steps)}
+    after = {
+        step.component for name, chain in chains.items() for step in changed.get(name, chain.steps)
+    }
     gone = before - after
     # What a tied tensor refers to stays with it.
     for id_ in after:

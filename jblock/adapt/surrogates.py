@@ -6,7 +6,6 @@ chain's own outputs and hidden rows, with all other components frozen.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jblock.adapt import forward, training
+from jblock.adapt import forward, layers, training
 from jblock.adapt.forward import Weights
+from jblock.adapt.frozen import FrozenTop, pull
 from jblock.adapt.probe import Rows
 from jblock.blocks import layout
 from jblock.blocks.spec import AttentionSpec, ComponentSpec, FfnSpec
@@ -134,57 +134,105 @@ def train(
     Raises:
       ZooError: steps that have no surrogate, or a loss that is no number any more.
     """
-    whole = forward.load(zoo, chain.steps)
-    part = whole.part(first, last)
+    plan = layers.plan(zoo, chain.steps)
+    bottom, behind = plan.before(first), plan.before(last)
+    part = forward.load(zoo, chain.steps[first:last])
     specs = tuple(smaller(part.specs, keep))
-    ranks = _importances(whole, first, last, data, schedule)
-    parts = zip(part.specs, specs, part.tensors, ranks, strict=True)
-    start = tuple(prune(spec, small, tensors, rank) for spec, small, tensors, rank in parts)
     work = training.key(
         [[s.component, *s.deltas] for s in chain.steps],
         [dataclasses.asdict(schedule), first, last, keep, "surrogate"],
         *data,
     )
-    depth = sum(isinstance(s, AttentionSpec) for s in whole.specs[:first])
+    width = 3 * zoo.component(chain.steps[0].component).spec.hidden_size * len(data)
+    sets = [_Set.of(zoo, chain, (bottom, behind), training.some(r, schedule, width)) for r in data]
+    top = FrozenTop(zoo, plan.layers[behind:], plan.head)
+    depth = plan.layers[bottom].depth
+    ranks = _importances(part, depth, top, sets, schedule)
+    parts = zip(part.specs, specs, part.tensors, ranks, strict=True)
+    start = tuple(prune(spec, small, tensors, rank) for spec, small, tensors, rank in parts)
+    run = jax.jit(lambda trained, x: forward.run(Weights(specs, trained), x, depth))
+    back = pull(run)
 
-    def loss(form: int, trained: Any, fixed: Any, tokens: jax.Array, target: jax.Array):
-        original = Weights(whole.specs, fixed)
-        end = len(whole.specs) - 2
-        x = forward.run(original.part(1, first), forward.embed(original, tokens))
-        wanted = forward.run(original.part(first, last), x, depth)
-        got = forward.run(Weights(specs, trained), x, depth)
-        behind = original.part(last, end)
-        teacher = forward.head(original, forward.run(behind, wanted))
-        logits = forward.head(original, forward.run(behind, got))
-        apart = jnp.sum((got - wanted) ** 2, axis=-1) / jnp.sum(wanted**2, axis=-1)
-        real = jnp.cumsum(target[:, ::-1], axis=1)[:, ::-1] > 0  # all but padding
-        near = jnp.sum(jnp.where(real, apart, 0.0)) / jnp.sum(real)
-        return training.kl_divergence(teacher, logits, target) + near
+    def gradients(trained: Any, step: int) -> tuple[float, Any]:
+        x, wanted, taught, tokens, target = sets[step % len(sets)].draw(schedule, step)
+        got = run(trained, x)
+        rows = top.forward(got)
+        value, gradient = top.loss(rows[-1], tokens, target, 0.0, (top, taught))
+        near, apart = _near(got, wanted, jnp.asarray(target))
+        return value + float(near), back(trained, x, top.backward(rows, gradient) + apart)
 
-    draw = functools.partial(training.batch, data, schedule)
-    tensors = training.fit(work, loss, start, whole.tensors, draw, schedule, on_step=on_step)
+    tensors = training.fit(work, gradients, start, schedule, on_step)
     sizes = (Weights(specs, tensors).num_params, part.num_params)
     return Surrogate(first, specs, tensors, sizes, work)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Set:
+    """Rows to train on, with what the chain makes of them, which is computed once.
+
+    Attributes:
+      rows: tokens and target.
+      below: float32 [B, T, d] that go into the first layer that is replaced.
+      behind: that come out of the last.
+      last: behind all layers.
+    """
+
+    rows: Rows
+    below: np.ndarray
+    behind: np.ndarray
+    last: np.ndarray
+
+    @classmethod
+    def of(cls, zoo: Zoo, chain: Chain, at: tuple[int, int], rows: Rows) -> "_Set":
+        """Of a chain whose layers at[0] to at[1] - 1 are replaced."""
+        end = len(layers.plan(zoo, chain.steps).layers)
+        return cls(rows, *layers.rows_behind(zoo, chain.steps, [*at, end], rows.tokens))
+
+    def draw(self, schedule: training.Schedule, step: int):
+        """below, behind, last, tokens and target of the rows that one step draws."""
+        at = training.places(self.rows, schedule, step)
+        below, behind = jnp.asarray(self.below[at]), jnp.asarray(self.behind[at])
+        return below, behind, self.last[at], self.rows.tokens[at], self.rows.target[at]
+
+
+@jax.jit
+def _near(got: jax.Array, wanted: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Squared distance of hidden rows over their squared size, mean over all but padding; its gradient."""
+    real = jnp.cumsum(target[:, ::-1], axis=1)[:, ::-1] > 0
+
+    def distance(got):
+        apart = jnp.sum((got - wanted) ** 2, axis=-1) / jnp.sum(wanted**2, axis=-1)
+        return jnp.sum(jnp.where(real, apart, 0.0)) / jnp.sum(real)
+
+    return jax.value_and_grad(distance)(got)
+
+
 def _importances(
-    whole: Weights, first: int, last: int, data: Sequence[Rows], schedule: training.Schedule
+    part: Weights,
+    depth: int,
+    top: FrozenTop,
+    sets: Sequence[_Set],
+    schedule: training.Schedule,
 ) -> list[np.ndarray]:
     """For each step the importance of its heads or channels."""
-    part = whole.part(first, last)
     outs = [_out(spec) for spec in part.specs]
 
-    def loss(matrices: Any, tensors: Any, tokens: jax.Array, target: jax.Array):
-        new = tuple({**tensors[first + i], name: matrices[i]} for i, (name, _) in enumerate(outs))
-        weights = Weights(whole.specs, (*tensors[:first], *new, *tensors[last:]))
-        _, logits = forward.hidden_and_logits(weights, tokens)
-        return training.cross_entropy(logits, tokens, target)
+    def run(matrices: Any, rest: Any) -> jax.Array:
+        x, stored = rest
+        new = tuple(
+            {**tensors, name: matrix}
+            for tensors, (name, _), matrix in zip(stored, outs, matrices, strict=True)
+        )
+        return forward.run(Weights(part.specs, new), x, depth)
 
-    gradient = jax.jit(jax.grad(loss))
+    back = pull(run)
     matrices = tuple(t[name] for t, (name, _) in zip(part.tensors, outs, strict=True))
     totals: list[Any] = [0.0] * len(outs)
     for step in range(_RANKING_BATCHES):
-        found = gradient(matrices, whole.tensors, *training.batch(data, schedule, step))
+        x, behind, _, tokens, target = sets[step % len(sets)].draw(schedule, step)
+        rows = top.forward(behind)
+        _, gradient = top.loss(rows[-1], tokens, target, 1.0)
+        found = back(matrices, (x, part.tensors), top.backward(rows, gradient))
         for i, (spec, (_, transposed)) in enumerate(zip(part.specs, outs, strict=True)):
             product = np.asarray(matrices[i] * found[i])
             by_input = product.sum(axis=1 if transposed else 0)

@@ -22,6 +22,8 @@ from jblock.zoo.records import ZooError
 
 Tree = Any
 _SAVE_SECONDS = 15.0
+_KNOWN_BYTES = 512 << 20  # for hidden rows that are computed once
+_TURNS = 3
 _WARM_UP = 0.05
 _CLIP = 1.0
 _B1, _B2, _EPS = 0.9, 0.98, 1e-8
@@ -55,6 +57,19 @@ def batch(data: Sequence[Rows], schedule: Schedule, step: int) -> tuple[np.ndarr
     return rows.tokens[at], rows.target[at]
 
 
+def some(data: Rows, schedule: Schedule, width: int) -> Rows:
+    """As many rows of a data set as training comes to some times, and as `_KNOWN_BYTES` hold `width` numbers
+    a token of: what is frozen and lies below runs over these once."""
+    length = data.tokens.shape[1]
+    used = schedule.steps * schedule.batch_tokens // _TURNS
+    most = min(_KNOWN_BYTES // (4 * width), used) // length
+    if len(data) <= most:
+        return data
+    rng = np.random.default_rng([schedule.seed, len(data)])
+    at = np.sort(rng.choice(len(data), max(2, most), replace=False))
+    return Rows(data.tokens[at], data.target[at])
+
+
 def places(rows: Rows, schedule: Schedule, step: int) -> np.ndarray:
     """Which rows of a data set one step draws: int64 [B], ascending."""
     count = min(len(rows), max(1, schedule.batch_tokens // rows.tokens.shape[1]))
@@ -76,12 +91,9 @@ def key(*parts: Any) -> str:
 
 def fit(
     work: str,
-    loss: Callable[..., jax.Array],
+    gradients: Callable[[Tree, int], tuple[float | jax.Array, Tree]],
     trained: Tree,
-    fixed: Tree,
-    draw: Callable[[int], tuple[np.ndarray, ...]],
     schedule: Schedule,
-    form: Callable[[int], int] = lambda step: 0,
     on_step: Callable[[int, float], object] = lambda step, value: None,
 ) -> Tree:
     """Minimises a loss; returns the trained tensors.
@@ -89,12 +101,9 @@ def fit(
     Args:
       work: `key` of all that decides the result; the state of a run that is not done is kept under it
         (training_state.py).
-      loss: (form, trained, fixed, *what was drawn) -> scalar.
+      gradients: (trained, step) -> loss and its gradient; the step alone decides what is drawn.
       trained: where they begin; float32 arrays.
-      fixed: other arrays.
-      draw: step -> what it learns from, such as `batch`: arrays that the step alone decides.
       schedule: how long and how fast.
-      form: step -> a number that is static for `loss`, such as which of some chains is trained.
       on_step: called with the number of steps done and the loss of the last.
 
     Raises:
@@ -104,13 +113,13 @@ def fit(
     state = (trained, zeros, zeros)
     done, state = _resume(work, state)
     saved = time.monotonic()
-    update = jax.jit(functools.partial(_update, loss, schedule.learning_rate), static_argnums=0)
     for step in range(done, schedule.steps):
         scale = np.float32(_rate(step, schedule.steps))
-        state, value = update(form(step), state, fixed, draw(step), scale, np.float32(step + 1))
+        value, gradient = gradients(state[0], step)
         number = float(value)
         if not np.isfinite(number):
             raise ZooError(f"step {step}: the loss is {number}: give a smaller learning rate")
+        state = _update(schedule.learning_rate, state, gradient, scale, np.float32(step + 1))
         on_step(step + 1, number)
         if time.monotonic() - saved > _SAVE_SECONDS:
             _save(work, step + 1, state)
@@ -118,9 +127,9 @@ def fit(
     return state[0]
 
 
-def _update(loss, rate, form, state, fixed, drawn, scale, step):
+@functools.partial(jax.jit, static_argnums=0)
+def _update(rate, state, gradient, scale, step):
     trained, first, second = state
-    value, gradient = jax.value_and_grad(lambda t: loss(form, t, fixed, *drawn))(trained)
     norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(gradient)))
     gradient = jax.tree.map(lambda g: g * jnp.minimum(1.0, _CLIP / (norm + 1e-12)), gradient)
     first = jax.tree.map(lambda m, g: _B1 * m + (1 - _B1) * g, first, gradient)
@@ -130,7 +139,7 @@ def _update(loss, rate, form, state, fixed, drawn, scale, step):
     def moved(p, m, v):
         return p - rate * scale * m * m_scale / (jnp.sqrt(v * v_scale) + _EPS)
 
-    return (jax.tree.map(moved, trained, first, second), first, second), value
+    return jax.tree.map(moved, trained, first, second), first, second
 
 
 def _rate(step: int, steps: int) -> float:
@@ -158,14 +167,6 @@ def cross_entropy(logits: jax.Array, tokens: jax.Array, target: jax.Array) -> ja
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)
     counts = target[:, 1:]
     return -jnp.sum(jnp.where(counts, picked[..., 0], 0.0)) / jnp.sum(counts)
-
-
-def kl_divergence(teacher: jax.Array, logits: jax.Array, target: jax.Array) -> jax.Array:
-    """Mean KL(teacher || logits) of the next token where it counts. [B, T, V] twice, [B, T] -> []."""
-    p, q = (jax.nn.log_softmax(x[:, :-1]) for x in (teacher, logits))
-    each = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
-    counts = target[:, 1:]
-    return jnp.sum(jnp.where(counts, each, 0.0)) / jnp.sum(counts)
 
 
 def stored(tensors: Mapping[str, jax.Array], dtype: str) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from jblock.zoo.edge_records import MEASURES, Edge
+from jblock.zoo.edge_records import MEASURES, Edge, Score
 from jblock.zoo.records import POLICIES, ZooError
 
 
@@ -14,7 +14,7 @@ class AcceptancePolicy:
 
     Attributes:
       policy: the widest policy: "exact", "near" or "adaptive".
-      thresholds: measure -> the worst value that is good enough.
+      thresholds: measure -> the worst value that is good enough; of a change its size counts.
     """
 
     policy: str = "exact"
@@ -33,23 +33,59 @@ class AcceptancePolicy:
 def violations(edge: Edge, accepted: AcceptancePolicy) -> list[str]:
     """Why an edge may not be used; empty if it may.
 
-    Every threshold must be met, by the worse end of the interval where there is one, and one of them must
-    be of outputs: parameters that look alike are no proof.
+    Every threshold must be met by the worse end of its interval, and one of them must be on a measure that
+    licenses a substitution (`Measure.licenses`): parameters that look alike are no proof, nor is perplexity.
     """
     found = []
     if POLICIES.index(edge.policy) > POLICIES.index(accepted.policy):
         found.append(f"{edge.kind} needs policy {edge.policy}, not {accepted.policy}")
-    if not any(MEASURES[name].output for name in accepted.thresholds):
-        outputs = ", ".join(n for n, m in MEASURES.items() if m.output)
-        found.append(f"no threshold on outputs is set: set one of {outputs}")
+    if not any(MEASURES[name].licenses for name in accepted.thresholds):
+        enough = " or ".join(n for n, m in MEASURES.items() if m.licenses)
+        found.append(f"no threshold that licenses a substitution is set: set one on {enough}")
     for name, bound in accepted.thresholds.items():
         score = edge.scores.get(name)
         if score is None:
-            found.append(f"{name} was not measured")
+            found.append(f"{name} was not measured" + _HOW.get(name, ""))
             continue
-        higher = MEASURES[name].better == "higher"
-        worst = score.low if higher else score.high
-        worst = score.value if worst is None else worst
-        if (worst < bound) if higher else (worst > bound):
-            found.append(f"{name} may be {worst:.4g}, {'under' if higher else 'over'} {bound:.4g}")
+        bad = worst(name, score)
+        limit = abs(bound) if MEASURES[name].two_sided else bound
+        higher = MEASURES[name].better == "higher" and not MEASURES[name].two_sided
+        if (bad >= limit) if higher else (bad <= limit):
+            continue
+        size = "the size of " if MEASURES[name].two_sided else ""
+        text = f"{size}{name} may be {bad:.4g}, {'under' if higher else 'over'} {limit:.4g}"
+        count = needed(name, score, bound)
+        if count is not None:
+            unit = "items" if name == "accuracy_change" else "tokens"
+            text += f": {score.count:,} {unit} cannot decide it, about {count:,} would"
+        found.append(text)
     return found
+
+
+_HOW = {"accuracy_change": ": give --items"}
+
+
+def worst(name: str, score: Score) -> float:
+    """The end of an interval that counts against a threshold. A change counts in both directions: a
+    substitute that answers better than the original by as much is as much another model."""
+    low = score.value if score.low is None else score.low
+    high = score.value if score.high is None else score.high
+    if MEASURES[name].two_sided:
+        return max(abs(low), abs(high))
+    return low if MEASURES[name].better == "higher" else high
+
+
+def needed(name: str, score: Score, bound: float) -> int | None:
+    """How many tokens or items would decide a threshold that the value meets and its interval does not.
+
+    Taken from what was seen: the interval narrows with the square root of the count. None if the value
+    itself does not meet the threshold, or all of the interval does.
+    """
+    value = abs(score.value) if MEASURES[name].two_sided else score.value
+    limit = abs(bound) if MEASURES[name].two_sided else bound
+    higher = MEASURES[name].better == "higher" and not MEASURES[name].two_sided
+    room = value - limit if higher else limit - value
+    width = abs(worst(name, score) - value)
+    if room <= 0 or width <= room or not score.count:
+        return None
+    return math.ceil(score.count * (width / room) ** 2)

@@ -30,16 +30,23 @@ class Measure:
     Attributes:
       better: "higher" or "lower".
       output: it compares what models put out; without, it looks at parameters alone.
+      licenses: good values of it are proof that two models do the same. Perplexity is none: a fine-tune is
+        worse than its base on general text, so putting the base back even improves it.
+      two_sided: it is a change, and a threshold bounds its size in both directions.
       text: what it is, for people.
     """
 
     better: str
     output: bool
+    licenses: bool
+    two_sided: bool
     text: str
 
 
-def _measure(better: str, text: str, output: bool = True) -> Measure:
-    return Measure(better=better, output=output, text=text)
+def _measure(
+    better: str, text: str, output: bool = True, licenses: bool = False, two_sided: bool = False
+) -> Measure:
+    return Measure(better=better, output=output, licenses=licenses, two_sided=two_sided, text=text)
 
 
 MEASURES = {
@@ -47,14 +54,31 @@ MEASURES = {
     "parameter_error": _measure(
         "lower", "|difference| / |original| of all parameters as one vector", output=False
     ),
+    "change_error": _measure(
+        "lower",
+        "|difference| / |what the fine-tune changed| of all parameters as one vector",
+        output=False,
+    ),
     "hidden_error": _measure(
         "lower", "|difference| / |original| of the last hidden state, mean over tokens"
     ),
-    "kl": _measure("lower", "KL(original || substitute) of the next token, nats, mean over tokens"),
+    "kl": _measure(
+        "lower",
+        "KL(original || substitute) of the next token, nats, mean over tokens",
+        licenses=True,
+    ),
     "top1_agreement": _measure("higher", "share of tokens with the same best next token"),
-    "perplexity_change": _measure("lower", "perplexity of substitute / original - 1"),
-    "accuracy_change": _measure("higher", "share of task items right, less that of the original"),
+    "perplexity_change": _measure(
+        "lower", "perplexity of substitute / original - 1", two_sided=True
+    ),
+    "accuracy_change": _measure(
+        "higher",
+        "share of task items right, less that of the original",
+        licenses=True,
+        two_sided=True,
+    ),
 }
+"""What edges hold. A threshold on a two-sided one bounds its size, whatever the sign of either."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,7 @@ KEYS = {
     "kernels": set(OPS),
     "gpu": {"not_run"},
     "deltas": {"accuracy_change_at_8x"},
+    "adapt": {"measure", "compress", "quantize", "surrogate", "equivalence"},
 }
 
 
@@ -80,7 +81,7 @@ def test_every_scenario_is_held_to_its_keys():
 
 
 # They run no engine, so there is no such figure.
-_NO_SERVING = {"kernels", "equivalence", "zoo", "convert", "deltas", "gpu"}
+_NO_SERVING = {"kernels", "equivalence", "zoo", "convert", "deltas", "gpu", "adapt"}
 # Start processes that compile everything, or several engines.
 _LONG = {"coldstart", "kv", "peers", "stalls"}
 
@@ -101,6 +102,12 @@ def test_quick_run(name, quick):
     assert all(value >= 0 for key, value in figures.items() if key not in signed)
     if name in ("block_tax", "roofline", "lora"):
         assert all(0.0001 < value < 1000 for value in figures.values())
+
+
+def test_a_search_among_the_alike_finds_the_nearest(quick):
+    figures = quick("equivalence", "--alike")["equivalence"]
+    keys = {"alike_10000_s", "alike_10000_gb", "alike_40000_over_10000", "recall"}
+    assert set(figures) == keys and figures["recall"] >= 0.99
 
 
 def test_kernels_are_measured_and_tuned_where_there_is_something_to_tune(quick):

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jblock.adapt import codecs
 from jblock.blocks import compress
 from jblock.blocks.compressed_spec import (
     BITS,
@@ -49,8 +50,9 @@ def test_more_bits_are_nearer(group):
     errors = []
     for bits in BITS:
         target = BitsTarget(bits=bits, group=group)
-        made = compress.few_bits(difference, target)
+        made, left = codecs.few_bits(difference, target)
         found = compress.few_bits_weight(named(made), "p", target)
+        assert left == pytest.approx(float(np.sum((found - difference) ** 2)), rel=1e-4)
         errors.append(float(np.linalg.norm(found - difference) / np.linalg.norm(difference)))
     # Of a normal distribution 1 bit leaves sqrt(1 - 2 / pi) = 0.603, 2 evenly spaced bits 0.345.
     assert errors[0] == pytest.approx(0.60, abs=0.02)
@@ -61,7 +63,7 @@ def test_more_bits_are_nearer(group):
 def test_one_bit_is_the_sign_and_the_mean_magnitude():
     difference = np.array([[1.0, -3.0, 2.0, -2.0, 1.0, -1.0, 3.0, -3.0]], np.float32)
     target = BitsTarget(bits=1)
-    made = compress.few_bits(difference, target)
+    made, _ = codecs.few_bits(difference, target)
     assert made["codes"].tolist() == [[0b01010101]]
     found = compress.few_bits_weight(named(made), "p", target)
     assert found.tolist() == (2.0 * np.sign(difference)).tolist()
@@ -70,7 +72,7 @@ def test_one_bit_is_the_sign_and_the_mean_magnitude():
 def test_nothing_stays_next_to_nothing():
     for bits in BITS:
         target = BitsTarget(bits=bits)
-        made = compress.few_bits(np.zeros((2, 8), np.float32), target)
+        made, _ = codecs.few_bits(np.zeros((2, 8), np.float32), target)
         assert (made["scales"] > 0).all()  # slot tables tell by it that there is a delta
         assert np.abs(compress.few_bits_weight(named(made), "p", target)).max() < 1e-6
 
@@ -78,10 +80,10 @@ def test_nothing_stays_next_to_nothing():
 def test_low_rank_is_near_the_best_there_is():
     rng = np.random.default_rng(1)
     difference = (rng.standard_normal((40, 6)) @ rng.standard_normal((6, 32))).astype(np.float32)
-    parts = compress.decompose(difference)
+    parts = codecs.decompose(difference, 32)
     size = np.linalg.norm(difference)
     for rank in (1, 3, 6):
-        made = compress.low_rank(parts, rank)
+        made = codecs.low_rank(parts, rank)
         assert {n: (v.dtype.name, v.shape) for n, v in made.items()} == {
             "a": ("int8", (rank, 32)),
             "b": ("int8", (40, rank)),
@@ -90,6 +92,22 @@ def test_low_rank_is_near_the_best_there_is():
         best = np.sqrt(np.sum(parts[1][rank:] ** 2)) / size
         found = np.linalg.norm(compress.low_rank_weight(named(made), "p") - difference) / size
         assert found == pytest.approx(best, abs=0.012)
+
+
+def test_the_largest_singular_values_are_found_without_the_others():
+    """Of a difference whose values fall off slowly, as those of fine-tunes do."""
+    rng = np.random.default_rng(2)
+    u, v = (np.linalg.qr(rng.standard_normal((n, 200)))[0] for n in (300, 260))
+    values = 1 / (1 + np.arange(200)) ** 0.5
+    difference = ((u * values) @ v.T).astype(np.float32)
+    parts = codecs.decompose(difference, 16)
+    np.testing.assert_allclose(parts[1], values[:16], rtol=0.03)
+    made = codecs.low_rank(parts, 16)
+    left = codecs.low_rank_errors(difference, made, (4, 16))
+    for rank, error in zip((4, 16), left, strict=True):
+        found = compress.low_rank_weight(named(codecs.truncated(made, rank)), "p")
+        assert error == pytest.approx(float(np.sum((found - difference) ** 2)), rel=1e-3)
+        assert error == pytest.approx(float(np.sum(values[rank:] ** 2)), rel=0.02)
 
 
 def test_specs_say_what_is_stored():

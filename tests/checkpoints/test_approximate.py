@@ -8,7 +8,7 @@ import pytest
 import tiny_checkpoints as tiny
 from jax.experimental.compilation_cache import compilation_cache
 
-from jblock.adapt import forward, surrogates, training, training_state
+from jblock.adapt import forward, frozen, surrogates, training, training_state
 from jblock.zoo import edges
 from jblock.zoo.fsck import fsck
 from jblock.zoo.store import Zoo
@@ -69,7 +69,7 @@ def pair(cli, words):
 def files(words, steps=6):
     text, items = words / "text.txt", words / "items.jsonl"
     options = ["--train", text, "--text", text, "--items", items, "--steps", steps]
-    return [*options, "--tokens", 512, "--batch_tokens", 256, "--json"]
+    return [*options, "--tokens", 512, "--row_tokens", 64, "--batch_tokens", 256, "--json"]
 
 
 def test_one_stitch_joins_at_two_depths_and_a_kill_changes_nothing(pair, words, monkeypatch):
@@ -167,7 +167,7 @@ def test_equal_directions_of_other_length_are_no_substitutes(cli, words):
         convert(cli, words, model, tiny.CONFIG, tensors)
     convert(cli, words, "mate", tiny.CONFIG | {"rope_theta": 5000.0}, base)
     ask = ["equivalence", "--text", words / "text.txt", "--items", words / "items.jsonl"]
-    ask += ["--tokens", 512, "--policy", "near", "--json"]
+    ask += ["--tokens", 512, "--row_tokens", 64, "--policy", "near", "--json"]
     alone = json.loads(cli.ok(*ask, "--threshold", "parameter_cosine=0.99"))
     assert not any(e["usable"] for e in alone["edges"]) and not alone["recommended"]
 
@@ -227,3 +227,90 @@ def test_pruning_keeps_the_heads_and_channels_that_matter():
     np.testing.assert_allclose(kept["o.weight"], tensors["o.weight"][:, rows], rtol=1e-6)
     np.testing.assert_allclose(kept["k.weight"], tensors["k.weight"], rtol=1e-6)
     assert {n: v.shape for n, v in kept.items()} == small.tensors()
+
+
+def test_models_of_another_width_are_compared_by_what_they_put_out(pair, words):
+    ask = ["equivalence", "small", *files(words)[2:6], "--tokens", 512, "--row_tokens", 64]
+    ask += ["--policy", "near", "--json", "--threshold"]
+    found = json.loads(pair.ok(*ask, "kl=1e-6"))
+    (edge,) = found["edges"]
+    zoo = Zoo.open(pair.zoo)
+    ids = [step["component"] for step in edge["substitute"]]
+    assert ids == [step.component for step in zoo.chain("wide").steps]
+    assert (
+        edge["scores"].keys() >= {"kl", "accuracy_change"} and "hidden_error" not in edge["scores"]
+    )
+    assert not edge["usable"] and not found["recommended"]
+    # A user who accepts anything gets it as a whole.
+    found = json.loads(pair.ok(*ask, "kl=100", "--suffix", ".near"))
+    (row,) = found["recommended"]
+    assert row["steps"] is None
+    assert Zoo.open(pair.zoo).chain("small.near").steps == zoo.chain("wide").steps
+
+
+def test_measure_says_how_far_two_models_are_apart_and_keeps_it(pair, words):
+    pair.ok("quantize", "small", "--bits", 8, "--group", 8)
+    ask = ["measure", "small-int8", "--against", "small", *files(words)[2:6]]
+    ask += ["--tokens", 512, "--row_tokens", 64, "--json"]
+    data = json.loads(pair.ok(*ask, "--policy", "near", "--threshold", "kl=0.1"))
+    assert (data["kind"], data["against"], data["usable"]) == ("quantised", "small@1", True)
+    assert 0 < data["scores"]["kl"]["value"] < 0.1
+    assert data["scores"]["accuracy_change"]["count"] == 40
+    zoo = Zoo.open(pair.zoo)
+    edge = edges.edge(zoo, data["edge"])
+    assert (
+        edge.substitute == zoo.chain("small-int8").steps[1:-2]
+    )  # from the first change to the last
+    far = json.loads(pair.ok(*[a if a != "small-int8" else "wide" for a in ask]))
+    assert far["kind"] == "equivalent" and "needs policy near" in far["reasons"][0]
+    assert far["scores"]["kl"]["value"] > data["scores"]["kl"]["value"]
+    same = pair(*[a if a != "small-int8" else "small@1" for a in ask])
+    assert same.code == 2 and "the same components" in same.err
+    assert fsck(zoo) == []
+
+
+def test_compress_says_what_is_lost_of_the_change_and_what_that_costs(cli, words):
+    """A change of a hundredth of the weights, of which low rank loses much: little of the weights."""
+    base = scaled(tiny.CONFIG)
+    rng = np.random.default_rng(3)
+    tuned = {
+        n: (v + 0.01 * v.std() * rng.standard_normal(v.shape)).astype(np.float32)
+        if ".layers.1." in n and v.ndim == 2
+        else v
+        for n, v in base.items()
+    }
+    convert(cli, words, "base", tiny.CONFIG, base)
+    convert(cli, words, "tuned", tiny.CONFIG, tuned)
+    made = json.loads(
+        cli.ok("compress", "tuned", "--base", "base", "--budget", 0.4, "--codec", "low_rank",
+               *files(words)[2:6], "--tokens", 512, "--row_tokens", 64, "--json")
+    )  # fmt: skip
+    assert 0.3 < made["change_error"] < 1
+    scores = made["measured"]["scores"]
+    assert scores["change_error"]["value"] == made["change_error"]
+    assert 0 < scores["kl"]["value"] < 0.01 and scores["accuracy_change"]["count"] == 40
+    data = json.loads(
+        cli.ok("list", "--edges", "--policy", "near", "--threshold", "kl=0.05", "--json")
+    )
+    assert [e["id"] for e in data["edges"] if e["usable"]] == [made["measured"]["edge"]]
+
+
+def test_adapters_that_cannot_be_merged_are_left_out_and_said(pair, words):
+    pair.ok("peft", tiny.write_adapter(words / "a"), "--base", "small", "--name", "a")
+    ask = ["equivalence", *files(words)[2:6], "--tokens", 512, "--row_tokens", 64, "--json"]
+    assert json.loads(pair.ok(*ask))["skipped"] == []  # by default adapters are left to their base
+    config = json.loads((words / "a" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    named = json.loads(pair.ok(*ask[:1], "a", *ask[1:]))
+    assert named["skipped"] == [] and {e["chain"] for e in named["edges"]} == {"a@1"}
+
+
+def test_layers_that_are_not_kept_in_memory_give_the_same(pair, words, monkeypatch):
+    command = ["surrogate", "small", "--layers", "0:1", "--keep", 0.5, *files(words, 3)]
+    kept = json.loads(pair.ok(*command, "--as", "kept"))
+    monkeypatch.setattr(frozen, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(frozen, "_KEPT_LAYERS", 0)
+    read = json.loads(pair.ok(*command, "--as", "read"))
+    zoo = Zoo.open(pair.zoo)
+    assert zoo.chain("kept").steps == zoo.chain("read").steps
+    assert kept["models"][0]["perplexity"] == read["models"][0]["perplexity"]

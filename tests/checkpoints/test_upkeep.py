@@ -286,8 +286,8 @@ def test_json_from_every_command(filled, tmp_path):
         "gc": [],
         "fsck": [],
     }
-    # What trains is in test_approximate.py.
-    assert commands.keys() | {"stitch", "surrogate", "rollback"} == texts.MORE.keys()
+    # What trains or measures is in test_approximate.py.
+    assert commands.keys() | {"stitch", "surrogate", "rollback", "measure"} == texts.MORE.keys()
     for command, argv in commands.items():
         assert isinstance(json.loads(filled.ok(command, *argv, "--json")), dict), command
     result = filled("rm", "base", "--json")
@@ -301,17 +301,20 @@ def test_edges_are_listed_with_what_speaks_against_them_and_removed(filled):
         kind="equivalent",
         original=tuned,
         substitute=base,
-        scores={"top1_agreement": Score(value=0.98, low=0.97, high=0.99, count=100)},
+        scores={"kl": Score(value=0.02, low=0.01, high=0.03, count=100)},
         chain="tuned@1",
         probe=Probe(name="text", digest="0" * 64, tokens=100),
     )
     edges.put_edges(zoo, edge)
     assert "0 of 1 edges usable" in filled.ok("list", "--edges")
-    data = json.loads(filled.ok("list", "--edges", "--threshold", "top1_agreement=0.96", "--json"))
+    ask = ["list", "--edges", "--policy", "near", "--json", "--threshold"]
+    data = json.loads(filled.ok(*ask, "kl=0.04"))
     assert (data["usable"], data["edges"][0]["id"]) == (1, edge.id)
-    data = json.loads(filled.ok("list", "--edges", "--threshold", "top1_agreement=0.98", "--json"))
-    assert data["edges"][0]["reasons"] == ["top1_agreement may be 0.97, under 0.98"]
-    assert filled("list", "--edges", "--threshold", "top1_agreement").code == 2
+    data = json.loads(filled.ok(*ask, "kl=0.018"))
+    assert data["edges"][0]["reasons"] == ["kl may be 0.03, over 0.018"]
+    default = json.loads(filled.ok("list", "--edges", "--json", "--threshold", "kl=0.04"))
+    assert "needs policy near, not exact" in default["edges"][0]["reasons"][0]
+    assert filled("list", "--edges", "--threshold", "kl").code == 2
     assert filled("rm", "tuned", "--edge", edge.id[:8]).code == 2
     assert "names tuned@1" in filled("rm", "tuned").err
     filled.ok("rm", "--edge", edge.id[:8])

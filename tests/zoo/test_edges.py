@@ -183,11 +183,20 @@ def test_nothing_is_usable_by_default_or_by_parameters_alone(zoo):
     assert violations(edge, AcceptancePolicy())
     assert violations(edge, AcceptancePolicy(policy="adaptive"))
     alone = AcceptancePolicy(policy="near", thresholds={"parameter_cosine": 0.9})
-    assert "no threshold on outputs" in violations(edge, alone)[0]
+    assert "no threshold that licenses" in violations(edge, alone)[0]
     both = AcceptancePolicy(policy="near", thresholds={"parameter_cosine": 0.9, "kl": 0.02})
     assert violations(edge, both) == []
     by_parameters = make(zoo, scores={"parameter_cosine": Score(value=1.0)})
     assert violations(by_parameters, both) == ["kl was not measured"]
+    # Nor by what can get better while a fine-tune is erased.
+    better = make(
+        zoo, scores={"perplexity_change": Score(value=-0.5, low=-0.6, high=-0.4, count=9)}
+    )
+    for bound in (0.01, 0.9):
+        text = AcceptancePolicy(policy="near", thresholds={"perplexity_change": bound})
+        assert "set one on kl or accuracy_change" in violations(better, text)[0]
+    small = AcceptancePolicy(policy="near", thresholds={"perplexity_change": 0.01})
+    assert "the size of perplexity_change may be 0.6, over 0.01" in violations(better, small)[1]
     stitch = make(zoo, kind="stitch")
     assert "needs policy adaptive" in violations(stitch, both)[0]
     assert violations(stitch, dataclasses.replace(both, policy="adaptive")) == []
@@ -217,12 +226,31 @@ def test_the_worse_end_decides(measure, value, width, bound):
         chain="m@1",
         probe=PROBE,
     )
-    usable = not violations(edge, AcceptancePolicy(policy="near", thresholds={measure: bound}))
-    if MEASURES[measure].better == "higher":
-        assert usable == (value - width >= bound)
+    reasons = violations(edge, AcceptancePolicy(policy="near", thresholds={measure: bound}))
+    met = not [r for r in reasons if measure in r and "license" not in r]
+    assert bool(reasons) == (not met or not MEASURES[measure].licenses)
+    if MEASURES[measure].two_sided:
+        assert met == (max(abs(value - width), abs(value + width)) <= abs(bound))
+    elif MEASURES[measure].better == "higher":
+        assert met == (value - width >= bound)
     else:
-        assert usable == (value + width <= bound)
+        assert met == (value + width <= bound)
     assert Edge.from_json(json.loads(json.dumps(edge.to_json()))).id == edge.id
+
+
+def test_what_cannot_decide_says_how_many_would(zoo):
+    """The interval of 400 items is a point wide; half as wide decides half a point of room."""
+    score = Score(value=-0.005, low=-0.015, high=0.005, count=400)
+    edge = make(zoo, scores={"accuracy_change": score})
+    strict = AcceptancePolicy(policy="near", thresholds={"accuracy_change": -0.010})
+    assert "400 items cannot decide it, about 1,600 would" in violations(edge, strict)[0]
+    # Whichever sign it is given with; and where the value itself is too bad, no number helps.
+    same = AcceptancePolicy(policy="near", thresholds={"accuracy_change": 0.010})
+    assert violations(edge, same) == violations(edge, strict)
+    hopeless = AcceptancePolicy(policy="near", thresholds={"accuracy_change": 0.004})
+    assert "cannot decide" not in violations(edge, hopeless)[0]
+    wide = AcceptancePolicy(policy="near", thresholds={"accuracy_change": 0.02})
+    assert violations(edge, wide) == []
 
 
 def test_a_chain_without_a_policy_is_exact_and_keeps_its_version(zoo):
