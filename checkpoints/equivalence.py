@@ -82,6 +82,8 @@ def run(zoo: Zoo, options: Options, progress: Progress) -> dict[str, Any]:
     changed: dict[str, Sequence[Step]] = {}
     for name, chain in chains.items():
         reason = forward.unmergeable(zoo, chain.steps)
+        if chain.tokenizer is None:
+            reason = "it has no tokenizer, and probes are text: convert it with one"
         if reason is not None:
             data["skipped"].append({"chain": f"{name}@{chain.version}", "reason": reason})
             progress.note(f"{name} is left out: {reason}")
