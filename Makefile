@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-long serve lint proto clean
+.PHONY: demo test test-long compilers serve lint proto clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
@@ -17,10 +17,17 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m examples.demo
 
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest -n 2 -m 'not long' tests
+	$(BIN)/python -m pytest -n 2 -m 'not long and not compilers' tests
 
 test-long: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m long tests
+
+# The kernels' cycles, counted in what the real compilers emit; an environment of its own, so that `make test` is
+# as quick as without them.
+compilers:
+	$(PYTHON) -m venv $(VENV)-compilers
+	$(VENV)-compilers/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,compile]'
+	$(VENV)-compilers/bin/python -m pytest -m compilers tests
 
 serve: $(VENV)/.installed
 	$(BIN)/python -m examples.demo --serve_only

@@ -63,6 +63,7 @@ _ALL = (
     ),
     Scenario("deltas", "bytes against accuracy of compressed fine-tunes and quantised models"),
     Scenario("adapt", "measuring, compressing and distilling a layer, and a model of such layers"),
+    Scenario("cycles", "each kernel's cycles, counted in what the real compilers emit"),
     Scenario("kernels", "each kernel alone on this device, over what copies and matmuls reach"),
     Scenario(
         "gpu", "the Hopper kernels' tests and figures on a lent GPU; says so if there is none"
