@@ -63,6 +63,7 @@ def tunes(case: Case) -> list[Blocks]:
                         q_tiles=q_tiles,
                         kv_pages=pages[0],
                         chunk_pages=min(pages),
+                        many_rows=q_tokens * groups >= 128,
                     )
                     if blocks not in found:
                         found.append(blocks)

@@ -65,10 +65,9 @@ class Blocks:
 
 
 def heuristic(shape: Shape) -> Blocks:
-    """Prefill: tiles of 256 rows, which fill the matrix unit's width, up to eight of them to a pass over
-    the keys (more FLOPs for a byte read than any chip needs), fewer where many heads would fill the
-    memory; chunks of 512 keys. Decoding: the rows there are. Blocks of 2 MB, far over what hides a copy's
-    latency."""
+    """Prefill: tiles of 128 rows, a register's width, up to eight of them to a pass over the keys (more FLOPs
+    for a byte read than any chip needs), fewer where many heads would fill the memory; chunks of 512 keys.
+    Decoding: the rows there are. Blocks of 2 MB, far over what hides a copy's latency."""
     groups = shape.heads // shape.kv_heads
     many_rows = shape.max_q_len * groups >= 128
     q_tokens = min(_up(shape.max_q_len), _down(max(1, _TILE_ROWS // groups)))
