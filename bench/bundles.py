@@ -47,6 +47,7 @@ class Region:
       bundles: its own, without those of the regions in it.
       products: instructions for the matrix units among them.
       spills: vector registers stored for want of room among them.
+      fetches: copies from HBM that they start.
       inner: the regions in it, in order.
     """
 
@@ -56,6 +57,7 @@ class Region:
     bundles: int = 0
     products: int = 0
     spills: int = 0
+    fetches: int = 0
     inner: list["Region"] = dataclasses.field(default_factory=list)
 
     def walk(self) -> Iterator["Region"]:
@@ -103,6 +105,7 @@ def parse(text: str) -> Region:
         region.bundles += 1
         region.products += len(_PRODUCT.findall(body))
         region.spills += len(_SPILLED.findall(body))
+        region.fetches += body.count("= dma.hbm_to_vmem")
     return root
 
 

@@ -275,13 +275,16 @@ def _decode(chip: Chip) -> dict[str, Any]:
     bodies = [r for r in compiled.kernel.walk() if r.products]
     around = [r for r in compiled.kernel.walk() if r.kind == "loop" and bodies[0] in r.walk()]
     # Sequences, items, blocks: a sequence of 512 tokens has one of each.
-    sequence = around[0]
+    sequence, block = around[0], around[2]
     pages = -(-512 // attention.PAGE_SIZE)
+    # Loops that go round more than once are those that have a block's pages brought.
+    bringing = [
+        r for r in block.walk() if r.kind == "loop" and r.fetches and not r.total("products")
+    ]
 
     def executed(region: Region) -> int:
         own = region.bundles + sum(map(executed, region.inner))
-        # Loops that multiply go round once, those over pages once a page.
-        return own * (1 if region.total("products") or region is sequence else pages)
+        return own * pages if region in bringing else own
 
     each = executed(sequence)
     copied = chip.copy_cycles(512 * 4 * _LLAMA.kv_heads * _LLAMA.head_dim)

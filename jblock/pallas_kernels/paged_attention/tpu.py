@@ -15,6 +15,7 @@ up to what such a tile can have, for which queries are padded where a model's ra
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +116,8 @@ def paged_attention(
         softcap=softcap,
         scale=scale,
     )
-    k, v, scales = _rounded(*(jnp.pad(a, ((0, 0), *padding)) for a in (k, v)), pages.dtype)
+    k, v = (jnp.pad(a, ((0, 0), *padding)) for a in (k, v))
+    k, v, scales = _rounded(k, v, pages.dtype)
     rows = tpu_kernel.Rows(q=queries, k=k[:, :, None], v=v[:, :, None], scales=scales)
     out, updated = _call(rows, kv_pages, ragged, form, interpret)
     out = out[:, :, :groups, :head_dim].reshape(num_rows, heads, head_dim)
@@ -208,8 +210,8 @@ def _scratch(
     kv_pages: tuple[jax.Array, ...],
     form: tpu_softmax.Form,
     softmax: tpu_softmax.FewState | tpu_softmax.ManyState,
-) -> tpu_kernel.Scratch:
-    """The kernel's buffers."""
+) -> Any:
+    """The kernel's buffers, a `tpu_kernel.Scratch`."""
     blocks, buffers = form.blocks, tpu_kernel.KV_BUFFERS
     tokens = blocks.q_tokens * blocks.q_tiles
     tiles = form.block // form.tile

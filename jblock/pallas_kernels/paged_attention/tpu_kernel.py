@@ -17,7 +17,7 @@ pages, updates in the fetched block); the page layout, the write and the cut are
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,11 @@ LANES = 128
 KV_BUFFERS = 3
 ITEM, BLOCK = 0, 1  # of Scratch.turns
 
+T = TypeVar("T")
 
-def _refs(cls):
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def _refs(cls: type[T]) -> type[T]:
     """A dataclass that pallas_call takes for a tree of arrays."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
 
