@@ -23,6 +23,7 @@ from jblock.blocks.spec import (
     canonical_json,
     spec_to_json,
 )
+from jblock.zoo.partition import BlockPlan, plan_blocks
 from jblock.zoo.records import Chain, ComponentRecord, DeltaRecord, Step, TensorRecord
 from jblock.zoo.store import Zoo
 
@@ -199,8 +200,9 @@ class MemoryZoo:
         """A chain in its newest version, or in the one given."""
         return self.served[name] if version is None else self._versions[name][version - 1]
 
-    def cut_cost(self, chains: Mapping[str, Chain]) -> None:
-        """See `Zoo.cut_cost`; nothing was measured."""
+    def block_plan(self, chains: Mapping[str, Chain]) -> BlockPlan:
+        """See `Zoo.block_plan`; nothing was measured."""
+        return plan_blocks(chains)
 
     def component(self, id: str) -> ComponentRecord:
         """The record of a component."""

@@ -109,7 +109,6 @@ def inspect(args: argparse.Namespace) -> Outcome:
     """Shows what a model is made of and what it shares, or the whole zoo."""
     from checkpoints import printing
     from jblock.zoo.inventory import inventory
-    from jblock.zoo.partition import blocks
     from jblock.zoo.records import ZooError
     from jblock.zoo.store import Zoo
 
@@ -122,7 +121,7 @@ def inspect(args: argparse.Namespace) -> Outcome:
     wanted = [row for row in data["chains"] if args.name is not None]
     for row in wanted:
         served[row["name"]] = zoo.chain(row["name"], row["version"])
-    cut = blocks(served, zoo.cut_cost(served))
+    cut = zoo.block_plan(served).blocks
     for row in data["chains"]:
         if row["active"] or row in wanted:
             row["blocks"] = len(cut[row["name"]])

@@ -17,6 +17,7 @@ from jblock.blocks.delta_spec import delta_to_json
 from jblock.blocks.spec import spec_to_json
 from jblock.zoo import ids
 from jblock.zoo.cut_plan import cut_plan
+from jblock.zoo.partition import plan_blocks
 from jblock.zoo.records import Chain, NotFoundError, Step, ZooError, check_name
 from jblock.zoo.store import Zoo, is_url
 
@@ -61,18 +62,16 @@ def plan(
     cost = zoo.cut_cost(live) if zoo else None
     if cost is not None:
         cost = dataclasses.replace(cost, nbytes={**cost.nbytes, **nbytes})
-    from jblock.zoo.partition import blocks
-
-    old, new = (blocks(chains, cost) for chains in (live, after))
+    old, new = (plan_blocks(chains, cost) for chains in (live, after))
     stored = sum(r["bytes"] for r in rows if r["stored"])
     return {
         "name": name,
         "steps": rows,
-        "blocks": cut_plan(after, name, cost, nbytes),
+        "blocks": cut_plan(new, after, name, nbytes),
         "cut_elsewhere": [
-            {"name": n, "blocks_before": len(old[n]), "blocks_after": len(new[n])}
-            for n in sorted(live)
-            if n != name and old[n] != new[n]
+            {"name": n, "blocks_before": len(old.blocks[n]), "blocks_after": len(new.blocks[n])}
+            for n in sorted(new.recut(old))
+            if n != name
         ],
         "cost": {"hop_seconds": cost.hop_seconds, "bytes_per_second": cost.bytes_per_second}
         if cost

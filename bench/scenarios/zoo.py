@@ -21,7 +21,7 @@ from checkpoints.export import export
 from checkpoints.progress import Progress
 from checkpoints.source import open_source
 from jblock.adapt.quantization import quantise_chain
-from jblock.zoo import gc, partition
+from jblock.zoo import gc
 from jblock.zoo.fsck import fsck
 from jblock.zoo.inventory import inventory
 from jblock.zoo.records import Chain
@@ -225,7 +225,7 @@ def _situations(folder: Path, bases: dict[str, Path]) -> Iterator[dict[str, Any]
 def _cut(zoo: Zoo, chain: Chain, base: str) -> dict[str, Any]:
     """How the zoo's partition serves a chain."""
     served = {name: zoo.chain(name) for name in zoo.chains()}
-    blocks = partition.blocks(served, zoo.cut_cost(served))
+    blocks = zoo.block_plan(served).blocks
     theirs = {block.components for block in blocks[base]}
     inner = [block.first for block in blocks[chain.name][2:-1]]
     return {

@@ -389,13 +389,10 @@ class ThreadEngine(Engine):
             logging.exception("a message to the engine's loop failed; the loop goes on")
             if isinstance(message, Request):
                 words = f"the engine failed to take this request ({error!r}); its log says how"
-                self._outbox.put(
-                    [
-                        Output(
-                            request_id=message.request_id,
-                            finish_reason="error",
-                            error_code="INTERNAL",
-                            error_message=words,
-                        )
-                    ]
+                failed = Output(
+                    request_id=message.request_id,
+                    finish_reason="error",
+                    error_code="INTERNAL",
+                    error_message=words,
                 )
+                self._outbox.put([failed])

@@ -1,36 +1,31 @@
 """What adding a chain would do to a zoo, and why: what is stored, what is shared, how it is cut."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jblock.zoo import partition
-from jblock.zoo.partition import Block, Cost
+from jblock.zoo.partition import Block, BlockPlan, Run
 from jblock.zoo.records import Chain
 
 
 def cut_plan(
-    chains: Mapping[str, Chain], name: str, cost: Cost | None, nbytes: Mapping[str, int]
+    plan: BlockPlan, chains: Mapping[str, Chain], name: str, nbytes: Mapping[str, int]
 ) -> list[dict[str, Any]]:
     """The blocks of one chain among the others, each with the reason for its first cut.
 
     Args:
+      plan: of these chains.
       chains: all that are served together, `name` among them.
       name: the chain to explain.
-      cost: as for `partition.blocks`.
       nbytes: bytes of its components.
 
     Returns:
       A dict a block: `first` and `last` step, `bytes`, `shared_with` (names), `gain_seconds` a step that
       sharing saves (None without a cost), `why`.
     """
-    cut = partition.blocks(chains, cost)
-    users: dict[tuple[str, ...], list[str]] = {}
-    for key, blocks in cut.items():
-        for block in blocks:
-            users.setdefault(block.components, []).append(key)
+    cost, users = plan.cost, plan.users
     rows = []
     previous: Block | None = None
-    for block in cut[name]:
+    for block in plan.blocks[name]:
         others = sorted(set(users[block.components]) - {name})
         rows.append(
             {
@@ -39,7 +34,9 @@ def cut_plan(
                 "bytes": sum(nbytes[i] for i in block.components),
                 "shared_with": others,
                 "gain_seconds": cost.gain(block.components, 1 + len(others)) if cost else None,
-                "why": _why(chains, name, users, previous, block, last=block == cut[name][-1]),
+                "why": _why(
+                    chains, name, users, previous, block, last=block == plan.blocks[name][-1]
+                ),
             }
         )
         previous = block
@@ -49,7 +46,7 @@ def cut_plan(
 def _why(
     chains: Mapping[str, Chain],
     name: str,
-    users: Mapping[tuple[str, ...], list[str]],
+    users: Mapping[Run, Sequence[str]],
     previous: Block | None,
     block: Block,
     last: bool,

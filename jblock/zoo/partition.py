@@ -9,13 +9,15 @@ A delta never cuts: its rows ride on the component that all its neighbours share
 """
 
 import dataclasses
+import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
 
 from jblock.zoo.records import Chain
 
+Run = tuple[str, ...]
+"""Component ids served as one block."""
 Joined = tuple[str, ...]
 """Component ids that are never cut apart; mostly one."""
 
@@ -55,19 +57,43 @@ class Cost:
         return (users - 1) * sum(self.nbytes[i] for i in run) / self.bytes_per_second
 
 
-def blocks(chains: Mapping[str, Chain], cost: Cost | None = None) -> dict[str, tuple[Block, ...]]:
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class BlockPlan:
+    """Which runs of components are blocks, for chains that are served together. The engine, the converter's
+    `plan` and `inspect`, and placement read this one record; nothing else decides where blocks are cut.
+
+    Attributes:
+      blocks: of each chain, by the key it was planned under; they follow each other and cover its steps.
+      cost: what a cut was held to cost; None: all sharing is kept.
+    """
+
+    blocks: Mapping[str, tuple[Block, ...]]
+    cost: Cost | None = None
+
+    @functools.cached_property
+    def users(self) -> Mapping[Run, tuple[str, ...]]:
+        """The chains that use each block, by its components."""
+        found: dict[Run, dict[str, None]] = defaultdict(dict)
+        for key, run in self.blocks.items():
+            for block in run:
+                found[block.components][key] = None
+        return {run: tuple(keys) for run, keys in found.items()}
+
+    def recut(self, before: "BlockPlan") -> list[str]:
+        """Chains of an earlier plan whose blocks are others in this one."""
+        return [k for k, run in before.blocks.items() if self.blocks.get(k, run) != run]
+
+
+def plan_blocks(chains: Mapping[str, Chain], cost: Cost | None = None) -> BlockPlan:
     """Cuts each chain into blocks, given all chains that are served together.
 
     The embedding is a block of its own, and the final norm with the unembedding always one (the
-    head, which the engine runs apart from the layers). Between them, two neighbours are joined if
+    head, which the engine runs apart from the layers). Between them, two neighbors are joined if
     each is always next to the other, in every chain.
 
     Args:
       chains: any key (a name, or name@version) -> chain.
       cost: what decides whether a shared run is worth its cuts; None: all sharing is kept.
-
-    Returns:
-      The same keys -> blocks, which follow each other and cover the chain's steps exactly.
     """
     before: dict[Joined, set[Joined | None]] = defaultdict(set)
     after: dict[Joined, set[Joined | None]] = defaultdict(set)
@@ -82,11 +108,8 @@ def blocks(chains: Mapping[str, Chain], cost: Cost | None = None) -> dict[str, t
     runs_of = {key: _runs(chain, before, after) for key, chain in chains.items()}
     if cost is not None:
         runs_of = _merge(runs_of, unshared(runs_of, cost))
-    return {key: _blocks(chain, runs_of[key]) for key, chain in chains.items()}
-
-
-Run = tuple[str, ...]
-"""Component ids served as one block."""
+    cut = {key: _blocks(chain, runs_of[key]) for key, chain in chains.items()}
+    return BlockPlan(blocks=cut, cost=cost)
 
 
 def unshared(runs_of: Mapping[str, Sequence[Run]], cost: Cost) -> set[Run]:
@@ -169,14 +192,6 @@ def _blocks(chain: Chain, runs: Sequence[Run]) -> tuple[Block, ...]:
             out.append(Block(components=run, first=first))
             first += len(run)
     return tuple(out)
-
-
-def to_json(cut: Mapping[str, tuple[Block, ...]]) -> dict[str, Any]:
-    """Plain JSON of a partition, as the zoo keeps it in partition/current.json."""
-    return {
-        key: [{"first": b.first, "components": list(b.components)} for b in run]
-        for key, run in sorted(cut.items())
-    }
 
 
 def _layers(chain: Chain) -> list[Joined]:

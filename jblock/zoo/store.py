@@ -459,6 +459,10 @@ class Zoo(Objects):
         except NotFoundError:
             return []  # a delta
 
+    def block_plan(self, chains: Mapping[str, Chain]) -> partition.BlockPlan:
+        """Which runs of components are blocks where these chains are served together."""
+        return partition.plan_blocks(chains, self.cut_cost(chains))
+
     def cut_cost(self, chains: Mapping[str, Chain]) -> partition.Cost | None:
         """What cuts cost on this machine, if it was measured here (`jblock-convert profile`)."""
         measured = latency_profiles.read(self.path / "profiles", latency_profiles.target())

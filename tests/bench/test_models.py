@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bench.models import DEMO_3M, MODEL_250M, TINY, MemoryZoo, fine_tunes, save
-from jblock.zoo.partition import blocks
+from jblock.zoo.partition import plan_blocks
 from jblock.zoo.store import Zoo
 
 
@@ -30,7 +30,7 @@ def test_fine_tunes_share_all_but_their_last_layers():
     # Embedding, norm, unembedding, and attention and ffn of twelve layers.
     assert len(common) == 3 + 24
     assert all(ids[0][1 + i] in common for i in range(24))
-    cut = blocks(zoo.served)
+    cut = plan_blocks(zoo.served).blocks
     assert [len(block.components) for block in cut["tune-3"]] == [1, 24, 8, 2]
 
 

@@ -9,7 +9,7 @@ from tiny_checkpoints import CONFIG
 from jblock.engine.config import EngineConfig
 from jblock.engine.graph.build import assemble
 from jblock.zoo import latency_profiles
-from jblock.zoo.partition import blocks
+from jblock.zoo.partition import plan_blocks
 from jblock.zoo.store import Zoo
 
 
@@ -55,7 +55,7 @@ def test_a_fine_tune(cli, tmp_path, tuned):
     cli.ok("hf", tuned, "--name", "tuned")
     zoo = Zoo.open(cli.zoo)
     assert [s.component for s in zoo.chain("tuned").steps] == [s["id"] for s in data["steps"]]
-    cut = blocks({n: zoo.chain(n) for n in zoo.chains()})
+    cut = plan_blocks({n: zoo.chain(n) for n in zoo.chains()}).blocks
     assert [b.first for b in cut["tuned"]] == [b["first"] for b in data["blocks"]]
     assert len(cut["base"]) == 4
     assert all(p.read_bytes() == data for p, data in chains.items())

@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jblock.zoo.partition import Block, Cost, blocks, to_json
+from jblock.zoo.partition import Block, Cost, plan_blocks
 from jblock.zoo.records import Chain, Step
 
 
@@ -23,8 +23,12 @@ def chain(*components, deltas=()):
     )
 
 
+def planned(chains):
+    return plan_blocks(chains).blocks
+
+
 def cut(chains):
-    return {key: [b.components for b in run] for key, run in blocks(chains).items()}
+    return {key: [b.components for b in run] for key, run in plan_blocks(chains).blocks.items()}
 
 
 def test_one_chain_is_embedding_body_and_head():
@@ -46,7 +50,7 @@ def test_a_fine_tune_of_the_last_layers_cuts_once():
 
 
 def test_chains_part_and_meet_again():
-    got = blocks(
+    got = planned(
         {
             "a": chain("e", "0", "1", "2", "n", "u"),
             "b": chain("e", "0", "x", "2", "n", "v"),
@@ -82,7 +86,7 @@ bodies = st.lists(st.sampled_from("01234567"), max_size=8)
 @given(st.dictionaries(st.sampled_from("abcd"), bodies, max_size=4))
 def test_invariants(layers):
     chains = {key: chain("e", *body, "n", f"u{key}") for key, body in layers.items()}
-    partition = blocks(chains)
+    partition = plan_blocks(chains).blocks
     holders: dict[str, set[tuple[str, ...]]] = {}
     for key, run in partition.items():
         flat = [c for block in run for c in block.components]
@@ -108,18 +112,10 @@ def test_invariants(layers):
             assert not all(together) or left == right
 
 
-def test_json_is_plain():
-    assert to_json(blocks({"a": chain("e", "0", "n", "u")})) == {
-        "a": [
-            {"first": 0, "components": ["e"]},
-            {"first": 1, "components": ["0"]},
-            {"first": 2, "components": ["n", "u"]},
-        ]
-    }
-
-
 def costing(chains, cost):
-    return {key: [b.components for b in run] for key, run in blocks(chains, cost).items()}
+    return {
+        key: [b.components for b in run] for key, run in plan_blocks(chains, cost).blocks.items()
+    }
 
 
 def sized(hop_seconds, **nbytes):
@@ -135,7 +131,7 @@ def test_a_run_is_shared_only_where_that_saves_more_than_its_cuts_cost():
         "a": chain("e", "0", "1", "2", "n", "u"),
         "b": chain("e", "x", "1", "y", "n", "u"),
     }
-    apart = {key: [b.components for b in run] for key, run in blocks(chains).items()}
+    apart = {key: [b.components for b in run] for key, run in plan_blocks(chains).blocks.items()}
     # Sharing 1 saves one reading of 1 MB, a millisecond; it takes two hand-overs more in each chain.
     assert costing(chains, sized(0.2e-3)) == apart
     assert costing(chains, sized(0.3e-3)) == {
@@ -168,11 +164,19 @@ def test_more_users_make_sharing_worth_its_cuts():
 @given(st.lists(bodies, min_size=1, max_size=5), st.floats(1e-6, 1.0))
 def test_with_any_cost_blocks_cover_every_chain(layers, hop):
     chains = {str(i): chain("e", *body, "n", "u") for i, body in enumerate(layers)}
-    cut = blocks(chains, sized(hop, **{"6": 10, "7": 10**9}))
+    cut = plan_blocks(chains, sized(hop, **{"6": 10, "7": 10**9})).blocks
     for key, run in cut.items():
         ids = [s.component for s in chains[key].steps]
         assert [c for b in run for c in b.components] == ids
         assert [b.first for b in run] == [
             sum(len(b.components) for b in run[:i]) for i in range(len(run))
         ]
-        assert len(run) <= len(blocks(chains)[key])
+        assert len(run) <= len(plan_blocks(chains).blocks[key])
+
+
+def test_a_plan_says_who_uses_a_block_and_whose_cut_changed():
+    alone = {"base": chain("e", "0", "1", "n", "u")}
+    both = alone | {"tuned": chain("e", "0", "x", "n", "u")}
+    before, after = plan_blocks(alone), plan_blocks(both)
+    assert after.users[("0",)] == ("base", "tuned") and after.users[("x",)] == ("tuned",)
+    assert after.recut(before) == ["base"] and before.recut(before) == []

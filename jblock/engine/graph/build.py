@@ -34,7 +34,7 @@ from jblock.engine.weights import params as parameters
 from jblock.engine.weights.needs import Needs, Part
 from jblock.engine.weights.residents import Adapter, Weights, WeightSet
 from jblock.parallel.placement import Placement
-from jblock.zoo.partition import Block, blocks
+from jblock.zoo.partition import Block, BlockPlan
 from jblock.zoo.records import Chain, ComponentRecord
 from jblock.zoo.store import Zoo
 
@@ -82,6 +82,7 @@ def assemble(
         targets=builder.targets,
         pinned=tuple(name for name in config.pinned if name in chains),
         placement=builder.placement,
+        plans=builder.plans,
         cache=builder.cache,
     )
 
@@ -100,6 +101,7 @@ class _Builder:
         self.zoo, self.chains, self.config = zoo, chains, config
         self.placement = placement
         self.cache: dict[Any, Any] = {}
+        self.plans: dict[str, BlockPlan] = {}
         self.targets: dict[ComponentSpec, frozenset[str]] = {}
         self._previous = previous
         self._before = previous.cache if previous else {}
@@ -157,13 +159,14 @@ class _Builder:
         # Adapters have their base's components: what these decide is worked out once.
         first = {ids: name for name, ids in reversed(of.items())}
         served = {name: chains[name] for name in first.values()}
-        partition = blocks(served, self.zoo.cut_cost(served))
+        plan = self.zoo.block_plan(served)
+        self.plans[domain] = plan
         stages, parts = {}, {}
         for ids, name in first.items():
             specs = self._specs(ids)
             check_widths(name, specs)
             parts[ids] = self._parts(domain, ids)
-            stages[ids] = tuple(self._stage(domain, specs, b) for b in partition[name])
+            stages[ids] = tuple(self._stage(domain, specs, b) for b in plan.blocks[name])
         return {
             name: self._route(domain, chain, parts[of[name]], stages[of[name]])
             for name, chain in chains.items()

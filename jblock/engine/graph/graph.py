@@ -17,6 +17,7 @@ from jblock.engine.weights import params as parameters
 from jblock.engine.weights.needs import Needs, ResidentSet
 from jblock.engine.weights.residents import Adapter, Resident, Weights, WeightSet
 from jblock.parallel.placement import Placement
+from jblock.zoo.partition import BlockPlan
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
 
@@ -182,6 +183,7 @@ class ServingGraph:
       targets: what has tables, by spec.
       pinned: names of the routes that stay on the device.
       placement: the devices it is for.
+      plans: which runs of components are blocks, by isolation domain; "" where blocks are shared.
       cache: what the next graph takes over instead of making it again, by what decides it.
     """
 
@@ -191,6 +193,7 @@ class ServingGraph:
     targets: dict[ComponentSpec, frozenset[str]]
     pinned: tuple[str, ...]
     placement: Placement
+    plans: Mapping[str, BlockPlan]
     cache: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
