@@ -50,6 +50,9 @@ KEYS = {
     "gpu": {"not_run"},
     "deltas": {"accuracy_change_at_8x"},
     "adapt": {"measure", "compress", "quantize", "surrogate", "equivalence"},
+    "registry": {"publish_10000_s", "list_10000_s", "inodes_per_component"},
+    "restart": {"restart"},
+    "cycles": {"cycles"},
 }
 
 
@@ -81,14 +84,24 @@ def test_every_scenario_is_held_to_its_keys():
 
 
 # They run no engine, so there is no such figure.
-_NO_SERVING = {"kernels", "equivalence", "zoo", "convert", "deltas", "gpu", "adapt"}
+_NO_SERVING = {
+    "kernels",
+    "equivalence",
+    "zoo",
+    "convert",
+    "deltas",
+    "gpu",
+    "adapt",
+    "registry",
+    "restart",
+    "cycles",
+}
 # Start processes that compile everything, or several engines.
-_LONG = {"coldstart", "kv", "peers", "stalls"}
+_LONG = {"coldstart", "kv", "peers", "stalls", "registry", "restart"}
+_MARKS = {name: pytest.mark.long for name in _LONG} | {"cycles": pytest.mark.compilers}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.long if n in _LONG else ()) for n in sorted(KEYS)]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=_MARKS.get(n, ())) for n in sorted(KEYS)])
 def test_quick_run(name, quick):
     line = quick(name)
     assert line["scenario"] == name
