@@ -50,7 +50,7 @@ KEYS = {
     "gpu": {"not_run"},
     "deltas": {"accuracy_change_at_8x"},
     "adapt": {"measure", "compress", "quantize", "surrogate", "equivalence"},
-    "registry": {"publish_10000_s", "list_10000_s", "inodes_per_component"},
+    "registry": {"publish_s", "list_s", "inodes_per_component"},
     "restart": {"restart"},
     "cycles": {"cycles"},
 }
