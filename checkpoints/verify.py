@@ -10,6 +10,7 @@ from checkpoints.bitfit import with_vectors
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.folders import is_adapter
 from checkpoints.hf import LEFT_OUT
+from checkpoints.multimodal import TextSource
 from checkpoints.opening import kind_of, open_checkpoint
 from checkpoints.progress import Progress
 from checkpoints.source import TOKENIZER_LIST, Source
@@ -30,6 +31,7 @@ def verify(zoo_path: str | Path, name: str, source_path: Path, progress: Progres
     """
     zoo = Zoo.open(zoo_path)
     chain = zoo.chain(name)
+    made: Mapping[str, bytes] = {}
     if is_adapter(source_path):
         differences = _adapter(zoo, chain, source_path, progress)
         tokenizer = read_tokenizer(source_path)
@@ -37,8 +39,11 @@ def verify(zoo_path: str | Path, name: str, source_path: Path, progress: Progres
         checkpoint = open_checkpoint(source_path)
         differences = _checkpoint(zoo, chain, checkpoint, progress)
         tokenizer = checkpoint.tokenizer
+        if isinstance(checkpoint.source, TextSource):
+            headers = checkpoint.source.headers
+            made = {**checkpoint.source.replaced} | {f"{f}{_HEADER}": h for f, h in headers.items()}
     if kind_of(source_path) == "hf":  # of others the zoo keeps what was made of their files
-        differences += _kept_files(zoo, chain, source_path)
+        differences += _kept_files(zoo, chain, source_path, made)
     if tokenizer is not None and chain.tokenizer != files_id(tokenizer.files):
         differences.append("the tokenizer files differ")
     if tokenizer is None and chain.tokenizer is not None and chain.base is None:
@@ -46,13 +51,18 @@ def verify(zoo_path: str | Path, name: str, source_path: Path, progress: Progres
     return differences
 
 
-def _kept_files(zoo: Zoo, chain: Chain, path: Path) -> list[str]:
-    """Files that the zoo keeps for an export, and that are not those of the source."""
+def _kept_files(zoo: Zoo, chain: Chain, path: Path, made: Mapping[str, bytes]) -> list[str]:
+    """Files that the zoo keeps for an export, and that are not those of the source; `made` are those that
+    the text model inside a wrapper has in place of the wrapper's."""
     if chain.source_files is None:
         return []
     differences = []
     for name, data in zoo.files("sources", chain.source_files).items():
         if name in _MADE:
+            continue
+        if name in made:
+            if made[name] != data:
+                differences.append(f"{name} differs from the one the zoo keeps")
             continue
         file, header = path / name.removesuffix(_HEADER), name.endswith(_HEADER)
         try:

@@ -329,7 +329,7 @@ def only(*names):
 def a_file(name):
     def make(folder):
         folder.mkdir()
-        (folder / name).write_bytes(b"GGUF")
+        (folder / name).write_bytes(b"GGUF" if name.endswith(".gguf") else b"{}")
         return folder / name
 
     return make
@@ -371,6 +371,6 @@ def test_a_model_is_no_adapter(cli, tmp_path):
     source = write(tmp_path / "src")
     cli.ok("hf", source, "--name", "base")
     argv = ("--base", "base", "--name", "m")
-    refused(cli, ["whole model", "jblock-convert hf"], "peft", source, *argv)
+    refused(cli, ["whole model", "jblock convert hf"], "peft", source, *argv)
     (tmp_path / "none").mkdir()
     refused(cli, ["adapter_config.json"], "peft", tmp_path / "none", *argv)

@@ -26,7 +26,7 @@ def test_chunks_cover_the_prompt(length):
 
 def with_slot(slot):
     """What stands for a sequence whose adapter has a slot."""
-    return types.SimpleNamespace(lease=types.SimpleNamespace(slot=slot))
+    return types.SimpleNamespace(adapter_slot=slot)
 
 
 @given(st.lists(st.sampled_from((1, 16, 64, 256)), max_size=60))
@@ -40,6 +40,6 @@ def test_batches_hold_every_item_once(chunks):
         assert batch.bucket in BUCKETS
         assert all(i.chunk == batch.bucket.q_len for i in batch.items)
         assert len(batch.items) <= batch.bucket.num_seqs
-        slots = [i.sequence.lease.slot for i in batch.items]
+        slots = [i.sequence.adapter_slot for i in batch.items]
         assert slots == sorted(slots), "those of one adapter lie together"
     assert [b.bucket.q_len for b in out] == sorted(b.bucket.q_len for b in out)

@@ -293,7 +293,7 @@ def test_a_bug_met_while_serving_is_reported_and_the_rest_goes_on(capfd):
 def clumsy_engine():
     """A mock whose `serve` has a bug."""
     engine = build_engine()
-    engine.serve = lambda models: 1 / 0
+    engine.serve = lambda models, base=None: 1 / 0
     return engine
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from jblock.blocks.spec import ComponentSpec
 from jblock.engine.adapters import compose
 from jblock.engine.api import UnknownChain
-from jblock.zoo.records import Chain, NotFoundError
+from jblock.zoo.records import Chain, NotFoundError, ZooError
 from jblock.zoo.store import Zoo
 
 # Where more chains come at once only their records are read, and tensors when they are asked for.
@@ -21,6 +21,8 @@ def find_chains(zoo: Zoo, models: Sequence[str]) -> list[Chain]:
       ZooError, OSError: one cannot be read.
     """
     known = set(zoo.chains())
+    if not known:
+        raise ZooError(f"zoo {str(zoo.path)!r} has no models, or is not there")
     return [_find(zoo, model, known) for model in models]
 
 
