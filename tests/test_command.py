@@ -47,9 +47,17 @@ def test_old_names_stay():
     assert command.program("/x/checkpoints/main.py", "jblock-convert") == "jblock-convert"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def table():
-    return completion.words()
+    """The words, of a process of its own: in this one the flags of all commands would stay defined."""
+    code = "import json; from jblock.tools import completion; print(json.dumps(completion.words()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    words = json.loads(done.stdout.splitlines()[-1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(completion, "words", lambda: words)
+        yield words
 
 
 def test_words_are_those_of_the_commands(table):

@@ -117,7 +117,7 @@ def test_the_last_model_stays(running):
 
 
 def test_a_bug_of_the_engine_is_internal(running, monkeypatch):
-    monkeypatch.setattr(running.engine, "serve", lambda models: 1 / 0)
+    monkeypatch.setattr(running.engine, "serve", lambda models, base=None: 1 / 0)
     with pytest.raises(ClientError, match="INTERNAL: server: failed to change what is served"):
         running.client.load("late")
     assert served(running) == {"echo": 1, "other": 1}
@@ -127,8 +127,8 @@ def test_a_request_prepared_for_the_old_version_is_prepared_anew(running, monkey
     """The engine has switched, the server not yet: the request waits for it and runs once."""
     original = running.engine.serve
 
-    def serve(models):
-        infos = original(models)
+    def serve(models, base=None):
+        infos = original(models, base)
         time.sleep(0.3)
         return infos
 
@@ -143,7 +143,9 @@ def test_a_request_prepared_for_the_old_version_is_prepared_anew(running, monkey
 
 def test_a_change_whose_client_left_is_made_to_its_end(running, monkeypatch):
     original = running.engine.serve
-    monkeypatch.setattr(running.engine, "serve", lambda m: (time.sleep(0.4), original(m))[1])
+    monkeypatch.setattr(
+        running.engine, "serve", lambda m, base=None: (time.sleep(0.4), original(m, base))[1]
+    )
 
     async def load():
         async with AsyncClient(running.target, timeout=0.1) as client:

@@ -88,7 +88,8 @@ def test_every_engine_flag_reaches_the_engine(start_server):
     server = start_server("--zoo=show", "--port=0", "--noshare", *given)
     _, err = server.communicate(timeout=20)
     assert server.returncode == 2
-    assert f"jblock-serve: settings: {dict(sorted({**flags, 'share': False}.items()))}" in err
+    arrived = dict(sorted({**flags, "models": ["a", "b"], "share": False}.items()))
+    assert f"settings: {arrived}" in err
 
 
 def test_what_is_not_given_is_left_to_the_engine(start_server):

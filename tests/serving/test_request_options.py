@@ -73,8 +73,11 @@ def test_samples_have_seeds_of_their_own_and_come_together(fast, submitted):
     assert [s.seed for s in submitted] == [2**32 - 2, 2**32 - 1, 0]
     assert [s.prompt_logprobs for s in submitted] == [True, False, False]
     assert len(answer.choices) == 3
+    first = answer.choices[0]
+    assert (first.text, first.token_ids) == (answer.text, answer.token_ids)
+    assert len({choice.token_ids for choice in answer.choices}) == 3
     for choice in answer.choices:
-        assert (choice.text, choice.token_ids) == (answer.text, answer.token_ids)
+        assert len(choice.token_ids) == 4
         assert choice.finish_reason == answer.finish_reason == "length"
     assert answer.usage.completion_tokens == 12
     assert answer.usage.prompt_tokens == len(answer.prompt_logprobs) + 1
