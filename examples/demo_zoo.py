@@ -74,7 +74,7 @@ def zoo_totals(zoo: pathlib.Path, names: Sequence[str]) -> dict[str, int]:
     from jblock.zoo.store import Zoo
 
     data = inventory(Zoo.open(zoo))
-    rows = [r for r in data["chains"] if r["live"] and r["name"] in names]
+    rows = [r for r in data["chains"] if r["active"] and r["name"] in names]
     used = {
         i for row in rows for step in row["steps"] for i in (step["component"], *step["deltas"])
     }

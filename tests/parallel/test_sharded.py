@@ -80,7 +80,7 @@ def test_no_more_collectives_than_the_textbook_has(runs):
                 expected = {"all-gather": 1}
             assert counts == expected, (mesh, name)
         kinds = {name.partition("_")[0] for name in runs[mesh]["collectives"]}
-        assert {"embedding", "layer", "head", "greedy", "scrub"} <= kinds
+        assert {"embedding", "layer", "head", "greedy", "zero"} <= kinds
 
 
 @pytest.fixture(scope="module")
