@@ -42,6 +42,7 @@ MAX_WAIT_SECONDS = 90.0
 _HEARTBEATS = 6  # in the life of a lease
 _TELL_SECONDS = 2.0  # of waiting, before it is said for whom
 _MARK = "lease"
+_NEW_MARK = "lease.new"
 USES = "uses"
 """In a lease: the folder whose file names are the ids its holder relies on."""
 
@@ -155,12 +156,14 @@ def _make(tmp: Path, seconds: float, purpose: str) -> tuple[Path, int]:
         aside = folder.with_suffix(".new")
         aside.mkdir()
         try:
-            fd = os.open(aside / _MARK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            fd = os.open(aside / _NEW_MARK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         except FileNotFoundError:
             continue  # a cleaner took it
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             os.write(fd, said)
+            # Only now is it a mark: one that says whose it is, and whose lock tells that its holder lives.
+            os.rename(aside / _NEW_MARK, aside / _MARK)
             disk.share(aside, tmp)
             os.rename(aside, folder)
             return folder, fd

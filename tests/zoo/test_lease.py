@@ -1,9 +1,12 @@
 """Leases: the dead are told from the living, one holds the lock at a time, and late ones do no harm."""
 
+import fcntl
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 import time
 
@@ -47,6 +50,54 @@ def count(root, times):
             value = int(counter.read_text())
             time.sleep(0.001)
             counter.write_text(str(value + 1))
+
+
+def die_before_call(number):
+    """Lets this process be killed before a system call that making a lease takes."""
+    countdown = itertools.count(number, -1)
+
+    def fatal(call):
+        def wrapped(*args, **kwargs):
+            if next(countdown) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    for name in ("mkdir", "open", "write", "rename", "chmod", "lstat"):
+        setattr(os, name, fatal(getattr(os, name)))
+    fcntl.flock = fatal(fcntl.flock)
+
+
+def make_and_die(tmp, send):
+    """Makes leases, killed before each system call of it in turn; sends what `clean` then leaves of each."""
+    left = []
+    for number in itertools.count():
+        pid = os.fork()
+        if pid == 0:
+            die_before_call(number)
+            lease._make(tmp, 60.0, "")
+            os._exit(0)
+        finished = os.waitpid(pid, 0)[1] == 0
+        lease.clean(tmp)
+        left.append([sorted(os.listdir(tmp / name)) for name in os.listdir(tmp)])
+        if finished:
+            return send.send(left)
+        shutil.rmtree(tmp)
+        tmp.mkdir()
+
+
+def test_who_dies_while_it_makes_a_lease_leaves_none(zoo):
+    receive, send = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=make_and_die, args=(zoo.path / "tmp", send))
+    process.start()
+    *left, finished = receive.recv()
+    process.join()
+    assert len(left) >= 7  # so many moments
+    # Nothing that looks like a lease: a folder under another name, which goes when it is old.
+    assert not any("lease" in names for found in left for names in found)
+    assert [found for found in left if found] != []
+    assert finished == []  # dead with a whole lease
 
 
 def test_a_dead_holder_on_this_host_is_told_at_once(zoo):

@@ -1,6 +1,8 @@
 """Odd content of a zoo: whatever a file holds, commands say so in a line, and none runs away with memory."""
 
 import json
+import multiprocessing
+import os
 import resource
 import shutil
 
@@ -17,6 +19,9 @@ from jblock.zoo.records import Chain, Step, ZooError
 from jblock.zoo.repair import repair
 from jblock.zoo.store import Zoo
 from jblock.zoo.transfer import copy
+
+MOST_BYTES = 1 << 30  # of memory that a process which reads such zoos may take
+_CONTEXT = multiprocessing.get_context("forkserver")
 
 ODD = (
     None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, 1.5, float("inf"), float("nan"), "", "x", "..",
@@ -125,32 +130,70 @@ def use(root, other):
 
 
 def fuzz(sound, folder, seeds):
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    for seed in seeds:
-        root, target = folder / "zoo", folder / "target"
-        shutil.copytree(sound, root)
-        what = "nothing"
-        try:
-            other = Zoo.create(target)
-            what = damage(np.random.default_rng(seed), root)
-            use(root, other)
-            assert fsck(other) == []
-        except Exception as e:
-            raise AssertionError(f"seed {seed}, {what}: {type(e).__name__}: {e}") from e
-        finally:
-            shutil.rmtree(root)
-            shutil.rmtree(target, ignore_errors=True)
-    assert resource.getrlimit(resource.RLIMIT_AS) == before
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 << 20  # KB
+    """Damages and uses copies of a zoo, in a process of its own whose memory nothing else has grown."""
+    receive, send = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=run_fuzz, args=(send, sound, folder, seeds))
+    process.start()
+    send.close()
+    try:
+        failure, peak = receive.recv()
+    finally:
+        process.join()
+    assert failure is None, failure
+    assert peak < MOST_BYTES
 
 
-def test_some_odd_files(sound, tmp_path, monkeypatch):
-    monkeypatch.setattr("os.fsync", lambda fd: None)
+def run_fuzz(send, sound, folder, seeds):
+    """Sends the first failure, None if there is none, and the process's peak memory in bytes."""
+    # What asks for more gets a MemoryError, and the case is named.
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
+    os.fsync = lambda fd: None
+    failure = None
+    try:
+        for seed in seeds:
+            fuzz_once(sound, folder, seed)
+    except AssertionError as e:
+        failure = str(e)
+    send.send((failure, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10))
+
+
+def fuzz_once(sound, folder, seed):
+    root, target = folder / "zoo", folder / "target"
+    shutil.copytree(sound, root)
+    what = "nothing"
+    try:
+        other = Zoo.create(target)
+        what = damage(np.random.default_rng(seed), root)
+        use(root, other)
+        assert fsck(other) == []
+    except Exception as e:
+        raise AssertionError(f"seed {seed}, {what}: {type(e).__name__}: {e}") from e
+    finally:
+        shutil.rmtree(root)
+        shutil.rmtree(target, ignore_errors=True)
+
+
+def test_some_odd_files(sound, tmp_path):
     fuzz(sound, tmp_path, range(60))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("part", range(10))
-def test_many_odd_files(sound, tmp_path, monkeypatch, part):
-    monkeypatch.setattr("os.fsync", lambda fd: None)
+def test_many_odd_files(sound, tmp_path, part):
     fuzz(sound, tmp_path, range(100 + 500 * part, 600 + 500 * part))
+
+
+def hungry(sound, folder, send):
+    """Takes more memory than any odd file may cost."""
+    globals()["damage"] = lambda rng, root: str(np.ones(MOST_BYTES, np.uint8).sum())
+    run_fuzz(send, sound, folder, range(1))
+
+
+def test_a_case_that_takes_much_memory_is_named(sound, tmp_path):
+    receive, send = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=hungry, args=(sound, tmp_path, send))
+    process.start()
+    failure, peak = receive.recv()
+    process.join()
+    assert failure.startswith("seed 0, nothing: ") and "MemoryError" in failure
+    assert peak < MOST_BYTES
