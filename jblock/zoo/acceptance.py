@@ -62,6 +62,7 @@ def violations(edge: Edge, accepted: AcceptancePolicy) -> list[str]:
     return found
 
 
+_CLOSEST = 1e-6  # of the interval's width: a trillion times as many items
 _HOW = {"accuracy_change": ": give --items"}
 
 
@@ -79,13 +80,14 @@ def needed(name: str, score: Score, bound: float) -> int | None:
     """How many tokens or items would decide a threshold that the value meets and its interval does not.
 
     Taken from what was seen: the interval narrows with the square root of the count. None if the value
-    itself does not meet the threshold, or all of the interval does.
+    itself does not meet the threshold, or is so close to it that no count would do, or all of the interval
+    meets it.
     """
     value = abs(score.value) if MEASURES[name].two_sided else score.value
     limit = abs(bound) if MEASURES[name].two_sided else bound
     higher = MEASURES[name].better == "higher" and not MEASURES[name].two_sided
     room = value - limit if higher else limit - value
     width = abs(worst(name, score) - value)
-    if room <= 0 or width <= room or not score.count:
+    if room <= width * _CLOSEST or width <= room or not score.count:
         return None
     return math.ceil(score.count * (width / room) ** 2)

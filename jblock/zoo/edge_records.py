@@ -13,6 +13,9 @@ from jblock.blocks.spec import canonical_json
 from jblock.zoo import codec
 from jblock.zoo.records import Step, ZooError
 
+FOLDER = "edges"
+"""The zoo's folder of edges."""
+
 _SIDES = ("original", "substitute")
 KINDS = {
     "equivalent": "near",  # a component of another model, measured to do about the same

@@ -6,11 +6,9 @@ lies in the zoo; it changes no chain. A chain that uses what an edge offers is a
 
 from jblock.blocks.spec import canonical_json
 from jblock.zoo import codec
-from jblock.zoo.edge_records import Edge
+from jblock.zoo.edge_records import FOLDER, Edge
 from jblock.zoo.records import DamagedError, NotFoundError, ZooError, split_version
 from jblock.zoo.store import Zoo
-
-FOLDER = "edges"
 
 
 def edges(zoo: Zoo, problems: list[str] | None = None) -> list[Edge]:

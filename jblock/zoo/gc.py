@@ -4,32 +4,16 @@ Both hold the exclusive lock, as publishing does, and publishing checks under it
 is there. So what a chain names is never removed; a converter that found something which was removed
 before it published is told so, and converts that part again. What a server has loaded, or may load, is in its
 lease.
-
-A record that cannot be read does not stop either. What it names is kept: a model's pointer has the beginnings
-of the ids; of an edge, and in zoos of format 1, it is all that was there when the record was written.
 """
 
-import contextlib
-import dataclasses
-import re
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from jblock.zoo import codec, edges, journal, registry
-from jblock.zoo.objects import KINDS
-from jblock.zoo.records import DamagedError, NotFoundError, ZooError
+from jblock.zoo import codec, garbage, registry
+from jblock.zoo.edge_records import FOLDER as EDGES
+from jblock.zoo.garbage import Garbage
+from jblock.zoo.records import DamagedError, ZooError
 from jblock.zoo.store import Zoo
-
-_ID = re.compile(rb"\b[0-9a-f]{64}\b")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Garbage:
-    """A folder that nothing names: its `kind` ("components", ...), `id`, and bytes on the disk."""
-
-    kind: str
-    id: str
-    nbytes: int
 
 
 def collect(
@@ -49,17 +33,12 @@ def collect(
     Raises:
       ZooError: the zoo cannot be written.
     """
-    told = problems if problems is not None else []
     zoo.storage.clean()
     if dry_run:
-        return _garbage(zoo, only, told)
+        return garbage.find(zoo.storage, only, problems)
     with zoo.changing("gc") as changes:
-        found = _garbage(zoo, only, told)
-        # What refers to others goes first: killed in between, nothing refers to what is gone.
-        for item in sorted(found, key=lambda g: not _refers(zoo, g)):
-            changes.remove(f"{item.kind}/{item.id}")
-        for name, version in _unlisted(zoo):
-            changes.remove(registry.path_of(name, version))
+        found = garbage.find(zoo.storage, only, problems)
+        garbage.sweep(zoo.storage, changes, found)
         return found
 
 
@@ -126,120 +105,6 @@ def _model(zoo: Zoo, name: str) -> registry.Model:
         )
 
 
-def _garbage(zoo: Zoo, only: Collection[str] | None, problems: list[str]) -> list[Garbage]:
-    named, since = _named(zoo, problems)
-    found, kept = [], 0
-    for kind in KINDS:
-        for id_ in zoo.storage.names(kind):
-            if not codec.is_id(id_) or id_ in named or (only is not None and id_ not in only):
-                continue
-            name = f"{kind}/{id_}"
-            try:
-                if since is not None and zoo.storage.modified(name) <= since:
-                    kept += 1
-                    continue
-                found.append(Garbage(kind=kind, id=id_, nbytes=zoo.storage.size(name)))
-            except FileNotFoundError:
-                continue  # removed meanwhile
-    if kept:
-        problems.append(
-            f"{kept} entries that nothing else names are kept, because a record that cannot be read may "
-            "name them: 'fsck --repair' takes damaged records away"
-        )
-    return found
-
-
-def _named(zoo: Zoo, problems: list[str]) -> tuple[set[str], float | None]:
-    """Every id that chains, edges, leases and journals name, and what those refer to in turn; and until when
-    what could not be read was written."""
-    found = zoo.storage.used() | journal.named(zoo.path)
-    since: float | None = None
-    paths = [p for p, _ in _records(zoo, problems)]
-    for path, data in zoo.storage.read_many(paths).items():
-        if isinstance(data, NotFoundError):
-            continue
-        if not isinstance(data, ZooError):
-            found |= _ids(data)
-            try:
-                codec.parse_json(data, path)
-                continue
-            except ZooError as e:
-                data = e
-        problems.append(str(data))
-        short = _short_ids(zoo, path)
-        if short:
-            found |= {i for kind in KINDS for i in zoo.storage.names(kind) if i[:8] in short}
-        else:
-            with contextlib.suppress(FileNotFoundError):
-                since = max(since or 0.0, zoo.storage.modified(path))
-    for name in zoo.models():
-        try:
-            registry.read(zoo.storage, name)
-        except ZooError as e:
-            problems.append(str(e))
-    todo = set(found)
-    while todo:
-        id_ = todo.pop()
-        for kind in ("components", "deltas"):
-            new = _referred(zoo, kind, id_) - found
-            found |= new
-            todo |= new
-    return found, since
-
-
-def _records(zoo: Zoo, problems: list[str]) -> list[tuple[str, str]]:
-    """Files that name ids: versions that a pointer lists, or all where it cannot be read, and edges."""
-    found = []
-    for name in zoo.models():
-        try:
-            numbers = sorted(registry.read(zoo.storage, name).versions)
-        except ZooError:
-            numbers = registry.version_files(zoo.storage, name)
-        found += [(registry.path_of(name, v), name) for v in numbers]
-    names = zoo.storage.names(edges.FOLDER)
-    return [*found, *((f"{edges.FOLDER}/{n}", "") for n in names if n.endswith(".json"))]
-
-
-def _short_ids(zoo: Zoo, path: str) -> set[str]:
-    """The beginnings of the ids that a version names, by its model's pointer; none if that is not known."""
-    parts = path.split("/")
-    if parts[0] != "chains":
-        return set()
-    try:
-        text = registry.read(zoo.storage, parts[1]).named.get(int(parts[2].split(".")[0]), "")
-    except ZooError:
-        return set()
-    return {text[i : i + 8] for i in range(0, len(text), 8)}
-
-
-def _unlisted(zoo: Zoo) -> list[tuple[str, int]]:
-    """Versions that a killed writer left, which no pointer lists."""
-    found = []
-    for name in zoo.models():
-        try:
-            model = registry.read(zoo.storage, name)
-        except ZooError:
-            continue
-        numbers = registry.version_files(zoo.storage, name)
-        found += [(name, v) for v in numbers if v not in model.versions]
-    return found
-
-
-def _ids(data: bytes) -> set[str]:
-    return {m.decode() for m in _ID.findall(data)}
-
-
-def _referred(zoo: Zoo, kind: str, id_: str) -> set[str]:
-    try:
-        return _ids(zoo.storage.read(f"{kind}/{id_}/spec.json"))
-    except ZooError:
-        return set()
-
-
-def _refers(zoo: Zoo, item: Garbage) -> bool:
-    return bool(_referred(zoo, item.kind, item.id) - {item.id})
-
-
 def _users(zoo: Zoo, name: str, removed: Iterable[str], problems: list[str]) -> list[str]:
     users = []
     removed = set(removed)
@@ -259,8 +124,8 @@ def _users(zoo: Zoo, name: str, removed: Iterable[str], problems: list[str]) -> 
                 continue
             if base in removed:
                 users.append(f"{other}@{version} is an adapter on {base}")
-    for file in zoo.storage.names(edges.FOLDER):
-        path = f"{edges.FOLDER}/{file}"
+    for file in zoo.storage.names(EDGES):
+        path = f"{EDGES}/{file}"
         if not file.endswith(".json"):
             continue
         try:

@@ -201,6 +201,11 @@ def read(storage: Storage, name: str) -> Model:
     )
 
 
+def models(storage: Storage) -> list[str]:
+    """Names under chains/, of models with an active version or without, sorted."""
+    return [n for n in storage.names("chains") if _is_name(n)]
+
+
 def version_files(storage: Storage, name: str) -> list[int]:
     """Numbers of the version files of a model, listed by its pointer or not, ascending."""
     found = (_VERSION_FILE.fullmatch(f) for f in storage.names(f"chains/{name}"))
@@ -349,3 +354,11 @@ def _number(value: Any) -> int:
     if type(value) is not int or not 1 <= value < 10**9:
         raise ValueError(f"{value!r} is no number of a version")
     return value
+
+
+def _is_name(name: str) -> bool:
+    try:
+        check_name(name)
+    except ZooError:
+        return False
+    return True

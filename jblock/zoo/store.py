@@ -29,7 +29,16 @@ import numpy as np
 
 from jblock.blocks.delta_spec import DeltaSpec
 from jblock.blocks.spec import ComponentSpec, canonical_json
-from jblock.zoo import checks, codec, disk, latency_profiles, lease, partition, registry
+from jblock.zoo import (
+    checks,
+    codec,
+    disk,
+    garbage,
+    latency_profiles,
+    lease,
+    partition,
+    registry,
+)
 from jblock.zoo.journal import Journal
 from jblock.zoo.objects import Objects
 from jblock.zoo.records import (
@@ -150,15 +159,23 @@ class Zoo(Objects):
             self.storage.clean()
             try:
                 with self.storage.lease("adding to the zoo") as scratch:
-                    writer = Writer(self, scratch, journal)
+                    writer = Writer(self, self.publish, scratch, journal)
                     yield writer
                     writer.commit()
             except NotFoundError:
                 raise  # the same work again adds what is missing
             except Exception:
                 if writer is not None:
-                    writer.rollback()
+                    self._take_back(writer)
                 raise
+
+    def _take_back(self, writer: Writer) -> None:
+        """Removes what a writer that failed had moved in, but for what others rely on. It holds no lease."""
+        writer.forget()
+        if writer.added:
+            # The error that led here is what the user must see.
+            with contextlib.suppress(ZooError), self.changing("gc") as changes:
+                garbage.sweep(self.storage, changes, garbage.find(self.storage, writer.added))
 
     def put_component(
         self,
@@ -281,7 +298,7 @@ class Zoo(Objects):
 
     def models(self) -> list[str]:
         """Names under chains/, of models with an active version or without, sorted."""
-        return [n for n in self.storage.names("chains") if _is_name(n)]
+        return registry.models(self.storage)
 
     def chains(self) -> list[str]:
         """Names of the models that have an active version, sorted; one that cannot be read is left out."""
@@ -490,11 +507,3 @@ def _unknown_alias(model: registry.Model, alias: str) -> NotFoundError:
 
 def _zoo_json() -> bytes:
     return (canonical_json({"format": FORMAT}) + "\n").encode()
-
-
-def _is_name(name: str) -> bool:
-    try:
-        check_name(name)
-    except ZooError:
-        return False
-    return True

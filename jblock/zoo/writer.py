@@ -5,13 +5,9 @@ them before the chain is published. An error half way (a NaN in the last layer, 
 them again.
 """
 
-from __future__ import annotations
-
-import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,11 +15,8 @@ from jblock.blocks.delta_spec import DeltaSpec, delta_to_json
 from jblock.blocks.spec import ComponentSpec, canonical_json, spec_to_json
 from jblock.zoo import codec, ids, params
 from jblock.zoo.journal import Journal
+from jblock.zoo.objects import Objects
 from jblock.zoo.records import Chain, ComponentRecord, ZooError
-
-if TYPE_CHECKING:
-    from jblock.zoo.store import Zoo
-
 
 # Staged bytes at which they are moved in: what a killed try repeats at most. Every part waits for the
 # disk's journal, which is little beside so many bytes.
@@ -41,8 +34,15 @@ class Writer:
       added: ids moved into the zoo.
     """
 
-    def __init__(self, zoo: Zoo, scratch: Path, journal: Journal | None = None):
+    def __init__(
+        self,
+        zoo: Objects,
+        publish: Callable[[Chain, bool], Chain],
+        scratch: Path,
+        journal: Journal | None = None,
+    ):
         self._zoo = zoo
+        self._publish = publish
         self._journal = journal
         self._finished: dict[str, str] = {}  # staged parts by label
         self._staged_bytes = 0
@@ -80,7 +80,7 @@ class Writer:
     def publish(self, chain: Chain, activate: bool = True) -> Chain:
         """Moves in what is staged and publishes a chain of it; see `Zoo.publish`."""
         self.commit()
-        published = self._zoo.publish(chain, activate)
+        published = self._publish(chain, activate)
         if self._journal is not None:
             self._journal.remove()
         return published
@@ -170,16 +170,10 @@ class Writer:
             self._finished = {}
             self._journal.write(self._scratch)
 
-    def rollback(self) -> None:
-        """Removes what was moved in already, but for what others rely on. Call it without the lease."""
-        from jblock.zoo import gc
-
+    def forget(self) -> None:
+        """Removes the journal: what is finished will be taken back."""
         if self._journal is not None:
             self._journal.remove()
-        if self.added:
-            # The error that led here is what the user must see.
-            with contextlib.suppress(ZooError):
-                gc.collect(self._zoo, dry_run=False, only=self.added)
 
     def _stage(
         self, target: str, header: dict, tensors: Mapping[str, np.ndarray], refers: bool

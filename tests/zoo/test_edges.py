@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jblock.zoo import edges, gc
-from jblock.zoo.acceptance import AcceptancePolicy, violations
+from jblock.zoo.acceptance import AcceptancePolicy, needed, violations
 from jblock.zoo.edge_records import MEASURES, Edge, Probe, Score, versions
 from jblock.zoo.fsck import fsck
 from jblock.zoo.records import Chain, NotFoundError, Step, ZooError
@@ -236,6 +236,14 @@ def test_the_worse_end_decides(measure, value, width, bound):
     else:
         assert met == (value + width <= bound)
     assert Edge.from_json(json.loads(json.dumps(edge.to_json()))).id == edge.id
+
+
+@pytest.mark.parametrize("value", [0.0, -5e-324, -1e-286, -1e-12])
+def test_no_count_decides_what_lies_at_the_threshold(value):
+    score = Score(value=value, low=value - 0.5, high=value + 0.5, count=9)
+    assert needed("hidden_error", score, 0.0) is None
+    score = Score(value=-0.25, low=-0.75, high=0.25, count=9)
+    assert needed("hidden_error", score, 0.0) == 36
 
 
 def test_what_cannot_decide_says_how_many_would(zoo):
