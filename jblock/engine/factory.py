@@ -10,7 +10,11 @@ from absl import logging
 from jblock.engine.api import Engine
 from jblock.engine.config import EngineConfig
 from jblock.engine.engine import ThreadEngine
-from jblock.engine.programs.executable_cache import ExecutableCache, default_folder
+from jblock.engine.programs.executable_cache import (
+    ExecutableCache,
+    default_folder,
+    environment,
+)
 from jblock.engine.replicas import DataParallelEngine
 from jblock.pallas_kernels import self_test
 from jblock.zoo.records import Chain, ZooError
@@ -47,12 +51,26 @@ def build_engine(
     chains = served_chains(store, models, config)
     if profiler_port:
         jax.profiler.start_server(profiler_port)
-    self_test.run(config.kv_dtype)
-    cache = ExecutableCache(cache_folder(store, executable_cache))
+    cache = _tested(cache_folder(store, executable_cache), config.kv_dtype)
     cache.prune()
     if config.sharding.mesh.dp > 1:
         return DataParallelEngine(store, chains, config, cache)
     return ThreadEngine(store, chains, config, cache)
+
+
+def _tested(folder: Path, kv_dtype: str) -> ExecutableCache:
+    """The cache of programs, once the device's kernels have passed their self-test. It is run where no
+    earlier start passed it with the same code, versions and kind of device."""
+    cache = ExecutableCache(folder)
+    key = f"kernels passed their self-test over {kv_dtype} pages"
+    if cache.is_noted(key):
+        return cache
+    if not self_test.run(kv_dtype):
+        cache.note(key)
+        return cache
+    # What was replaced belongs to what decides a program.
+    environment.cache_clear()
+    return ExecutableCache(folder)
 
 
 def cache_folder(zoo: Zoo, named: str) -> Path:

@@ -8,10 +8,12 @@ import pytest
 from harness import Agent, collect_tokens, oracle, request
 from jax.experimental.compilation_cache import compilation_cache
 
+from jblock.engine import factory
 from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.engine import ThreadEngine
 from jblock.engine.programs.executable_cache import ExecutableCache
 from jblock.engine.runner.latency_profile import Profile
+from jblock.pallas_kernels import self_test
 from jblock.zoo.store import Zoo
 
 MODEL = "llama_gqa_untied"
@@ -91,6 +93,19 @@ def test_a_miss_on_the_serving_path_is_counted(zoo, tmp_path):
     agent.device.executables.cache = None
     agent.generate({"r": (MODEL, [5, 6])}, max_tokens=2)
     assert agent.loop.stats().compiles_on_serving_path > 0
+
+
+def test_kernels_are_tested_again_only_where_none_passed_before(tmp_path, monkeypatch):
+    results, tested = [{"matmul": "off"}, {}, {}], []
+    monkeypatch.setattr(self_test, "run", lambda kv: tested.append(kv) or results.pop(0))
+    for kv_dtype in ("float32", "float32", "float32", "int8"):
+        factory._tested(tmp_path, kv_dtype)
+    assert tested == ["float32", "float32", "int8"]
+    for path in tmp_path.glob("*.xla"):
+        path.write_bytes(b"x" + path.read_bytes()[1:])
+    results.append({})
+    factory._tested(tmp_path, "float32")
+    assert tested[3:] == ["float32"]
 
 
 def test_refuses_a_folder_others_can_write_to(tmp_path):

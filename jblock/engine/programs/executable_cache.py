@@ -128,6 +128,19 @@ class ExecutableCache:
         except Exception as e:
             logging.warning("program %s could not be kept for the next start: %s", key[:80], e)
 
+    def is_noted(self, key: str) -> bool:
+        """Whether `note` was called with a key by this start or an earlier one, in the same environment."""
+        path = self._path(key)
+        with contextlib.suppress(OSError):
+            return path.read_bytes() == _seal(path, b"")
+        return False
+
+    def note(self, key: str) -> None:
+        """Keeps for later starts that something holds in this environment."""
+        path = self._path(key)
+        with contextlib.suppress(OSError):
+            path.write_bytes(_seal(path, b""))
+
     def prune(self) -> None:
         """Drops the entries written longest ago beyond MAX_ENTRIES, and writers' leftovers."""
         entries = sorted(self.folder.glob("*.xla"), key=lambda p: p.stat().st_mtime, reverse=True)
