@@ -1,5 +1,6 @@
 """One donated pool goes through all layers of a program without a copy, whatever it is compiled for."""
 
+import dataclasses
 import importlib.util
 import re
 
@@ -9,6 +10,7 @@ from bench.models import MemoryZoo, ModelShape
 from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.graph.build import assemble
 from jblock.engine.programs import needed
+from jblock.engine.programs.keys import ProgramKey
 from jblock.engine.runner.runner import Runner
 from jblock.parallel.placement import Placement
 from jblock.parallel.targets import Target
@@ -51,9 +53,24 @@ def check(placement: Placement, kv_dtype: str, q_len: int) -> None:
 
 
 @pytest.mark.parametrize("q_len", [1, 16])
-@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8"])
 def test_on_cpu(kv_dtype, q_len):
     check(Placement(), kv_dtype, q_len)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "xla"])
+def test_bfloat16_is_widened_page_by_page_alone(backend):
+    """XLA's CPU compiler widens the whole of an array of bfloat16 that something is scattered into."""
+    config = EngineConfig(kv_memory_mb=20, kv_dtype="bfloat16", page_size=64)
+    zoo = MemoryZoo(dataclasses.replace(SHAPE, layers=1))
+    device = Runner(assemble(zoo, {"base": zoo.add_base()}, config), config)
+    (pool,) = device.pool_shapes.values()
+    pool = dataclasses.replace(pool, backend=backend)
+    arrays = pool.abstract_arrays()
+    for kind in ("zero_pages", "gather_pages", "scatter_pages"):
+        program = device.executables.lower(ProgramKey(kind=kind, pool=pool)).compile()
+        assert not copies(program.as_text(), arrays), kind
+        assert program.memory_analysis().temp_size_in_bytes < 10**6
 
 
 @pytest.mark.parametrize("target", ["tpu:v5e:1x1", "cuda:h200"])

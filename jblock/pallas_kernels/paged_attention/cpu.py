@@ -29,7 +29,8 @@ def paged_attention(
     """See `api.paged_attention`."""
     k_pages = kv_pages[0]
     _, kv_heads, d, page_size = k_pages.shape
-    if k_pages.dtype.name not in BYTES or d % 4 or page_size % 4:
+    kv = xla.value_dtype(k_pages).name
+    if kv not in BYTES or d % 4 or page_size % 4:
         return xla.paged_attention(
             q,
             k,
@@ -41,7 +42,7 @@ def paged_attention(
             scale=scale,
         )
     form = Form(
-        kv=k_pages.dtype.name,
+        kv=kv,
         d=d,
         groups=q.shape[1] // kv_heads,
         page=page_size,
