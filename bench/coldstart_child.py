@@ -42,7 +42,7 @@ def main(zoo: str, cache: str, dtype: str, begin: float, quick: bool) -> None:
     while not any(output.token_ids for output in engine.poll(1.0)):
         pass
     first_token = time.time() - begin
-    engine.settle()
+    engine.wait_until_warm()
     settled = time.time() - begin
     stats = engine.stats()
     engine.close()

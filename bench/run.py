@@ -123,7 +123,7 @@ def make_engine(zoo: Any, config: EngineConfig, cache: Path) -> ThreadEngine:
     """An engine over all chains of a zoo in memory, every program compiled or taken from the folder
     `cache`."""
     engine = ThreadEngine(zoo, dict(zoo.served), config, ExecutableCache(cache))
-    engine.settle()
+    engine.wait_until_warm()
     return engine
 
 

@@ -310,7 +310,7 @@ def _split(text: str) -> tuple[str, int | None]:
 
 
 def _place(zoo: Zoo, chain: Chain, edge: Mapping[str, Any]) -> str:
-    """What an edge replaces: "attention 4", or "run" of neighbours, with the layers."""
+    """What an edge replaces: "attention 4", or "run" of neighbors, with the layers."""
     ids = [s["component"] for s in edge["original"]]
     at = [s.component for s in chain.steps].index(ids[0])
     specs = [zoo.component(s.component).spec for s in chain.steps[: at + len(ids)]]

@@ -11,7 +11,7 @@ from jblock.engine import api
 
 # What each field of EngineStats is called in a scrape, and whether it only grows.
 _HELP = {
-    "steps": ("counter", "Sweeps of the engine's loop."),
+    "steps": ("counter", "Forward steps of the engine's loop."),
     "block_calls": ("counter", "Executions of a block, embeddings and heads included."),
     "block_rows": ("counter", "Rows those executions carried, padding not counted."),
     "model_calls": ("counter", "Executions a server of one model each would have needed."),

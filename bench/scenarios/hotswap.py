@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         swapped = measure(engine, _load(zoo), in_flight, lambda: not swapping.is_alive())
         swapping.join()
         measure(engine, _load(zoo, in_flight), in_flight)
-        engine.settle()
+        engine.wait_until_warm()
         after = _bytes(engine)
         stats = engine.stats()
     finally:
@@ -112,7 +112,7 @@ def _swap(engine: ThreadEngine, zoo: MemoryZoo, swaps: int, pause: float) -> Non
             engine.serve(everything[: 2 if kind == "fewer chains" else 3])
         progress(f"swap {i + 1} of {swaps}: {kind}, {time.monotonic() - began:.2f} s")
     engine.serve(["tune-0", "tune-1@1", "tune-2"])
-    engine.settle()
+    engine.wait_until_warm()
 
 
 def _bytes(engine: ThreadEngine) -> dict[str, int]:

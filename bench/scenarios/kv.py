@@ -190,7 +190,7 @@ def _answers(
     chains = {name: store.chain(name) for name in items}
     engine = ThreadEngine(store, chains, config, ExecutableCache(cache))
     try:
-        engine.settle()
+        engine.wait_until_warm()
         got = {
             name: _generate(engine, name, [tokenizers[name].encode(i.prompt).ids for i in own])
             for name, own in items.items()

@@ -161,7 +161,7 @@ def _registered(args: argparse.Namespace, shape: ModelShape) -> dict[str, Any]:
         "failed": sum(m.failed for ms in figures.values() for m in ms),
         "workload": describe(arrivals),
         "start_s": round(started, 2),
-        "residency": {
+        "weight_cache": {
             name: getattr(stats, name)
             for name in (
                 "adapters_resident",

@@ -95,14 +95,14 @@ def _trace(
     for i in range(size):
         engine.cancel(f"r{i}")
     _drain(engine)
-    spans, sweeps = device_spans(path)
-    # From the first sweep to the last: before and after it the profiler was being started and stopped.
-    first, last = sweeps[1][0], sweeps[-1][0]
+    spans, steps = device_spans(path)
+    # From the first step to the last: before and after it the profiler was being started and stopped.
+    first, last = steps[1][0], steps[-1][0]
     busy = covered(spans, first, last)
     return {
         "idle": round(1 - busy / (last - first), 4),
-        "steps": len(sweeps) - 2,
-        "step_ms": round((last - first) / (len(sweeps) - 2) / 1e3, 3),
+        "steps": len(steps) - 2,
+        "step_ms": round((last - first) / (len(steps) - 2) / 1e3, 3),
         "longest_wait_ms": round(longest_gap(spans, first, last) / 1e3, 3),
         "tokens": tokens,
     }
@@ -114,11 +114,11 @@ def _drain(engine: ThreadEngine) -> None:
 
 
 def device_spans(path: Path) -> tuple[list[Span], list[Span]]:
-    """Of the newest trace below a folder: when a device thread computed, and when the loop's sweeps
+    """Of the newest trace below a folder: when a device thread computed, and when the loop's steps
     were, in microseconds, by beginning.
 
     Raises:
-      ValueError: the trace holds no work of a device, or fewer than three sweeps.
+      ValueError: the trace holds no work of a device, or fewer than three steps.
     """
     file = max(path.rglob("*.trace.json.gz"), key=lambda p: p.stat().st_mtime)
     with gzip.open(file) as stream:
@@ -130,13 +130,13 @@ def device_spans(path: Path) -> tuple[list[Span], list[Span]]:
     }
     complete = [e for e in events if e.get("ph") == "X"]
     spans = sorted(_span(e) for e in complete if (e["pid"], e["tid"]) in threads)
-    sweeps = sorted(_span(e) for e in complete if e["name"] == STEP)
-    if not spans or len(sweeps) < 3:
+    steps = sorted(_span(e) for e in complete if e["name"] == STEP)
+    if not spans or len(steps) < 3:
         raise ValueError(
-            f"trace {str(file)!r} has {len(spans)} spans of device threads and {len(sweeps)} sweeps; "
+            f"trace {str(file)!r} has {len(spans)} spans of device threads and {len(steps)} steps; "
             "trace for longer, or name this backend's threads in _DEVICE_THREADS"
         )
-    return spans, sweeps
+    return spans, steps
 
 
 def _span(event: Mapping[str, Any]) -> Span:

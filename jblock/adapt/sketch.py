@@ -19,7 +19,7 @@ from jblock.zoo.records import ComponentRecord
 from jblock.zoo.store import Zoo
 
 ELEMENTS = 16384
-_RUN = 256  # neighbours read at once
+_RUN = 256  # neighbors read at once
 _ROW = 8192
 _NEIGHBORS = 8
 _HUBS = 16  # of the most used components: bases, which may lie further off than the siblings of a fine-tune

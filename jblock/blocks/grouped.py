@@ -26,7 +26,7 @@ def add_pairs(
 ) -> jax.Array:
     """`y [T, out] + b @ (a @ x)` of each row's own pieces.
 
-    Neighbouring sequences of one slot are one group, so its pieces are read once; the engine sorts a
+    Neighboring sequences of one slot are one group, so its pieces are read once; the engine sorts a
     batch by slots.
 
     Args:
@@ -51,7 +51,7 @@ def add_pairs(
 
 
 def runs(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Runs of equal neighbours in int32 [S]: their values and lengths, int32 [S] each; behind the last run
+    """Runs of equal neighbors in int32 [S]: their values and lengths, int32 [S] each; behind the last run
     there are runs of no length."""
     begins = jnp.concatenate([jnp.ones(1, bool), values[1:] != values[:-1]])
     run = jnp.cumsum(begins) - 1

@@ -21,7 +21,7 @@ class QuantSpec:
       p.scales: float32 [out, in / g].
       p.zeros: int8 [out, in / g] if zeros; without, they are 0.
       p.order: int32 [in] if ordered: input i of the codes is input order[i] of the model (GPTQ's
-        act-order, by which groups are not of neighbours).
+        act-order, by which groups are not of neighbors).
 
     Two more forms are those of published files. No block computes with their codes: a projection becomes
     float when it is loaded.

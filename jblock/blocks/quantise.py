@@ -2,7 +2,7 @@
 
 The numbers are qwix's (https://github.com/google/qwix, `absmax` calibration, "subchannel" tiles): the
 scale is the largest magnitude over `2**(bits-1) - 0.5`, so that the outermost code is used as much as
-its neighbours, and halves are rounded to even. `tests/blocks/test_quantise.py` holds them to what qwix
+its neighbors, and halves are rounded to even. `tests/blocks/test_quantise.py` holds them to what qwix
 itself computed.
 """
 

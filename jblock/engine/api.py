@@ -146,7 +146,7 @@ class EngineStats:
     """Counters since start and gauges of now.
 
     Attributes:
-      steps: sweeps run.
+      steps: forward steps run.
       block_calls: executions of a block, embeddings and heads included.
       block_rows: rows (tokens) those carried, padding not counted.
       model_calls: batches a server of one model each would have run for the same work.

@@ -33,7 +33,7 @@ class CompileTiers:
         self._pauses = 0
         self._graph, self._device, self._config = graph, device, config
         self._failed: set[Hashable] = set()
-        self._settled = threading.Event()
+        self._warm_up_done = threading.Event()
         self._more = threading.Event()
         self.make(graph, config.first_buckets, greedy_only=True)
         device.buckets, device.greedy_only = config.first_buckets, True
@@ -52,7 +52,7 @@ class CompileTiers:
             self._pauses += 1
         try:
             with self._programs:
-                self._settled.clear()
+                self._warm_up_done.clear()
                 yield
         finally:
             with self._turns:
@@ -65,13 +65,13 @@ class CompileTiers:
         self._graph = graph
 
     @property
-    def settled(self) -> bool:
+    def warm_up_done(self) -> bool:
         """Whether every tier is compiled."""
-        return self._settled.is_set()
+        return self._warm_up_done.is_set()
 
-    def settle(self) -> None:
+    def wait_until_warm(self) -> None:
         """Waits until every tier is compiled."""
-        self._settled.wait()
+        self._warm_up_done.wait()
 
     def renew(self) -> None:
         """Compiles the segments of what is served anew and swaps them in while requests run.
@@ -88,7 +88,7 @@ class CompileTiers:
     def close(self) -> None:
         """Stops after the program that is being compiled."""
         self.closing.set()
-        self._settled.set()
+        self._warm_up_done.set()
         self._more.set()
         with self._turns:
             self._turns.notify_all()
@@ -120,7 +120,7 @@ class CompileTiers:
                 if work is not None:
                     work()
                 elif not self._more.is_set():
-                    self._settled.set()
+                    self._warm_up_done.set()
             if work is None:
                 self._more.wait()
 

@@ -231,10 +231,10 @@ class ThreadEngine(Engine):
         """
         self._tiers.renew()
 
-    def settle(self) -> None:
+    def wait_until_warm(self) -> None:
         """Waits until the background compiler has nothing left to do, and on an idle engine until all
         programs are measured."""
-        self._tiers.settle()
+        self._tiers.wait_until_warm()
         while self._loop.idle and self._thread.is_alive() and not self._measured.wait(0.01):
             pass
 
@@ -267,7 +267,7 @@ class ThreadEngine(Engine):
             loop.switch(graph, pools)
             self._measured.clear()
             for lease in leases:
-                loop.residency.release(lease)
+                loop.weight_cache.release(lease)
 
         self._between_steps(take_up)
 
@@ -322,7 +322,7 @@ class ThreadEngine(Engine):
 
         def failed(error: Exception) -> None:
             words = f"{adapter.name} cannot be served: {error}"
-            self._inbox.put(lambda loop: loop.residency.refuse(adapter, words))
+            self._inbox.put(lambda loop: loop.weight_cache.refuse(adapter, words))
 
         self._updates.widen(targets, failed)
 
@@ -339,7 +339,7 @@ class ThreadEngine(Engine):
     def _measure(self) -> bool:
         """Times one call of a program, if that disturbs nobody: a request that comes meanwhile waits for
         no more than this call. False: nothing to time, or not now."""
-        if self._measured.is_set() or not self._tiers.settled:
+        if self._measured.is_set() or not self._tiers.warm_up_done:
             return False
         if self._loop.measure() or self._loop.measure_again():
             return True

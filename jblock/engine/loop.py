@@ -55,7 +55,7 @@ class Loop:
         self.graph, self.device, self.config = graph, device, config
         self.loads = loads or Loads(graph.zoo, graph.placement, graph.resident_set, config)
         self.loads.attach(device, self._widen)
-        self.residency = self.loads.residency
+        self.weight_cache = self.loads.weight_cache
         host = HostPool(config.host_kv_memory_mb * 10**6, device.longest_bytes(graph))
         self.kv = KVCacheManager(
             device.pool_shapes,
@@ -99,7 +99,7 @@ class Loop:
           pools: their sizes once the last of those has ended; None: as they are.
         """
         self.graph = graph
-        self.residency.switch(graph.resident_set)
+        self.weight_cache.switch(graph.resident_set)
         for sequence in self._sequences.waiting:
             route = graph.routes.get(sequence.route.chain.name)
             if route is not None and route.needs is sequence.lease.needs:
@@ -135,7 +135,7 @@ class Loop:
 
         def done(graph: ServingGraph | None, error: Exception | None) -> None:
             if graph is None:
-                self.residency.refuse(adapter, f"{adapter.name} cannot be served: {error}")
+                self.weight_cache.refuse(adapter, f"{adapter.name} cannot be served: {error}")
             else:
                 self.switch(graph)
 
@@ -200,7 +200,7 @@ class Loop:
                 route=route,
                 max_tokens=max_tokens,
                 seed=secrets.randbits(32) if sampling.seed is None else sampling.seed,
-                lease=self.residency.acquire(route.needs),
+                lease=self.weight_cache.acquire(route.needs),
                 generated=list(request.generated),
             )
         )
@@ -394,4 +394,4 @@ class Loop:
         last = Output(request_id=sequence.request.request_id, finish_reason=reason, **fields)
         self._outputs.append(last)
         self._sequences.end(sequence, poisoned=reason == "error")
-        self.residency.release(sequence.lease)
+        self.weight_cache.release(sequence.lease)

@@ -144,10 +144,10 @@ class DataParallelEngine(Engine):
             raise
         return self.models()
 
-    def settle(self) -> None:
+    def wait_until_warm(self) -> None:
         """Waits until every group's background compiler has nothing left to do."""
         for engine in self._engines:
-            engine.settle()
+            engine.wait_until_warm()
 
 
 def group_config(config: EngineConfig) -> EngineConfig:

@@ -58,8 +58,8 @@ def collect_stats(
     generated_tokens: int,
 ) -> EngineStats:
     """What the parts of a loop say, on the thread that owns them."""
-    executables, kv, residency = device.executables, sequences.kv, loads.residency
-    counts = residency.counts
+    executables, kv, weight_cache = device.executables, sequences.kv, loads.weight_cache
+    counts = weight_cache.counts
     return EngineStats(
         steps=ran.steps,
         block_calls=ran.block_calls,
@@ -74,10 +74,10 @@ def collect_stats(
         pages_total=sum(p.total for p in kv.pools.values()),
         rows_free=sequences.rows.num_free,
         rows_total=sequences.rows.total,
-        resident_bytes=residency.weight_bytes + graph.table_bytes,
+        resident_bytes=weight_cache.weight_bytes + graph.table_bytes,
         chains=len(graph.routes),
-        chains_resident=residency.resident_chains,
-        adapters_resident=residency.adapters,
+        chains_resident=weight_cache.resident_chains,
+        adapters_resident=weight_cache.adapters,
         host_bytes=loads.cache.bytes,
         residency_hits=counts.hits,
         residency_misses=counts.misses,

@@ -1,5 +1,5 @@
 """Command R (Cohere, 2024): LayerNorm without bias, one a layer, whose output attention and feed-forward
-both read; rope that pairs neighbours; scaled logits."""
+both read; rope that pairs neighbors; scaled logits."""
 
 import dataclasses
 

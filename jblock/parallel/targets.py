@@ -27,7 +27,7 @@ class Chip:
       memory: bytes of device memory.
       bandwidth: bytes/s of it.
       flops: bf16 matmul operations a second.
-      link: bytes/s a chip sends to its neighbours, all links together.
+      link: bytes/s a chip sends to its neighbors, all links together.
     """
 
     memory: int

@@ -5,7 +5,7 @@ in that order. Longer blocks mean fewer hand-overs; cutting there and only there
 With a `Cost` a run is shared only where that saves more time than the hand-overs around it take.
 A later model that shares part of a run cuts it anew: that rewrites the record, no component or chain.
 Joined steps (a router and its experts) are never cut apart: chains share them together or not at all.
-A delta never cuts: its rows ride on the component that all its neighbours share.
+A delta never cuts: its rows ride on the component that all its neighbors share.
 """
 
 import dataclasses
@@ -115,7 +115,7 @@ def plan_blocks(chains: Mapping[str, Chain], cost: Cost | None = None) -> BlockP
 def unshared(runs_of: Mapping[str, Sequence[Run]], cost: Cost) -> set[Run]:
     """Shared runs whose cuts cost more than sharing them saves, the costliest first.
 
-    Giving one up joins it, in every chain that uses it, to neighbours no other chain shares.
+    Giving one up joins it, in every chain that uses it, to neighbors no other chain shares.
     """
     users = _users(runs_of)
     given_up: set[Run] = set()

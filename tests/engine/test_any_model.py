@@ -85,7 +85,7 @@ def test_models_of_several_shapes_answer_together_as_alone(zoo, cache, alone):
 @pytest.mark.parametrize("turns", [12, pytest.param(100, marks=pytest.mark.long)])
 def test_any_model_comes_and_goes_under_load(zoo, cache, alone, turns):
     engine = serve(zoo, cache, "base")
-    engine.settle()
+    engine.wait_until_warm()
     start = engine.stats()
     stop, failures = threading.Event(), []
 
@@ -124,7 +124,7 @@ def test_any_model_comes_and_goes_under_load(zoo, cache, alone, turns):
     for request_id, got in tokens.items():
         name = "base" if request_id.startswith("steady") else request_id.split("/")[1]
         assert got == alone[name], request_id
-    engine.settle()
+    engine.wait_until_warm()
     end = engine.stats()
     assert end.compiles_on_serving_path == 0
     same = ("pages_total", "rows_total", "resident_bytes", "chains")

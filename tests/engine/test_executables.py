@@ -49,7 +49,7 @@ def test_a_second_start_compiles_nothing(zoo, tmp_path):
     compiled = []
     for _ in range(2):
         one = engine(zoo, ExecutableCache(folder))
-        one.settle()
+        one.wait_until_warm()
         assert greedy(one) == oracle(MODEL)["greedy"].tolist()
         stats = one.stats()
         assert stats.compiles_on_serving_path == 0
@@ -65,7 +65,7 @@ def test_a_second_start_compiles_nothing(zoo, tmp_path):
     entries[1].write_bytes(flipped)
     entries[2].write_bytes(b"")
     one = engine(zoo, ExecutableCache(folder))
-    one.settle()
+    one.wait_until_warm()
     assert greedy(one) == oracle(MODEL)["greedy"].tolist()
     assert one.stats().compiles_in_background == 3
     one.close()
@@ -74,7 +74,7 @@ def test_a_second_start_compiles_nothing(zoo, tmp_path):
 def test_serves_on_the_first_tier_and_takes_the_others_up_as_they_come(zoo, tmp_path):
     one = engine(zoo, ExecutableCache(tmp_path / "cache"))
     assert greedy(one) == oracle(MODEL)["greedy"].tolist()
-    one.settle()
+    one.wait_until_warm()
     assert set(one._loop.device.buckets) == {
         Bucket(1, 1),
         Bucket(4, 1),
@@ -140,14 +140,14 @@ def test_requests_with_options_wait_for_their_programs(zoo, tmp_path):
     ended = []
     while len(ended) < 2:
         ended.extend(o.request_id for o in one.poll(10) if o.finish_reason == "length")
-    one.settle()
+    one.wait_until_warm()
     assert one.stats().compiles_on_serving_path == 0
     one.close()
 
 
 def test_programs_are_renewed_while_a_request_runs(zoo, tmp_path):
     one = engine(zoo, ExecutableCache(tmp_path / "cache"))
-    one.settle()
+    one.wait_until_warm()
     device = one._loop.device
     keys = list(device.segment_keys(one._loop.graph))
     old = [device.executables.get(key) for key in keys]
@@ -165,7 +165,7 @@ def test_programs_are_renewed_while_a_request_runs(zoo, tmp_path):
 def test_the_profile_is_measured_kept_and_mended(zoo, tmp_path):
     folder = tmp_path / "cache"
     one = engine(zoo, ExecutableCache(folder))
-    one.settle()
+    one.wait_until_warm()
     measured = dict(one._loop.profile._seconds)
     # Embedding, layer and head on four grids.
     assert len(measured) == 3 * 4 and all(s > 0 for s in measured.values())
@@ -177,7 +177,7 @@ def test_the_profile_is_measured_kept_and_mended(zoo, tmp_path):
     names = sorted(measured)
     file.write_text(json.dumps({n: 1e-9 if n == names[0] else 100.0 for n in names}))
     two = engine(zoo, ExecutableCache(folder))
-    two.settle()
+    two.wait_until_warm()
     mended = two._loop.profile._seconds
     assert mended.keys() == measured.keys() and mended[names[0]] == 1e-9
     assert all(mended[n] < 100.0 for n in names)

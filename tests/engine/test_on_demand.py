@@ -130,8 +130,8 @@ def test_a_model_is_read_when_it_is_asked_for(own_zoo, zoo):
     """Weights for one model only: the two take turns, and neither stops while the other is read."""
     size = _weight_bytes(own_zoo, BASE)
     engine = start(own_zoo, zoo, [BASE, OTHER], weights_memory_mb=-(-size // 10**6))
-    residency = engine._loop.residency
-    residency._room.max_weight_bytes = int(1.5 * size)  # finer than megabytes
+    weight_cache = engine._loop.weight_cache
+    weight_cache._room.max_weight_bytes = int(1.5 * size)  # finer than megabytes
     evict(engine, OTHER)
     expected = ask(engine, BASE)
     assert collect_tokens(engine, expected) == expected
@@ -164,7 +164,7 @@ def evict(engine: ThreadEngine, model: str) -> None:
 
     def on_loop(loop):
         for weights in loop.graph.routes[model].weights.members:
-            loop.residency._evict(weights)
+            loop.weight_cache._evict(weights)
         done.set()
 
     engine._inbox.put(on_loop)

@@ -44,7 +44,7 @@ def served(zoo: Path, folder: Path) -> int:
     chains = {name: store.chain(name) for name in MODELS}
     engine = ThreadEngine(store, chains, CONFIG, ExecutableCache(folder))
     try:
-        engine.settle()
+        engine.wait_until_warm()
         for name in MODELS:
             engine.submit(request(name, name, oracle(name)["prompt"]))
         for name, tokens in collect_tokens(engine, MODELS).items():

@@ -117,7 +117,7 @@ def test_a_draw_is_one_that_is_kept_and_the_same_beside_others(seed, top_k, top_
     rng = np.random.default_rng(seed)
     logits = (rng.normal(size=(3, 200)) * scale).astype(np.float32).round(2)
     asked = options(1.0, top_k, top_p, seed, min_p)
-    # One neighbour is settled among the best tokens, one needs the whole vocabulary.
+    # One neighbor is settled among the best tokens, one needs the whole vocabulary.
     packed = sample(logits, [asked, options(1.0, 1, 1.0, 1), options(1.0, 0, 1.0, 2)], [3, 4, 5])
     kept = kept_by_sorting(logits[0], min(top_k, 200), top_p)
     kept &= np.exp(logits[0] - logits[0].max()) >= min_p * (1 - 1e-6)

@@ -88,7 +88,7 @@ def test_prompts_of_one_length_end_in_the_order_they_came(agent):
         agent.loop.submit(request(f"p{i}", model, prompt(model, 30 + i)[i:], max_tokens=1))
     while len(first) < 5:
         first += [o.request_id for o in agent.loop.step() if o.request_id != "stream"]
-    # Prompts of one chain and length may share a call, so neighbours may come together.
+    # Prompts of one chain and length may share a call, so neighbors may come together.
     assert first == sorted(first)
 
 

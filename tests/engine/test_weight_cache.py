@@ -93,7 +93,7 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.worker = Worker()
         self.graph = graph(self.names, pinned=("b",))
-        self.residency = WeightCache(
+        self.weight_cache = WeightCache(
             self.graph, self.worker, slots=SLOTS, pieces=PIECES, max_weight_bytes=MAX_BYTES
         )
         self.leases: list[Lease] = []
@@ -102,35 +102,35 @@ class Machine(RuleBasedStateMachine):
     @rule(name=st.sampled_from(names))
     def ask(self, name):
         if name in self.graph.needs:
-            self.leases.append(self.residency.acquire(self.graph.needs[name]))
+            self.leases.append(self.weight_cache.acquire(self.graph.needs[name]))
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
     def end(self, data):
         lease = self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1)))
-        self.residency.release(lease)
-        self.residency.release(lease)  # twice is no mistake
+        self.weight_cache.release(lease)
+        self.weight_cache.release(lease)  # twice is no mistake
 
     @precondition(lambda self: self.worker.probes)
     @rule(fails=st.integers(0, 9))
-    def probed(self, fails):
+    def note_probe(self, fails):
         adapter = self.worker.probes.pop(0)
         error = "damaged" if not fails else ""
-        self.residency.probed(adapter, {}, SIZES[adapter.name], error)
+        self.weight_cache.note_probe(adapter, {}, SIZES[adapter.name], error)
 
     @precondition(lambda self: self.worker.loads)
     @rule(data=st.data(), fails=st.integers(0, 9))
     def loaded(self, data, fails):
         index = data.draw(st.integers(0, len(self.worker.loads) - 1))
         resident = self.worker.loads.pop(index)
-        self.residency.finished(resident, "damaged" if not fails else "")
+        self.weight_cache.note_loaded(resident, "damaged" if not fails else "")
 
     @rule(names=st.sets(st.sampled_from(names), min_size=1), pin=st.booleans())
     def change(self, names, pin):
         pinned = tuple(n for n in ("b",) if pin and n in names)
         self.graph = graph(sorted(names), pinned, self.graph)
         self.seen.update(self.graph.residents)
-        self.residency.switch(self.graph)
+        self.weight_cache.switch(self.graph)
 
     @invariant()
     def accounting_is_exact(self):
@@ -141,10 +141,10 @@ class Machine(RuleBasedStateMachine):
         assert len(set(slots)) == len(slots) and set(slots) <= set(range(1, SLOTS + 1))
         assert len(set(pieces)) == len(pieces) and set(pieces) <= set(range(1, PIECES + 1))
         assert all(len(a.pieces) == a.size for a in adapters)
-        assert self.residency.slots_free == SLOTS - len(slots)
-        assert self.residency.pieces_free == PIECES - len(pieces)
+        assert self.weight_cache.slots_free == SLOTS - len(slots)
+        assert self.weight_cache.pieces_free == PIECES - len(pieces)
         held = sum(r.size for r in there if isinstance(r, Weights))
-        assert self.residency.weight_bytes == held <= MAX_BYTES
+        assert self.weight_cache.weight_bytes == held <= MAX_BYTES
         assert set(self.worker.loads) == {r for r in there if r.state is State.LOADING}
         for cold in self.seen - set(there):
             assert not isinstance(cold, Adapter) or (cold.slot, cold.pieces) == (0, [])
@@ -166,15 +166,15 @@ class Machine(RuleBasedStateMachine):
         for _ in range(2000):
             for lease in [f for f in self.leases if f.ready or f.error]:
                 self.leases.remove(lease)
-                self.residency.release(lease)
+                self.weight_cache.release(lease)
             if self.worker.probes:
                 adapter = self.worker.probes.pop(0)
-                self.residency.probed(adapter, {}, SIZES[adapter.name])
+                self.weight_cache.note_probe(adapter, {}, SIZES[adapter.name])
             elif self.worker.loads:
-                self.residency.finished(self.worker.loads.pop(0))
+                self.weight_cache.note_loaded(self.worker.loads.pop(0))
             elif not self.leases:
                 break
-        assert not self.leases and not self.residency.wanting and not self.residency.failed
+        assert not self.leases and not self.weight_cache.wanting and not self.weight_cache.failed
 
 
 TestMachine = Machine.TestCase
@@ -182,27 +182,27 @@ TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadlin
 
 
 def make(names, slots=SLOTS) -> tuple[WeightCache, Worker, FakeResidents]:
-    """A residency whose base is loaded and whose adapters are known."""
+    """A weight_cache whose base is loaded and whose adapters are known."""
     found, worker = graph(names), Worker()
-    residency = WeightCache(found, worker, slots=slots, pieces=PIECES, max_weight_bytes=0)
+    weight_cache = WeightCache(found, worker, slots=slots, pieces=PIECES, max_weight_bytes=0)
     for route in found.needs.values():
         route.adapter.targets, route.adapter.size = {}, SIZES[route.chain.name]
-    return residency, worker, found
+    return weight_cache, worker, found
 
 
-def finish(residency: WeightCache, worker: Worker) -> None:
+def finish(weight_cache: WeightCache, worker: Worker) -> None:
     while worker.loads:
-        residency.finished(worker.loads.pop(0))
+        weight_cache.note_loaded(worker.loads.pop(0))
 
 
 def test_the_longest_unused_leaves_first():
-    residency, worker, found = make(["a", "b", "c", "d"])
+    weight_cache, worker, found = make(["a", "b", "c", "d"])
     for name in ("a", "b", "c", "a"):
-        lease = residency.acquire(found.needs[name])
-        finish(residency, worker)
+        lease = weight_cache.acquire(found.needs[name])
+        finish(weight_cache, worker)
         assert lease.ready
-        residency.release(lease)
-    residency.acquire(found.needs["d"])  # 3 pieces of which 1 is free: b and its 2 go
+        weight_cache.release(lease)
+    weight_cache.acquire(found.needs["d"])  # 3 pieces of which 1 is free: b and its 2 go
     states = {n: r.adapter.state for n, r in found.needs.items()}
     assert states == {
         "a": State.READY,
@@ -214,30 +214,30 @@ def test_the_longest_unused_leaves_first():
 
 def test_others_pass_who_waits_for_room_but_not_for_ever():
     """a keeps being asked for; b needs its slot. New requests for a wait behind b once b is first."""
-    residency, worker, found = make(["a", "b"], slots=1)
-    running = residency.acquire(found.needs["a"])
-    finish(residency, worker)
-    waiting = residency.acquire(found.needs["b"])
-    later = residency.acquire(found.needs["a"])
+    weight_cache, worker, found = make(["a", "b"], slots=1)
+    running = weight_cache.acquire(found.needs["a"])
+    finish(weight_cache, worker)
+    waiting = weight_cache.acquire(found.needs["b"])
+    later = weight_cache.acquire(found.needs["a"])
     assert running.ready and not waiting.granted and not later.granted
-    residency.release(running)
+    weight_cache.release(running)
     assert waiting.granted and not later.granted
-    finish(residency, worker)
+    finish(weight_cache, worker)
     assert waiting.ready
-    residency.release(waiting)
+    weight_cache.release(waiting)
     assert later.granted
 
 
 def test_who_gives_up_waiting_opens_what_was_closed_for_it():
-    residency, worker, found = make(["a", "b"], slots=1)
-    running = residency.acquire(found.needs["a"])
-    finish(residency, worker)
-    residency.release(residency.acquire(found.needs["b"]))
-    assert residency.acquire(found.needs["a"]).ready and running.ready
+    weight_cache, worker, found = make(["a", "b"], slots=1)
+    running = weight_cache.acquire(found.needs["a"])
+    finish(weight_cache, worker)
+    weight_cache.release(weight_cache.acquire(found.needs["b"]))
+    assert weight_cache.acquire(found.needs["a"]).ready and running.ready
 
 
 def test_what_can_never_fit_is_refused_with_the_remedy():
-    residency, _, found = make(["a", "f"])
-    lease = residency.acquire(found.needs["f"])
-    assert lease.error_code == "FAILED_PRECONDITION" and residency.failed == [lease]
+    weight_cache, _, found = make(["a", "f"])
+    lease = weight_cache.acquire(found.needs["f"])
+    assert lease.error_code == "FAILED_PRECONDITION" and weight_cache.failed == [lease]
     assert "adapter_slots 3" in lease.error and "'f'" in lease.error

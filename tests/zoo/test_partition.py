@@ -100,7 +100,7 @@ def test_invariants(layers):
                 holders.setdefault(component, set()).add(block.components)
     # A component is in one block only, whichever chain it is looked at from.
     assert all(len(found) == 1 for found in holders.values())
-    # No two neighbours could be joined without losing that.
+    # No two neighbors could be joined without losing that.
     for run in partition.values():
         for left, right in itertools.pairwise(run[1:-1]):
             pair = left.components + right.components

@@ -1,5 +1,5 @@
 """From the chains of a zoo to a graph. Only records are read here; what goes on the device, and when,
-is for `residency.py` to decide."""
+is for `weights/cache.py` to decide."""
 
 import collections
 import functools

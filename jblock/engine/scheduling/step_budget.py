@@ -1,12 +1,12 @@
 """Which of the ready rows run in a step, from measured times: pure functions, no device.
 
-A step is one sweep over all instances. Its time is shared out twice:
+A step visits all instances once. Its time is shared out twice:
 
 * decoding rows: every instance gets a share of the step in proportion to the time its rows would take,
   and from that its batch limit. A block that many chains pass gets a large one, a private one a small
-  one. Rows over the limit stay in its queue, and go first in the next sweep.
+  one. Rows over the limit stay in its queue, and go first in the next step.
 * prompts: what decoding leaves of the step, and at least PROMPT_SHARE of it, goes to the chunks in
-  flight, oldest first. A chunk whose time is up stays between two layers until the next sweep.
+  flight, oldest first. A chunk whose time is up stays between two layers until the next step.
 """
 
 import dataclasses

@@ -154,7 +154,7 @@ class WeightCache:
             self._wanting.remove(lease)
         self._grant()
 
-    def probed(
+    def note_probe(
         self, adapter: Adapter, targets: Mapping[str, frozenset[str]], size: int, error: str = ""
     ) -> None:
         """Answers `Worker.probe`: what an adapter adapts and its size in pieces, or why nobody knows."""
@@ -171,7 +171,7 @@ class WeightCache:
         for lease in [w for w in self._wanting if w.needs.adapter is adapter]:
             self._fail(lease, error)
 
-    def finished(self, resident: Resident, error: str = "") -> None:
+    def note_loaded(self, resident: Resident, error: str = "") -> None:
         """Answers `Worker.load`: the resident is in its place, or why it is not."""
         waiters, resident.waiters = resident.waiters, []
         self._resident_chains = None

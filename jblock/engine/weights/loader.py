@@ -1,4 +1,4 @@
-"""From disk over host memory to the device: what residency wants there is read here."""
+"""From disk over host memory to the device: what weight_cache wants there is read here."""
 
 import collections
 import concurrent.futures
@@ -71,15 +71,15 @@ class Warming(NamedTuple):
 
 
 class Loads:
-    """Carries out what an agent's residency decides. Reads in the background, and writes between two
+    """Carries out what an agent's weight_cache decides. Reads in the background, and writes between two
     steps, on the loop's thread.
 
     Attributes:
-      residency: what decides.
+      weight_cache: what decides.
       cache: the host's tier.
       background: where work runs; until another is given, in `pump`, on the caller's own thread.
       widen_tables: takes {spec: targets} that tables have to be made for, and the adapter that wants
-        them; `residency.switch` or `refuse` follows.
+        them; `weight_cache.switch` or `refuse` follows.
       deferred: work that `pump` does.
       warming: chains that `pump` answers for once they are there.
     """
@@ -92,7 +92,7 @@ class Loads:
         self._placement = placement
         self.deferred: collections.deque = collections.deque()
         self.warming: list[Warming] = []
-        self.residency = WeightCache(
+        self.weight_cache = WeightCache(
             served,
             self,
             slots=config.adapter_slots,
@@ -116,7 +116,7 @@ class Loads:
         while not done.done():
             self.pump()
         for lease in done.result():
-            self.residency.release(lease)
+            self.weight_cache.release(lease)
 
     def pump(self) -> None:
         """Does what was put off, and answers for what was warmed."""
@@ -128,8 +128,8 @@ class Loads:
             failed = next((lease for lease in leases if lease.error), None)
             if failed is not None:
                 for lease in leases:
-                    self.residency.release(lease)
-                self.residency.abandon(warming.served)
+                    self.weight_cache.release(lease)
+                self.weight_cache.abandon(warming.served)
                 warming.done.set_exception(ValueError(failed.error))
             elif all(lease.ready for lease in leases):
                 warming.done.set_result(leases)
@@ -145,25 +145,25 @@ class Loads:
     ) -> None:
         """Brings chains, taken up or not, to the device, as far as there is room without
         waiting for it. `pump` gives `done` their leases, or the error of the first that cannot be read."""
-        leases = [self.residency.acquire(needs, optional=True) for needs in all_needs]
+        leases = [self.weight_cache.acquire(needs, optional=True) for needs in all_needs]
         self.warming.append(Warming(served, leases, done))
 
-    # What residency asks for
+    # What weight_cache asks for
 
     def probe(self, adapter: Adapter, needs: Needs) -> None:
-        """See `residency.Worker`."""
+        """See `weight_cache.Worker`."""
 
         def done(probe: Probe | None, error: Exception | None) -> None:
             if probe is None:
-                self.residency.probed(adapter, {}, 0, _words(adapter, error))
+                self.weight_cache.note_probe(adapter, {}, 0, _words(adapter, error))
             else:
-                self.residency.probed(adapter, probe.targets, probe.size)
+                self.weight_cache.note_probe(adapter, probe.targets, probe.size)
 
         read = functools.partial(_probe, self._zoo, adapter, needs)
         self.background("adapter", adapter.name, read, done)
 
     def load(self, resident: Resident, needs: Needs) -> None:
-        """See `residency.Worker`."""
+        """See `weight_cache.Worker`."""
         read: Callable[[], Any]
         place: Callable[[Any], None]
         if isinstance(resident, Weights):
@@ -181,12 +181,12 @@ class Loads:
                     place(content)
                 except Exception as e:  # It fails this load, not the loop.
                     error = e
-            self.residency.finished(resident, _words(resident, error) if error else "")
+            self.weight_cache.note_loaded(resident, _words(resident, error) if error else "")
 
         self.background(kind, resident.name, read, done)
 
     def widen(self, adapter: Adapter, needs: Needs) -> None:
-        """See `residency.Worker`."""
+        """See `weight_cache.Worker`."""
         wanted: dict[Any, frozenset[str]] = {}
         for part in needs.parts:
             targets = (adapter.targets or {}).get(part.component)

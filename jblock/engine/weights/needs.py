@@ -64,8 +64,8 @@ class ResidentSet:
 
 
 class Worker(Protocol):
-    """Does what residency decides. Each call returns at once; answers come by `probed`, `finished` and
-    `switch`, never from within the call."""
+    """Does what the weight cache decides. Each call returns at once; answers come by
+    `note_probe`, `note_loaded` and `switch`, never from within the call."""
 
     def probe(self, adapter: Adapter, needs: Needs) -> None:
         """Finds out the targets and the size of an adapter."""
