@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints import layouts
+from checkpoints import layouts, tokenizer_identity
 from checkpoints.adapter import SMALL_FILES as ADAPTER_FILES
 from checkpoints.adapter import plan_adapter
 from checkpoints.bitfit import with_vectors
@@ -204,7 +204,7 @@ def _tokenizer(zoo: Zoo, chain: Chain, small: dict[str, bytes]) -> dict[str, byt
     listed = small.pop(TOKENIZER_LIST, None)
     if chain.tokenizer is None:
         return {}
-    files = zoo.files("tokenizers", chain.tokenizer)
+    files = tokenizer_files(zoo, chain)
     if listed is not None:
         try:
             return {n: files[n] for n in json.loads(listed)}
@@ -214,6 +214,28 @@ def _tokenizer(zoo: Zoo, chain: Chain, small: dict[str, bytes]) -> dict[str, byt
             ) from e
     # Models of zoos that hold no such list: adapters mostly have none of their own.
     return files if chain.base is None else {}
+
+
+def tokenizer_files(zoo: Zoo, chain: Chain) -> dict[str, bytes]:
+    """The files of a model's tokenizer as they came, and its tokenizer.json; {} when it has none.
+
+    Raises:
+      CheckpointError: what the zoo keeps does not lead back to tokenizer.json.
+    """
+    if chain.tokenizer is None:
+        return {}
+    files = zoo.files("tokenizers", chain.tokenizer)
+    if chain.tokenizer_files is None:
+        return files
+    kept = zoo.files("sources", chain.tokenizer_files)
+    try:
+        raw = tokenizer_identity.file_of(kept, files[TOKENIZER_FILES[0]])
+    except (KeyError, ValueError) as e:
+        raise CheckpointError(
+            f"{chain.name}@{chain.version}: its tokenizer.json cannot be written again ({e}): run fsck"
+        ) from e
+    ways = (tokenizer_identity.FORM, tokenizer_identity.DEFLATED)
+    return {n: b for n, b in kept.items() if n not in ways} | {TOKENIZER_FILES[0]: raw}
 
 
 def _values(

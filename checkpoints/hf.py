@@ -113,7 +113,10 @@ def convert(
                 steps=tuple(steps[i] for i in sorted(steps)),
                 tokenizer=None
                 if tokenizer is None
-                else writer.put_files("tokenizers", tokenizer.files),
+                else writer.put_files("tokenizers", tokenizer.served),
+                tokenizer_files=None
+                if tokenizer is None
+                else writer.put_files("sources", tokenizer.kept),
                 max_position=plan.max_position,
                 vocab_size=plan.vocab_size,
                 eos_token_ids=eos,
@@ -177,8 +180,8 @@ def note_tokenizer(
     if tokenizer is None:
         progress.note(f"{path} has no tokenizer: the model can be served with token ids only")
         return
-    if tokenizer.made:
-        progress.note("tokenizer.json was made from tokenizer.model")
+    for note in tokenizer.notes:
+        progress.note(note)
     if tokenizer.largest_id >= vocab_size:
         # Usual for a padding token added after training, which no prompt contains.
         progress.note(

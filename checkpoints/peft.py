@@ -84,8 +84,11 @@ def convert(
                 origin=dict(origin or {}),
             )
             if tokenizer is not None:
-                own = writer.put_files("tokenizers", tokenizer.files)
-                chain = dataclasses.replace(chain, tokenizer=own)
+                chain = dataclasses.replace(
+                    chain,
+                    tokenizer=writer.put_files("tokenizers", tokenizer.served),
+                    tokenizer_files=writer.put_files("sources", tokenizer.kept),
+                )
             progress.note(f"{name}: {writer.new_bytes} of {total} bytes are new to the zoo")
             return writer.publish(chain, activate)
 

@@ -110,7 +110,7 @@ def train_items(zoo: Zoo, chain: Chain, path: Path, max_items: int | None = None
     eos = next(iter(chain.eos_token_ids), None)
     items = read_items(path)[:max_items]
     if any("messages" in item for item in items):
-        render = chat.renderer(_tokenizer_folder(zoo, chain), chain.name)
+        render = chat.renderer(_template_folder(zoo, chain), chain.name)
         items = [
             {**item, "prompt": render(item["messages"], True), "rendered": True}
             if "messages" in item
@@ -123,7 +123,7 @@ def train_items(zoo: Zoo, chain: Chain, path: Path, max_items: int | None = None
 def _text(zoo: Zoo, chain: Chain, path: Path, width: int, max_rows: int | None) -> Rows:
     content = path.read_text(encoding="utf-8")
     if path.suffix == ".jsonl":
-        render = chat.renderer(_tokenizer_folder(zoo, chain), chain.name)
+        render = chat.renderer(_template_folder(zoo, chain), chain.name)
         content = "\n".join(render(m, False) for m in _conversations(path, content))
         return text_rows(tokenizer(zoo, chain), content, width, None, max_rows)
     return text_rows(tokenizer(zoo, chain), content, width, chain.bos_token_id, max_rows)
@@ -141,6 +141,14 @@ def _conversations(path: Path, content: str) -> list[chat.Messages]:
                 f'{path}:{number}: give {{"messages": [...]}}, or text in a file of another suffix'
             ) from e
     return found
+
+
+def _template_folder(zoo: Zoo, chain: Chain) -> Path:
+    """Where the chat template of a model is."""
+    if chain.tokenizer_files is None:
+        return _tokenizer_folder(zoo, chain)
+    zoo.files("sources", chain.tokenizer_files)  # checks it
+    return zoo.folder("sources", chain.tokenizer_files)
 
 
 def _tokenizer_folder(zoo: Zoo, chain: Chain) -> Path:

@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from checkpoints.errors import CheckpointError
+from checkpoints.tokenizer_fields import Beside, special_texts
 
 _SPACE = "\u2581"
 _BPE = 2
@@ -32,20 +33,20 @@ class Piece:
     type: int
 
 
-def convert(data: bytes, config: Mapping[str, Any], added: Mapping[str, Any]) -> str:
+def convert(data: bytes, beside: Beside) -> str:
     """The text of tokenizer.json for a SentencePiece model.
 
     Args:
       data: the file.
-      config: tokenizer_config.json, {} when there is none.
-      added: added_tokens.json (text -> id), {} when there is none: tokens beyond the model's own.
+      beside: the files beside it, which may have tokens beyond the model's own.
 
     Raises:
       CheckpointError: no such model, or one that would be tokenized differently.
     """
+    config = beside.config
     try:
         pieces = _read(data)
-        tokens = _added(pieces, config, added)
+        tokens = _added(pieces, beside)
     except (ValueError, LookupError, TypeError, AttributeError, struct.error) as e:
         raise CheckpointError(f"tokenizer.model cannot be converted ({e}): {_REMEDY}") from e
     ranks = {piece.text: i for i, piece in enumerate(pieces)}
@@ -64,20 +65,23 @@ def convert(data: bytes, config: Mapping[str, Any], added: Mapping[str, Any]) ->
     # What is one token wherever it stands in the text.
     for id_ in sorted(tokens):
         out.add_tokens([tokens[id_]])
+    # A space in front of the text, so that its first word is the piece that it is elsewhere.
+    space_first = config.get("add_prefix_space") in (None, True)
     if config.get("legacy", True):
+        spaces = [normalizers.Replace(" ", _SPACE)]
         out.normalizer = normalizers.Sequence(
-            [normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)]
+            [*([normalizers.Prepend(_SPACE)] if space_first else []), *spaces]
         )
     else:
         out.pre_tokenizer = pre_tokenizers.Metaspace(
-            replacement=_SPACE, prepend_scheme="first", split=False
+            replacement=_SPACE, prepend_scheme="first" if space_first else "never", split=False
         )
     out.decoder = decoders.Sequence(
         [
             decoders.Replace(_SPACE, " "),
             decoders.ByteFallback(),
             decoders.Fuse(),
-            decoders.Strip(content=" ", left=1, right=0),
+            *([decoders.Strip(content=" ", left=1, right=0)] if space_first else []),
         ]
     )
     first = ["<s>"] if config.get("add_bos_token", True) and "<s>" in ranks else []
@@ -90,11 +94,10 @@ def convert(data: bytes, config: Mapping[str, Any], added: Mapping[str, Any]) ->
     return out.to_str(pretty=True)
 
 
-def _added(
-    pieces: list[Piece], config: Mapping[str, Any], added: Mapping[str, Any]
-) -> dict[int, AddedToken]:
+def _added(pieces: list[Piece], beside: Beside) -> dict[int, AddedToken]:
     """By their ids, the tokens that are one wherever they stand: the model's control pieces, and what
     added_tokens.json and added_tokens_decoder add behind its own. Both may say again what the model says."""
+    config, special = beside.config, special_texts(beside)
     if config.get("tokenizer_class", "LlamaTokenizer") not in _CLASSES:
         raise ValueError(f"it is for a {config['tokenizer_class']}")
     first = len(pieces)
@@ -103,8 +106,8 @@ def _added(
         for i, piece in enumerate(pieces)
         if piece.type in (_UNKNOWN, _CONTROL)
     }
-    for text, id_ in added.items():
-        token = AddedToken(str(text), normalized=False, special=True)
+    for text, id_ in beside.added.items():
+        token = AddedToken(str(text), normalized=text not in special, special=text in special)
         tokens.setdefault(_checked(pieces, int(id_), str(text)), token)
     for key, entry in (config.get("added_tokens_decoder") or {}).items():
         flags = {f: bool(entry.get(f, False)) for f in _FLAGS}

@@ -14,7 +14,7 @@ from checkpoints.multimodal import TextSource
 from checkpoints.opening import kind_of, open_checkpoint
 from checkpoints.progress import Progress
 from checkpoints.source import TOKENIZER_LIST, Source
-from checkpoints.tokenizer import read_tokenizer
+from checkpoints.tokenizer import TokenizerFiles, read_tokenizer
 from jblock.zoo.ids import files_id
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
@@ -44,11 +44,18 @@ def verify(zoo_path: str | Path, name: str, source_path: Path, progress: Progres
             made = {**checkpoint.source.replaced} | {f"{f}{_HEADER}": h for f, h in headers.items()}
     if kind_of(source_path) == "hf":  # of others the zoo keeps what was made of their files
         differences += _kept_files(zoo, chain, source_path, made)
-    if tokenizer is not None and chain.tokenizer != files_id(tokenizer.files):
+    if tokenizer is not None and not _same_tokenizer(chain, tokenizer):
         differences.append("the tokenizer files differ")
     if tokenizer is None and chain.tokenizer is not None and chain.base is None:
         differences.append(f"{source_path} has no tokenizer, the zoo has one")
     return differences
+
+
+def _same_tokenizer(chain: Chain, found: TokenizerFiles) -> bool:
+    if chain.tokenizer_files is None:  # as earlier versions kept all files together
+        return chain.tokenizer == files_id(found.files)
+    ids = (files_id(found.served), files_id(found.kept))
+    return (chain.tokenizer, chain.tokenizer_files) == ids
 
 
 def _kept_files(zoo: Zoo, chain: Chain, path: Path, made: Mapping[str, bytes]) -> list[str]:

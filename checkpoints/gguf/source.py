@@ -17,6 +17,7 @@ from checkpoints.gguf.file import GgufFile, GgufTensor, read_gguf
 from checkpoints.gguf.tokenizer import tokenizer
 from checkpoints.made import MadeSource, MadeTensor
 from checkpoints.tokenizer import from_files
+from checkpoints.tokenizer_fields import Beside
 from jblock.families import family_for
 
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -83,7 +84,7 @@ def open_gguf(path: Path) -> Checkpoint:
         made,
         generation,
         _source(path, file, fields.architecture, made, small),
-        None if found is None else from_files(found.files, path),
+        None if found is None else from_files(found.files, path, Beside()),
         license=_text(file.metadata.get("general.license")),
     )
 

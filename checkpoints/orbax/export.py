@@ -15,6 +15,7 @@ import numpy as np
 
 from checkpoints.bitfit import with_vectors
 from checkpoints.errors import CheckpointError
+from checkpoints.export import tokenizer_files
 from checkpoints.progress import Progress
 from jblock.blocks.spec import EmbeddingSpec, UnembeddingSpec
 from jblock.families import families
@@ -80,7 +81,7 @@ def export(
             checkpointer.close()
             small = {} if chain.source_files is None else zoo.files("sources", chain.source_files)
             config = {"config.json": json.dumps(chain.source, indent=2).encode()}
-            tokenizer = {} if chain.tokenizer is None else zoo.files("tokenizers", chain.tokenizer)
+            tokenizer = tokenizer_files(zoo, chain)
             kept = {
                 n: b for n, b in small.items() if n in ("config.json", "generation_config.json")
             }

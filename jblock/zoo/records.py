@@ -127,6 +127,9 @@ class Chain:
       generation: the source's generation_config, as far as it is about sampling defaults.
       source: the source's config.json as it was (for export and inspection).
       adapter: the adapter's adapter_config.json as it was; empty for a chain without one.
+      tokenizer_files: id of the folder (of "sources") with the files that came with the tokenizer, its chat
+        template among them, and how its tokenizer.json was written. None in records from before the two were
+        apart: there the tokenizer's own folder has them.
       source_files: id of the folder with the source's small files byte by byte, and the headers of
         its weight files: what an export needs to write the same files again.
       policy: one of POLICIES: how far what it computes may be from the model it stands for. Anything
@@ -155,6 +158,7 @@ class Chain:
     generation: dict[str, Any] = dataclasses.field(default_factory=dict)
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
     adapter: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tokenizer_files: str | None = None
     source_files: str | None = None
     policy: str = "exact"
     derived: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -181,6 +185,16 @@ class Chain:
     def ids(self) -> list[str]:
         """The distinct ids of its components and deltas, in order."""
         return list(dict.fromkeys(i for s in self.steps for i in (s.component, *s.deltas)))
+
+    @property
+    def folders(self) -> tuple[tuple[str, str], ...]:
+        """Kind and id of the folders of small files that it names."""
+        named = (
+            ("tokenizers", self.tokenizer),
+            ("sources", self.tokenizer_files),
+            ("sources", self.source_files),
+        )
+        return tuple((kind, id_) for kind, id_ in named if id_ is not None)
 
     def derive(
         self, name: str, steps: Sequence[Step], policies: Sequence[str], how: Mapping[str, Any]
@@ -282,6 +296,7 @@ _CHAIN_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "family": (lambda v: isinstance(v, str), "a name"),
     "steps": (lambda v: isinstance(v, list | tuple), "a list"),
     "tokenizer": (_optional(_is_id), "an id or null"),
+    "tokenizer_files": (_optional(_is_id), "an id or null"),
     "source_files": (_optional(_is_id), "an id or null"),
     "max_position": (_is_number, "a whole number, at least 1"),
     "vocab_size": (_is_number, "a whole number, at least 1"),

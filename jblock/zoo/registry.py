@@ -163,8 +163,8 @@ def check_alias(alias: str) -> str:
 
 def short_ids(chain: Chain) -> str:
     """The first eight digits of every id that a chain names, sorted, in one text."""
-    others = (chain.tokenizer, chain.source_files)
-    return "".join(sorted({i[:8] for i in (*chain.ids, *filter(None, others))}))
+    others = (id_ for _, id_ in chain.folders)
+    return "".join(sorted({i[:8] for i in (*chain.ids, *others)}))
 
 
 def path_of(name: str, version: int) -> str:

@@ -97,7 +97,7 @@ def _users(zoo: Zoo) -> dict[str, list[str]]:
                 chain = registry.chain(zoo.storage, name, version)
             except ZooError:
                 continue
-            for id_ in {*chain.ids, chain.tokenizer or "", chain.source_files or ""}:
+            for id_ in {*chain.ids, *(folder for _, folder in chain.folders)}:
                 users.setdefault(id_, []).append(f"{name}@{version}")
     return users
 

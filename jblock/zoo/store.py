@@ -258,9 +258,7 @@ class Zoo(Objects):
     def _check_there(self, chain: Chain) -> None:
         wanted = {f"components/{s.component}" for s in chain.steps}
         wanted |= {f"deltas/{d}" for s in chain.steps for d in s.deltas}
-        for kind, id_ in (("tokenizers", chain.tokenizer), ("sources", chain.source_files)):
-            if id_ is not None:
-                wanted.add(f"{kind}/{id_}")
+        wanted |= {f"{kind}/{id_}" for kind, id_ in chain.folders}
         for name in sorted(wanted):
             kind, _, id_ = name.partition("/")
             codec.check_id(id_)
@@ -451,7 +449,7 @@ class Zoo(Objects):
         Raises:
           NotFoundError: something of it is gone already.
         """
-        ids = [*chain.ids, *filter(None, (chain.tokenizer, chain.source_files))]
+        ids = [*chain.ids, *(id_ for _, id_ in chain.folders)]
         with contextlib.suppress(ZooError):
             ids += [o for i in chain.ids for o, _ in self._refs(i)]
         try:

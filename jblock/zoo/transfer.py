@@ -97,9 +97,8 @@ def _copy(
             for id_ in step.deltas:
                 _delta(source, writer, id_, on_bytes)
             writer.advance()
-        for kind, folder in (("tokenizers", chain.tokenizer), ("sources", chain.source_files)):
-            if folder is not None:
-                writer.put_files(kind, source.files(kind, folder))
+        for kind, folder in chain.folders:
+            writer.put_files(kind, source.files(kind, folder))
         published = writer.publish(Chain.from_json(fields), activate)
     active = target.model(chain.name).active == published.version
     copied.append(

@@ -17,6 +17,7 @@ from tiny_checkpoints import CONFIG
 
 from checkpoints.errors import CheckpointError
 from checkpoints.sentencepiece_model import convert
+from checkpoints.tokenizer_fields import Beside
 from jblock.zoo.store import Zoo
 
 DATA = Path(__file__).parent / "data"
@@ -26,7 +27,8 @@ BOS, EOS = 1, 2
 
 
 def tokenizer(config=None, added=None):
-    return tokenizers.Tokenizer.from_str(convert(MODEL, config or {}, added or {}))
+    beside = Beside(config=config or {}, added=added or {})
+    return tokenizers.Tokenizer.from_str(convert(MODEL, beside))
 
 
 @pytest.mark.parametrize(("text", "ids"), EXPECTED, ids=[repr(t) for t, _ in EXPECTED])
@@ -90,7 +92,7 @@ TRAINER, NORMALIZER = ((3, 2),), ((3, 1), (4, 0), (5, 1))
 
 def test_the_smallest_model():
     data = message(*PIECES, (2, message(*TRAINER)), (3, message(*NORMALIZER)))
-    assert json.loads(convert(data, {}, {}))["model"]["vocab"] == {"<unk>": 0, "a": 1}
+    assert json.loads(convert(data, Beside()))["model"]["vocab"] == {"<unk>": 0, "a": 1}
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_what_would_be_tokenized_differently_is_refused(pieces, trainer, normali
     trainer = TRAINER + trainer if pieces or trainer or normalizer else ()
     sections = ((2, message(*trainer)), (3, message(*NORMALIZER, *normalizer)))
     with pytest.raises(CheckpointError, match=word):
-        convert(message(*PIECES, *pieces, *sections), {}, {})
+        convert(message(*PIECES, *pieces, *sections), Beside())
 
 
 @pytest.mark.parametrize(
@@ -119,14 +121,14 @@ def test_what_would_be_tokenized_differently_is_refused(pieces, trainer, normali
 )
 def test_what_is_no_such_model_is_refused(data):
     with pytest.raises(CheckpointError, match=r"tokenizer\.model"):
-        convert(data, {}, {})
+        convert(data, Beside())
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=60))
 def test_any_bytes_are_converted_or_refused(data):
     with contextlib.suppress(CheckpointError):
-        convert(data, {}, {})
+        convert(data, Beside())
 
 
 def test_another_class_of_tokenizer_is_refused():
@@ -141,7 +143,8 @@ def test_a_checkpoint_with_only_such_a_model(tmp_path, cli):
     cli.ok("verify", "m", "--against", source)
     zoo = Zoo.open(cli.zoo)
     folder = zoo.tokenizer_path(zoo.chain("m").tokenizer)
-    assert sorted(p.name for p in folder.iterdir()) == ["tokenizer.json", "tokenizer.model"]
+    assert [p.name for p in folder.iterdir()] == ["tokenizer.json"]
+    assert [*zoo.files("sources", zoo.chain("m").tokenizer_files)] == ["tokenizer.model"]
     found = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert found.encode(EXPECTED[0][0]).ids == [BOS, *EXPECTED[0][1]]
     (source / "tokenizer.model").write_bytes(b"pickle")
