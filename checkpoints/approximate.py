@@ -1,4 +1,4 @@
-"""`jblock-convert stitch` and `surrogate`: train, store, measure on what was stored, record, publish."""
+"""`jblock convert stitch` and `surrogate`: train, store, measure on what was stored, record, publish."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

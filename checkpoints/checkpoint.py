@@ -244,5 +244,5 @@ def _check_packing_is_meant(section: Any, source: Source) -> None:
         raise CheckpointError(
             f"{source.path}: config.json has a {prequantized.FIELD} of bitsandbytes, but the weights are "
             "plain floats, as after merging a QLoRA adapter: remove the section from config.json to serve "
-            "them as they are, or use 'jblock-convert quantize' afterwards for few bits"
+            "them as they are, or use 'jblock convert quantize' afterwards for few bits"
         )

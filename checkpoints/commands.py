@@ -385,7 +385,7 @@ def rm(args: argparse.Namespace) -> Outcome:
         removed = gc.remove(zoo, *name_and_version(args.name), problems)
     nbytes = sum(g.nbytes for g in gc.collect(zoo, dry_run=True, problems=problems))
     warn(problems)
-    last = f"{size(nbytes)} are used by nothing now: 'jblock-convert gc --delete' frees them"
+    last = f"{size(nbytes)} are used by nothing now: 'jblock convert gc --delete' frees them"
     data = {"removed": removed, "garbage_bytes": nbytes}
     return Outcome(data, lines(*(f"{r} removed" for r in removed), last))
 

@@ -1,4 +1,4 @@
-"""`jblock-convert equivalence`: what may replace what, by parameters and by what comes out."""
+"""`jblock convert equivalence`: what may replace what, by parameters and by what comes out."""
 
 import dataclasses
 from collections.abc import Sequence

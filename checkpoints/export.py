@@ -1,4 +1,4 @@
-"""`jblock-convert export`: a model of the zoo becomes the files it was made from, byte by byte.
+"""`jblock convert export`: a model of the zoo becomes the files it was made from, byte by byte.
 
 The zoo keeps the headers of the weight files as they were, which say where every tensor lies. So the
 files are laid out first, and every component is then read once, checked, and written to its places.

@@ -1,4 +1,4 @@
-"""`jblock-convert hf`: a Hugging Face checkpoint becomes a chain of components."""
+"""`jblock convert hf`: a Hugging Face checkpoint becomes a chain of components."""
 
 import contextlib
 import zlib

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoints import tokenizer
 from checkpoints.errors import CheckpointError
 from checkpoints.progress import Progress
 
@@ -27,15 +28,8 @@ _WANTED = [
     "adapter*.safetensors",
     "pytorch_model_head.safetensors",
     "head_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
+    *tokenizer.FILES,
+    *tokenizer.OTHERS,  # so that a model with nothing else says what it has
 ]
 
 

@@ -1,4 +1,4 @@
-"""`jblock-convert measure`, and the measuring of what compress and quantize make."""
+"""`jblock convert measure`, and the measuring of what compress and quantize make."""
 
 import dataclasses
 from collections.abc import Mapping

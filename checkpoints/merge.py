@@ -1,4 +1,4 @@
-"""`jblock-convert merge`: several LoRA adapters on one base become one, with weights.
+"""`jblock convert merge`: several LoRA adapters on one base become one, with weights.
 
 The result is what PEFT's `add_weighted_adapter` gives for its combinations "cat" and "linear", written as
 an adapter's files and converted like any other: it can be exported, verified, and adapted again.

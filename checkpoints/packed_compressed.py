@@ -99,7 +99,7 @@ def compressed_tensors_of(given: Mapping[str, Any]) -> CompressedTensors:
         if name is not None and name not in _FORMATS:
             raise CheckpointError(
                 f"config.json: {FIELD} has format {name!r}, whose layout is not known; known: "
-                f"{', '.join(_FORMATS)}: take the float checkpoint and use 'jblock-convert quantize'"
+                f"{', '.join(_FORMATS)}: take the float checkpoint and use 'jblock convert quantize'"
             )
     sparsity = given.get("sparsity_config") or {}
     transforms = given.get("transform_config") or {}
@@ -107,7 +107,7 @@ def compressed_tensors_of(given: Mapping[str, Any]) -> CompressedTensors:
         field = "transform_config" if transforms.get("config_groups") else "sparsity_config"
         raise CheckpointError(
             f"config.json: {FIELD} has a {field}, which is not known: take the float checkpoint and use "
-            "'jblock-convert quantize'"
+            "'jblock convert quantize'"
         )
     weights = [s.get("weights") or {} for s in sections]
     blocks = {tuple(w["block_structure"]) for w in weights if w.get("block_structure")}

@@ -1,4 +1,4 @@
-"""`jblock-convert peft`: a PEFT or AdapterHub adapter becomes a chain of deltas on a chain's components."""
+"""`jblock convert peft`: a PEFT or AdapterHub adapter becomes a chain of deltas on a chain's components."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -7,6 +7,7 @@ from checkpoints import naming
 from checkpoints.adapter_plan import AdapterPlan, PlannedDelta, TensorSource
 from checkpoints.errors import CheckpointError
 from checkpoints.peft_config import LoraSettings, Settings
+from checkpoints.peft_names import PREFIX, Module, modules_of
 from checkpoints.source import Source
 from jblock.blocks.delta_spec import (
     BiasNormSpec,
@@ -26,14 +27,11 @@ from jblock.blocks.spec import (
     projection_shape,
     unquantised,
 )
-from jblock.families import families
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
 
-_PREFIX = "base_model.model."
 _VIRTUAL = "prompt_embeddings"
 _EXPERTS = ".experts."
-_HEAD = f"{_PREFIX}lm_head."
 
 
 def plan_peft(zoo: Zoo, base: Chain, settings: Settings, source: Source) -> AdapterPlan:
@@ -43,10 +41,7 @@ def plan_peft(zoo: Zoo, base: Chain, settings: Settings, source: Source) -> Adap
       CheckpointError: a tensor that has no place in the base, has another shape or rank than
         expected, or is missing.
     """
-    modules = _modules(base)
-    # Transformers 5 has GPT-NeoX's head under another name than its checkpoints.
-    if any(n.startswith(_HEAD) for n in source.tensors) and "embed_out" in modules:
-        modules["lm_head"] = modules.pop("embed_out")
+    modules = modules_of(base, source)
     planner = _Planner(zoo, base, settings, source, modules)
     if settings.virtual_tokens:
         planner.take_virtual()
@@ -54,30 +49,6 @@ def plan_peft(zoo: Zoo, base: Chain, settings: Settings, source: Source) -> Adap
         planner.take_module(path, module)
     planner.take_tied_head()
     return planner.plan()
-
-
-@dataclasses.dataclass
-class _Module:
-    """A module of the checkpoint: number of its step, and tensor in it ("weight", "bias") -> tensor of the
-    component."""
-
-    index: int
-    tensors: dict[str, str] = dataclasses.field(default_factory=dict)
-
-
-def _modules(base: Chain) -> dict[str, _Module]:
-    """Every module of the base's checkpoint by its path."""
-    plan = families()[base.family].plan(base.source)
-    modules: dict[str, _Module] = {}
-    for index, step in enumerate(plan.steps):
-        for name, source in step.tensors.items():
-            path, _, tensor = source.rpartition(".")
-            if modules.setdefault(path, _Module(index)).index == index:
-                modules[path].tensors[tensor] = name
-    # A tied head is a module of its own that has no tensor in the file.
-    for copy in plan.copies:
-        modules[copy.rpartition(".")[0]] = _Module(len(plan.steps) - 1, {"weight": "weight"})
-    return modules
 
 
 class _Planner:
@@ -89,7 +60,7 @@ class _Planner:
         base: Chain,
         settings: Settings,
         source: Source,
-        modules: Mapping[str, _Module],
+        modules: Mapping[str, Module],
     ):
         self._zoo, self._base, self._settings, self._source = zoo, base, settings, source
         self._modules = modules
@@ -167,7 +138,7 @@ class _Planner:
             spec = self._spec(module.index)
             if module.tensors.get("weight") != "weight" or not hasattr(spec, "vocab_size"):
                 continue
-            for name in (f"{_PREFIX}{path}.weight", f"{_PREFIX}{path}.base_layer.weight"):
+            for name in (f"{PREFIX}{path}.weight", f"{PREFIX}{path}.base_layer.weight"):
                 info = self._source.tensors.get(name)
                 if info is None or len(info.shape) != 2 or info.shape[1] != spec.hidden_size:
                     continue
@@ -179,7 +150,7 @@ class _Planner:
         """Which prefix the adapter's names have and which is expected; "" where it is not that."""
         suffix = "ia3_l" if self._settings.method == "IA3" else "lora_A.weight"
         wanted = [
-            f"{_PREFIX}{path}.{suffix}"
+            f"{PREFIX}{path}.{suffix}"
             for path, module in self._modules.items()
             if self._is_projection(module.index, module.tensors.get("weight", ""))
             and (self._settings.modules is None or self._settings.targets(path))
@@ -187,7 +158,7 @@ class _Planner:
         missing = [n for n in wanted if n not in self._source.tensors]
         return naming.explain(self._left, missing)
 
-    def take_module(self, path: str, module: _Module) -> None:
+    def take_module(self, path: str, module: Module) -> None:
         """Takes all that the adapter has for one module of the base."""
         name = module.tensors.get("weight", "")
         if self._is_projection(module.index, name):
@@ -232,7 +203,7 @@ class _Planner:
 
     def _take_lora(self, path: str, index: int, projection: str, settings: LoraSettings) -> None:
         embedding = self._spec(index).kind == "embedding"
-        stem = f"{_PREFIX}{path}.lora_"
+        stem = f"{PREFIX}{path}.lora_"
         names = {
             h: f"{stem}embedding_{h.upper()}" if embedding else f"{stem}{h.upper()}.weight"
             for h in "ab"
@@ -261,7 +232,7 @@ class _Planner:
         )
 
     def _take_ia3(self, path: str, index: int, projection: str) -> None:
-        name = f"{_PREFIX}{path}.ia3_l"
+        name = f"{PREFIX}{path}.ia3_l"
         if not self._adapted(path, name):
             return
         out, inner = projection_shape(self._spec(index), projection)
@@ -275,7 +246,7 @@ class _Planner:
             self._outputs.setdefault(index, []).append(projection)
             taken[f"{projection}.scale"] = TensorSource(name)
 
-    def _take_whole(self, path: str, module: _Module) -> None:
+    def _take_whole(self, path: str, module: Module) -> None:
         """Takes tensors that stand for the base's own."""
         settings = self._settings
         saved = settings.saves(path)
@@ -283,7 +254,7 @@ class _Planner:
         norms = settings.method == "LN_TUNING"
         shapes = self._spec(module.index).tensors()
         for tensor, name in module.tensors.items():
-            stem = f"{_PREFIX}{path}."
+            stem = f"{PREFIX}{path}."
             # Embedding and head may be saved along though they are the base's own.
             table = hasattr(self._spec(module.index), "vocab_size") and tensor == "weight"
             plain = saved or table or (biases and tensor == "bias")

@@ -1,4 +1,4 @@
-"""`jblock-convert plan`: what adding a checkpoint or an adapter would do, before anything is written."""
+"""`jblock convert plan`: what adding a checkpoint or an adapter would do, before anything is written."""
 
 import contextlib
 import dataclasses

@@ -87,7 +87,7 @@ def packing_of(config: Mapping[str, Any]) -> Packing:
     if not isinstance(method, str) or method not in _METHODS:
         raise CheckpointError(
             f"config.json: {FIELD} has quant_method {method!r}, whose layout is not known; known: "
-            f"{', '.join(_METHODS)}: take the float checkpoint and use 'jblock-convert quantize'"
+            f"{', '.join(_METHODS)}: take the float checkpoint and use 'jblock convert quantize'"
         )
     return _METHODS[method](given)
 

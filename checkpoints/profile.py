@@ -1,4 +1,4 @@
-"""`jblock-convert profile`: measures what the blocks of a zoo take on this machine, and keeps it there.
+"""`jblock convert profile`: measures what the blocks of a zoo take on this machine, and keeps it there.
 
 The only command that runs a model, and so the only one that imports the engine. The times are those of the
 engine's own profile (`jblock/engine/runner/latency_profile.py`), which finds them measured when it starts.

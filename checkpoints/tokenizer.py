@@ -25,7 +25,7 @@ FILES = (
 )
 _SAVE = "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
 # Files of other tokenizers -> what they are, and how tokenizer.json is made from them.
-_OTHERS = {
+OTHERS = {
     "vocab.json": ("the vocabulary of a byte-level BPE", f"transformers: {_SAVE}"),
     "tekken.json": (
         "the tokenizer of Mistral's own library (mistral-common)",
@@ -100,7 +100,7 @@ def read_tokenizer(path: Path) -> TokenizerFiles | None:
                 "in front too, as from SentencePiece and transformers 4, and not from transformers 5"
             )
         return from_files(files | {SERVED: text.encode()}, path, beside, notes)
-    for name, (what, remedy) in _OTHERS.items():
+    for name, (what, remedy) in OTHERS.items():
         if (path / name).is_file():
             raise CheckpointError(
                 f"{path} has {name}, {what}, but no tokenizer.json: make one ({remedy}), or remove {name} "

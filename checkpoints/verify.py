@@ -1,4 +1,4 @@
-"""`jblock-convert verify`: is a model of the zoo, bit by bit, the checkpoint it was made from?"""
+"""`jblock convert verify`: is a model of the zoo, bit by bit, the checkpoint it was made from?"""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -37,7 +37,7 @@ def convert(
 ) -> None:
     """Puts models and adapters into the zoo; those it has already stay as they are.
 
-    This is what `jblock-convert hf` and `jblock-convert peft` do, without a process for each.
+    This is what `jblock convert hf` and `jblock convert peft` do, without a process for each.
 
     Args:
       entries: of family.json, bases first.

@@ -100,7 +100,7 @@ def served_chains(store: Zoo, models: Sequence[str], config: EngineConfig) -> di
     names = list(models) or [n for n in store.chains() if _is_exact(store, n)]
     if not names:
         raise ZooError(
-            f"zoo {store.storage.location!r} has no exact chains; convert a model first (jblock-convert hf "
+            f"zoo {store.storage.location!r} has no exact chains; convert a model first (jblock convert hf "
             "--help), or name the models to serve"
         )
     chains = [find_chain(store, name) for name in names]

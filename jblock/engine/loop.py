@@ -366,7 +366,7 @@ class Loop:
                 error_code="INTERNAL",
                 error_message=(
                     f"model {chain.name!r} version {chain.version} computed NaN or Inf for this "
-                    "request; check its weights with `jblock-convert fsck`, other models go on"
+                    "request; check its weights with `jblock convert fsck`, other models go on"
                 ),
             )
             return

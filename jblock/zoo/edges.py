@@ -115,7 +115,7 @@ def remove_edge(zoo: Zoo, id: str) -> None:
     with zoo.changing("removing an edge") as changes:
         if not zoo.storage.exists(_path(id)):
             raise NotFoundError(
-                f"{zoo.storage.location} has no edge {id}: 'jblock-convert list --edges' lists them"
+                f"{zoo.storage.location} has no edge {id}: 'jblock convert list --edges' lists them"
             )
         changes.remove(_path(id))
 
@@ -130,7 +130,7 @@ def find_edge(zoo: Zoo, prefix: str) -> str:
     if len(hits) != 1 or not prefix:
         raise ZooError(
             f"{len(hits)} edges begin with {prefix!r}: give more of the id, as "
-            "'jblock-convert list --edges' has it"
+            "'jblock convert list --edges' has it"
         )
     return hits[0]
 

@@ -77,14 +77,14 @@ def remove(
             (number,) = versions
             if number == model.active:
                 raise ZooError(
-                    f"{removed[0]} is the active version: make another one active ('jblock-convert "
+                    f"{removed[0]} is the active version: make another one active ('jblock convert "
                     f"activate'), or remove {name}"
                 )
             named = [a for a, v in model.aliases.items() if v == number]
             if named:
                 raise ZooError(
                     f"{removed[0]} cannot go, because the alias {name}@{named[0]} names it: give that to "
-                    "another version, or take it away ('jblock-convert alias')"
+                    "another version, or take it away ('jblock convert alias')"
                 )
         registry.remove(zoo.storage, changes, model, versions)
         return removed

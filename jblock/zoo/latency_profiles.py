@@ -1,4 +1,4 @@
-"""Profiles in a zoo: what blocks take on one target, measured by `jblock-convert profile`.
+"""Profiles in a zoo: what blocks take on one target, measured by `jblock convert profile`.
 
 `profiles/<target>/profile.json` holds, for every signature, seconds by grid, and what follows from them: the
 cost of one more call and the rate at which weights are read.

@@ -129,7 +129,7 @@ class Zoo(Objects):
             found = codec.parse_json(storage.read("zoo.json"), f"{path}/zoo.json")
         except (FileNotFoundError, NotFoundError) as e:
             raise ZooError(
-                f"{path} is not a zoo (no zoo.json): make one with 'jblock-convert hf SRC --zoo "
+                f"{path} is not a zoo (no zoo.json): make one with 'jblock convert hf SRC --zoo "
                 f"{path} --name NAME'"
             ) from e
         except OSError as e:
@@ -425,7 +425,7 @@ class Zoo(Objects):
         if version is None and model.versions:
             known = ", ".join(map(str, sorted(model.versions)))
             return NotFoundError(
-                f"model {model.name!r} in {where} has no active version, but {known}: 'jblock-convert "
+                f"model {model.name!r} in {where} has no active version, but {known}: 'jblock convert "
                 f"activate {model.name}@{max(model.versions)}' makes one active"
             )
         what = model.name if version is None else f"{model.name}@{version}"
@@ -479,7 +479,7 @@ class Zoo(Objects):
         return partition.plan_blocks(chains, self.cut_cost(chains))
 
     def cut_cost(self, chains: Mapping[str, Chain]) -> partition.Cost | None:
-        """What cuts cost on this machine, if it was measured here (`jblock-convert profile`)."""
+        """What cuts cost on this machine, if it was measured here (`jblock convert profile`)."""
         measured = latency_profiles.read(self.path / "profiles", latency_profiles.target())
         if measured is None:
             return None

@@ -40,7 +40,7 @@ def taken(cli, source, on="base", name="ad"):
 PREFIXES = {
     "its own name": (lambda n: n.replace(".weight", ".default.weight"), ["default", "save_pretr"]),
     "another name": (lambda n: n.replace(".weight", ".mine.weight"), ["adapter's own name"]),
-    "a wrapper": (lambda n: n.replace("model.model.", "model.model.language_model."), ["language"]),
+    "another wrapper": (lambda n: n.replace("model.model.", "model.model.inner."), ["inner."]),
     "compiled": (
         lambda n: n.replace("base_model.model.", "base_model.model._orig_mod."),
         ["_orig"],
@@ -57,6 +57,41 @@ def test_a_prefix_is_told(base, tmp_path, rename, words, targets):
     config = ADAPTER | {"target_modules": targets}
     source = tiny.write_adapter(tmp_path / "ad", config, tensors)
     refused(base, [*words, "expected"], "peft", source, "--base", "base", "--name", "ad")
+
+
+WITHIN = {
+    "as transformers 5 has it": "base_model.model.model.language_model.",
+    "as transformers 4 had it": "base_model.model.language_model.model.",
+}
+
+
+@pytest.mark.parametrize("prefix", WITHIN.values(), ids=WITHIN.keys())
+def test_an_adapter_on_the_text_model_within_a_multimodal_one(base, tmp_path, prefix):
+    """It is the adapter that it would be on the text model alone; patterns speak of the names it has."""
+    pattern = {"language_model.*layers.1.self_attn.q_proj": 6, "layers.0.*v_proj": 5}
+    plain = {"layers.1.self_attn.q_proj": 6, "layers.0.*v_proj": 5}
+    tensors = tiny.adapter_weights()
+    within = {n.replace("base_model.model.model.", prefix): v for n, v in tensors.items()}
+    config = ADAPTER | {"alpha_pattern": pattern}
+    taken(base, tiny.write_adapter(tmp_path / "within", config, within), name="within")
+    config = ADAPTER | {"alpha_pattern": plain}
+    taken(base, tiny.write_adapter(tmp_path / "alone", config, tensors), name="alone")
+    zoo = Zoo.open(base.zoo)
+    assert zoo.chain("within").steps == zoo.chain("alone").steps
+    head = prefix.replace("language_model.model.", "language_model.lm_head.")
+    if head != prefix:  # the head lies within too
+        both = within | {f"{head}weight": tiny.weights(CONFIG)["lm_head.weight"]}
+        taken(base, tiny.write_adapter(tmp_path / "head", ADAPTER, both), name="head")
+
+
+def test_an_adapter_on_the_vision_part_is_refused(base, tmp_path):
+    tensors = tiny.adapter_weights()
+    prefix = "base_model.model.model."
+    tensors = {n.replace(prefix, f"{prefix}language_model."): v for n, v in tensors.items()}
+    tensors[f"{prefix}vision_tower.layers.0.q_proj.lora_A.weight"] = np.ones((4, 8), np.float32)
+    source = tiny.write_adapter(tmp_path / "ad", ADAPTER, tensors)
+    words = ["vision_tower", "only the text is served", "'hf'"]
+    refused(base, words, "peft", source, "--base", "base", "--name", "ad")
 
 
 def test_the_base_s_own_embeddings_are_not_stored_again(base, tmp_path):

@@ -109,6 +109,9 @@ def test_the_weights_are_those_of_the_formula(cli, tmp_path, case):
         assert stored["norm.weight"].tolist() == original.tolist()
     assert checked == tiny.LAYERS * len(PARTS)
     assert fsck(zoo) == []
+    cli.ok("verify", "packed", "--against", folder)
+    planned = json.loads(cli.ok("plan", folder, "--name", "again", "--json"))
+    assert planned["stored_bytes"] == 0
     result = cli("export", "packed", "--out", tmp_path / "out")
     assert result.code == 2 and f"was packed by {case['method']}" in result.err
     again = json.loads(cli.ok("hf", folder, "--name", "packed", "--json"))

@@ -170,3 +170,11 @@ def test_a_form_that_leads_nowhere_is_an_error(kept):
     serving = tokenizer_identity.canonical(GIVEN["tokenizers"]["plain"])
     with pytest.raises(ValueError):
         tokenizer_identity.file_of(kept, serving)
+
+
+def test_what_is_said_of_ids(tmp_path, cli):
+    """A model without a tokenizer, and one whose tokenizer has more ids than it has rows."""
+    source = tiny.write_checkpoint(tmp_path / "src", CONFIG)
+    assert "token ids only" in cli("hf", source, "--name", "m").err
+    write(source, "nothing")
+    assert "the tokenizer has ids up to 277, the model only 31" in cli("hf", source, "--name=m").err
