@@ -12,6 +12,7 @@ from typing import Any
 from checkpoints import layouts, naming, prequantized
 from checkpoints.errors import CheckpointError
 from checkpoints.folders import expect_checkpoint
+from checkpoints.generation import ignored
 from checkpoints.multimodal import text_model
 from checkpoints.safetensors_file import TensorInfo
 from checkpoints.source import Source, open_source, read_json
@@ -109,6 +110,12 @@ def understood(
         plan, source = prequantized.unpacked(plan, source, packing)
     buffers = check_tensors(plan, source)
     notes = [*source.notes, *_notes_on_config(config, family, fields.unread())]
+    unused = ignored(generation)
+    if unused:
+        notes.append(
+            f"generation_config.json: {len(unused)} fields are ignored, requests say how they generate: "
+            + ", ".join(unused)
+        )
     if buffers:
         notes.append(
             f"{len(buffers)} buffers (masks, rope tables) are left out, which the config decides: "

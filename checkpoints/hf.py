@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from checkpoints import generation
 from checkpoints.bitfit import BitFitMatcher, Shared
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.opening import open_checkpoint
@@ -16,7 +17,6 @@ from checkpoints.safetensors_file import pack_tensors
 from checkpoints.tokenizer import TokenizerFiles
 from jblock.blocks.spec import ComponentSpec, NormSpec, canonical_json, spec_to_json
 from jblock.families import Plan
-from jblock.families.config import token_ids
 from jblock.zoo.ids import content_id
 from jblock.zoo.records import Chain, NotFoundError, Step, check_name
 from jblock.zoo.store import Zoo
@@ -25,17 +25,6 @@ SMALL_FILES = ("config.json", "generation_config.json", "model.safetensors.index
 # In a folder of small files: tensors that no model needs but an export writes again, deflated, as masks
 # are the same few numbers over and over.
 LEFT_OUT = "left_out.safetensors.z"
-_SAMPLING = (
-    "do_sample",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "repetition_penalty",
-    "max_new_tokens",
-    "max_length",
-)
 
 
 def convert(
@@ -60,7 +49,12 @@ def convert(
     check_name(name)
     checkpoint = open_checkpoint(source_path)
     plan, source = checkpoint.plan, checkpoint.source
-    eos, bos = (_token_ids(checkpoint, f"{which}_token_id") for which in ("eos", "bos"))
+    eos, bos = (
+        generation.ids(
+            checkpoint.generation, checkpoint.config, f"{which}_token_id", plan.vocab_size
+        )
+        for which in ("eos", "bos")
+    )
     tokenizer = checkpoint.tokenizer
     for note in checkpoint.notes:
         progress.note(f"{name}: {note}")
@@ -121,9 +115,7 @@ def convert(
                 vocab_size=plan.vocab_size,
                 eos_token_ids=eos,
                 bos_token_id=bos[0] if bos else None,
-                generation={
-                    k: v for k, v in checkpoint.generation.items() if k in _SAMPLING and _plain(v)
-                },
+                generation=generation.sampling(checkpoint.generation),
                 source=checkpoint.described,
                 # Packed weights are kept otherwise, so the same files cannot be written again.
                 source_files=None if packed else writer.put_files("sources", small),
@@ -189,22 +181,7 @@ def note_tokenizer(
         )
 
 
-def _plain(value: object) -> bool:
-    return isinstance(value, (bool, int, float))
-
-
 def _left_out(checkpoint: Checkpoint) -> dict[str, bytes]:
     """Buffers kept aside, so that an export can write them again."""
     tensors = {n: checkpoint.source.tensors[n].read_unchecked() for n in checkpoint.buffers}
     return {LEFT_OUT: zlib.compress(pack_tensors(tensors), 1)} if tensors else {}
-
-
-def _token_ids(checkpoint: Checkpoint, field: str) -> tuple[int, ...]:
-    """The ids of a field, of generation_config.json if it stands there, else of config.json.
-
-    Raises:
-      ConfigError: no ids, or some outside the vocabulary.
-    """
-    size = checkpoint.plan.vocab_size
-    found = token_ids(checkpoint.generation, field, size, "generation_config.json")
-    return found or token_ids(checkpoint.config, field, size)

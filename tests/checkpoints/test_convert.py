@@ -197,7 +197,7 @@ def test_verify_names_what_differs(tmp_path, cli):
 
 
 def test_memory_is_one_component_and_a_little(tmp_path):
-    config = CONFIG | {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
+    config = CONFIG | {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6}
     source = tiny.write_checkpoint(tmp_path / "src", config)
     largest = 3 * 512 * 1536 * 4
     whole = (source / "model.safetensors").stat().st_size
@@ -223,3 +223,12 @@ def test_progress_is_drawn_when_asked(tmp_path, cli):
     source = tiny.write_checkpoint(tmp_path / "src")
     assert "components" in cli("hf", source, "--name", "m", "--progress").err
     assert cli("hf", source, "--name", "m", "--quiet").err == ""
+
+
+def test_generation_fields_that_nothing_reads_are_named(tmp_path, cli):
+    generation = {"eos_token_id": 2, "top_k": 20, "num_beams": 4, "no_repeat_ngram_size": 0}
+    generation |= {"stop_strings": ["x"], "forced_eos_token_id": 2, "transformers_version": "5"}
+    source = tiny.write_checkpoint(tmp_path / "src", generation=generation)
+    said = cli("hf", source, "--name", "m").err
+    assert "3 fields are ignored" in said
+    assert "forced_eos_token_id, num_beams, stop_strings" in said

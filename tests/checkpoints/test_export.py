@@ -1,7 +1,6 @@
-"""Export: the files a model was made from come back bit by bit."""
+"""Export: the files a model was made from come back bit by bit. Every family is in test_fixtures.py."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -11,25 +10,10 @@ import tiny_checkpoints as tiny
 from converter_cli import Cli
 from tiny_checkpoints import CONFIG
 
-from checkpoints.adapter import base_named_by
 from jblock.zoo.store import Zoo
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
-# Of multimodal ones only the text model comes back: test_multimodal.py.
-MODELS = sorted(
-    p.parent for p in FIXTURES.glob("hf/*/config.json") if "vision_config" not in p.read_text()
-)
-ADAPTERS = sorted(
-    p.parent for k in ("peft", "deltas") for p in FIXTURES.glob(f"{k}/*/adapter_config.json")
-)
-# Beside the checkpoints, the fixtures hold what only tests read.
+# What fixtures hold beside a checkpoint, for tests alone.
 TESTS_OWN = ("config_v4.json", "oracle.npz", "README.md")
-
-
-@pytest.fixture(scope="module")
-def zoo(tmp_path_factory):
-    """Where every fixture of this file ends up."""
-    return tmp_path_factory.mktemp("fixtures") / "zoo"
 
 
 def same_files(one, other):
@@ -38,25 +22,6 @@ def same_files(one, other):
     assert a.keys() == b.keys()
     for name in a:
         assert a[name] == b[name], name
-
-
-@pytest.mark.parametrize("source", MODELS, ids=lambda p: p.name)
-def test_models(zoo, capsys, tmp_path, source):
-    cli = Cli(zoo, capsys)
-    cli.ok("hf", source, "--name", source.name)
-    cli.ok("export", source.name, "--out", tmp_path / "out")
-    same_files(source, tmp_path / "out")
-
-
-@pytest.mark.parametrize("source", ADAPTERS, ids=lambda p: p.name)
-def test_adapters(zoo, capsys, tmp_path, source):
-    cli = Cli(zoo, capsys)
-    base = base_named_by(json.loads((source / "adapter_config.json").read_text()))
-    cli.ok("hf", FIXTURES / "hf" / base, "--name", base)
-    cli.ok("peft", source, "--base", base, "--name", source.name)
-    assert cli.ok("verify", source.name, "--against", source).endswith(f"is {source}\n")
-    cli.ok("export", source.name, "--out", tmp_path / "out")
-    same_files(source, tmp_path / "out")
 
 
 def test_all_that_a_checkpoint_may_hold(cli, tmp_path):

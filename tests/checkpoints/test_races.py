@@ -95,7 +95,7 @@ def race(tmp_path, seconds, seed):
 
 
 def test_converters_and_gc_with_kills(tmp_path):
-    done, killed = race(tmp_path, seconds=8, seed=1)
+    done, killed = race(tmp_path, seconds=4, seed=1)
     assert done > 0
     assert killed > 0
 
