@@ -47,11 +47,13 @@ class AdapterPlan:
       replaced: step -> tensor of its component -> the adapter's tensor that stands for it, where a matrix
         is among them. An adapter on an embedding brings the base's own along, so they may be equal.
       vocab_size: tokens of the adapter's own vocabulary; 0 where it has the base's.
+      left_out: tensors for parts of a multimodal model that text does not go through.
     """
 
     deltas: tuple[PlannedDelta, ...]
     replaced: dict[int, dict[str, str]]
     vocab_size: int = 0
+    left_out: tuple[str, ...] = ()
 
     def on(self, index: int) -> list[PlannedDelta]:
         """The deltas of a step."""

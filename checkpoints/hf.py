@@ -2,7 +2,7 @@
 
 import contextlib
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,10 @@ import numpy as np
 
 from checkpoints import generation
 from checkpoints.bitfit import BitFitMatcher, Shared
-from checkpoints.checkpoint import Checkpoint
 from checkpoints.opening import open_checkpoint
 from checkpoints.progress import Progress
 from checkpoints.safetensors_file import pack_tensors
+from checkpoints.source import Source
 from checkpoints.tokenizer import TokenizerFiles
 from jblock.blocks.spec import ComponentSpec, NormSpec, canonical_json, spec_to_json
 from jblock.families import Plan
@@ -61,7 +61,7 @@ def convert(
     note_tokenizer(tokenizer, plan.vocab_size, source_path, progress)
 
     packed, given = checkpoint.packed, tokenizer.given if tokenizer else ()
-    small = source.small_files(SMALL_FILES, given) | _left_out(checkpoint)
+    small = source.small_files(SMALL_FILES, given) | left_out(source, checkpoint.buffers)
 
     licensed = {"license": checkpoint.license} if checkpoint.license else {}
 
@@ -181,7 +181,7 @@ def note_tokenizer(
         )
 
 
-def _left_out(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Buffers kept aside, so that an export can write them again."""
-    tensors = {n: checkpoint.source.tensors[n].read_unchecked() for n in checkpoint.buffers}
+def left_out(source: Source, names: Collection[str]) -> dict[str, bytes]:
+    """Tensors that no model needs, kept aside so that an export can write them again."""
+    tensors = {n: source.tensors[n].read_unchecked() for n in names}
     return {LEFT_OUT: zlib.compress(pack_tensors(tensors), 1)} if tensors else {}

@@ -8,7 +8,7 @@ from typing import Any
 from checkpoints.adapter import SMALL_FILES, base_named_by, open_adapter, plan_adapter
 from checkpoints.adapter_plan import AdapterPlan, component_tensors
 from checkpoints.errors import CheckpointError
-from checkpoints.hf import again_if_gone, note_tokenizer
+from checkpoints.hf import again_if_gone, left_out, note_tokenizer
 from checkpoints.progress import Progress
 from checkpoints.source import Source
 from checkpoints.tokenizer import read_tokenizer
@@ -55,6 +55,12 @@ def convert(
     planned = plan_adapter(zoo, base, config, source)
     tokenizer = read_tokenizer(source_path)
     small = source.small_files(SMALL_FILES, tokenizer.given if tokenizer else ())
+    if planned.left_out:
+        small |= left_out(source, planned.left_out)
+        progress.note(
+            f"{name}: {len(planned.left_out)} tensors are left out, which adapt the vision part of a "
+            f"multimodal model: {planned.left_out[0]!r} first"
+        )
     if tokenizer is not None:
         note_tokenizer(tokenizer, planned.vocab_size or base.vocab_size, source_path, progress)
 

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 
-from checkpoints.errors import CheckpointError
 from checkpoints.source import Source
 from jblock.families import families
 from jblock.families.multimodal import OTHER_PREFIXES, TEXT_PREFIXES
@@ -23,11 +22,7 @@ class Module:
 
 
 def modules_of(base: Chain, source: Source) -> dict[str, Module]:
-    """Every module of the base by its path in the model that the adapter was trained on.
-
-    Raises:
-      CheckpointError: the adapter has tensors for the vision part of a multimodal model.
-    """
+    """Every module of the base by its path in the model that the adapter was trained on."""
     plan = families()[base.family].plan(base.source)
     modules: dict[str, Module] = {}
     for index, step in enumerate(plan.steps):
@@ -44,6 +39,12 @@ def modules_of(base: Chain, source: Source) -> dict[str, Module]:
     return _within_a_wrapper(modules, source)
 
 
+def of_other_parts(source: Source) -> tuple[str, ...]:
+    """Names of the tensors that adapt other parts of a multimodal model, which text does not go through."""
+    starts = tuple(PREFIX + start for start in OTHER_PREFIXES)
+    return tuple(sorted(name for name in source.tensors if name.startswith(starts)))
+
+
 def _within_a_wrapper(modules: Mapping[str, Module], source: Source) -> dict[str, Module]:
     """The paths as a multimodal model has them, where the adapter was trained on one and names them so."""
     paths = {path: path for path in modules}
@@ -56,15 +57,6 @@ def _within_a_wrapper(modules: Mapping[str, Module], source: Source) -> dict[str
             }
     if all(path == name for path, name in paths.items()):
         return dict(modules)
-    others = sorted(
-        n for n in source.tensors if n.startswith(tuple(map(PREFIX.__add__, OTHER_PREFIXES)))
-    )
-    if others:
-        raise CheckpointError(
-            f"{source.path}: tensor {others[0]!r} adapts the vision part of a multimodal model, of which "
-            "only the text is served: train the layers of the language model alone, or merge it into its "
-            "base and convert the result with 'hf'"
-        )
     return {paths[path]: module for path, module in modules.items()}
 
 

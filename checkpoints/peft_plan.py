@@ -7,7 +7,7 @@ from checkpoints import naming
 from checkpoints.adapter_plan import AdapterPlan, PlannedDelta, TensorSource
 from checkpoints.errors import CheckpointError
 from checkpoints.peft_config import LoraSettings, Settings
-from checkpoints.peft_names import PREFIX, Module, modules_of
+from checkpoints.peft_names import PREFIX, Module, modules_of, of_other_parts
 from checkpoints.source import Source
 from jblock.blocks.delta_spec import (
     BiasNormSpec,
@@ -64,7 +64,8 @@ class _Planner:
     ):
         self._zoo, self._base, self._settings, self._source = zoo, base, settings, source
         self._modules = modules
-        self._left = set(source.tensors)
+        self._others = of_other_parts(source)
+        self._left = set(source.tensors) - set(self._others)
         self._unmodular = not any(_EXPERTS in name for name in source.tensors)
         self._lora: dict[int, dict[str, LoraTarget]] = {}
         self._outputs: dict[int, list[str]] = {}
@@ -115,7 +116,12 @@ class _Planner:
             raise CheckpointError(
                 f"{self._source.path} has no tensors of an adapter: give a trained one"
             )
-        return AdapterPlan(deltas=tuple(deltas), replaced=replaced, vocab_size=self._vocab_size)
+        return AdapterPlan(
+            deltas=tuple(deltas),
+            replaced=replaced,
+            vocab_size=self._vocab_size,
+            left_out=self._others,
+        )
 
     def take_tied_head(self) -> None:
         """Where the head is tied to an embedding that the adapter brings, it is the head's too."""

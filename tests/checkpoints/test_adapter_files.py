@@ -84,14 +84,24 @@ def test_an_adapter_on_the_text_model_within_a_multimodal_one(base, tmp_path, pr
         taken(base, tiny.write_adapter(tmp_path / "head", ADAPTER, both), name="head")
 
 
-def test_an_adapter_on_the_vision_part_is_refused(base, tmp_path):
+def test_what_adapts_the_vision_part_is_left_out(base, tmp_path):
+    """And written again by an export; an adapter of nothing else is none."""
     tensors = tiny.adapter_weights()
+    base.ok("peft", tiny.write_adapter(tmp_path / "text", ADAPTER), "--base", "base", "--name=text")
     prefix = "base_model.model.model."
     tensors = {n.replace(prefix, f"{prefix}language_model."): v for n, v in tensors.items()}
     tensors[f"{prefix}vision_tower.layers.0.q_proj.lora_A.weight"] = np.ones((4, 8), np.float32)
     source = tiny.write_adapter(tmp_path / "ad", ADAPTER, tensors)
-    words = ["vision_tower", "only the text is served", "'hf'"]
-    refused(base, words, "peft", source, "--base", "base", "--name", "ad")
+    said = base("peft", source, "--base", "base", "--name", "ad").err
+    assert "1 tensors are left out" in said and "vision_tower" in said
+    taken(base, source)
+    zoo = Zoo.open(base.zoo)
+    assert zoo.chain("ad").steps == zoo.chain("text").steps
+    alone = {n: v for n, v in tensors.items() if "vision" in n}
+    config = ADAPTER | {"target_modules": ".*vision.*"}
+    source = tiny.write_adapter(tmp_path / "vision", config, alone)
+    words = ["no tensors of an adapter"]
+    refused(base, words, "peft", source, "--base", "base", "--name", "vision")
 
 
 def test_the_base_s_own_embeddings_are_not_stored_again(base, tmp_path):

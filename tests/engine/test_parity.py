@@ -28,7 +28,7 @@ LONG = (
     *("cohere", "cohere2", "falcon3", "gemma", "gemma3_vision", "glm", "glm4", "granite4"),
     *("llama_biases", "ministral", "mistral3", "olmo3", "phi3_mini", "qwen2_5_vl", "qwen3_biases"),
     *("qwen3_vl", "smollm3", "starcoder2"),
-    *("smollm3_lora", "glm4_lora", "cohere2_lora"),  # quicker in test_tuned_families.py
+    *("smollm3_lora", "glm4_lora", "cohere2_lora"),
 )
 
 
