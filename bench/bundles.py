@@ -8,7 +8,6 @@ with the depth of the loops around it, and branches by the region that they skip
 import dataclasses
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +24,9 @@ def dumping(folder: Path) -> None:
     Raises:
       RuntimeError: libtpu has been loaded already, and would not.
     """
-    if any("libtpu" in name for name in sys.modules if name == "libtpu"):
+    # jax imports the Python package at once, the library itself when it first compiles for a TPU.
+    maps = Path("/proc/self/maps")
+    if maps.exists() and "libtpu.so" in maps.read_text():
         raise RuntimeError("libtpu is loaded already: ask for its schedules before it compiles")
     os.environ["LIBTPU_INIT_ARGS"] = " ".join(
         [

@@ -5,22 +5,26 @@
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jblock.pallas_kernels.paged_attention import shapes, tpu, tpu_blocks
+from jblock.pallas_kernels.paged_attention import shapes, tpu, tpu_blocks, tpu_kernel, tpu_softmax
 from jblock.pallas_kernels.paged_attention.ragged import Ragged
 from jblock.pallas_kernels.paged_attention.tpu_blocks import Blocks, Shape
+from tests.pallas_kernels import faults
 from tests.pallas_kernels.attention_cases import CASES, FORMS, Case, check, run
 from tests.pallas_kernels.tpu_interpreter import FAST, INTERPRET, RACE, bound_mappings
 
-SPREAD = list(dict.fromkeys([*CASES[22::24], *{(c.kv, c.q): c for c in CASES}.values()]))
+WINDOWED = next(c for c in CASES if c.window and c.max_q_len == 4)
+SPREAD = list(dict.fromkeys([WINDOWED, *CASES[22::24], *{(c.kv, c.q): c for c in CASES}.values()]))
 
 
 @functools.partial(
@@ -49,9 +53,15 @@ def pages_of(*sizes, dtype):
 
 
 def small(case: Case) -> Blocks:
-    """Blocks so small that a case of a few tokens takes several items, blocks and chunks."""
-    q_tokens = 1 if case.max_q_len == 1 else 4
-    return Blocks(q_tokens=q_tokens, q_tiles=2, kv_pages=4, chunk_pages=2)
+    """Blocks so small that a case of a few tokens takes several items, blocks and chunks; in the arrangement
+    for many rows where a sequence has more tokens than a draft."""
+    return Blocks(
+        q_tokens=1 if case.max_q_len == 1 else 4,
+        q_tiles=2,
+        kv_pages=4,
+        chunk_pages=2,
+        many_rows=case.max_q_len > 4,
+    )
 
 
 def put(case: Case, blocks: Blocks | None, seed: int = 0, rounded: bool = False) -> None:
@@ -78,6 +88,19 @@ def test_the_spread_meets_everything():
         assert any(getattr(c, feature) is not None for c in SPREAD)
 
 
+@pytest.mark.parametrize("fault", faults.FAULTS)
+def test_a_fault_of_one_token_would_be_caught(fault):
+    """By the cases of `make test`, in both arrangements of the kernel."""
+    for many in (False, True):
+        cases = [c for c in SPREAD if small(c).many_rows == many]
+        assert faults.caught(faults.FAULTS[fault], cases), many
+
+
+def test_faults_are_told_from_what_is_right():
+    assert all(faults.right_is_the_reference(c) for c in SPREAD if c.sequences[0][1])
+    assert not faults.caught(faults._sees, SPREAD)
+
+
 @pytest.mark.parametrize("case", SPREAD, ids=str)
 def test_matches_reference(case, capfd):
     hold(case, small(case), capfd)
@@ -90,16 +113,10 @@ def test_every_case_matches_reference(case, cut, capfd):
     hold(case, small(case) if cut == "small" else None, capfd, rounded=True)
 
 
-def test_a_batch_without_tokens_has_an_item_of_one():
-    zeros = jnp.zeros(3, jnp.int32)
-    lens = jnp.array([9, 0, 16], jnp.int32)
-    table = jnp.arange(6, dtype=jnp.int32).reshape(3, 2)
-    ragged = Ragged(row_starts=zeros, q_lens=zeros, kv_lens=lens, page_table=table, max_q_len=4)
-    blocks = Blocks(q_tokens=4, q_tiles=2, kv_pages=4, chunk_pages=2)
-    plan = tpu._plan(ragged, 12, blocks, 8, 8, scaled=True)
-    seq, tile, tiles, first, end = (int(a[0]) for a in plan.items)
-    assert (plan.num_items, plan.tiles.count, plan.scales.count) == (1, 0, 0)
-    assert (tile, tiles, first, end) == (0, 1, 0, 1) and seq in range(3)
+@pytest.mark.parametrize("groups, wide, narrow", [(1, 1, 2), (3, 4, 4), (8, 8, 8), (9, 16, 16)])
+def test_groups_are_padded_to_what_a_register_tile_can_have(groups, wide, narrow):
+    assert tpu.padded_groups(groups, jnp.dtype("float32")) == wide
+    assert tpu.padded_groups(groups, jnp.dtype("bfloat16")) == narrow
 
 
 @pytest.mark.parametrize("page_size", [16, 64, 128, 192])
@@ -129,6 +146,49 @@ def test_a_page_table_over_scalar_memory_is_refused(max_pages, fits):
             ValueError, match=r"64 sequences by 4096 pages.*give a larger page_size"
         ):
             trace()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"page_table": 99},
+        {"page_table": -1},
+        {"page_table": 0},
+        {"row_starts": 6},
+        {"row_starts": -1},
+        {"q_lens": 7},
+        {"q_lens": -3},
+        {"kv_lens": 40},
+        {"kv_lens": 0},
+    ],
+    ids=str,
+)
+def test_what_points_outside_the_arrays_is_not_followed(wrong):
+    """No copy of the kernel is checked on a TPU. Here the interpreter raises for one outside its arrays."""
+    rng = np.random.default_rng(0)
+    lists = {"row_starts": [0, 1, 2], "q_lens": [1, 1, 1], "kv_lens": [9, 17, 3]}
+    table = np.asarray([[1, 2, 3, 4], [5, 6, 7, 0], [8, 0, 0, 0]], np.int32)
+    (empty,) = pages_of(12, 8, 2, 16, dtype=jnp.dtype("float32"))
+    pages = rng.standard_normal(empty.shape).astype(np.float32)
+    q, k, v = (rng.standard_normal((6, heads, 16)).astype(np.float32) for heads in (4, 2, 2))
+    blocks = Blocks(q_tokens=1, q_tiles=2, kv_pages=4, chunk_pages=2)
+
+    def attend(lists, table):
+        batch = {name: jnp.asarray(of, jnp.int32) for name, of in lists.items()}
+        ragged = Ragged(**batch, page_table=jnp.asarray(table), max_q_len=2)
+        options = {"sliding_window": None, "softcap": None, "scale": None, "blocks": blocks}
+        out, (written,) = interpreted(q, k, v, (jnp.asarray(pages),), ragged, **options)
+        return np.asarray(out), np.asarray(written)
+
+    wanted, right = attend({**lists, "q_lens": [1, 0, 1]}, table)
+    (field, value), *_ = wrong.items()
+    if field == "page_table":
+        table = np.where(np.arange(3)[:, None] == 1, value, table).astype(np.int32)
+    else:
+        lists[field] = [lists[field][0], value, lists[field][2]]
+    got, written = attend(lists, table)
+    np.testing.assert_array_equal(written, right)
+    np.testing.assert_array_equal(got[[0, 2]], wanted[[0, 2]])
 
 
 LENGTHS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), min_size=3, max_size=3)
@@ -193,12 +253,35 @@ def test_the_heuristic_fits_vector_memory(model, batch, dtype):
         kv_dtype=dtype,
         max_q_len=batch.max_q_len,
     )
-    b = tpu_blocks.heuristic(shape)
+    blocks = tpu_blocks.heuristic(shape)
     item = jnp.dtype(dtype).itemsize
-    kv = 4 * model.kv_heads * b.kv_pages * shapes.PAGE_SIZE * model.head_dim * item
-    rows = b.q_tiles * model.heads * max(b.q_tokens, 16)
-    state = rows * (2 * 128 + model.head_dim) * 4 + 4 * rows * model.head_dim * 4
-    assert kv + state < 48 * 2**20
+    compute = jnp.dtype("float32" if dtype == "float32" else "bfloat16")
+    page = jax.ShapeDtypeStruct((9, 2 * model.kv_heads, shapes.PAGE_SIZE), jnp.float32)
+    form = tpu_softmax.Form(
+        blocks=blocks,
+        kv_heads=model.kv_heads,
+        groups=tpu.padded_groups(model.heads // model.kv_heads, compute),
+        head_dim=-(-model.head_dim // 128) * 128,
+        tile=32 // item,
+        page_size=shapes.PAGE_SIZE,
+        scaled=item == 1,
+        dtype=compute,
+        sliding_window=None,
+        softcap=None,
+        scale=1.0,
+    )
+    pages = tpu.abstract_pages(
+        9, shapes.PAGE_SIZE, model.kv_heads, model.head_dim, jnp.dtype(dtype)
+    )
+    scales = jax.ShapeDtypeStruct((9, 1, 128), jnp.float32) if item == 1 else None
+    rows = tpu_kernel.Rows(q=None, k=None, v=None, scales=scales)
+    arrangement = tpu_softmax.ManyRows if blocks.many_rows else tpu_softmax.FewRows
+    scratch = tpu._scratch(rows, (pages[0], page), form, arrangement.scratch(form))
+    buffers = [
+        b for b in jax.tree.leaves(scratch) if getattr(b, "memory_space", None) == pltpu.VMEM
+    ]
+    assert len(buffers) >= 7
+    assert sum(math.prod(b.shape) * jnp.dtype(b.dtype).itemsize for b in buffers) < 52 * 2**20
 
 
 @pytest.mark.parametrize("change", [{"q_tokens": 3}, {"kv_pages": 0}, {"chunk_pages": 3}])

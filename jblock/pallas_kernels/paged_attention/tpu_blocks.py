@@ -4,7 +4,8 @@ import dataclasses
 
 from jblock.pallas_kernels.tuning import Tuning
 
-_STATE_BYTES = 40 * 2**20
+_STATE_BYTES = 30 * 2**20
+_TILE_ROWS = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,30 +45,33 @@ class Blocks:
       q_tokens: query tokens of a tile, a power of two; times the query heads of a kv head they are the
         rows of one matmul.
       q_tiles: tiles that share one pass over the keys.
-      kv_pages: pages brought together; two such blocks are in VMEM.
+      kv_pages: pages brought together; three such blocks are in VMEM.
       chunk_pages: pages of one matmul, a divisor of kv_pages.
+      many_rows: whether scores are [keys, rows] and values are transposed for them, or [rows, keys].
     """
 
     q_tokens: int
     q_tiles: int
     kv_pages: int
     chunk_pages: int
+    many_rows: bool = False
 
     def __post_init__(self):
-        if min(dataclasses.astuple(self)) < 1 or self.kv_pages % self.chunk_pages:
+        numbers = self.q_tokens, self.q_tiles, self.kv_pages, self.chunk_pages
+        if min(numbers) < 1 or self.kv_pages % self.chunk_pages:
             raise ValueError(f"{self}: give numbers over 0, chunk_pages a divisor of kv_pages")
         if self.q_tokens & (self.q_tokens - 1):
             raise ValueError(f"q_tokens is {self.q_tokens}; give a power of two")
 
 
 def heuristic(shape: Shape) -> Blocks:
-    """Tiles of 128 rows, which fill the matrix unit's height, up to eight of them to a pass over the keys
-    (1000 FLOPs for a byte read, twice what a v6e needs), fewer where many heads would fill the memory;
-    blocks of 2 MB, far over what hides a copy's latency; chunks of 128 tokens where the triangle's
-    edge wastes what they overhang, of 512 in decoding, where nothing is wasted."""
+    """Prefill: tiles of 128 rows, a register's width, up to eight of them to a pass over the keys (more FLOPs
+    for a byte read than any chip needs), fewer where many heads would fill the memory; chunks of 512 keys.
+    Decoding: the rows there are. Blocks of 2 MB, far over what hides a copy's latency."""
     groups = shape.heads // shape.kv_heads
-    q_tokens = min(_up(shape.max_q_len), _down(max(1, 128 // groups)))
-    # float32: two running statistics of 128 lanes, the sum, and queries and output twice each.
+    many_rows = shape.max_q_len * groups >= 128
+    q_tokens = min(_up(shape.max_q_len), _down(max(1, _TILE_ROWS // groups)))
+    # float32: the statistics, the sum, and queries, results and new keys and values twice each.
     tile_bytes = shape.heads * max(q_tokens, 16) * 4 * (2 * 128 + 5 * shape.head_dim)
     fitting = max(1, _STATE_BYTES // tile_bytes)
     q_tiles = min(8, -(-64 // shape.kv_heads), -(-shape.max_q_len // q_tokens), fitting)
@@ -75,13 +79,14 @@ def heuristic(shape: Shape) -> Blocks:
     token_bytes = 2 * shape.kv_heads * shape.head_dim * item
     tokens = max(128, min(1024, _down(2**21 // token_bytes)))
     kv_pages = _down(max(1, tokens // shape.page_size))
-    chunk = 512 if shape.max_q_len * groups <= 128 else 128
-    chunk_pages = _down(max(1, chunk // shape.page_size))
+    chunk_pages = min(kv_pages, _down(max(1, 512 // shape.page_size)))
+    many_rows = many_rows and chunk_pages * shape.page_size % 128 == 0
     return Blocks(
         q_tokens=q_tokens,
         q_tiles=q_tiles,
         kv_pages=kv_pages,
-        chunk_pages=min(chunk_pages, kv_pages),
+        chunk_pages=chunk_pages,
+        many_rows=many_rows,
     )
 
 

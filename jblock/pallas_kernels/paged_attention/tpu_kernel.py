@@ -1,18 +1,23 @@
-"""The Mosaic kernel of paged attention on TPU. `tpu.py` says how its arrays lie.
+"""The Mosaic kernel of paged attention on TPU: its walk over sequences, items and blocks of pages.
 
-Grid step 0 first writes the new KV: whole tiles as they are, tiles that already hold tokens by reading,
-merging and writing back. Then every grid step is one item: up to `q_tiles` query tiles of one sequence,
-which pass once over the pages that their tokens can see, blocks of pages coming in while the one before is
-computed with (two buffers; the first block of the next item comes in during the last of this one).
-Softmax is online (arXiv 2205.14135). Of the first and last page only the tiles with visible tokens are
-copied, and no product is made of a half of a chunk that a tile cannot see.
+One call is one program, which finds its own way from the lengths in scalar memory: no plan is made
+outside. A sequence's new tokens are cut into items of `q_tiles` query tiles, which pass once over the
+pages that their tokens can see, blocks of pages coming in while the one before is computed with (three
+buffers; the first block of the next item comes in during the last of this one). Of the first and last
+page only the tiles of cached tokens that are visible are copied. An item's new keys and values are laid
+into the block that is in vector memory, and from there written to their pages while it is computed with;
+a later item of the sequence waits for them.
 
-The arrangement of work follows jax's and tpu-inference's ragged paged attention kernels (items over
-flat rows, double-buffered pages); the page layout, the write and the cut are our own.
+Rows are token-major in HBM; new keys and values of many rows come head by head: a copy, which may begin
+at any token and puts any head's rows one behind the other, does what would be a transposition.
+`tpu_softmax.py` computes with a block.
+
+The arrangement follows jax's and tpu-inference's ragged paged attention kernels (flat rows, double-buffered
+pages, updates in the fetched block); the page layout, the write and the cut are our own.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -23,375 +28,439 @@ from jax.experimental.pallas import tpu as pltpu
 from jblock.pallas_kernels.paged_attention.tpu_blocks import Blocks
 
 LANES = 128
-_MASKED = -1e30
-_Q, _KV, _OUT = 0, 1, 2  # rows of the semaphores
+KV_BUFFERS = 3
+ITEM, BLOCK = 0, 1  # of Scratch.turns
+
+T = TypeVar("T")
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def _refs(cls: type[T]) -> type[T]:
+    """A dataclass that pallas_call takes for a tree of arrays."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
+
+
+@_refs
+class Batch:
+    """The lengths and the page table, in scalar memory."""
+
+    row_starts: Any  # int32 [S]
+    q_lens: Any  # int32 [S]
+    kv_lens: Any  # int32 [S]
+    page_table: Any  # int32 [S * max_pages]
+
+
+@_refs
+class Rows:
+    """The new tokens, in HBM. G is the query heads of a kv head, and what fills a tile."""
+
+    q: Any  # [T, kv_heads, G, d] of the products' dtype
+    k: Any  # float32 [T, kv_heads, 1, d], rounded to the pages' dtype
+    v: Any  # likewise
+    scales: Any  # float32 [T, 1, lanes], those of k's heads, then those of v's; None: the pages have none
+
+
+@_refs
+class Pools:
+    """The pages, in HBM, as `tpu.abstract_pages` has them."""
+
+    pages: Any  # [pages, 2, kv_heads, tiles, tile, d]
+    scales: Any  # float32 [pages, 2 * kv_heads, lanes]; None: there are none
+
+
+@_refs
+class Scratch:
+    """Buffers; N is the tokens of an item, B the tiles of a block of pages."""
+
+    q: Any  # [2, N, kv_heads, G, d]
+    out: Any  # [2, N, kv_heads, G, d]
+    new: Any  # float32 [2, 2, kv_heads, N + tile, 1, d] for many rows, else [2, 2, N + tile, kv_heads, 1, d]
+    new_scales: Any  # float32 [2, N + page_size, 1, lanes]; None
+    kv: Any  # [KV_BUFFERS, 2, kv_heads, B, tile, d]
+    scales: Any  # float32 [KV_BUFFERS, kv_pages, 2 * kv_heads, lanes]; None
+    softmax: Any  # as `tpu_softmax` wants them
+    turns: Any  # int32 [2] in SMEM: items and blocks until now
+    out_tokens: Any  # int32 [2] in SMEM: tokens on their way out of each buffer
+    tiles_written: Any  # int32 [KV_BUFFERS] in SMEM: tiles on their way to their pages
+    scales_written: Any  # int32 [KV_BUFFERS] in SMEM: pages of scales on their way
+    q_sems: Any  # DMA [2], of queries and of new keys and values
+    kv_sems: Any  # DMA [KV_BUFFERS]
+    out_sems: Any  # DMA [2]
+    write_sems: Any  # DMA [KV_BUFFERS]
+    scale_sems: Any  # DMA [KV_BUFFERS], of scales written
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Writes:
-    """Where new KV goes, one entry a destination: a tile of a page, or for scales a whole page.
+class Item:
+    """Some new tokens of a sequence: positions begin .. end - 1; scalars."""
 
-    Attributes:
-      count: int32 [], entries that mean something.
-      seq, page, part: int32 [N], sequence, physical page and which tile of it.
-      first, last: int32 [N], the tokens first .. last - 1 of the destination are new.
-      begin: int32 [N], position in the sequence of the destination's first token.
-      size: tokens of a destination.
-    """
-
-    count: jax.Array
-    seq: jax.Array
-    page: jax.Array
-    part: jax.Array
-    first: jax.Array
-    last: jax.Array
-    begin: jax.Array
-    size: int
+    seq: Any
+    begin: Any
+    end: Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What the kernel is to do.
+class Walk:
+    """Where everything lies, and the copies between. Attributes are the kernel's refs and static
+    arguments."""
 
-    Attributes:
-      num_items: int32 [], its grid; at least 1.
-      items: int32 [N] each: sequence, first query tile, query tiles, position of the first token, and
-        position after the last.
-      tiles: destinations of the values.
-      scales: destinations of the scales, if there are any.
-    """
+    batch: Batch
+    rows: Rows
+    out: Any
+    pools: Pools
+    scratch: Scratch
+    blocks: Blocks
+    max_pages: int
+    sliding_window: int | None
 
-    num_items: jax.Array
-    items: tuple[jax.Array, ...]
-    tiles: Writes
-    scales: Writes | None
+    @property
+    def tile(self) -> int:
+        """Tokens of a tile."""
+        return self.pools.pages.shape[4]
 
+    @property
+    def page_tiles(self) -> int:
+        """Tiles of a page."""
+        return self.pools.pages.shape[3]
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WriteBuffers:
-    """A ring of destinations in VMEM: what is new, what was there and then is to be, and the semaphores
-    of each slot."""
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page."""
+        return self.page_tiles * self.tile
 
-    new: Any
-    old: Any
-    read: Any
-    write: Any
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads."""
+        return self.pools.pages.shape[2]
 
+    @property
+    def item_tokens(self) -> int:
+        """Tokens of an item."""
+        return self.blocks.q_tokens * self.blocks.q_tiles
 
-def kernel(
-    *refs,
-    num_arrays: int,
-    blocks: Blocks,
-    max_pages: int,
-    sliding_window: int | None,
-    softcap: float | None,
-    scale: float,
-):
-    """One item, and before the first all writes.
+    @property
+    def num_seqs(self) -> int:
+        """S, unused sequences included."""
+        return self.batch.q_lens.shape[0]
 
-    Refs: items (5), page table, writes (4 a page array), all in SMEM; then in HBM query tiles, new KV and
-    pages as read (one each a page array), output tiles and pages as written; then the scratch.
-    """
-    left = iter(refs)
+    # What comes from outside, held within the arrays, since no copy is checked.
 
-    def take(count):
-        return [next(left) for _ in range(count)]
+    def new_tokens(self, seq: Any) -> Any:
+        """New tokens of a sequence; 0: it is unused, or its rows or tokens are not all within the arrays."""
+        row, new, length = (
+            a[seq] for a in (self.batch.row_starts, self.batch.q_lens, self.batch.kv_lens)
+        )
+        whole = (row >= 0) & (row + new <= self.rows.q.shape[0])
+        whole &= (new <= length) & (length <= self.max_pages * self.page_size)
+        return jnp.where(whole, jnp.maximum(new, 0), 0)
 
-    item_seq, item_tile, item_tiles, item_begin, item_end = take(5)
-    (page_table,) = take(1)
-    write_refs = [take(4) for _ in range(num_arrays)]
-    (q_hbm,) = take(1)
-    new_hbm = take(num_arrays)
-    take(num_arrays)  # the same memory as the outputs
-    (out_hbm,) = take(1)
-    pools = take(num_arrays)
-    (scratch,) = take(1)
-    q_buf, out_buf, kv_buf, sems = (scratch[n] for n in ("q", "out", "kv", "sems"))
-    scale_buf = scratch.get("scale")
-    turn = scratch["turn"]
+    def page(self, seq: Any, logical: Any) -> Any:
+        """Physical page of a sequence's logical one; 0, the empty page, which is only read: there is none."""
+        page = self.batch.page_table[seq * self.max_pages + logical]
+        return jnp.where((page >= 0) & (page < self.pools.pages.shape[0]), page, 0)
 
-    _, _, kv_heads, tiles, tile, d = pools[0].shape
-    page_size = tiles * tile
-    chunk_tiles = blocks.chunk_pages * tiles
-    chunk = chunk_tiles * tile
-    block_tiles = blocks.kv_pages * tiles
-    rows = q_buf.shape[3]
-    item, num_items = pl.program_id(0), pl.num_programs(0)
+    # Items.
 
-    def visible_from(i):
-        """Position of the first token that item i can see."""
-        if sliding_window is None:
+    def item(self, seq: Any, number: Any) -> Item:
+        """The sequence's item of that number."""
+        begin = self.batch.kv_lens[seq] - self.batch.q_lens[seq] + number * self.item_tokens
+        return Item(
+            seq=seq,
+            begin=begin,
+            end=jnp.minimum(begin + self.item_tokens, self.batch.kv_lens[seq]),
+        )
+
+    def num_items(self, seq: Any) -> Any:
+        """Items of a sequence; 0: it is unused."""
+        return pl.cdiv(self.new_tokens(seq), self.item_tokens)
+
+    def used_from(self, seq: Any) -> Any:
+        """The first sequence with new tokens that is not before `seq`; num_seqs: there is none."""
+
+        def tokens(seq: Any) -> Any:
+            return self.new_tokens(jnp.minimum(seq, self.num_seqs - 1))
+
+        return lax.while_loop(
+            lambda state: (state[0] < self.num_seqs) & (state[1] == 0),
+            lambda state: (state[0] + 1, tokens(state[0] + 1)),
+            (seq, tokens(seq)),
+        )[0]
+
+    def visible_from(self, item: Item) -> Any:
+        """Position of the first token that the item can see."""
+        if self.sliding_window is None:
             return 0
-        return jnp.maximum(item_begin[i] - sliding_window + 1, 0)
+        return jnp.maximum(item.begin - self.sliding_window + 1, 0)
 
-    def first_page(i):
-        return visible_from(i) // page_size
+    def first_page(self, item: Item) -> Any:
+        """Logical page of that token."""
+        return lax.div(self.visible_from(item), self.page_size)
 
-    def num_blocks(i):
-        return pl.cdiv(pl.cdiv(item_end[i], page_size) - first_page(i), blocks.kv_pages)
+    def num_blocks(self, item: Item) -> Any:
+        """Blocks of pages that the item can see."""
+        pages = pl.cdiv(item.end, self.page_size) - self.first_page(item)
+        return pl.cdiv(pages, self.blocks.kv_pages)
 
-    def for_pages(i, j, slot, act):
-        """Does `act` to the copies of block j of item i."""
-        first = first_page(i) + j * blocks.kv_pages
-        count = jnp.minimum(pl.cdiv(item_end[i], page_size) - first, blocks.kv_pages)
+    def first_tile(self, item: Item, block: Any) -> Any:
+        """Logical tile that a block begins with."""
+        return (self.first_page(item) + block * self.blocks.kv_pages) * self.page_tiles
 
-        @pl.loop(0, count)
+    # Copies of pages.
+
+    def for_pages(self, item: Item, block: Any, slot: Any, act: Any) -> None:
+        """Does `act` to the copies of what is cached of a block."""
+        first = self.first_page(item) + block * self.blocks.kv_pages
+        cached = pl.cdiv(item.begin, self.page_size) - first
+
+        @pl.loop(0, jnp.minimum(cached, self.blocks.kv_pages))
         def one_page(p):
-            page = page_table[item_seq[i] * max_pages + first + p]
-            skipped = (first + p) * tiles
-            begin = jnp.maximum(visible_from(i) // tile - skipped, 0)
-            size = jnp.minimum(pl.cdiv(item_end[i], tile) - skipped, tiles) - begin
-            act(
-                pltpu.make_async_copy(
-                    pools[0].at[page, :, :, pl.ds(begin, size)],
-                    kv_buf.at[slot, :, :, pl.ds(p * tiles + begin, size)],
-                    sems.at[_KV, slot],
-                )
+            page = self.page(item.seq, first + p)
+            skipped = (first + p) * self.page_tiles
+            begin = jnp.maximum(lax.div(self.visible_from(item), self.tile) - skipped, 0)
+            end = jnp.minimum(pl.cdiv(item.begin, self.tile) - skipped, self.page_tiles)
+            size = jnp.maximum(end - begin, 0)
+            at = pl.ds(p * self.page_tiles + begin, size)
+            copy = pltpu.make_async_copy(
+                self.pools.pages.at[page, :, :, pl.ds(begin, size)],
+                self.scratch.kv.at[slot, :, :, at],
+                self.scratch.kv_sems.at[slot],
             )
-            if scale_buf is not None:
+            pl.when(size > 0)(lambda: act(copy))
+            if self.pools.scales is not None:
                 act(
                     pltpu.make_async_copy(
-                        pools[1].at[page], scale_buf.at[slot, p], sems.at[_KV, slot]
+                        self.pools.scales.at[page],
+                        self.scratch.scales.at[slot, p],
+                        self.scratch.kv_sems.at[slot],
                     )
                 )
 
-    def q_copy(i):
-        count, slot = item_tiles[i], i % 2
-        return pltpu.make_async_copy(
-            q_hbm.at[pl.ds(item_tile[i], count)],
-            q_buf.at[slot, pl.ds(0, count)],
-            sems.at[_Q, slot],
-        )
+    def fetch(self, item: Item, block: Any, slot: Any) -> None:
+        """Has a block's cached tokens brought, once what the buffer held is written."""
+        self.wait_written(slot)
+        self.for_pages(item, block, slot, lambda copy: copy.start())
 
-    def out_copy(i):
-        count, slot = item_tiles[i], i % 2
-        return pltpu.make_async_copy(
-            out_buf.at[slot, pl.ds(0, count)],
-            out_hbm.at[pl.ds(item_tile[i], count)],
-            sems.at[_OUT, slot],
-        )
+    # Copies of rows.
 
-    @pl.when(item == 0)
-    def begin_all():
-        for array, (refs_of, new, pool) in enumerate(zip(write_refs, new_hbm, pools, strict=True)):
-            _write(refs_of, new, pool, scratch["writes"][array], is_scale=array == 1)
-        turn[0] = 0
-        q_copy(0).start()
-        for_pages(0, 0, 0, lambda copy: copy.start())
+    def for_rows(self, item: Item, slot: Any, act: Any) -> None:
+        """Does `act` to the copies of an item's rows."""
+        offset = self.batch.kv_lens[item.seq] - self.batch.q_lens[item.seq]
+        count = item.end - item.begin
+        source = pl.ds(self.batch.row_starts[item.seq] + item.begin - offset, count)
+        sem = self.scratch.q_sems.at[slot]
+        into = pl.ds(lax.rem(item.begin, self.tile), count)
+        queries = self.scratch.q.at[slot, pl.ds(0, count)]
+        act(pltpu.make_async_copy(self.rows.q.at[source], queries, sem))
+        for i, new in enumerate((self.rows.k, self.rows.v)):
+            if not self.blocks.many_rows:
+                rows = self.scratch.new.at[slot, i, into]
+                act(pltpu.make_async_copy(new.at[source], rows, sem))
+                continue
+            for h in range(self.kv_heads):
+                rows = self.scratch.new.at[slot, i, h, into]
+                act(pltpu.make_async_copy(new.at[source, h], rows, sem))
+        if self.rows.scales is not None:
+            into = pl.ds(lax.rem(item.begin, self.page_size), count)
+            scales = self.scratch.new_scales.at[slot, into]
+            act(pltpu.make_async_copy(self.rows.scales.at[source], scales, sem))
 
-    q_slot = item % 2
-    begin, end, count = item_begin[item], item_end[item], item_tiles[item]
-    q_copy(item).wait()
-
-    @pl.when(item + 1 < num_items)
-    def bring_next_queries():
-        q_copy(item + 1).start()
-
-    best_ref, total_ref, acc_ref = scratch["best"], scratch["total"], scratch["acc"]
-
-    @pl.loop(0, count)
-    def reset(u):
-        best_ref[u] = jnp.full(best_ref.shape[1:], _MASKED, jnp.float32)
-        total_ref[u] = jnp.zeros(total_ref.shape[1:], jnp.float32)
-        acc_ref[u] = jnp.zeros(acc_ref.shape[1:], jnp.float32)
-
-    # A tile that sees half of a chunk, at the diagonal or the window's edge, computes with that half alone.
-    # Scales lie along lanes, which are not cut inside a page.
-    halves = 2 if (chunk_tiles if scale_buf is None else blocks.chunk_pages) % 2 == 0 else 1
-    half_tiles = chunk_tiles // halves
-    half = half_tiles * tile
-
-    def attend(u, slot, first_half, num, block_begin):
-        """One query tile over `num` halves of chunks of a block (static), all heads."""
-        q_first = begin + u * blocks.q_tokens
-        k_first = block_begin + first_half * half
-        shape = (rows, num * half)
-        token = lax.broadcasted_iota(jnp.int32, shape, 0) & (blocks.q_tokens - 1)
-        distance = (q_first + token) - (k_first + lax.broadcasted_iota(jnp.int32, shape, 1))
-        seen = distance >= 0
-        if sliding_window is not None:
-            seen &= distance < sliding_window
-        for h in range(kv_heads):
-            k, v = (
-                kv_buf[slot, i, h, pl.ds(first_half * half_tiles, num * half_tiles)]
-                .reshape(num * half, d)
-                .astype(q_buf.dtype)
-                for i in (0, 1)
+    def for_out(self, first_row: Any, count: Any, slot: Any, act: Any) -> None:
+        """Does `act` to the copies of results."""
+        act(
+            pltpu.make_async_copy(
+                self.scratch.out.at[slot, pl.ds(0, count)],
+                self.out.at[pl.ds(first_row, count)],
+                self.scratch.out_sems.at[slot],
             )
-            scores = _dot(q_buf[q_slot, u, h], k, contract=1) * scale
-            if scale_buf is not None:
-                scores *= scales(slot, first_half, num, h)
-            if softcap is not None:
-                scores = softcap * jnp.tanh(scores / softcap)
-            scores = jnp.where(seen, scores, _MASKED)
-            old = best_ref[u, h]
-            best = jnp.maximum(old, scores.max(axis=1, keepdims=True))
-            # A row that sees nothing of the chunk has no best yet, so exp alone would not hide it.
-            weights = jnp.where(seen, jnp.exp(scores - best[:, :1]), 0.0)
-            keep = jnp.exp(old - best)
-            best_ref[u, h] = best
-            total_ref[u, h] = total_ref[u, h] * keep + weights.sum(axis=1, keepdims=True)
-            if scale_buf is not None:
-                # The scale of a token not copied is whatever was there before.
-                weights = jnp.where(
-                    seen, weights * scales(slot, first_half, num, kv_heads + h), 0.0
-                )
-            added = _dot(weights.astype(v.dtype), v, contract=0)
-            acc_ref[u, h] = acc_ref[u, h] * keep[:, :1] + added
-
-    def scales(slot, first_half, num, row):
-        """float32 [1, num * half]."""
-        pages = blocks.chunk_pages // halves
-        return jnp.concatenate(
-            [
-                scale_buf[slot, first_half * pages + p, pl.ds(row, 1), pl.ds(0, page_size)]
-                for p in range(num * pages)
-            ],
-            axis=1,
         )
 
-    total_blocks = num_blocks(item)
+    def send_out(self, item: Item, slot: Any) -> None:
+        """Has an item's results written."""
+        offset = self.batch.kv_lens[item.seq] - self.batch.q_lens[item.seq]
+        row = self.batch.row_starts[item.seq] + item.begin - offset
+        self.for_out(row, item.end - item.begin, slot, lambda copy: copy.start())
+        self.scratch.out_tokens[slot] = item.end - item.begin
 
-    @pl.loop(0, total_blocks)
+    def wait_out(self, slot: Any) -> None:
+        """Until the results that a buffer held are written."""
+        count = self.scratch.out_tokens[slot]
+        pl.when(count > 0)(lambda: self.for_out(0, count, slot, lambda copy: copy.wait()))
+        self.scratch.out_tokens[slot] = 0
+
+    # New keys and values.
+
+    def add_new(self, item: Item, block: Any, slot: Any, rows_slot: Any) -> None:
+        """Lays what is new of a block into it, and has it written to its pages."""
+        first, size = self.first_tile(item, block), self.blocks.kv_pages * self.page_tiles
+        begin = jnp.maximum(lax.div(item.begin, self.tile), first)
+        end = jnp.minimum(pl.cdiv(item.end, self.tile), first + size)
+
+        @pl.loop(begin, end)
+        def one_tile(t):
+            self._merge_tile(item, t, t - first, slot, rows_slot)
+            page = self.page(item.seq, lax.div(t, self.page_tiles))
+
+            @pl.when(page > 0)
+            def write():
+                self._tile_write(page, lax.rem(t, self.page_tiles), t - first, slot).start()
+                self.scratch.tiles_written[slot] += 1
+
+        if self.pools.scales is not None:
+            self._add_scales(item, block, slot, rows_slot)
+
+    def _merge_tile(self, item: Item, tile: Any, at: Any, slot: Any, rows_slot: Any) -> None:
+        d = self.pools.pages.shape[5]
+        position = tile * self.tile + lax.broadcasted_iota(jnp.int32, (self.tile, d), 0)
+        kv = self.scratch.kv
+        for i in (0, 1):
+            for h in range(self.kv_heads):
+                new = jnp.where(
+                    position < item.end, self._new_rows(item, tile, rows_slot, i, h), 0.0
+                )
+                # By way of float32, which holds every value of the narrow types exactly.
+                old = kv[slot, i, h, at].astype(jnp.float32)
+                kv[slot, i, h, at] = jnp.where(position < item.begin, old, new).astype(kv.dtype)
+
+    def _new_rows(self, item: Item, tile: Any, rows_slot: Any, i: int, h: int) -> jax.Array:
+        """A head's new keys (i 0) or values of a tile, float32 [tile, d]; [1, d] where there is but one."""
+        new, d = self.scratch.new, self.pools.pages.shape[5]
+        if self.item_tokens == 1 and not self.blocks.many_rows:
+            return new[rows_slot, i, lax.rem(item.begin, self.tile), h]
+        source = pl.ds((tile - lax.div(item.begin, self.tile)) * self.tile, self.tile)
+        rows = (
+            new[rows_slot, i, h, source] if self.blocks.many_rows else new[rows_slot, i, source, h]
+        )
+        return rows.reshape(self.tile, d)
+
+    def _tile_write(self, page: Any, tile: Any, at: Any, slot: Any) -> Any:
+        return pltpu.make_async_copy(
+            self.scratch.kv.at[slot, :, :, at],
+            self.pools.pages.at[page, :, :, tile],
+            self.scratch.write_sems.at[slot],
+        )
+
+    def _add_scales(self, item: Item, block: Any, slot: Any, rows_slot: Any) -> None:
+        first = self.first_page(item) + block * self.blocks.kv_pages
+        begin = jnp.maximum(lax.div(item.begin, self.page_size), first)
+        end = jnp.minimum(pl.cdiv(item.end, self.page_size), first + self.blocks.kv_pages)
+        count, size = self.pools.scales.shape[1], self.page_size
+
+        @pl.loop(begin, end)
+        def one_page(p):
+            position = p * size + lax.broadcasted_iota(jnp.int32, (count, size), 1)
+            source = pl.ds((p - lax.div(item.begin, size)) * size, size)
+            # Tokens come along sublanes, as copies may begin at any of them, and lie along lanes.
+            new = self.scratch.new_scales[rows_slot, source]
+            new = new.reshape(size, new.shape[2]).T[:count]
+            new = jnp.where(position < item.end, new, 0.0)
+            place = self.scratch.scales.at[slot, p - first, :, pl.ds(0, size)]
+            place[...] = jnp.where(position < item.begin, place[...], new)
+            page = self.page(item.seq, p)
+
+            @pl.when(page > 0)
+            def write():
+                self._scale_write(page, p - first, slot).start()
+                self.scratch.scales_written[slot] += 1
+
+    def _scale_write(self, page: Any, at: Any, slot: Any) -> Any:
+        return pltpu.make_async_copy(
+            self.scratch.scales.at[slot, at],
+            self.pools.scales.at[page],
+            self.scratch.scale_sems.at[slot],
+        )
+
+    def wait_written(self, slot: Any) -> None:
+        """Until what a buffer had of new keys and values is in its pages."""
+
+        @pl.loop(0, self.scratch.tiles_written[slot])
+        def one_tile(_):
+            self._tile_write(0, 0, 0, slot).wait()
+
+        self.scratch.tiles_written[slot] = 0
+        if self.pools.scales is not None:
+
+            @pl.loop(0, self.scratch.scales_written[slot])
+            def one_page(_):
+                self._scale_write(0, 0, slot).wait()
+
+            self.scratch.scales_written[slot] = 0
+
+
+def kernel(
+    batch: Batch,
+    rows: Rows,
+    pools_read: Pools,
+    out: Any,
+    pools: Pools,
+    scratch: Scratch,
+    *,
+    compute: Any,
+    **static: Any,
+) -> None:
+    """The whole batch. pools_read: the memory of `pools`, which is updated. compute: a `tpu_softmax` class;
+    the rest as of Walk."""
+    del pools_read
+    walk = Walk(batch=batch, rows=rows, out=out, pools=pools, scratch=scratch, **static)
+    softmax = compute(walk)
+    for counters in (
+        *(scratch.turns, scratch.out_tokens, scratch.tiles_written, scratch.scales_written),
+    ):
+        for i in range(counters.shape[0]):
+            counters[i] = 0
+    first = walk.used_from(jnp.int32(0))
+
+    @pl.when(first < walk.num_seqs)
+    def begin_first():
+        item = walk.item(first, 0)
+        walk.for_rows(item, 0, lambda copy: copy.start())
+        walk.fetch(item, 0, 0)
+
+    @pl.loop(0, walk.num_seqs)
+    def one_sequence(seq):
+        @pl.loop(0, walk.num_items(seq))
+        def one_item(number):
+            _item(walk, softmax, seq, number)
+
+    for slot in range(2):
+        walk.wait_out(slot)
+    for slot in range(KV_BUFFERS):
+        walk.wait_written(slot)
+
+
+def _item(walk: Walk, softmax: Any, seq: Any, number: Any) -> None:
+    """Attends an item's tokens over all blocks that they can see."""
+    scratch, item = walk.scratch, walk.item(seq, number)
+    rows_slot = lax.rem(scratch.turns[ITEM], 2)
+    last = number + 1 == walk.num_items(seq)
+    next_seq = lax.cond(last, lambda: walk.used_from(seq + 1), lambda: seq)
+    there = next_seq < walk.num_seqs
+    following = walk.item(jnp.minimum(next_seq, walk.num_seqs - 1), jnp.where(last, 0, number + 1))
+    walk.for_rows(item, rows_slot, lambda copy: copy.wait())
+    pl.when(there)(lambda: walk.for_rows(following, 1 - rows_slot, lambda copy: copy.start()))
+    softmax.begin(item, rows_slot)
+    total = walk.num_blocks(item)
+
+    @pl.loop(0, total)
     def one_block(j):
-        slot = turn[0]
-        turn[0] = 1 - slot
+        turn = scratch.turns[BLOCK]
+        scratch.turns[BLOCK] = turn + 1
+        slot, next_slot = lax.rem(turn, KV_BUFFERS), lax.rem(turn + 1, KV_BUFFERS)
+        more = j + 1 < total
+        pl.when(more)(lambda: walk.fetch(item, j + 1, next_slot))
+        pl.when((~more) & there & last)(lambda: walk.fetch(following, 0, next_slot))
+        walk.for_pages(item, j, slot, lambda copy: copy.wait())
+        walk.add_new(item, j, slot, rows_slot)
 
-        @pl.when(j + 1 < total_blocks)
-        def bring_next_block():
-            for_pages(item, j + 1, 1 - slot, lambda copy: copy.start())
+        # The next item of the same sequence sees what this one writes.
+        @pl.when((~more) & ~last)
+        def fetch_behind_writes():
+            for written in range(KV_BUFFERS):
+                walk.wait_written(written)
+            walk.fetch(following, 0, next_slot)
 
-        @pl.when((j + 1 == total_blocks) & (item + 1 < num_items))
-        def bring_next_item():
-            for_pages(item + 1, 0, 1 - slot, lambda copy: copy.start())
+        softmax.block(item, j, slot, rows_slot)
 
-        for_pages(item, j, slot, lambda copy: copy.wait())
-        first_tile = (first_page(item) + j * blocks.kv_pages) * tiles
-        valid_from = jnp.maximum(visible_from(item) // tile - first_tile, 0)
-        valid_to = jnp.minimum(pl.cdiv(end, tile) - first_tile, block_tiles)
-        chunks_from, chunks_to = valid_from // chunk_tiles, pl.cdiv(valid_to, chunk_tiles)
-
-        # Weights of what was not copied are 0, but 0 x NaN is NaN and the buffer held others' values.
-        def clear(t):
-            kv_buf[slot, 1, :, t] = jnp.zeros((kv_heads, tile, d), kv_buf.dtype)
-
-        pl.loop(chunks_from * chunk_tiles, valid_from)(clear)
-        pl.loop(valid_to, chunks_to * chunk_tiles)(clear)
-        block_begin = first_tile * tile
-
-        @pl.loop(chunks_from, chunks_to)
-        def one_chunk(c):
-            @pl.loop(0, count)
-            def one_tile(u):
-                q_first = begin + u * blocks.q_tokens
-                q_last = jnp.minimum(q_first + blocks.q_tokens, end) - 1
-                k_first = block_begin + c * chunk
-                low_end, high_begin = k_first + half, k_first + chunk - half
-                low, high = k_first <= q_last, high_begin <= q_last
-                if sliding_window is not None:
-                    lowest = q_first - sliding_window + 1
-                    low, high = low & (low_end > lowest), high & (k_first + chunk > lowest)
-
-                @pl.when(low & high)
-                def see_all():
-                    attend(u, slot, c * halves, halves, block_begin)
-
-                if halves == 2:
-
-                    @pl.when(low != high)
-                    def see_half():
-                        attend(u, slot, c * 2 + high.astype(jnp.int32), 1, block_begin)
-
-    @pl.when(item >= 2)
-    def free_output():
-        out_copy(item - 2).wait()
-
-    @pl.loop(0, count)
-    def finish(u):
-        for h in range(kv_heads):
-            total = total_ref[u, h][:, :1]
-            out = acc_ref[u, h] / jnp.where(total > 0, total, 1.0)
-            out_buf[q_slot, u, h] = out.astype(out_buf.dtype)
-
-    out_copy(item).start()
-
-    @pl.when(item + 1 == num_items)
-    def end_all():
-        @pl.when(item >= 1)
-        def end_previous():
-            out_copy(item - 1).wait()
-
-        out_copy(item).wait()
-
-
-def _write(writes: list, new_hbm: Any, pool: Any, ring: WriteBuffers, *, is_scale: bool) -> None:
-    """Brings every destination up to date, several in flight. Ends when all are written."""
-    count, page, part, first = writes
-    depth = ring.new.shape[0]
-    ahead = depth // 2
-
-    def place(i):
-        return pool.at[page[i]] if is_scale else pool.at[page[i], :, :, part[i]]
-
-    def copy_new(i):
-        slot = i % depth
-        return pltpu.make_async_copy(new_hbm.at[i], ring.new.at[slot], ring.read.at[slot])
-
-    def copy_old(i):
-        slot = i % depth
-        return pltpu.make_async_copy(place(i), ring.old.at[slot], ring.read.at[slot])
-
-    def copy_back(i):
-        slot = i % depth
-        return pltpu.make_async_copy(ring.old.at[slot], place(i), ring.write.at[slot])
-
-    total = count[0]
-
-    @pl.loop(0, total + ahead)
-    def turn(i):
-        @pl.when(i < total)
-        def bring():
-            @pl.when(i >= depth)
-            def free_slot():
-                copy_back(i - depth).wait()
-
-            copy_new(i).start()
-
-            @pl.when(first[i] > 0)
-            def bring_old():
-                copy_old(i).start()
-
-        @pl.when(i >= ahead)
-        def send():
-            done = i - ahead
-            slot = done % depth
-            copy_new(done).wait()
-
-            pl.when(first[done] > 0)(lambda: copy_old(done).wait())
-            # Along lanes for scales, along the rows of a tile for values.
-            axis = ring.old.ndim - (2 if is_scale else 3)
-            at = lax.broadcasted_iota(jnp.int32, ring.old.shape[1:], axis)
-            # By way of float32, which holds every value of the narrow types exactly.
-            old, new = (ring.old[slot].astype(jnp.float32), ring.new[slot].astype(jnp.float32))
-            if new.shape != old.shape:  # one token
-                new = jnp.where(at == first[done], new, 0.0)
-            merged = jnp.where(at < first[done], old, new)
-            ring.old[slot] = merged.astype(ring.old.dtype)
-
-            copy_back(done).start()
-
-    @pl.loop(jnp.maximum(total - depth, 0), total)
-    def drain(i):
-        copy_back(i).wait()
-
-
-def _dot(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:
-    """a [m, n] by dimension `contract` of b, in float32; float32 operands are not rounded."""
-    return lax.dot_general(
-        a,
-        b,
-        (((1,), (contract,)), ((), ())),
-        precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
+    walk.wait_out(rows_slot)
+    softmax.end(item, rows_slot)
+    walk.send_out(item, rows_slot)
+    scratch.turns[ITEM] += 1
