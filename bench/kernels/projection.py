@@ -20,7 +20,7 @@ ROWS = (1, 4, 8, 16, 24, 32, 64)
 def backend() -> str:
     """What serves bfloat16 weights of few rows here."""
     probe = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
-    return "cpu" if here().amx and matmul.serves(1, [probe]) else "xla"
+    return "cpu" if here().avx512 and matmul.serves(1, [probe]) else "xla"
 
 
 def cases(quick: bool) -> list[Case]:

@@ -34,7 +34,7 @@ def matmul(
       transposed: how the weight lies; None: as projections do there (`Platform.out_in`).
     """
     transposed = platform.out_in if transposed is None else transposed
-    if platform.amx and transposed and cpu_matmul.serves(x.shape[0], [weight]):
+    if platform.avx512 and transposed and cpu_matmul.serves(x.shape[0], [weight]):
         return cpu_matmul.matmul(x, [weight])[0]
     return by_xla(x, weight, platform, transposed=transposed)
 
@@ -44,7 +44,7 @@ def by_xla(
 ) -> jax.Array:
     """`matmul` as XLA does it, whatever else there may be."""
     transposed = platform.out_in if transposed is None else transposed
-    if platform.amx and transposed and weight.dtype == jnp.float32:
+    if platform.avx512 and transposed and weight.dtype == jnp.float32:
         return _weight_first(x, weight)
     padded = platform.name == "cpu" and weight.dtype == jnp.bfloat16
     return _rows_first(x, weight, transposed, _BF16_ROWS if padded else 1)
@@ -180,7 +180,7 @@ def project(projections: Sequence[Linear], x: jax.Array, rows: Rows) -> list[jax
     """What each of them makes of x [T, in]: one product of all their weights where there is code for it
     (`cpu_matmul`), so that threads are woken, and x is laid, once."""
     weights = [p.weight for p in projections]
-    if rows.platform.amx and rows.platform.out_in and not any(p.scales_input for p in projections):
+    if rows.platform.avx512 and not any(p.scales_input for p in projections):
         arrays = [w[...] for w in weights if isinstance(w, nnx.Param)]
         if len(arrays) == len(weights) and cpu_matmul.serves(x.shape[0], arrays):
             products = cpu_matmul.matmul(x, arrays)

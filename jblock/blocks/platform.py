@@ -19,30 +19,30 @@ class Platform:
     Attributes:
       name: "cpu", "tpu" or "gpu", as jax names it.
       kind: jax's `device_kind`, by which kernels find the block sizes tuned for it.
-      amx: whether it is a CPU with AMX for bfloat16.
+      avx512: whether it is a CPU with AVX-512.
     """
 
     name: str
     kind: str
-    amx: bool = False
+    avx512: bool = False
 
     @classmethod
     def of(cls, device: jax.Device) -> "Platform":
         """That of a device, be it here or one to compile for. A CPU's features are this machine's."""
         cpu = device.platform == "cpu"
-        return cls(device.platform, device.device_kind, cpu and _cpu_has("amx_bf16"))
+        return cls(device.platform, device.device_kind, cpu and _cpu_has("avx512f"))
 
     @property
     def out_in(self) -> bool:
         """How projections lie: [out, in], as checkpoints have them, or [in, out].
 
-        XLA's CPU matmuls read the one or the other faster, by CPU. Where there is AMX, [out, in]: against
-        [in, out] it takes 0.5 of the time in bfloat16 at 1 to 32 rows and 0.8 at 512; float32 has a form
-        that is fast only on it (`linear._weight_first`). Other CPUs with AVX-512 read [in, out] up to 1.7
-        times faster at 2 to 32 rows. For TPUs and GPUs XLA compiles the same product from both, without
+        XLA's CPU matmuls read the one or the other faster, by CPU. With AVX-512, [out, in]: its rows are what
+        the machine code for few rows reads (`cpu_kernels/matmul`), and beyond, float32 has a form that is
+        faster on it (`linear._weight_first`) than any on [in, out]. Without, XLA's code is all there is, and
+        reads [in, out] faster. For TPUs and GPUs XLA compiles the same product from both, without
         a copy, so there they lie as they come.
         """
-        return self.name != "cpu" or self.amx
+        return self.name != "cpu" or self.avx512
 
 
 @functools.cache

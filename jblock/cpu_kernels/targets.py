@@ -136,6 +136,14 @@ def has_avx512() -> bool:
 
 
 @functools.cache
+def has_avx512_bf16() -> bool:
+    """Whether this CPU has AVX-512's product of pairs of bfloat16."""
+    import llvmlite.binding as llvm
+
+    return has_avx512() and bool(llvm.get_host_cpu_features().get("avx512bf16"))
+
+
+@functools.cache
 def vector_width() -> int:
     """float32 values of a vector register."""
     import llvmlite.binding as llvm

@@ -15,7 +15,7 @@ from jblock.blocks.rows import Rows
 from jblock.blocks.slots import PIECE_RANK
 from jblock.blocks.spec import ExpertSpec, RouterSpec
 
-CPU, TPU = Platform("cpu", "cpu", amx=True), Platform("tpu", "none")
+CPU, TPU = Platform("cpu", "cpu", avx512=True), Platform("tpu", "none")
 
 
 def rows_of(num_seqs, q_len, q_lens, slots, platform):

@@ -17,9 +17,9 @@ from jblock.engine.signature import Signature
 from jblock.engine.weights.params import abstract_params
 from jblock.parallel.placement import Placement
 
-AMX, PLAIN = Platform("cpu", "cpu", amx=True), Platform("cpu", "cpu")
+AVX512, PLAIN = Platform("cpu", "cpu", avx512=True), Platform("cpu", "cpu")
 ELSEWHERE = [Platform("tpu", "TPU v5 lite"), Platform("gpu", "NVIDIA H200")]
-KINDS = [AMX, PLAIN, *ELSEWHERE]
+KINDS = [AVX512, PLAIN, *ELSEWHERE]
 
 
 class Elsewhere(Placement):
@@ -69,15 +69,15 @@ def test_programs_for_other_targets_have_no_form_of_this_cpu(kind, dtype, monkey
         f"tensor<4x32x{weights}>, tensor<48x32x{weights}>" in text
         and "tensor<8x32xbf16>" not in text
     )
-    for amx in (True, False):
-        monkeypatch.setattr(platform, "_cpu_has", lambda feature, amx=amx: amx)
+    for there in (True, False):
+        monkeypatch.setattr(platform, "_cpu_has", lambda feature, there=there: there)
         assert lowered(kind, 4, dtype) == text
 
 
 def test_a_cpu_program_has_the_form_of_its_cpu():
-    assert "optimization_barrier" in lowered(AMX, 4, "float32")
+    assert "optimization_barrier" in lowered(AVX512, 4, "float32")
     assert "tensor<4x32xf32>, tensor<32x48xf32>" in lowered(PLAIN, 4, "float32")
-    for kind in (AMX, PLAIN):
+    for kind in (AVX512, PLAIN):
         assert "tensor<8x32xbf16>" in lowered(kind, 4, "bfloat16")
 
 
@@ -108,4 +108,4 @@ def test_a_device_elsewhere_has_no_feature_of_this_cpu(monkeypatch):
     monkeypatch.setattr(platform, "_cpu_has", lambda feature: True)
     tpu = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
     assert Platform.of(tpu) == Platform("tpu", "TPU v5 lite")
-    assert Platform.of(jax.local_devices(backend="cpu")[0]).amx
+    assert Platform.of(jax.local_devices(backend="cpu")[0]).avx512

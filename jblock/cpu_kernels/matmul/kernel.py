@@ -9,17 +9,18 @@ from llvmlite import ir
 
 from jblock.cpu_kernels import ffi, targets
 from jblock.cpu_kernels.matmul import items
-from jblock.cpu_kernels.matmul.quads import MOST_ROWS as QUADS_ROWS
-from jblock.cpu_kernels.matmul.quads import Quads
+from jblock.cpu_kernels.matmul.quads import PART_ROWS, Quads
 from jblock.cpu_kernels.matmul.tiles import Tiles
 
-MOST_ROWS = {"bfloat16": 64, "float32": QUADS_ROWS}
-"""Of x, by the dtype of the weights: beyond, XLA's is as fast, or nearly."""
+_BFLOAT16_ROWS = 64
 
 
-def runs_here(dtype: str) -> bool:
-    """Whether this process may use the instructions that products by weights of a dtype take."""
-    return targets.has_amx() if dtype == "bfloat16" else targets.has_avx512()
+def most_rows(dtype: str) -> int:
+    """Rows of x up to which weights of a dtype are multiplied in this process; 0: it may not use the
+    instructions that takes. Beyond, XLA's products are as fast, or nearly."""
+    if dtype == "bfloat16":
+        return _BFLOAT16_ROWS if targets.has_amx() or targets.has_avx512_bf16() else 0
+    return PART_ROWS if dtype == "float32" and targets.has_avx512() else 0
 
 
 def emit(module: ir.Module, name: str, fields: Sequence[str]) -> None:
@@ -30,12 +31,13 @@ def emit(module: ir.Module, name: str, fields: Sequence[str]) -> None:
       RuntimeError: this process may not use the instructions it takes.
     """
     dtype, count = fields[0], int(fields[1])
-    if not runs_here(dtype):
+    if not most_rows(dtype):
         raise RuntimeError(
             f"cannot multiply by {dtype} weights in this process: the CPU has no "
-            f"{'AMX' if dtype == 'bfloat16' else 'AVX-512'}"
+            f"{'AMX or AVX-512 BF16' if dtype == 'bfloat16' else 'AVX-512'}"
         )
-    kernel = (Tiles if dtype == "bfloat16" else Quads)(count)
+    tiles = dtype == "bfloat16" and targets.has_amx()
+    kernel = Tiles(count) if tiles else Quads(count, dtype)
 
     def body(f, args: ffi.Buffers, results: ffi.Buffers, pool: ffi.Pool) -> None:
         items.run(f, kernel, args, results, pool)
