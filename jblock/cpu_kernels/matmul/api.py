@@ -30,7 +30,7 @@ def serves(count: int, weights: Sequence[jax.Array]) -> bool:
 
     first = weights[0]
     return (
-        count <= kernel.most_rows(str(first.dtype))
+        count in kernel.rows_served(str(first.dtype))
         and 4 * (-(-count // 16) * 16) * first.shape[1] <= _MOST_BYTES
         and all(w.dtype == first.dtype and w.shape[1] == first.shape[1] for w in weights)
         and all(size % items.UNIT == 0 for w in weights for size in w.shape)

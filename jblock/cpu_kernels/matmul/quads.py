@@ -11,6 +11,7 @@ over the same piece of the weights, which is in the cache then.
 """
 
 import dataclasses
+import itertools
 
 from jblock.cpu_kernels.emit import I64, Function, Value
 from jblock.cpu_kernels.matmul import squares
@@ -46,7 +47,7 @@ def _parts(vectors: int) -> list[_Part]:
     """As few as may be, and as even."""
     number = -(-vectors // max(_SIDE_BY_SIDE))
     edges = [vectors * i // number for i in range(number + 1)]
-    return [_Part(a, b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    return [_Part(a, b - a) for a, b in itertools.pairwise(edges)]
 
 
 class Quads:
