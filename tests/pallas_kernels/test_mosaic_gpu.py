@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jblock.pallas_kernels.paged_attention import gpu_plan, gpu_walk, mosaic_gpu, shapes
 from jblock.pallas_kernels.paged_attention.ragged import Ragged
-from tests.pallas_kernels import attention_cases
+from tests.pallas_kernels import attention_cases, faults
 from tests.pallas_kernels import mosaic_gpu_worker as worker
 from tests.pallas_kernels.attention_cases import CASES, LONG, Case, check
 
@@ -50,6 +50,12 @@ def put(pool, case, **kwargs):
 @pytest.mark.parametrize("case", QUICK, ids=str)
 def test_matches_reference(pool, case):
     put(pool, case)
+
+
+@pytest.mark.parametrize("fault", faults.FAULTS)
+def test_a_fault_of_one_token_would_be_caught(fault):
+    """By the cases of `make test`."""
+    assert faults.caught(faults.FAULTS[fault], [*QUICK, SPLIT])
 
 
 @pytest.mark.long

@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jblock.pallas_kernels.paged_attention import shapes, tpu, tpu_blocks, tpu_kernel, tpu_softmax
+from jblock.pallas_kernels.paged_attention import (
+    shapes,
+    tpu,
+    tpu_blocks,
+    tpu_many_rows,
+    tpu_refs,
+    tpu_softmax,
+)
 from jblock.pallas_kernels.paged_attention.ragged import Ragged
 from jblock.pallas_kernels.paged_attention.tpu_blocks import Blocks, Shape
 from tests.pallas_kernels import faults
@@ -274,8 +281,8 @@ def test_the_heuristic_fits_vector_memory(model, batch, dtype):
         9, shapes.PAGE_SIZE, model.kv_heads, model.head_dim, jnp.dtype(dtype)
     )
     scales = jax.ShapeDtypeStruct((9, 1, 128), jnp.float32) if item == 1 else None
-    rows = tpu_kernel.Rows(q=None, k=None, v=None, scales=scales)
-    arrangement = tpu_softmax.ManyRows if blocks.many_rows else tpu_softmax.FewRows
+    rows = tpu_refs.Rows(q=None, k=None, v=None, scales=scales)
+    arrangement = tpu_many_rows.ManyRows if blocks.many_rows else tpu_softmax.FewRows
     scratch = tpu._scratch(rows, (pages[0], page), form, arrangement.scratch(form))
     buffers = [
         b for b in jax.tree.leaves(scratch) if getattr(b, "memory_space", None) == pltpu.VMEM

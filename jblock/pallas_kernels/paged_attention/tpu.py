@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jblock.pallas_kernels.paged_attention import tpu_kernel, tpu_softmax
+from jblock.pallas_kernels.paged_attention import tpu_kernel, tpu_many_rows, tpu_refs, tpu_softmax
 from jblock.pallas_kernels.paged_attention.quantize import is_scaled, quantize
 from jblock.pallas_kernels.paged_attention.ragged import Ragged
 from jblock.pallas_kernels.paged_attention.tpu_blocks import TUNING, Blocks, Shape
@@ -43,7 +43,7 @@ def abstract_pages(
 
 
 def _lanes(count: int) -> int:
-    return _whole(count, tpu_kernel.LANES)
+    return _whole(count, tpu_refs.LANES)
 
 
 def _whole(count: int, unit: int) -> int:
@@ -122,7 +122,7 @@ def paged_attention(
     )
     k, v = (jnp.pad(a, ((0, 0), *padding)) for a in (k, v))
     k, v, scales = _rounded(k, v, pages.dtype)
-    rows = tpu_kernel.Rows(q=queries, k=k[:, :, None], v=v[:, :, None], scales=scales)
+    rows = tpu_refs.Rows(q=queries, k=k[:, :, None], v=v[:, :, None], scales=scales)
     out, updated = _call(rows, kv_pages, ragged, form, interpret)
     out = out[:, :, :groups, :head_dim].reshape(num_rows, heads, head_dim)
     return out.astype(q.dtype), updated
@@ -144,22 +144,22 @@ def _rounded(
 
 
 def _call(
-    rows: tpu_kernel.Rows,
+    rows: tpu_refs.Rows,
     kv_pages: tuple[jax.Array, ...],
     ragged: Ragged,
     form: tpu_softmax.Form,
     interpret: pltpu.InterpretParams | bool,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """[T, kv_heads, G, d] attended, and the updated pages."""
-    batch = tpu_kernel.Batch(
+    batch = tpu_refs.Batch(
         row_starts=ragged.row_starts,
         q_lens=ragged.q_lens,
         kv_lens=ragged.kv_lens,
         page_table=ragged.page_table.reshape(-1),
     )
     _check_scalars(batch, ragged.page_table.shape)
-    pools = tpu_kernel.Pools(pages=kv_pages[0], scales=kv_pages[1] if form.scaled else None)
-    compute = tpu_softmax.ManyRows if form.blocks.many_rows else tpu_softmax.FewRows
+    pools = tpu_refs.Pools(pages=kv_pages[0], scales=kv_pages[1] if form.scaled else None)
+    compute = tpu_many_rows.ManyRows if form.blocks.many_rows else tpu_softmax.FewRows
     kernel = functools.partial(
         tpu_kernel.kernel,
         compute=functools.partial(compute, form),
@@ -195,13 +195,13 @@ def _call(
 
 
 def _scratch(
-    rows: tpu_kernel.Rows,
+    rows: tpu_refs.Rows,
     kv_pages: tuple[jax.Array, ...],
     form: tpu_softmax.Form,
-    softmax: tpu_softmax.FewState | tpu_softmax.ManyState,
+    softmax: tpu_softmax.FewState | tpu_many_rows.ManyState,
 ) -> Any:
-    """The kernel's buffers, a `tpu_kernel.Scratch`."""
-    blocks, buffers = form.blocks, tpu_kernel.KV_BUFFERS
+    """The kernel's buffers, a `tpu_refs.Scratch`."""
+    blocks, buffers = form.blocks, tpu_refs.KV_BUFFERS
     tokens = blocks.q_tokens * blocks.q_tiles
     tiles = form.block // form.tile
     queries = pltpu.VMEM((2, tokens, form.kv_heads, form.groups, form.head_dim), form.dtype)
@@ -214,7 +214,7 @@ def _scratch(
         lanes = rows.scales.shape[2]
         scales_new = _whole(tokens + form.page_size - 1, form.page_size)
         new_scales = pltpu.VMEM((2, scales_new, 1, lanes), jnp.float32)
-    return tpu_kernel.Scratch(
+    return tpu_refs.Scratch(
         q=queries,
         out=queries,
         new=pltpu.VMEM((2, 2, *new, 1, form.head_dim), jnp.float32),
@@ -236,7 +236,7 @@ def _scratch(
     )
 
 
-def _check_scalars(batch: tpu_kernel.Batch, page_table: tuple[int, ...]) -> None:
+def _check_scalars(batch: tpu_refs.Batch, page_table: tuple[int, ...]) -> None:
     """Raises ValueError where they, int32, do not fit a TPU's scalar memory."""
     taken = sum(4 * _lanes(a.size) for a in jax.tree.leaves(batch))
     if taken > _SMEM_BYTES:
