@@ -8,6 +8,9 @@ Long chunks of keys that all rows of a tile see need no mask; what is left at th
 edge goes in strips of 128 keys, masked. Scores and weights pass through vector memory on purpose, two
 buffers of each: the products of one head then overlap with the exponentials of another, and no register is
 spilled.
+
+Weights are summed by the matrix unit, over rows of ones behind the values; behind a window, where few keys
+beside the masked ones are left, as they are made, which saves the sixteenth that the ones cost.
 """
 
 import dataclasses
@@ -32,6 +35,7 @@ from jblock.pallas_kernels.paged_attention.tpu_softmax import (
 )
 
 _SUBLANES = 8
+_ONES = 16  # a register tile of bfloat16
 _AHEAD = 1  # heads whose scores are made while the values of one are added; of more, registers are spilled
 
 
@@ -41,14 +45,14 @@ class ManyState:
     """Of each query tile and kv head, then of the present head, then of the present block."""
 
     best: Any  # [1, rows]
-    total: Any  # [_SUBLANES, rows], parts of the sum of the weights
-    acc: Any  # [d, rows]
+    # [d + SUBLANES, rows]; behind d the sum of the weights in each row, or in parts (`_ones`)
+    acc: Any
     scores: Any  # AHEAD + 1 of float32 [2, chunk, rows], of which the first half is used
     weights: Any  # as many of the products' dtype, likewise
     zeros: Any  # int32 [3] in SMEM, 0: see `ManyRows._attend_keys`
     queries: Any  # [q_tiles, kv_heads, rows, d], the item's without gaps
     keys: Any  # [kv_heads, block, d] widened; None: they need not be
-    values: Any  # [kv_heads, d, block]
+    values: Any  # [kv_heads, d + ones, block], in the rows behind d ones
 
 
 class ManyRows(FewRows):
@@ -60,14 +64,13 @@ class ManyRows(FewRows):
         kv_heads, d, block = form.kv_heads, form.head_dim, form.block
         return ManyState(
             best=form.state(1, form.rows),
-            total=form.state(_SUBLANES, form.rows),
-            acc=form.state(d, form.rows),
+            acc=form.state(d + _SUBLANES, form.rows),
             scores=[pltpu.VMEM((2, form.chunk, form.rows), jnp.float32)] * (_AHEAD + 1),
             weights=[pltpu.VMEM((2, form.chunk, form.rows), form.dtype)] * (_AHEAD + 1),
             zeros=pltpu.SMEM((3,), jnp.int32),
             queries=pltpu.VMEM((form.blocks.q_tiles, kv_heads, form.rows, d), form.dtype),
             keys=pltpu.VMEM((kv_heads, block, d), form.dtype) if form.scaled else None,
-            values=pltpu.VMEM((kv_heads, d, block), form.dtype),
+            values=pltpu.VMEM((kv_heads, d + _ones(form), block), form.dtype),
         )
 
     @property
@@ -85,7 +88,6 @@ class ManyRows(FewRows):
         @pl.loop(0, self.tiles(item))
         def lay(u):
             state.best[u] = jnp.full(state.best.shape[1:], MASKED, jnp.float32)
-            state.total[u] = jnp.zeros(state.total.shape[1:], jnp.float32)
             state.acc[u] = jnp.zeros(state.acc.shape[1:], jnp.float32)
             for h in range(form.kv_heads):
                 q = queries[rows_slot, pl.ds(u * tokens, tokens), h]
@@ -133,6 +135,9 @@ class ManyRows(FewRows):
         at = pl.ds(pl.multiple_of(s * strip, strip), strip)
         for h in range(form.kv_heads):
             k, v = (kv[slot, i, h, tiles].reshape(strip, form.head_dim) for i in (0, 1))
+            d, ones = form.head_dim, _ones(form)
+            if ones:
+                self.state.values[h, pl.ds(d, ones), at] = jnp.ones((ones, strip), form.dtype)
             if form.scaled:
                 v = v.astype(jnp.float32).T * self._strip_scales(slot, s, form.kv_heads + h)
                 # The scale of a token not copied is whatever was there before.
@@ -140,9 +145,9 @@ class ManyRows(FewRows):
                 v = jnp.where((token >= begin * form.tile) & (token < end * form.tile), v, 0.0)
                 scales = jnp.broadcast_to(self._strip_scales(slot, s, h), (_SUBLANES, strip))
                 k = k.astype(jnp.float32) * scales.T[:, :1]
-                self.state.values[h, :, at] = v.astype(form.dtype)
+                self.state.values[h, pl.ds(0, d), at] = v.astype(form.dtype)
             else:
-                self.state.values[h, :, at] = v.astype(form.dtype).T
+                self.state.values[h, pl.ds(0, d), at] = v.astype(form.dtype).T
             if self.state.keys is not None:
                 self.state.keys[h, at] = k.astype(form.dtype)
 
@@ -207,20 +212,25 @@ class ManyRows(FewRows):
         form, state = self.form, self.state
         scores, weights = (a[h % (_AHEAD + 1)] for a in (state.scores, state.weights))
         keep = jnp.exp2(state.best[u, h] - best)
-        total = state.total[u, h] * keep
+        d = form.head_dim
+        total = None if _ones(form) else state.acc[u, h, pl.ds(d, _SUBLANES)] * keep
         for begin in range(0, keys, _step(keys)):
             part = slice(begin, begin + _step(keys))
             weight = jnp.exp2(scores[zero[1], part] - best)
             if seen is not None:
                 # A row that sees nothing of the keys has no best yet.
                 weight = jnp.where(seen[part], weight, 0.0)
-            total += weight.reshape(-1, _SUBLANES, form.rows).sum(axis=0)
+            if total is not None:
+                total += weight.reshape(-1, _SUBLANES, form.rows).sum(axis=0)
             weights[0, part] = weight.astype(form.dtype)
         state.best[u, h] = best
-        state.total[u, h] = total
         values = state.values[h, :, pl.ds(at, keys)]
         added = dot(values, weights[zero[2], pl.ds(0, keys)], 1, 0)
-        state.acc[u, h] = state.acc[u, h] * keep + added
+        if total is None:
+            state.acc[u, h] = state.acc[u, h] * keep + added[: d + _SUBLANES]
+        else:
+            state.acc[u, h, pl.ds(0, d)] = state.acc[u, h, pl.ds(0, d)] * keep + added
+            state.acc[u, h, pl.ds(d, _SUBLANES)] = total
 
     def end(self, item: Item, rows_slot: Any) -> None:
         """Lays the item's results into the buffer of results."""
@@ -230,10 +240,19 @@ class ManyRows(FewRows):
         @pl.loop(0, self.tiles(item))
         def finish(u):
             for h in range(form.kv_heads):
-                total = self.state.total[u, h].sum(axis=0, keepdims=True)
-                result = (self.state.acc[u, h] / jnp.where(total > 0, total, 1.0)).T
+                # One of the rows that hold it all, or all that hold a part.
+                sums = 1 if _ones(form) else _SUBLANES
+                total = self.state.acc[u, h, pl.ds(form.head_dim, sums)]
+                total = total.sum(axis=0, keepdims=True)
+                result = self.state.acc[u, h, pl.ds(0, form.head_dim)]
+                result = (result / jnp.where(total > 0, total, 1.0)).T
                 result = result.reshape(tokens, form.groups, form.head_dim).astype(out.dtype)
                 out[rows_slot, pl.ds(u * tokens, tokens), h] = result
+
+
+def _ones(form: Form) -> int:
+    """Rows of ones behind the values."""
+    return _ONES if form.sliding_window is None else 0
 
 
 def _step(keys: int) -> int:
