@@ -8,7 +8,7 @@ from checkpoints import probes
 from checkpoints.errors import CheckpointError
 from checkpoints.probes import ProbeOptions
 from checkpoints.progress import Progress
-from jblock.adapt import candidates, estimate, forward, substitution
+from jblock.adapt import candidates, estimate, merging, substitution
 from jblock.adapt.candidates import COUNTERPARTS
 from jblock.adapt.substitution import ChainEvaluator, Measured, Recommendation
 from jblock.zoo.acceptance import AcceptancePolicy, violations
@@ -81,7 +81,7 @@ def run(zoo: Zoo, options: Options, progress: Progress) -> dict[str, Any]:
         return data
     changed: dict[str, Sequence[Step]] = {}
     for name, chain in chains.items():
-        reason = forward.unmergeable(zoo, chain.steps)
+        reason = merging.unmergeable(zoo, chain.steps)
         if chain.tokenizer is None:
             reason = "it has no tokenizer, and probes are text: convert it with one"
         if reason is not None:
@@ -91,7 +91,7 @@ def run(zoo: Zoo, options: Options, progress: Progress) -> dict[str, Any]:
         others = [
             m
             for n, m in active.items()
-            if n != name and forward.unmergeable(zoo, m.steps) is None and not m.adapter
+            if n != name and merging.unmergeable(zoo, m.steps) is None and not m.adapter
         ]
         at = substitution.places(chain, found.candidates)
         models = substitution.other_models(zoo, chain, others)

@@ -52,15 +52,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         inodes = _inodes(zoo)
     end = "" if args.quick else "_10000"
     return {
-        "models": count,
-        "steps": len(base.steps),
-        "publish_few_s": few,
-        "publish_few_cpu_s": few_cpu,
-        f"publish{end}_s": many,
-        f"publish{end}_cpu_s": many_cpu,
-        f"list{end}_s": listed,
-        f"list{end}_cpu_s": listed_cpu,
-        "inodes_per_component": inodes,
+        "registry": {
+            f"publish{end}_s": round(many, 4),
+            f"list{end}_s": round(listed, 3),
+            "inodes_per_component": inodes,
+        },
+        "detail": {
+            "models": count,
+            "steps": len(base.steps),
+            "publish_few_s": round(few, 4),
+            "publish_few_cpu_s": round(few_cpu, 4),
+            f"publish{end}_cpu_s": round(many_cpu, 4),
+            f"list{end}_cpu_s": round(listed_cpu, 3),
+        },
     }
 
 

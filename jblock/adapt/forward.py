@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jblock.blocks import compress, layout
+from jblock.adapt import merging
+from jblock.blocks import layout
 from jblock.blocks.attention import Attention
-from jblock.blocks.compressed_spec import BitDeltaSpec, LowRankSpec
-from jblock.blocks.delta_spec import BiasNormSpec, LoraSpec
 from jblock.blocks.embedding import Embedding, Head
 from jblock.blocks.ffn import Ffn
 from jblock.blocks.moe import Mixture
@@ -48,7 +47,7 @@ class Weights:
     """Steps of a chain with their weights in memory.
 
     Attributes:
-      specs: one a step; of what few bits stand for.
+      specs: one a step; of what few bits stand for, and with the biases that deltas bring.
       tensors: float32 (`load` may make matrices bfloat16), one dict a step, named as its spec has them and in
         the orientation they are stored in; deltas are merged into them.
     """
@@ -89,64 +88,29 @@ def load(zoo: Zoo, steps: Sequence[Step], dtype: str = "float32") -> Weights:
     Raises:
       ZooError: something is missing or damaged, or a delta of a kind that cannot be merged.
     """
-    reason = unmergeable(zoo, steps)
+    reason = merging.unmergeable(zoo, steps)
     if reason is not None:
         raise ZooError(reason)
-    known: dict[Step, Tensors] = {}
-    specs = []
+    known: dict[tuple[str, tuple[str, ...]], tuple[ComponentSpec, Tensors]] = {}
     for step in steps:
-        record = zoo.component(step.component)
-        spec = unquantised(record.spec)
-        specs.append(spec)
-        key = dataclasses.replace(step, fused_with_previous=False)
+        key = (step.component, step.deltas)
         if key not in known:
+            record = zoo.component(step.component)
+            spec = unquantised(record.spec)
             values = _floats(record.spec, zoo.load_component(step.component))
             for id_ in step.deltas:
-                _merge(zoo, id_, spec, values)
-            known[key] = {
+                spec = merging.merge(spec, values, zoo.delta(id_).spec, zoo.load_delta(id_))
+            tensors = {
                 n: jnp.asarray(v.astype(dtype) if v.ndim == 2 else v) for n, v in values.items()
             }
-    return Weights(
-        tuple(specs), tuple(known[dataclasses.replace(s, fused_with_previous=False)] for s in steps)
-    )
-
-
-def unmergeable(zoo: Zoo, steps: Sequence[Step]) -> str | None:
-    """Why the deltas of some steps cannot be merged into their components; None if they can."""
-    for id_ in dict.fromkeys(d for step in steps for d in step.deltas):
-        spec = zoo.delta(id_).spec
-        if isinstance(spec, LowRankSpec | BitDeltaSpec | BiasNormSpec):
-            continue
-        if not isinstance(spec, LoraSpec):
-            return f"delta {id_} is {spec.kind}, which cannot be merged to measure"
-        if any(n == "weight" or t.dora or t.bias for n, t in spec.targets.items()):
-            return f"delta {id_} is LoRA of an embedding, with a bias or DoRA: it cannot be merged"
-    return None
+            known[key] = spec, tensors
+    found = [known[step.component, step.deltas] for step in steps]
+    return Weights(tuple(spec for spec, _ in found), tuple(tensors for _, tensors in found))
 
 
 def _floats(spec: ComponentSpec, stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors in float32, those of few bits as the weights they stand for."""
     return {n: v.astype(np.float32) for n, v in layout.floats(spec, stored).items()}
-
-
-def _merge(zoo: Zoo, id_: str, spec: ComponentSpec, values: dict[str, np.ndarray]) -> None:
-    delta = zoo.delta(id_)
-    if isinstance(delta.spec, (LowRankSpec, BitDeltaSpec)):
-        stored = zoo.load_delta(id_)
-        for name in delta.spec.targets:
-            change = compress.difference_of(delta.spec, stored, name)
-            values[f"{name}.weight"] += change.T if getattr(spec, "transposed", False) else change
-        return
-    if isinstance(delta.spec, BiasNormSpec):
-        values |= {n: v.astype(np.float32) for n, v in zoo.load_delta(id_).items()}
-        return
-    lora = delta.spec
-    if not isinstance(lora, LoraSpec):
-        raise ZooError(f"delta {id_} is {lora.kind}, which cannot be merged to measure")
-    tensors = {n: v.astype(np.float32) for n, v in zoo.load_delta(id_).items()}
-    for name, target in lora.targets.items():
-        change = np.float32(target.scale) * (tensors[f"{name}.b"] @ tensors[f"{name}.a"])
-        values[f"{name}.weight"] += change.T if getattr(spec, "transposed", False) else change
 
 
 def run(weights: Weights, x: jax.Array, first_layer: int = 0) -> jax.Array:

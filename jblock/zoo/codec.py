@@ -274,13 +274,19 @@ def read_file(path: Path, limit: int = RECORD_BYTES) -> bytes:
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(fd, "rb") as f:
+        try:
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode):
                 raise DamagedError(f"{path} is no regular file: remove it")
             if found.st_size > limit:
                 raise DamagedError(f"{path} has {found.st_size} bytes, at most {limit} are read")
-            return f.read(limit)
+            parts, left = [], limit
+            while left and (part := os.read(fd, min(left, found.st_size + 1))):
+                parts.append(part)
+                left -= len(part)
+            return b"".join(parts)
+        finally:
+            os.close(fd)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise NotFoundError(f"{path} is not there: it was removed or never added") from e
     except OSError as e:

@@ -35,22 +35,27 @@ def inventory(zoo: Zoo, name: str | None = None, objects: bool = True) -> dict[s
     if name is not None:
         model, _, version = name.partition("@")
         wanted = zoo.chain(model, version or None)
-    chains, active = _chains(zoo, problems)
+    chains, models = _chains(zoo, problems)
     users: dict[str, list[str]] = defaultdict(list)
-    for chain in chains:
+    ids = [chain.ids for chain in chains]
+    for chain, own in zip(chains, ids, strict=True):
         at = f"{chain.name}@{chain.version}"
-        for id_ in chain.ids:
+        for id_ in own:
             users[id_].append(at)
     component_ids = [i for i in zoo.storage.names("components") if codec.is_id(i)]
     delta_ids = [i for i in zoo.storage.names("deltas") if codec.is_id(i)]
     if name is not None:
-        chains = [wanted]
+        chains, ids = [wanted], [wanted.ids]
         component_ids = list(dict.fromkeys(s.component for s in wanted.steps))
         delta_ids = list(dict.fromkeys(d for s in wanted.steps for d in s.deltas))
     components = _records(zoo, component_ids, zoo.component, problems)
     deltas = _records(zoo, delta_ids, zoo.delta, problems)
     nbytes = {record.id: record.nbytes for record in (*components, *deltas)}
-    rows = [_chain(chain, active, nbytes, users, problems) for chain in chains]
+    steps: dict[int, dict[str, Any]] = {}  # most are common to many models
+    rows = [
+        _chain(chain, own, models.get(chain.name), nbytes, users, steps, problems)
+        for chain, own in zip(chains, ids, strict=True)
+    ]
     described = (components, deltas) if objects else ((), ())
     return {
         "zoo": zoo.storage.location,
@@ -94,22 +99,22 @@ def stored_bytes(zoo: Zoo) -> int:
     )
 
 
-def _chains(zoo: Zoo, problems: list[str]) -> tuple[list[Chain], dict[str, int | None]]:
-    """Every version of every model, and which is active."""
-    models = zoo.models()
+def _chains(zoo: Zoo, problems: list[str]) -> tuple[list[Chain], dict[str, registry.Model]]:
+    """Every version of every model, and the models by name."""
+    names = zoo.models()
     problems += (
         f"{zoo.storage.location}/chains/{n} is no model: run 'fsck'"
-        for n in sorted(set(zoo.storage.names("chains")) - set(models))
+        for n in sorted(set(zoo.storage.names("chains")) - set(names))
     )
-    active: dict[str, int | None] = {}
+    models: dict[str, registry.Model] = {}
     paths: dict[str, tuple[str, int]] = {}
-    for name in models:
+    for name in names:
         try:
             model = registry.read(zoo.storage, name)
         except ZooError as e:
             problems.append(str(e))
             continue
-        active[name] = model.active
+        models[name] = model
         paths |= {registry.path_of(name, v): (name, v) for v in sorted(model.versions)}
     found = []
     for path, data in zoo.storage.read_many(paths).items():
@@ -120,7 +125,7 @@ def _chains(zoo: Zoo, problems: list[str]) -> tuple[list[Chain], dict[str, int |
             found.append(registry.parse_chain(data, *paths[path], where))
         except ZooError as e:
             problems.append(str(e))
-    return found, active
+    return found, models
 
 
 def _records(zoo: Zoo, ids: Sequence[str], read: Any, problems: list[str]) -> list[Any]:
@@ -136,22 +141,27 @@ def _records(zoo: Zoo, ids: Sequence[str], read: Any, problems: list[str]) -> li
 
 def _chain(
     chain: Chain,
-    active: dict[str, int | None],
+    ids: Sequence[str],
+    model: registry.Model | None,
     nbytes: dict[str, int],
     users: dict[str, list[str]],
+    steps: dict[int, dict[str, Any]],
     problems: list[str],
 ) -> dict[str, Any]:
-    ids = chain.ids
     at = f"{chain.name}@{chain.version}"
     missing = [i for i in ids if i not in nbytes]
     if missing:
         problems.append(f"{at} lacks {len(missing)} of its components and deltas: run 'fsck'")
-    own = [i for i in ids if users[i] in ([at], [])]
+    own = [i for i in ids if len(users[i]) < 2 and users[i] in ([at], [])]
+    for step in chain.steps:
+        if id(step) not in steps:
+            steps[id(step)] = {"component": step.component, "deltas": list(step.deltas)}
     return {
         "name": chain.name,
         "version": chain.version,
-        "active": active.get(chain.name) == chain.version,
-        "digest": chain.digest,
+        "active": model is not None and model.active == chain.version,
+        # As it was published; zoos of format 1 do not tell.
+        "digest": (model and model.versions.get(chain.version)) or chain.digest,
         "family": chain.family,
         "base": chain.base,
         "policy": chain.policy,
@@ -163,7 +173,7 @@ def _chain(
         "logical_bytes": sum(nbytes.get(i, 0) for i in ids),
         "own_bytes": sum(nbytes.get(i, 0) for i in own),
         "missing": missing,
-        "steps": [{"component": s.component, "deltas": list(s.deltas)} for s in chain.steps],
+        "steps": [steps[id(step)] for step in chain.steps],
     }
 
 

@@ -97,14 +97,24 @@ class Step:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Step":
         """Inverse of `to_json`; KeyError or TypeError where it is not one."""
-        ids = (data["component"], *data["deltas"])
-        if not isinstance(data["deltas"], list | tuple) or not all(_is_id(i) for i in ids):
+        deltas = data["deltas"]
+        if not isinstance(deltas, list | tuple):
             raise TypeError(f"step {str(dict(data))[:120]} has something else than ids")
-        return cls(
-            component=data["component"],
-            deltas=tuple(data["deltas"]),
-            fused_with_previous=data.get("joined", False) is True,
-        )
+        key = (data["component"], tuple(deltas), data.get("joined", False) is True)
+        known = _STEPS.get(key)
+        if known is None:
+            if not all(_is_id(i) for i in (key[0], *key[1])):
+                raise TypeError(f"step {str(dict(data))[:120]} has something else than ids")
+            if len(_STEPS) >= _MOST_STEPS:
+                _STEPS.clear()
+            known = cls(component=key[0], deltas=key[1], fused_with_previous=key[2])
+            _STEPS[key] = known
+        return known
+
+
+# Steps that were read and checked: models of one zoo have most of theirs in common.
+_STEPS: dict[tuple[str, tuple[str, ...], bool], Step] = {}
+_MOST_STEPS = 1 << 17
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

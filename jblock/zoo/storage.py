@@ -207,12 +207,15 @@ class FolderStorage:
         return added
 
     def _inside(self, name: str) -> Path:
-        path = self.root / name
-        if Path(os.path.realpath(path)) != path:
-            raise DamagedError(
-                f"{path} is a link: a zoo holds everything itself; replace it by a copy"
-            )
-        return path
+        """The path of a name; what lies behind a link is none of the zoo."""
+        at = str(self.root)
+        for part in name.split("/"):
+            at = f"{at}/{part}"
+            if part in ("", ".", "..") or os.path.islink(at):
+                raise DamagedError(
+                    f"{at} is a link: a zoo holds everything itself; replace it by a copy"
+                )
+        return self.root / name
 
 
 class FolderChanges:

@@ -1,5 +1,6 @@
 """The offline forward pass against what transformers and peft computed, and its gradients."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import pytest
 import zoos
 
 from checkpoints import hf, peft
+from checkpoints.adapter import base_named_by
 from checkpoints.progress import Progress
-from jblock.adapt import forward
+from jblock.adapt import forward, merging
+from jblock.blocks.delta_spec import Ia3Spec, LoraSpec, LoraTarget
+from jblock.zoo.records import ZooError
 from jblock.zoo.store import Zoo
 
 # Soft caps, windows and norms behind; experts, and norms of q and k.
@@ -35,16 +39,59 @@ def test_matches_transformers(name, tmp_path):
     assert hidden.shape[:2] == logits.shape[:2]
 
 
-def test_adapters_are_merged(tmp_path):
+MERGED = [
+    "dora_embed",  # on attention, ffn and embedding
+    "gpt2_dora",  # on projections that are stored transposed
+    "gpt2_ia3",
+    "gpt2_lora_biases",
+    "lora_embed_head",
+    "neox_lora_b_bias",
+    "phi3_lora_fused",
+    "qwen2_ia3",  # beside biases
+]
 
-    folder = sorted((FIXTURES / "peft").iterdir())[0]
-    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    hf.convert(FIXTURES / "hf" / base, tmp_path, base, QUIET)
-    chain, _ = peft.convert(folder, tmp_path, base, "a", QUIET)
-    expected = oracle(folder)
-    weights = forward.load(Zoo.open(tmp_path), chain.steps)
-    _, logits = forward.outputs(weights, expected["prompt"][None])
+
+def converted(folder, path):
+    """A zoo with an adapter of the fixtures and its base; returns the adapter's chain."""
+    base = base_named_by(json.loads((folder / "adapter_config.json").read_text()))
+    hf.convert(FIXTURES / "hf" / base, path, base, QUIET)
+    return peft.convert(folder, path, base, "a", QUIET)[0]
+
+
+@pytest.mark.parametrize("folder", ["peft/lora_all_r8", *(f"deltas/{name}" for name in MERGED)])
+def test_adapters_are_merged(folder, tmp_path):
+    chain = converted(FIXTURES / folder, tmp_path)
+    expected = oracle(FIXTURES / folder)
+    zoo = Zoo.open(tmp_path)
+    assert merging.unmergeable(zoo, chain.steps) is None
+    _, logits = forward.outputs(forward.load(zoo, chain.steps), expected["prompt"][None])
     np.testing.assert_allclose(logits[0], expected["logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama_prompt", "neox_prefix", "bn_pfeiffer"])
+def test_what_cannot_be_merged_is_told(name, tmp_path):
+    chain = converted(FIXTURES / "deltas" / name, tmp_path)
+    assert "cannot be merged" in merging.unmergeable(Zoo.open(tmp_path), chain.steps)
+    with pytest.raises(ZooError, match="cannot be merged"):
+        forward.load(Zoo.open(tmp_path), chain.steps)
+
+
+def test_an_adapter_on_an_adapter_acts_on_what_that_made():
+    """DoRA scales the rows that the scales before it have changed, as it does when it is served."""
+    rng = np.random.default_rng(0)
+    weight, a, b = (rng.standard_normal(s).astype("f4") for s in ((6, 4), (2, 4), (6, 2)))
+    magnitude, scale = rng.random(6).astype("f4") + 1, rng.random((6, 1)).astype("f4")
+    values = {"up.weight": weight.copy()}
+    spec = dataclasses.replace(zoos.FFN, gated=False)
+    dora = LoraSpec(targets={"up": LoraTarget(rank=2, scale=0.5, dora=True)})
+    merging.merge(spec, values, Ia3Spec(outputs=("up",)), {"up.scale": scale})
+    merging.merge(spec, values, dora, {"up.a": a, "up.b": b, "up.magnitude": magnitude})
+    whole = weight * scale + 0.5 * b @ a
+    expected = whole * (magnitude / np.linalg.norm(whole, axis=1))[:, None]
+    np.testing.assert_allclose(values["up.weight"], expected, rtol=1e-5)
+    values = {"up.weight": np.zeros((6, 4), "f4")}
+    with pytest.raises(ZooError, match="norm zero"):
+        merging.merge(spec, values, dora, {"up.a": a, "up.b": 0 * b, "up.magnitude": magnitude})
 
 
 def test_gradients_are_those_of_small_steps(tmp_path):
