@@ -37,14 +37,14 @@ class Kind:
       slug: for names of models and folders.
       make: folder to make, folder of the base, seed -> what was written.
       mixture: the base is a mixture of experts.
-      quantise: what is served is a copy in few bits.
+      quantize: what is served is a copy in few bits.
     """
 
     name: str
     slug: str
     make: Callable[[Path, Path, int], Made]
     mixture: bool = False
-    quantise: QuantSpec | None = None
+    quantize: QuantSpec | None = None
 
 
 def _layers_of(base: Path) -> int:
@@ -188,10 +188,10 @@ SITUATIONS: tuple[Kind, ...] = (
     Kind(name="that LoRA, merged into the weights", slug="merged", make=_merged),
     Kind(name="LoRA on a fine-tune of the last 2 layers", slug="stacked", make=_on_a_tune),
     Kind(
-        name="quantised to 4 bits, groups of 64",
+        name="quantized to 4 bits, groups of 64",
         slug="int4",
         make=_base,
-        quantise=QuantSpec(bits=4, group=64),
+        quantize=QuantSpec(bits=4, group=64),
     ),
 )
 """The rows of the table in docs/zoo-savings.md."""

@@ -20,9 +20,8 @@ from jblock.blocks.spec import (
     NormSpec,
     RopeSpec,
     UnembeddingSpec,
-    canonical_json,
-    spec_to_json,
 )
+from jblock.blocks.spec_json import canonical_json, spec_to_json
 from jblock.zoo.partition import BlockPlan, plan_blocks
 from jblock.zoo.records import Chain, ComponentRecord, DeltaRecord, Step, TensorRecord
 from jblock.zoo.store import Zoo

@@ -13,7 +13,7 @@ from jblock.adapt import estimate, stitching, surrogates, training, training_sta
 from jblock.adapt.metrics import Evaluator, Outputs
 from jblock.adapt.probe import ProbeData
 from jblock.adapt.stitching import Join
-from jblock.blocks.spec import unquantised
+from jblock.blocks.spec import unquantized
 from jblock.zoo.edge_records import Edge, Score, versions
 from jblock.zoo.edges import put_edges
 from jblock.zoo.records import Chain, Step
@@ -164,7 +164,7 @@ def surrogate(
     rows = [probes.train_text(zoo, chain, data.train)]
     if data.train_items is not None:
         rows.append(probes.train_items(zoo, chain, data.train_items))
-    specs = [unquantised(zoo.component(s.component).spec) for s in chain.steps[begin:end]]
+    specs = [unquantized(zoo.component(s.component).spec) for s in chain.steps[begin:end]]
     surrogates.smaller(specs, keep)  # refuses what has no surrogate, before anything is computed
     _tell(zoo, progress, name, chain, last, (begin, end), schedule, probe)
     with progress.steps(f"{name}: training", schedule.steps) as advance:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jblock.blocks.delta_spec import BiasNormSpec
-from jblock.blocks.spec import ComponentSpec, canonical_json, spec_to_json
+from jblock.blocks.spec import ComponentSpec
+from jblock.blocks.spec_json import canonical_json, spec_to_json
 from jblock.zoo.ids import raw_bytes
 from jblock.zoo.records import ComponentRecord, ZooError
 from jblock.zoo.store import Zoo

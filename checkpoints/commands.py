@@ -31,7 +31,7 @@ def compress(args: argparse.Namespace) -> Outcome:
 
 def quantize(args: argparse.Namespace) -> Outcome:
     """Makes a quantized copy of a model."""
-    from jblock.adapt.quantization import quantise_chain
+    from jblock.adapt.quantization import quantize_chain
     from jblock.blocks.quant_spec import QuantSpec
     from jblock.zoo.store import Zoo
 
@@ -41,7 +41,7 @@ def quantize(args: argparse.Namespace) -> Outcome:
     name = args.copy_name or f"{chain.name}-int{args.bits}"
     total = sum(zoo.component(s.component).nbytes for s in chain.steps)
     with progress_of(args).bar(name, total) as advance:
-        made = quantise_chain(zoo, chain, name, spec, advance)
+        made = quantize_chain(zoo, chain, name, spec, advance)
     lost = f"the weights are {made.derived['parameter_error']:.2%} off"
     measured = _measured(args, zoo, made, chain, options, "parameter_error")
     return _lossy(made, "weights", measured, lost)

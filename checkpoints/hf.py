@@ -15,7 +15,8 @@ from checkpoints.progress import Progress
 from checkpoints.safetensors_file import pack_tensors
 from checkpoints.source import Source
 from checkpoints.tokenizer import TokenizerFiles
-from jblock.blocks.spec import ComponentSpec, NormSpec, canonical_json, spec_to_json
+from jblock.blocks.spec import ComponentSpec, NormSpec
+from jblock.blocks.spec_json import canonical_json, spec_to_json
 from jblock.families import Plan
 from jblock.zoo.ids import content_id
 from jblock.zoo.records import Chain, NotFoundError, Step, check_name

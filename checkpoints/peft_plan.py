@@ -25,7 +25,7 @@ from jblock.blocks.spec import (
     EmbeddingSpec,
     UnembeddingSpec,
     projection_shape,
-    unquantised,
+    unquantized,
 )
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
@@ -326,7 +326,7 @@ class _Planner:
     def _spec(self, index: int) -> ComponentSpec:
         if index not in self._specs:
             component = self._base.steps[index].component
-            spec = unquantised(self._zoo.component(component).spec)
+            spec = unquantized(self._zoo.component(component).spec)
             if isinstance(spec, (EmbeddingSpec, UnembeddingSpec)) and self._vocab_size:
                 spec = dataclasses.replace(spec, vocab_size=self._vocab_size)
             self._specs[index] = spec

@@ -14,7 +14,7 @@ from checkpoints.folders import is_adapter
 from checkpoints.opening import open_checkpoint
 from checkpoints.progress import Progress
 from jblock.blocks.delta_spec import delta_to_json
-from jblock.blocks.spec import spec_to_json
+from jblock.blocks.spec_json import spec_to_json
 from jblock.zoo import ids
 from jblock.zoo.cut_plan import cut_plan
 from jblock.zoo.partition import plan_blocks

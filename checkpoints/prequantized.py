@@ -21,10 +21,10 @@ from checkpoints.packed_words import words_of
 from checkpoints.packing import FIELD, PackedModule, Packing
 from checkpoints.safetensors_file import TensorInfo
 from checkpoints.source import Source
-from jblock.blocks import quantise
+from jblock.blocks import quantize
 from jblock.blocks.layout import is_projection
 from jblock.blocks.quant_spec import CODES, ORDER, QuantSpec
-from jblock.blocks.spec import QUANTISABLE, AttentionSpec, FfnSpec, projection_shape
+from jblock.blocks.spec import QUANTIZABLE, AttentionSpec, FfnSpec, projection_shape
 from jblock.families import Plan, PlannedStep
 
 _METHODS: Mapping[str, Callable[[Mapping[str, Any]], Packing]] = {
@@ -64,7 +64,7 @@ class UnpackedSource(Source):
         found = self.packing.read(self.under, module, out, inner).tensors
         part = name.rpartition(".")[2]
         if part == CODES and spec.form == "int" and spec.bits == 4:
-            return quantise.pack(found[CODES])
+            return quantize.pack(found[CODES])
         if part in found:
             return found[part]
         # Another projection of the component has it.
@@ -111,7 +111,7 @@ def unpacked(plan: Plan, source: Source, packing: Packing) -> tuple[Plan, Unpack
         if not there:
             steps.append(step)
             continue
-        if there != modules.keys() or not isinstance(step.spec, QUANTISABLE):
+        if there != modules.keys() or not isinstance(step.spec, QUANTIZABLE):
             raise CheckpointError(
                 f"{source.path}: of a {step.spec.kind} component only {sorted(there)} are packed; it has "
                 f"{sorted(modules)}: all or none can be served"

@@ -38,7 +38,7 @@ class Detokenizer:
 
 
 class DetokenizerStream:
-    """The text of one generation so far. O(1) amortised work an id."""
+    """The text of one generation so far. O(1) amortized work an id."""
 
     def __init__(self, shared: Detokenizer):
         self._shared = shared

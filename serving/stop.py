@@ -8,7 +8,7 @@ class StopMatcher:
 
     What it decides does not depend on how the text was cut into pieces: of several stop strings
     the one that is complete first wins, and of those the longest. Each string is followed by the
-    automaton of Knuth, Morris and Pratt (1977), so the work is O(1) amortised a character and
+    automaton of Knuth, Morris and Pratt (1977), so the work is O(1) amortized a character and
     string however repetitive both are.
     """
 

@@ -76,7 +76,7 @@ class Piece(NamedTuple):
 
 
 class TextStream:
-    """The text of one generation: detokenised, then cut at the first stop string."""
+    """The text of one generation: detokenized, then cut at the first stop string."""
 
     def __init__(self, codec: TextCodec | None, stops: Sequence[str], min_tokens: int = 0):
         """Without a codec there is no text, only ids. What the first `min_tokens` of them bring is not

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.kernels import Case
-from jblock.blocks import quantise
+from jblock.blocks import quantize
 from jblock.pallas_kernels.backends import module
 from jblock.pallas_kernels.models import MODELS, Model
 from jblock.pallas_kernels.quantized_matmul import shapes
@@ -88,7 +88,7 @@ def _make(model: Model, projection: str, rows: int, bits: int) -> tuple[list[Any
     if jax.default_backend() == "cpu":  # as the engine has them there
         dtype = jnp.float32
         if bits == 4:
-            weights = jnp.asarray(quantise.pack(np.asarray(weights).astype(np.int8)))
+            weights = jnp.asarray(quantize.pack(np.asarray(weights).astype(np.int8)))
 
     def call(x, w_q, scales, blocks=None):
         options = {} if blocks is None else {"blocks": blocks}

@@ -61,7 +61,7 @@ _ALL = (
     Scenario(
         "registry", "a zoo of ten thousand models: adding one, listing all, files a component"
     ),
-    Scenario("deltas", "bytes against accuracy of compressed fine-tunes and quantised models"),
+    Scenario("deltas", "bytes against accuracy of compressed fine-tunes and quantized models"),
     Scenario("adapt", "measuring, compressing and distilling a layer, and a model of such layers"),
     Scenario("cycles", "each kernel's cycles, counted in what the real compilers emit"),
     Scenario("kernels", "each kernel alone on this device, over what copies and matmuls reach"),

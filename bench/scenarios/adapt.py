@@ -12,7 +12,7 @@ import numpy as np
 from bench.report import progress
 from jblock.adapt import codecs, layers
 from jblock.adapt.forward import Weights
-from jblock.blocks import quantise
+from jblock.blocks import quantize
 from jblock.blocks.compressed_spec import BitsTarget
 from jblock.blocks.quant_spec import QuantSpec
 from jblock.blocks.rope_spec import RopeSpec
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             codes["bits"] += _seconds(lambda m=matrix, t=target: codecs.few_bits(m, t)[0]["scales"])
             spec = QuantSpec(bits=4, group=min(64, matrix.shape[1]))
             codes["quantize"] += _seconds(
-                lambda m=matrix, s=spec: quantise.quantise(m, s)["scales"]
+                lambda m=matrix, s=spec: quantize.quantize(m, s)["scales"]
             )
     figures = {"forward": forward, "back": back, "logits": logits, **codes}
     return {

@@ -1,4 +1,4 @@
-"""What few bytes cost on the demo family: bytes against accuracy of compressed and quantised models."""
+"""What few bytes cost on the demo family: bytes against accuracy of compressed and quantized models."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from bench.report import progress
 from jblock.adapt import metrics, scores
 from jblock.adapt.compression import compress_chain
 from jblock.adapt.probe import ProbeData, Rows, item_rows
-from jblock.adapt.quantization import quantise_chain
+from jblock.adapt.quantization import quantize_chain
 from jblock.blocks.quant_spec import QuantSpec
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
@@ -30,7 +30,7 @@ SETTINGS: Mapping[str, tuple[float, tuple[str, ...]]] = {
     "all, 1/8": (1 / 8, ("low_rank", "bits")),
     "all, 1/12": (1 / 12, ("low_rank", "bits")),
 }
-QUANTISED = {
+QUANTIZED = {
     "int8, groups of 64": QuantSpec(bits=8, group=64),
     "int4, groups of 64": QuantSpec(bits=4, group=64),
     "int4, groups of 32": QuantSpec(bits=4, group=32),
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     names = args.models[:1] if args.quick else args.models
     items = 200 if args.quick else args.items
     settings = {"all, 1/8": SETTINGS["all, 1/8"]} if args.quick else SETTINGS
-    specs = dict(list(QUANTISED.items())[:1]) if args.quick else QUANTISED
+    specs = dict(list(QUANTIZED.items())[:1]) if args.quick else QUANTIZED
     family = demo_zoo.load_family(())
     needed = {family[n]["base"] for n in names}
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         rows = {name: _items(zoo.chain(name), family[name], items) for name in names}
         right = {n: _right(zoo, zoo.chain(n), rows[n]) for n in names}
         compressed: list[dict[str, Any]] = []
-        quantised: list[dict[str, Any]] = []
+        quantized: list[dict[str, Any]] = []
         for name in names:
             chain, base = zoo.chain(name), zoo.chain(family[name]["base"])
 
@@ -88,10 +88,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     )
                 )
             for label, spec in specs.items():
-                quantised.append(
+                quantized.append(
                     measure(
                         label,
-                        lambda s=spec, chain=chain: quantise_chain(
+                        lambda s=spec, chain=chain: quantize_chain(
                             zoo, chain, f"{chain.name}-q", s
                         ),
                     )
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "deltas": {"accuracy_change_at_8x": round(float(np.mean(at_8x)), 4)},
         "items": items,
         "compressed": compressed,
-        "quantised": quantised,
+        "quantized": quantized,
     }
 
 

@@ -133,7 +133,7 @@ def attention(quick: bool) -> dict[str, Any]:
 
 
 def matmuls(quick: bool) -> dict[str, Any]:
-    """Deltas of 32 adapters beside their base projection, and quantised weights beside bfloat16 ones."""
+    """Deltas of 32 adapters beside their base projection, and quantized weights beside bfloat16 ones."""
     copied, matmul = timing.copy_rate(quick), timing.matmul_rate(quick)
     model, many, result = MODELS[-1 if quick else 0], 256 if quick else 2048, {}
     for projection in ("q", "up", "down"):

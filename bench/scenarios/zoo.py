@@ -20,7 +20,7 @@ from checkpoints import hf, peft
 from checkpoints.export import export
 from checkpoints.progress import Progress
 from checkpoints.source import open_source
-from jblock.adapt.quantization import quantise_chain
+from jblock.adapt.quantization import quantize_chain
 from jblock.zoo import gc
 from jblock.zoo.fsck import fsck
 from jblock.zoo.inventory import inventory
@@ -204,7 +204,7 @@ def _situations(folder: Path, bases: dict[str, Path]) -> Iterator[dict[str, Any]
                 logical = _logical(made, bases[base])
             found = inventory(zoo)
             after = found["totals"]
-            if kind.quantise is not None:
+            if kind.quantize is not None:
                 (own,) = (row for row in found["chains"] if row["name"] == chain.name)
                 logical = own["logical_bytes"]
             yield {
@@ -216,7 +216,7 @@ def _situations(folder: Path, bases: dict[str, Path]) -> Iterator[dict[str, Any]
                 **_cut(zoo, chain, base),
             }
             for name in (chain.name, f"{chain.name}-model"):
-                if kind.quantise is None and zoo.versions(name):
+                if kind.quantize is None and zoo.versions(name):
                     gc.remove(zoo, name)
             gc.collect(zoo, dry_run=False)
         shutil.rmtree(path)
@@ -256,8 +256,8 @@ def _made(folder: Path, kind: Kind, bases: dict[str, Path], seed: int) -> Iterat
 def _add(zoo: Zoo, kind: Kind, name: str, made: Made) -> Chain:
     """What a user does to add it."""
     base = _base_of(kind)
-    if kind.quantise is not None:
-        return quantise_chain(zoo, zoo.chain(base), name, kind.quantise)
+    if kind.quantize is not None:
+        return quantize_chain(zoo, zoo.chain(base), name, kind.quantize)
     if made.model is not None:
         base = name if made.adapter is None else f"{name}-model"
         chain, _ = hf.convert(made.model, zoo.path, base, _QUIET)

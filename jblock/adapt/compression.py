@@ -108,7 +108,7 @@ def compress_chain(
                 steps[index] = step
                 substitute = Step(component=under.id, deltas=ids[: len(deltas)])
                 found[own.id, under.id] = Edge(
-                    kind="quantised",
+                    kind="quantized",
                     original=(Step(component=own.id),),
                     substitute=(substitute,),
                     scores={"change_error": Score(value=_ratio(*loss))},
@@ -217,7 +217,7 @@ def _changed(
         if own.spec != other.spec or own.spec.quant is not None:
             raise ZooError(
                 f"component {index} of {chain.name} and of {base.name} are of different forms or "
-                "quantised: give the base that it was tuned from, before it was quantised"
+                "quantized: give the base that it was tuned from, before it was quantized"
             )
         found[index] = (own, other)
     return found

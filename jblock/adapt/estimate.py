@@ -15,7 +15,7 @@ import numpy as np
 
 from jblock.adapt import layers, metrics
 from jblock.adapt.probe import ProbeData
-from jblock.blocks.spec import ComponentSpec, ExpertSpec, RouterSpec, UnembeddingSpec, unquantised
+from jblock.blocks.spec import ComponentSpec, ExpertSpec, RouterSpec, UnembeddingSpec, unquantized
 from jblock.zoo.records import Step, ZooError
 from jblock.zoo.store import Zoo
 
@@ -118,7 +118,7 @@ class Sizes:
                 int(n * share) if isinstance(s, ExpertSpec) else n
                 for s, n in zip(specs, sizes, strict=True)
             )
-        head = unquantised(zoo.component(plan.head[-1].component).spec)
+        head = unquantized(zoo.component(plan.head[-1].component).spec)
         if not isinstance(head, UnembeddingSpec):
             raise ZooError(f"a chain ends with an unembedding, not with {head.kind}")
         return cls(
@@ -151,4 +151,4 @@ def speed() -> float:
 
 def scalars(spec: ComponentSpec) -> int:
     """In the tensors of a component, quantized or not."""
-    return sum(int(np.prod(shape)) for shape in unquantised(spec).tensors().values())
+    return sum(int(np.prod(shape)) for shape in unquantized(spec).tensors().values())

@@ -31,7 +31,7 @@ from jblock.blocks.spec import (
     RouterSpec,
     StitchSpec,
     UnembeddingSpec,
-    unquantised,
+    unquantized,
 )
 from jblock.blocks.stitch import Stitch
 from jblock.zoo.records import Step, ZooError
@@ -96,7 +96,7 @@ def load(zoo: Zoo, steps: Sequence[Step], dtype: str = "float32") -> Weights:
         key = (step.component, step.deltas)
         if key not in known:
             record = zoo.component(step.component)
-            spec = unquantised(record.spec)
+            spec = unquantized(record.spec)
             values = _floats(record.spec, zoo.load_component(step.component))
             for id_ in step.deltas:
                 spec = merging.merge(spec, values, zoo.delta(id_).spec, zoo.load_delta(id_))

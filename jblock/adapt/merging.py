@@ -131,7 +131,10 @@ def _add_bias(spec: ComponentSpec, values: Values, name: str, added: np.ndarray)
         values["weight"] = values["weight"] + added  # to the row of every token
         return spec
     if isinstance(spec, AttentionSpec):
-        spec = dataclasses.replace(spec, **{"qkv_bias" if name in _QKV else "o_bias": True})
+        if name in _QKV:
+            spec = dataclasses.replace(spec, qkv_bias=True)
+        else:
+            spec = dataclasses.replace(spec, o_bias=True)
     elif isinstance(spec, FfnSpec):
         spec = dataclasses.replace(spec, bias=True)
     for other, shape in spec.tensors().items():

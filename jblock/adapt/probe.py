@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jblock.blocks.spec import canonical_json
+from jblock.blocks.spec_json import canonical_json
 from jblock.zoo.edge_records import Probe
 from jblock.zoo.records import ZooError
 

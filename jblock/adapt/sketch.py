@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from jblock.adapt import neighbors
-from jblock.blocks.spec import canonical_json, spec_to_json
+from jblock.blocks.spec_json import canonical_json, spec_to_json
 from jblock.zoo.records import ComponentRecord
 from jblock.zoo.store import Zoo
 

@@ -24,9 +24,9 @@ Change = Mapping[int, Step]
 _KINDS = {
     "stitch": "stitch",
     "surrogate": "surrogate",
-    "compress": "quantised",
-    "quantise": "quantised",
-    "quantize": "quantised",
+    "compress": "quantized",
+    "quantise": "quantized",
+    "quantize": "quantized",
 }
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from jblock.adapt import training_state
 from jblock.adapt.probe import Rows
-from jblock.blocks.spec import canonical_json
+from jblock.blocks.spec_json import canonical_json
 from jblock.zoo.records import ZooError
 
 Tree = Any
@@ -34,7 +34,7 @@ class Schedule:
     """How long and how fast.
 
     Attributes:
-      steps: of the optimiser.
+      steps: of the optimizer.
       learning_rate: the largest.
       batch_tokens: about how many a step, padding included.
       seed: of the start and of the order of the data.
@@ -96,7 +96,7 @@ def fit(
     schedule: Schedule,
     on_step: Callable[[int, float], object] = lambda step, value: None,
 ) -> Tree:
-    """Minimises a loss; returns the trained tensors.
+    """Minimizes a loss; returns the trained tensors.
 
     Args:
       work: `key` of all that decides the result; the state of a run that is not done is kept under it

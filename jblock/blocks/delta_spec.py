@@ -23,9 +23,9 @@ from jblock.blocks.spec import (
     ComponentSpec,
     EmbeddingSpec,
     FfnSpec,
-    fields_to_json,
     projection_shape,
 )
+from jblock.blocks.spec_json import fields_to_json
 
 Shapes = dict[str, tuple[int, ...]]
 

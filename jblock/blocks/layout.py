@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jblock.blocks import quantise
+from jblock.blocks import quantize
 from jblock.blocks.quant_spec import CODES, ORDER, SCALES, ZEROS
 from jblock.blocks.spec import (
     LAYER_KINDS,
@@ -20,7 +20,7 @@ from jblock.blocks.spec import (
     FfnSpec,
     UnembeddingSpec,
     projection_shape,
-    unquantised,
+    unquantized,
 )
 
 Rows = slice | np.ndarray
@@ -55,7 +55,7 @@ def computed_widths(spec: ComponentSpec) -> dict[str, tuple[int, int]]:
         return {"weight": projection_shape(spec, "weight")}
     return {
         name.removesuffix(".weight"): (shape[0], shape[1])
-        for name, shape in compute_shapes(unquantised(spec)).items()
+        for name, shape in compute_shapes(unquantized(spec)).items()
         if spec.kind in LAYER_KINDS and len(shape) == 2
     }
 
@@ -106,23 +106,23 @@ def to_compute(spec: ComponentSpec, tensors: Mapping[str, np.ndarray]) -> dict[s
 
 
 def floats(spec: ComponentSpec, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Stored tensors of a component, its quantised projections as float32 weights of the form and names
-    that the unquantised component has."""
+    """Stored tensors of a component, its quantized projections as float32 weights of the form and names
+    that the unquantized component has."""
     quant = getattr(spec, "quant", None)
     out = {}
-    for name, shape in unquantised(spec).tensors().items():
+    for name, shape in unquantized(spec).tensors().items():
         if quant is None or name in tensors:
             out[name] = tensors[name]
         else:
             projection = name.removesuffix(".weight")
-            out[name] = quantise.dequantise(tensors, projection, quant, shape[1])
+            out[name] = quantize.dequantize(tensors, projection, quant, shape[1])
     return out
 
 
 def _made_float(spec: ComponentSpec) -> ComponentSpec:
     """The spec that a component is computed by."""
     quant = getattr(spec, "quant", None)
-    return unquantised(spec) if quant is not None and quant.made_float else spec
+    return unquantized(spec) if quant is not None and quant.made_float else spec
 
 
 def _consecutive(widths: Mapping[str, int]) -> dict[str, Rows]:

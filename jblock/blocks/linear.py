@@ -75,7 +75,7 @@ def _weight_first(x: jax.Array, weight: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(y).T
 
 
-class Quantised(nnx.Module):
+class Quantized(nnx.Module):
     """A weight of few bits; see QuantSpec.
 
     Attributes:
@@ -118,7 +118,7 @@ class Linear(nnx.Module):
 
     Attributes:
       weight: [out, in] or [in, out], as `Platform.out_in` of what it is compiled for says;
-        or a Quantised one.
+        or a Quantized one.
       bias: [out] or None.
     """
 
@@ -140,15 +140,15 @@ class Linear(nnx.Module):
             part of the sum.
         """
         self.name, self.partial = name, partial
-        quantised = f"{name}.{CODES}" in params
-        self.weight = Quantised(params, name) if quantised else nnx.Param(params[f"{name}.weight"])
+        quantized = f"{name}.{CODES}" in params
+        self.weight = Quantized(params, name) if quantized else nnx.Param(params[f"{name}.weight"])
         self.bias = nnx.Param(params[f"{name}.bias"]) if f"{name}.bias" in params else None
         self.slots = Slots(deltas)
 
     @property
     def plain(self) -> bool:
         """Whether it is a matrix and nothing else."""
-        few_bits = isinstance(self.weight, Quantised)
+        few_bits = isinstance(self.weight, Quantized)
         return not few_bits and self.bias is None and self.slots.empty
 
     @property
@@ -159,7 +159,7 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, rows: Rows) -> jax.Array:
         """[T, in] -> [T, out], float32."""
         x = self.slots.scaled(f"{self.name}.in_scale", x, rows)
-        if isinstance(self.weight, Quantised):
+        if isinstance(self.weight, Quantized):
             y = self.weight(x, rows.platform)
         else:
             y = matmul(x, self.weight[...], rows.platform)

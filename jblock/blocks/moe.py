@@ -96,7 +96,7 @@ class Mixture(nnx.Module):
         spec, num_rows = self.spec, x.shape[0]
         normed = self.norm(x, rows)
         weights, chosen = jax.lax.top_k(jax.nn.softmax(self.router(normed, rows)), spec.top_k)
-        if spec.normalise:
+        if spec.normalize:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         # Padding goes to no expert, or it would be waited for.
         chosen = jnp.where(rows.valid.reshape(-1, 1), chosen, spec.num_experts).reshape(-1)

@@ -11,7 +11,7 @@ from jblock.blocks.slots import Slots
 
 
 class Norm(nnx.Module):
-    """Normalises the last axis of `x [..., d]`; the kinds are those of `spec.norm_tensors`.
+    """Normalizes the last axis of `x [..., d]`; the kinds are those of `spec.norm_tensors`.
 
     "rms" scales to unit mean square, then by the weight; "rms_plus_one" by 1 + weight; "layer" makes
     mean 0 and variance 1, then scales and adds a bias; "layer_no_bias" adds none.

@@ -1,4 +1,4 @@
-"""How the weights of a component are quantised. Plain data, like every spec."""
+"""How the weights of a component are quantized. Plain data, like every spec."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ QUANT_FORMS = ("int", "e4m3", "book")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """Weight-only quantisation of every projection of a component, always laid [out, in]:
+    """Weight-only quantization of every projection of a component, always laid [out, in]:
     `weight[o, i] = scales[o, g] * (codes[o, i] - zeros[o, g])` with `g = i // group_of(in)`.
 
     Tensors, in place of `p.weight` of a projection `p` with groups of g inputs:
@@ -110,7 +110,7 @@ class QuantSpec:
         return shapes
 
     def dtype(self, name: str) -> str | None:
-        """The dtype a tensor of this name is stored in; None for what is not of a quantised weight."""
+        """The dtype a tensor of this name is stored in; None for what is not of a quantized weight."""
         codes = "uint8" if self.bits == 4 or self.form == "e4m3" else "int8"
         kinds = {CODES: codes, SCALES: "float32", ZEROS: "int8", ORDER: "int32", BOOK: "float32"}
         return kinds.get(name.rpartition(".")[2])

@@ -10,7 +10,6 @@ tensor a projection), so that storing, hashing and exporting a component never r
 """
 
 import dataclasses
-import json
 from typing import Any, ClassVar
 
 from jblock.blocks.quant_spec import QuantSpec
@@ -18,8 +17,9 @@ from jblock.blocks.rope_spec import RopeSpec, SpecError
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 NORMS = ("rms", "rms_plus_one", "layer", "layer_no_bias")
-# The name that stored specs, and so the ids of components, have for it.
+# The names that stored specs, and so the ids of components, have for them; see `spec_json`.
 _STORED_TRANSPOSED = {"stored_as": "in_out"}
+_STORED_NORMALIZE = {"stored_as": "normalise"}
 QKV_LAYOUTS = ("apart", "joined", "by_head")
 
 
@@ -96,7 +96,7 @@ class AttentionSpec:
       log_scale_beta: queries at position p are multiplied by
         1 + log_scale_beta * log(1 + floor(p / log_scale_positions)) (Ministral 3); 0 leaves them.
       log_scale_positions: see log_scale_beta.
-      quant: how the projections are quantised; None: they are as the checkpoint had them.
+      quant: how the projections are quantized; None: they are as the checkpoint had them.
     """
 
     kind: ClassVar[str] = "attention"
@@ -170,7 +170,7 @@ class AttentionSpec:
             width = widths[p] if self.qk_norm_joint else self.head_dim
             shapes |= norm_tensors(self.norm, f"{p}_norm.", width)
         shapes |= norm_tensors(self.norm, "post_norm.", d) if self.post_norm else {}
-        return _quantised(shapes, self.quant)
+        return _quantized(shapes, self.quant)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,7 +190,7 @@ class FfnSpec:
       joined: the checkpoint has gate and up as one projection "gate_up", gate's rows first (Phi-3).
       transposed: projections are stored [in, out] (GPT-2's Conv1D) instead of [out, in].
       residual_scale: multiplies what is added to the residual (Granite).
-      quant: how the projections are quantised; None: they are as the checkpoint had them.
+      quant: how the projections are quantized; None: they are as the checkpoint had them.
     """
 
     kind: ClassVar[str] = "ffn"
@@ -224,7 +224,7 @@ class FfnSpec:
         if self.bias:
             shapes |= {f"{p}.bias": (out,) for p, out in outs.items()} | {"down.bias": (d,)}
         shapes |= norm_tensors(self.norm, "post_norm.", d) if self.post_norm else {}
-        return _quantised(shapes, self.quant)
+        return _quantized(shapes, self.quant)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,7 +237,7 @@ class RouterSpec:
       num_experts: experts behind it that rows are sent to.
       top_k: experts a row is sent to.
       norm_eps: epsilon of the norm.
-      normalise: the weights of a row's experts are made to add up to 1.
+      normalize: the weights of a row's experts are made to add up to 1.
       shared: one more expert, behind the others, sees every row; its output is multiplied by
         sigmoid(shared_gate(n(x))) (Qwen2-MoE).
     """
@@ -247,7 +247,7 @@ class RouterSpec:
     num_experts: int
     top_k: int
     norm_eps: float
-    normalise: bool = False
+    normalize: bool = dataclasses.field(default=False, metadata=_STORED_NORMALIZE)
     shared: bool = False
 
     def __post_init__(self):
@@ -287,7 +287,7 @@ class ExpertSpec:
         """Name -> shape of every tensor the component owns."""
         d, f = self.hidden_size, self.intermediate_size
         shapes: dict[str, tuple[int, ...]] = {"gate.weight": (f, d), "up.weight": (f, d)}
-        return _quantised(shapes | {"down.weight": (d, f)}, self.quant)
+        return _quantized(shapes | {"down.weight": (d, f)}, self.quant)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -393,7 +393,7 @@ ComponentSpec = (
     | UnembeddingSpec
     | StitchSpec
 )
-QUANTISABLE = (AttentionSpec, FfnSpec, ExpertSpec)
+QUANTIZABLE = (AttentionSpec, FfnSpec, ExpertSpec)
 LAYER_KINDS = ("attention", "ffn", "router", "expert")
 KINDS: dict[str, Any] = {
     cls.kind: cls
@@ -421,16 +421,16 @@ def projection_shape(spec: ComponentSpec, name: str) -> tuple[int, int]:
         return spec.hidden_size, spec.vocab_size
     if name == "weight" and isinstance(spec, UnembeddingSpec):
         return spec.vocab_size, spec.hidden_size
-    shape = unquantised(spec).tensors().get(f"{name}.weight", ())
+    shape = unquantized(spec).tensors().get(f"{name}.weight", ())
     if spec.kind not in LAYER_KINDS or len(shape) != 2:
         raise SpecError(f"{name!r} is not a projection of a {spec.kind} component")
     out, inner = shape[::-1] if getattr(spec, "transposed", False) else shape
     return out, inner
 
 
-def unquantised(spec: ComponentSpec) -> ComponentSpec:
-    """The spec of the component that a quantised one stands for; any other as it is."""
-    if isinstance(spec, QUANTISABLE) and spec.quant is not None:
+def unquantized(spec: ComponentSpec) -> ComponentSpec:
+    """The spec of the component that a quantized one stands for; any other as it is."""
+    if isinstance(spec, QUANTIZABLE) and spec.quant is not None:
         return dataclasses.replace(spec, quant=None)
     return spec
 
@@ -441,7 +441,7 @@ def stored_dtype(spec: Any, name: str) -> str | None:
     return quant.dtype(name) if quant is not None else None
 
 
-def _quantised(
+def _quantized(
     shapes: dict[str, tuple[int, ...]], quant: QuantSpec | None
 ) -> dict[str, tuple[int, ...]]:
     if quant is None:
@@ -457,7 +457,7 @@ def _quantised(
 
 def _check_quant(spec: "AttentionSpec | FfnSpec") -> None:
     if spec.quant is not None and spec.transposed:
-        raise SpecError("quantised projections are [out, in]: transposed has to be false")
+        raise SpecError("quantized projections are [out, in]: transposed has to be false")
 
 
 def _matrix(out: int, inner: int, transposed: bool) -> tuple[int, int]:
@@ -467,53 +467,3 @@ def _matrix(out: int, inner: int, transposed: bool) -> tuple[int, int]:
 def _check_activation(activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise SpecError(f"activation {activation!r} is not known; known: {', '.join(ACTIVATIONS)}")
-
-
-def spec_to_json(spec: ComponentSpec) -> dict[str, Any]:
-    """Plain JSON of a spec. Fields at their default are left out, so that a field added later does
-    not change the hash of what was stored before it existed."""
-    return {"kind": spec.kind, **fields_to_json(spec)}
-
-
-def fields_to_json(value: Any) -> dict[str, Any]:
-    """The fields of a dataclass that are not at their default, nested ones too."""
-    out: dict[str, Any] = {}
-    for field in dataclasses.fields(value):
-        item = getattr(value, field.name)
-        if field.default is not dataclasses.MISSING and item == field.default:
-            continue
-        stored = field.metadata.get("stored_as", field.name)
-        out[stored] = fields_to_json(item) if dataclasses.is_dataclass(item) else item
-    return out
-
-
-def spec_from_json(data: dict[str, Any]) -> ComponentSpec:
-    """Inverse of `spec_to_json`.
-
-    Raises:
-      SpecError: an unknown kind, or fields that do not fit it.
-    """
-    fields = dict(data)
-    kind = fields.pop("kind", None)
-    try:
-        if kind not in KINDS:
-            raise SpecError(f"component kind {kind!r} is not known; known: {', '.join(KINDS)}")
-        if fields.get("rope") is not None:
-            rope = dict(fields["rope"])
-            if "factors" in rope:
-                rope["factors"] = tuple(rope["factors"])
-            fields["rope"] = RopeSpec(**rope)
-        if fields.get("quant") is not None:
-            fields["quant"] = QuantSpec(**fields["quant"])
-        if kind in (AttentionSpec.kind, FfnSpec.kind) and "in_out" in fields:
-            fields["transposed"] = fields.pop("in_out")
-        return KINDS[kind](**fields)
-    except (TypeError, KeyError, AttributeError) as e:
-        raise SpecError(f"spec of kind {kind!r} has missing or unknown fields: {e}") from e
-
-
-def canonical_json(data: Any) -> str:
-    """One spelling per value: sorted keys, no spaces. What hashes and signatures are taken over."""
-    return json.dumps(
-        data, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
-    )

@@ -10,9 +10,8 @@ from jblock.blocks.spec import (
     RouterSpec,
     StitchSpec,
     UnembeddingSpec,
-    canonical_json,
-    spec_to_json,
 )
+from jblock.blocks.spec_json import canonical_json, spec_to_json
 from jblock.parallel.rules import ONE_DEVICE, ShardingRules
 
 # Pieces of the longest delta that is served: rank 512, or as many virtual tokens.

@@ -119,14 +119,14 @@ class Mixture:
       num_experts: experts rows are sent to.
       top_k: experts a row is sent to.
       intermediate_size: columns of an expert's gate and up.
-      normalise: the weights of a row's experts add up to 1.
+      normalize: the weights of a row's experts add up to 1.
       shared_size: columns of the shared expert's gate and up; 0 has none.
     """
 
     num_experts: int
     top_k: int
     intermediate_size: int
-    normalise: bool
+    normalize: bool
     shared_size: int = 0
 
 
@@ -231,7 +231,7 @@ class Family:
         if config.get("quantization_config"):
             raise cfg.ConfigError(
                 "config.json has a quantization_config; only float32, float16 and bfloat16 weights "
-                "can be served: convert the unquantised checkpoint"
+                "can be served: convert the unquantized checkpoint"
             )
         table = {
             "vocab_size": cfg.integer(config, "vocab_size"),
@@ -339,7 +339,7 @@ class Family:
             num_experts=mixture.num_experts,
             top_k=mixture.top_k,
             norm_eps=eps,
-            normalise=mixture.normalise,
+            normalize=mixture.normalize,
             shared=bool(mixture.shared_size),
         )
         expert = ExpertSpec(

@@ -13,7 +13,7 @@ def _mixture(config: Config, layer: int) -> Mixture:
         num_experts=cfg.integer(config, "num_local_experts", 8, most=4096),
         top_k=cfg.integer(config, "num_experts_per_tok", 2),
         intermediate_size=cfg.integer(config, "intermediate_size"),
-        normalise=True,
+        normalize=True,
     )
 
 

@@ -24,7 +24,7 @@ def qwen_mixture(config: Config, layer: int, shared_size: int = 0) -> Mixture | 
         num_experts=cfg.integer(config, field, most=4096),
         top_k=cfg.integer(config, "num_experts_per_tok"),
         intermediate_size=cfg.integer(config, "moe_intermediate_size"),
-        normalise=cfg.flag(config, "norm_topk_prob", False),
+        normalize=cfg.flag(config, "norm_topk_prob", False),
         shared_size=shared_size,
     )
 

@@ -76,11 +76,11 @@ def tensor_axes(
     if tensor == "bias":
         return projection_axes(spec, projection, rules)[:1]
     if tensor in (CODES, SCALES, ZEROS, ORDER):
-        return _quantised_axes(spec, projection, tensor, rules)
+        return _quantized_axes(spec, projection, tensor, rules)
     raise ValueError(f"tensor {name!r} of a {spec.kind} component has no rule for --mesh")
 
 
-def _quantised_axes(
+def _quantized_axes(
     spec: ComponentSpec, projection: str, tensor: str, rules: ShardingRules
 ) -> tuple[Axis, ...]:
     """Scales are split with the inputs they are for, so a group has to stay together."""
@@ -91,8 +91,8 @@ def _quantised_axes(
     inputs = projection_shape(spec, projection)[1]
     if tensor == ORDER or quant is None or quant.ordered:
         raise ValueError(
-            f"projection {projection!r} of a {spec.kind} component is quantised with permuted inputs "
-            "(act-order), which --mesh would have to split: quantise the model anew, or use one device"
+            f"projection {projection!r} of a {spec.kind} component is quantized with permuted inputs "
+            "(act-order), which --mesh would have to split: quantize the model anew, or use one device"
         )
     group = quant.group_of(inputs)
     sources = inner.sources
@@ -102,8 +102,8 @@ def _quantised_axes(
     steps = np.where(groups[:, :1] == FILL, FILL, groups[:, :1] + np.arange(group))
     if not fits or not whole.all() or (groups != steps).any():
         raise ValueError(
-            f"projection {projection!r} of a {spec.kind} component is quantised in groups of {group} "
-            f"inputs, which mesh {rules.mesh} would cut: quantise it with a smaller --group, or give a "
+            f"projection {projection!r} of a {spec.kind} component is quantized in groups of {group} "
+            f"inputs, which mesh {rules.mesh} would cut: quantize it with a smaller --group, or give a "
             "smaller mesh"
         )
     if tensor == CODES:

@@ -105,7 +105,7 @@ def _llama(
     )
     if experts:
         router = RouterSpec(
-            hidden_size=hidden, num_experts=experts, top_k=2, norm_eps=1e-5, normalise=True
+            hidden_size=hidden, num_experts=experts, top_k=2, norm_eps=1e-5, normalize=True
         )
         expert = ExpertSpec(hidden_size=hidden, intermediate_size=ffn)
         layer = (attention, router, *(expert,) * experts)

@@ -16,13 +16,8 @@ from jblock.blocks.compressed_spec import BitDeltaSpec, LowRankSpec
 from jblock.blocks.delta_spec import KINDS as DELTA_KINDS
 from jblock.blocks.delta_spec import DeltaSpec, delta_from_json, delta_to_json
 from jblock.blocks.spec import KINDS as COMPONENT_KINDS
-from jblock.blocks.spec import (
-    ComponentSpec,
-    SpecError,
-    spec_from_json,
-    spec_to_json,
-    stored_dtype,
-)
+from jblock.blocks.spec import ComponentSpec, SpecError, stored_dtype
+from jblock.blocks.spec_json import spec_from_json, spec_to_json
 from jblock.zoo import ids
 from jblock.zoo.records import (
     ComponentRecord,

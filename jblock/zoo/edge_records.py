@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jblock.blocks.spec import canonical_json
+from jblock.blocks.spec_json import canonical_json
 from jblock.zoo import codec
 from jblock.zoo.records import Step, ZooError
 
@@ -19,7 +19,8 @@ FOLDER = "edges"
 _SIDES = ("original", "substitute")
 KINDS = {
     "equivalent": "near",  # a component of another model, measured to do about the same
-    "quantised": "near",  # made from the original's own weights by a lossy codec
+    "quantized": "near",  # made from the original's own weights by a lossy codec
+    "quantised": "near",  # the same, as edges of before are spelled
     "surrogate": "adaptive",  # smaller, trained to do about the same
     "stitch": "adaptive",  # trained to join layers of two models
 }

@@ -4,7 +4,7 @@
 lies in the zoo; it changes no chain. A chain that uses what an edge offers is a named chain of its own.
 """
 
-from jblock.blocks.spec import canonical_json
+from jblock.blocks.spec_json import canonical_json
 from jblock.zoo import codec
 from jblock.zoo.edge_records import FOLDER, Edge
 from jblock.zoo.records import DamagedError, NotFoundError, ZooError, split_version

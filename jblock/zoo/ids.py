@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jblock.blocks.spec import canonical_json
+from jblock.blocks.spec_json import canonical_json
 from jblock.zoo.records import TensorRecord, ZooError
 
 DTYPES: dict[str, np.dtype] = {

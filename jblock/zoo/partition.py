@@ -124,7 +124,7 @@ def unshared(runs_of: Mapping[str, Sequence[Run]], cost: Cost) -> set[Run]:
         for run, keys in users.items():
             if len(keys) < 2 or run in given_up:
                 continue
-            hops = sum(_private_neighbours(runs_of[k], run, users, given_up) for k in keys)
+            hops = sum(_private_neighbors(runs_of[k], run, users, given_up) for k in keys)
             loss = hops * cost.hop_seconds - cost.gain(run, len(keys))
             if loss > most:
                 worst, most = run, loss
@@ -141,7 +141,7 @@ def _users(runs_of: Mapping[str, Sequence[Run]]) -> dict[Run, set[str]]:
     return users
 
 
-def _private_neighbours(
+def _private_neighbors(
     runs: Sequence[Run], run: Run, users: Mapping[Run, set[str]], given_up: Collection[Run]
 ) -> int:
     def private(i: int) -> bool:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jblock.blocks.delta_spec import DeltaSpec
-from jblock.blocks.spec import ComponentSpec, canonical_json
+from jblock.blocks.spec import ComponentSpec
+from jblock.blocks.spec_json import canonical_json
 
 POLICIES = ("exact", "near", "adaptive")
 """What a chain promises: identical components only; substitutes measured to be nearly equal, or lossy codecs;

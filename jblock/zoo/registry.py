@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jblock.blocks.spec import canonical_json
+from jblock.blocks.spec_json import canonical_json
 from jblock.zoo import codec, lease
 from jblock.zoo.records import (
     Chain,

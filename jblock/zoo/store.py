@@ -28,7 +28,8 @@ from pathlib import Path
 import numpy as np
 
 from jblock.blocks.delta_spec import DeltaSpec
-from jblock.blocks.spec import ComponentSpec, canonical_json
+from jblock.blocks.spec import ComponentSpec
+from jblock.blocks.spec_json import canonical_json
 from jblock.zoo import (
     checks,
     codec,

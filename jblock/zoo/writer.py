@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from jblock.blocks.delta_spec import DeltaSpec, delta_to_json
-from jblock.blocks.spec import ComponentSpec, canonical_json, spec_to_json
+from jblock.blocks.spec import ComponentSpec
+from jblock.blocks.spec_json import canonical_json, spec_to_json
 from jblock.zoo import codec, ids, params
 from jblock.zoo.journal import Journal
 from jblock.zoo.objects import Objects

@@ -164,7 +164,7 @@ def test_compressed_deltas_keep_to_their_budget(quick):
     assert {r["setting"] for r in line["compressed"]} == {"all, 1/8"}
     for row in line["compressed"]:
         assert row["times_smaller"] >= 8 and row["accuracy_change"]["low"] > -0.1
-    for row in line["quantised"]:
+    for row in line["quantized"]:
         assert 1.8 < row["times_smaller"] < 4 and row["accuracy_change"]["low"] > -0.1
 
 

@@ -38,7 +38,7 @@ def both(run):
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 2), min_size=6, max_size=6))
-def test_runs_are_of_equal_neighbours(values):
+def test_runs_are_of_equal_neighbors(values):
     slots, sizes = (np.asarray(a).tolist() for a in grouped.runs(jnp.asarray(values, jnp.int32)))
     assert np.repeat(slots, sizes).tolist() == values
     count = sum(n > 0 for n in sizes)
@@ -71,7 +71,7 @@ def test_adapters_of_a_batch(q_len):
 def test_experts_of_a_batch(adapted):
     rng = np.random.default_rng(0)
     spec = RouterSpec(
-        hidden_size=16, num_experts=4, top_k=2, norm_eps=1e-5, normalise=True, shared=True
+        hidden_size=16, num_experts=4, top_k=2, norm_eps=1e-5, normalize=True, shared=True
     )
     expert = ExpertSpec(hidden_size=16, intermediate_size=24)
 

@@ -14,7 +14,7 @@ from jblock.blocks.spec import ExpertSpec, RouterSpec
 
 HIDDEN, WIDTH, EXPERTS = 16, 12, 5
 SPEC = RouterSpec(
-    hidden_size=HIDDEN, num_experts=EXPERTS, top_k=2, norm_eps=1e-5, normalise=True, shared=True
+    hidden_size=HIDDEN, num_experts=EXPERTS, top_k=2, norm_eps=1e-5, normalize=True, shared=True
 )
 EXPERT = ExpertSpec(hidden_size=HIDDEN, intermediate_size=WIDTH)
 

@@ -253,7 +253,7 @@ def test_measure_says_how_far_two_models_are_apart_and_keeps_it(pair, words):
     ask = ["measure", "small-int8", "--against", "small", *files(words)[2:6]]
     ask += ["--tokens", 512, "--row_tokens", 64, "--json"]
     data = json.loads(pair.ok(*ask, "--policy", "near", "--threshold", "kl=0.1"))
-    assert (data["kind"], data["against"], data["usable"]) == ("quantised", "small@1", True)
+    assert (data["kind"], data["against"], data["usable"]) == ("quantized", "small@1", True)
     assert 0 < data["scores"]["kl"]["value"] < 0.1
     assert data["scores"]["accuracy_change"]["count"] == 40
     zoo = Zoo.open(pair.zoo)

@@ -60,7 +60,7 @@ def test_it_goes_to_another_zoo_and_no_export_pretends_to_be_its_source(filled, 
     filled.ok("quantize", "base", "--bits", 8)
     result = filled("export", "base-int8", "--out", tmp_path / "out")
     assert result.code == 2 and not (tmp_path / "out").exists()
-    assert "was made from base@1 by 'quantise', which loses something" in result.err
+    assert "was made from base@1 by 'quantize', which loses something" in result.err
     assert "export base@1" in result.err
     filled.ok("copy", "base-int8", "--to", tmp_path / "other")
     other = Zoo.open(tmp_path / "other")
@@ -74,7 +74,7 @@ def test_it_goes_to_another_zoo_and_no_export_pretends_to_be_its_source(filled, 
     [
         (("base", "--name", "base"), "is the model itself"),
         (("base", "--bits", 4, "--group", 0), "group is 0"),
-        (("base-int4",), "is quantised already"),
+        (("base-int4",), "is quantized already"),
         (("nobody",), "no model 'nobody'"),
     ],
 )

@@ -9,7 +9,7 @@ import safetensors.numpy
 import tiny_checkpoints as tiny
 from tiny_checkpoints import CONFIG
 
-from jblock.blocks import quantise
+from jblock.blocks import quantize
 from jblock.zoo.fsck import fsck
 from jblock.zoo.store import Zoo
 
@@ -101,7 +101,7 @@ def test_the_weights_are_those_of_the_formula(cli, tmp_path, case):
             continue
         for part in ("q", "k", "v", "o") if spec.kind == "attention" else ("gate", "up", "down"):
             name = f"model.layers.{(index - 1) // 2}.{PARTS[part]}"
-            found = quantise.dequantise(stored, part, spec.quant)
+            found = quantize.dequantize(stored, part, spec.quant)
             assert found.tolist() == expected[name].tolist(), name
             checked += 1
         norm = "input" if spec.kind == "attention" else "post_attention"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jblock.blocks import quantise
+from jblock.blocks import quantize
 from jblock.pallas_kernels.quantized_matmul import api, reference
 from tests.pallas_kernels.quantized_cases import CASES, Case, hold, make
 
@@ -32,7 +32,7 @@ PACKED = [*[c for c in CASES if c.bits == 4][::4], Case(3, 24, 30, 5, bits=4, ze
 @pytest.mark.parametrize("case", PACKED, ids=str)
 def test_two_weights_to_a_byte(case):
     def multiply(x, w_q, *rest):
-        return MULTIPLY(x, jnp.asarray(quantise.pack(np.asarray(w_q).astype(np.int8))), *rest)
+        return MULTIPLY(x, jnp.asarray(quantize.pack(np.asarray(w_q).astype(np.int8))), *rest)
 
     hold(case, multiply)
 

@@ -22,7 +22,7 @@ from harness import FIXTURES, Agent, base_of, collect_tokens, oracle, request  #
 
 from checkpoints import hf, peft  # noqa: E402
 from checkpoints.progress import Progress  # noqa: E402
-from jblock.adapt.quantization import quantise_chain  # noqa: E402
+from jblock.adapt.quantization import quantize_chain  # noqa: E402
 from jblock.blocks.quant_spec import QuantSpec  # noqa: E402
 from jblock.engine.config import EngineConfig  # noqa: E402
 from jblock.engine.engine import ThreadEngine  # noqa: E402
@@ -79,7 +79,7 @@ def convert(path: Path, name: str) -> None:
     quiet, demo = Progress(False), name.startswith("demo")
     if name == "demo-1m-int4":
         store = Zoo.open(path)
-        quantise_chain(store, store.chain("demo-1m"), name, QuantSpec(bits=4, group=16))
+        quantize_chain(store, store.chain("demo-1m"), name, QuantSpec(bits=4, group=16))
         return
     if (delta := FIXTURES / "deltas" / name).exists():
         peft.convert(delta, path, "llama_gqa_untied", name, quiet)

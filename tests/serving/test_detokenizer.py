@@ -1,4 +1,4 @@
-"""The pieces of a detokenised stream put together are the library's decoding, exactly."""
+"""The pieces of a detokenized stream put together are the library's decoding, exactly."""
 
 import time
 

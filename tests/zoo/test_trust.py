@@ -9,7 +9,7 @@ import pytest
 import zoos
 from safetensors.numpy import load_file
 
-from jblock.adapt.quantization import quantise_chain
+from jblock.adapt.quantization import quantize_chain
 from jblock.blocks.compressed_spec import LowRankSpec
 from jblock.blocks.quant_spec import QuantSpec
 from jblock.blocks.spec import FfnSpec, NormSpec, StitchSpec
@@ -48,7 +48,7 @@ def test_a_quantized_chain_that_says_exact_is_refused(zoo):
     chain = zoo.publish(
         changed(zoo.chain("m"), name="w", steps=tuple(Step(component=s) for s in steps))
     )
-    made = quantise_chain(zoo, chain, "w-int4", QuantSpec(bits=4, group=64))
+    made = quantize_chain(zoo, chain, "w-int4", QuantSpec(bits=4, group=64))
     assert made.policy == "near"
     with pytest.raises(DamagedError, match="its content makes it near"):
         zoo.publish(changed(made, name="x", policy="exact", derived={}))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jblock.blocks import compress, layout, quantise
+from jblock.blocks import compress, layout, quantize
 from jblock.blocks.compressed_spec import TABLE_GROUP, BitDeltaSpec, BitsTarget, LowRankSpec
 from jblock.blocks.delta_spec import (
     BiasNormSpec,
@@ -26,7 +26,7 @@ from jblock.blocks.delta_spec import (
     PromptSpec,
 )
 from jblock.blocks.slots import PIECE_RANK
-from jblock.blocks.spec import ComponentSpec, unquantised
+from jblock.blocks.spec import ComponentSpec, unquantized
 from jblock.zoo.records import ZooError
 
 Tensors = Mapping[str, np.ndarray]
@@ -148,14 +148,14 @@ def _reading_floats(spec: ComponentSpec, read_base: ReadBase) -> ReadBase:
     quant = getattr(spec, "quant", None)
     if quant is None:
         return read_base
-    stored, plain = spec.tensors(), unquantised(spec).tensors()
+    stored, plain = spec.tensors(), unquantized(spec).tensors()
 
     def read(name: str) -> np.ndarray:
         if name in stored:
             return read_base(name)
         projection, (out, inner) = name.removesuffix(".weight"), plain[name]
         tensors = {n: read_base(n) for n in quant.tensors(projection, out, inner)}
-        return quantise.dequantise(tensors, projection, quant, inner)
+        return quantize.dequantize(tensors, projection, quant, inner)
 
     return read
 
@@ -241,7 +241,7 @@ class _Composition:
     """The component with the deltas so far."""
 
     def __init__(self, spec: ComponentSpec, read_base: ReadBase):
-        self._spec, self._read_base = unquantised(spec), _reading_floats(spec, read_base)
+        self._spec, self._read_base = unquantized(spec), _reading_floats(spec, read_base)
         self._projections: dict[str, _Projection] = {}
         self._vectors: dict[str, np.ndarray] = {}
         self._rows: dict[str, np.ndarray] = {}  # [rows, width] by table of pieces

@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import os
 import pickle
-import stat
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jblock.cpu_kernels import targets
 from jblock.pallas_kernels import backends
+from jblock.user_cache import UserCacheError, cache_folder, make_private
 
 MAX_ENTRIES = 4096
 _CODE = ("blocks", "pallas_kernels", "cpu_kernels", "parallel", "engine")
@@ -51,22 +51,9 @@ class ExecutableCache:
           ValueError: it cannot be made, belongs to another user, or others may write to it.
         """
         try:
-            # mkdir gives the mode to the last folder only; who may write to one above it could
-            # put another in its place.
-            for above in reversed(folder.parents):
-                above.mkdir(mode=0o700, exist_ok=True)
-            folder.mkdir(mode=0o700, exist_ok=True)
-            status = folder.stat()
-        except OSError as e:
-            raise ValueError(
-                f"executable cache {str(folder)!r} cannot be made ({e.strerror}): set XDG_CACHE_HOME "
-                "to a folder that the service may write to"
-            ) from e
-        if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
-            raise ValueError(
-                f"executable cache {str(folder)!r} is owned or writable by others, who could run code "
-                "as this service: chown it to the service's user and chmod it to 700"
-            )
+            make_private(folder)
+        except UserCacheError as e:
+            raise ValueError(f"executable cache, whose files are run as code: {e}") from e
         # A program out of jax's own cache cannot be serialized again: what was stored of it would load
         # and then fail when it is called. This cache stands in for that one.
         jax.config.update("jax_enable_compilation_cache", False)
@@ -155,8 +142,7 @@ class ExecutableCache:
 
 def default_folder() -> Path:
     """`$XDG_CACHE_HOME/jblock/executables`, or below ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "jblock" / "executables"
+    return cache_folder("executables")
 
 
 def _seal(path: Path, body: bytes) -> bytes:

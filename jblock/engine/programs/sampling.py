@@ -6,7 +6,7 @@ whatever the other rows of its batch ask for.
 
 A row whose top-k, top-p or min-p leaves only some of its best CANDIDATES tokens, as nearly all do, is
 settled among those. For the others top-k and top-p find their threshold by bisection over the bits of a
-float instead of sorting the vocabulary: 32 counting passes, which vectorise, against a sort, which does
+float instead of sorting the vocabulary: 32 counting passes, which vectorize, against a sort, which does
 not. Which of the two a row takes depends on the row alone.
 """
 
@@ -88,7 +88,7 @@ def _mix(x: jax.Array) -> jax.Array:
 
 
 def best_token(logits: jax.Array) -> jax.Array:
-    """int32 [S]: the first of the best of float32 [S, V]. Two passes that vectorise, which argmax does
+    """int32 [S]: the first of the best of float32 [S, V]. Two passes that vectorize, which argmax does
     not on CPU."""
     vocab = logits.shape[1]
     is_best = logits == logits.max(axis=1, keepdims=True)

@@ -135,7 +135,7 @@ class SequenceState:
 
 @dataclasses.dataclass(eq=False)
 class WorkItem:
-    """Some consecutive tokens of one sequence travelling along its chain together.
+    """Some consecutive tokens of one sequence traveling along its chain together.
 
     Attributes:
       sequence: whose.

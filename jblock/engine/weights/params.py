@@ -13,7 +13,7 @@ import numpy as np
 
 from jblock.blocks import layout
 from jblock.blocks.quant_spec import CODES, ORDER, SCALES, ZEROS
-from jblock.blocks.quantise import INT4, unpack
+from jblock.blocks.quantize import INT4, unpack
 from jblock.blocks.spec import (
     EmbeddingSpec,
     RouterSpec,

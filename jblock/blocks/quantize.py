@@ -2,7 +2,7 @@
 
 The numbers are qwix's (https://github.com/google/qwix, `absmax` calibration, "subchannel" tiles): the
 scale is the largest magnitude over `2**(bits-1) - 0.5`, so that the outermost code is used as much as
-its neighbors, and halves are rounded to even. `tests/blocks/test_quantise.py` holds them to what qwix
+its neighbors, and halves are rounded to even. `tests/blocks/test_quantize.py` holds them to what qwix
 itself computed.
 """
 
@@ -18,7 +18,7 @@ INT4 = np.dtype(ml_dtypes.int4)
 _TINY = np.sqrt(np.finfo(np.float32).tiny)
 
 
-def quantise(weight: np.ndarray, spec: QuantSpec) -> dict[str, np.ndarray]:
+def quantize(weight: np.ndarray, spec: QuantSpec) -> dict[str, np.ndarray]:
     """Codes and scales of one weight, as they are stored, by the last part of their names.
 
     Args:
@@ -46,7 +46,7 @@ def unpack(packed: np.ndarray) -> np.ndarray:
     return ((halves ^ 8) - 8).reshape(len(packed), -1).astype(INT4)
 
 
-def dequantise(
+def dequantize(
     tensors: Mapping[str, np.ndarray], projection: str, spec: QuantSpec, inputs: int = 0
 ) -> np.ndarray:
     """The float32 weight [out, in] that the stored tensors of a projection stand for.

@@ -1,4 +1,4 @@
-"""Quantised chains in the engine: the logits of the float32 weights that the codes stand for, in every
+"""Quantized chains in the engine: the logits of the float32 weights that the codes stand for, in every
 family; and beside their originals in one batch."""
 
 import dataclasses
@@ -11,10 +11,10 @@ from harness import Agent, oracle, request
 
 from checkpoints import hf
 from checkpoints.progress import Progress
-from jblock.adapt.quantization import quantise_chain
-from jblock.blocks import layout, quantise
+from jblock.adapt.quantization import quantize_chain
+from jblock.blocks import layout, quantize
 from jblock.blocks.quant_spec import QuantSpec
-from jblock.blocks.spec import QUANTISABLE, unquantised
+from jblock.blocks.spec import QUANTIZABLE, unquantized
 from jblock.engine.config import EngineConfig
 from jblock.families import family_for
 from jblock.zoo.store import Zoo
@@ -73,16 +73,16 @@ def made(folder, name: str):
 
 
 def widened(zoo: Zoo, chain, name: str):
-    """The same chain with every quantised weight as the float32 matrix it stands for."""
+    """The same chain with every quantized weight as the float32 matrix it stands for."""
     steps = []
     for step in chain.steps:
         record = zoo.component(step.component)
         spec = record.spec
-        if isinstance(spec, QUANTISABLE) and spec.quant is not None:
+        if isinstance(spec, QUANTIZABLE) and spec.quant is not None:
             stored = zoo.load_component(step.component)
-            plain = unquantised(spec)
+            plain = unquantized(spec)
             tensors = {
-                n: quantise.dequantise(stored, n.removesuffix(".weight"), spec.quant)
+                n: quantize.dequantize(stored, n.removesuffix(".weight"), spec.quant)
                 if layout.is_projection(plain, n)
                 else stored[n]
                 for n in plain.tensors()
@@ -108,7 +108,7 @@ def test_logits_are_those_of_the_weights_it_stands_for(zoo, name, tmp_path):
     if name in MADE:
         hf.convert(made(tmp_path / name, name), zoo, name, Progress(False, quiet=True))
     store = Zoo.open(zoo)
-    small = quantise_chain(store, store.chain(name), f"{name}-q", SPECS[FAMILIES[name]])
+    small = quantize_chain(store, store.chain(name), f"{name}-q", SPECS[FAMILIES[name]])
     wide = widened(store, small, f"{name}-w")
     agent = Agent.make(zoo, [name, small.name, wide.name], CONFIG)
     prompt = oracle("llama_gqa_untied" if name in MADE else name)["prompt"][:37] % 96
@@ -125,9 +125,9 @@ def test_logits_are_those_of_the_weights_it_stands_for(zoo, name, tmp_path):
     assert np.abs(np.subtract(seen["base"][0], seen["wide"][0])).max() > 10 * TOLERANCE
 
 
-def test_an_adapter_rides_on_quantised_weights(zoo):
+def test_an_adapter_rides_on_quantized_weights(zoo):
     store = Zoo.open(zoo)
-    small = quantise_chain(store, store.chain("lora_all_r8"), "lora-q", SPECS[4])
+    small = quantize_chain(store, store.chain("lora_all_r8"), "lora-q", SPECS[4])
     widened(store, small, "lora-w")
     agent = Agent.make(zoo, ["lora-q", "lora-w"], CONFIG)
     prompt = oracle("lora_all_r8")["prompt"][:20]
