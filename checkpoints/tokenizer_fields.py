@@ -276,6 +276,8 @@ def _ignored(tokenizer: Tokenizer, config: Mapping[str, Any]) -> Iterator[str]:
 def _extra(config: Mapping[str, Any]) -> Sequence[Any]:
     """Further special tokens, under the newer of the two names if both are there."""
     found: Any = next((config[k] for k in _EXTRA if config.get(k)), [])
+    if not isinstance(found, list | Mapping):
+        raise ValueError(f"special tokens are {found!r}, no list")
     return list(found.values()) if isinstance(found, Mapping) else found
 
 

@@ -76,6 +76,7 @@ def test_malformed_files_beside_a_tokenizer_are_refused(tmp_path):
         ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<x>"}}}),
         ("tokenizer_config.json", {"added_tokens_decoder": {"300": "<x>"}, "bos_token": [1]}),
         ("added_tokens.json", {"<x>": "y"}),
+        ("special_tokens_map.json", {"additional_special_tokens": "<x>"}),
     ):
         folder = write(tmp_path / "t", "nothing")
         (folder / file).write_text(json.dumps(data))
