@@ -9,9 +9,9 @@ import grpc
 from absl import logging
 
 from jblock.engine import api
-from serving.dispatcher import Dispatcher, load_models
+from serving.dispatcher import Dispatcher
 from serving.errors import RequestError, invalid, unavailable
-from serving.validation import ServedModel
+from serving.served_models import ServedModel, load_models
 
 # How long a request whose model was swapped waits for the server to know the new one.
 _ADOPT_SECONDS = 10.0

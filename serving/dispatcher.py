@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
 import grpc
@@ -18,14 +18,15 @@ from absl import logging
 
 from jblock.engine import api
 from serving import errors
+from serving.served_models import ServedModel, load_models
 from serving.tenants import ANONYMOUS, Tenant
-from serving.text import TextCodec
-from serving.validation import ServedModel
 
 # Seconds the reader waits for outputs before it looks whether it is to end.
 _POLL_SECONDS = 0.2
 # Outputs that a client has not yet taken are merged once there are so many.
 _MOST_APART = 64
+# Seconds that a drain waits for clients to read answers which are complete.
+_UNREAD_SECONDS = 3.0
 
 
 class Dispatcher:
@@ -51,11 +52,11 @@ class Dispatcher:
         self.changed = asyncio.Event()
         self.failure: Exception | None = None
         self._max_queue = max_queue
-        self._open: dict[str, Ticket] = {}
-        self._open_by_tenant: collections.Counter[str] = collections.Counter()
-        self._held: set[str] = set()  # Ids whose handler has not yet sent all.
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._places: dict[str, Ticket] = {}
+        self._places_by_tenant: collections.Counter[str] = collections.Counter()
+        self._running: dict[str, Ticket] = {}  # Those of `_places` that the engine has not ended.
+        self._settled = asyncio.Event()  # Set when a place, or the engine's part of it, is over.
+        self._quiet_since = 0.0  # When the engine last ended a request, by the loop's clock.
         self._draining = False
         self._stop = threading.Event()
         self._loop = asyncio.get_running_loop()
@@ -64,8 +65,9 @@ class Dispatcher:
 
     @property
     def num_open(self) -> int:
-        """Requests admitted whose pages the engine has not yet given back."""
-        return len(self._open)
+        """Requests admitted and not over: the engine still has their pages, or their client has not yet
+        taken all of the answer."""
+        return len(self._places)
 
     def start(self) -> None:
         """Begins to read the engine; `ready` or `dead` follows."""
@@ -104,42 +106,80 @@ class Dispatcher:
             )
         return model
 
-    def admit(self, arrived: asyncio.Event, tenant: Tenant = ANONYMOUS) -> "Ticket":
-        """A place for one request; use it as a context. `arrived` is set when something came for it.
+    def admit(
+        self,
+        arrived: asyncio.Event,
+        tenant: Tenant = ANONYMOUS,
+        count: int = 1,
+        field: str = "n",
+    ) -> list["Ticket"]:
+        """Places for `count` requests that came together, all or none. `leave` ends each; use it as a context
+        before that. `arrived` is set when something came for one of them.
 
         Raises:
-          RequestError: the engine is not there, or all places, or all of this tenant's, are taken.
+          RequestError: the engine is not there; all places, or all of this tenant's, are taken; or so many
+            places will never be there, which `field` asks for.
         """
         self.check_up()
-        most = tenant.max_requests or (self._max_queue + 1) // 2
-        if self._open_by_tenant[tenant.name] >= most:
-            raise errors.RequestError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"max_requests: tenant {tenant.name} has {most} requests open, which is all it may "
-                "have; wait for one to end",
+        most = min(tenant.max_requests or (self._max_queue + 1) // 2, self._max_queue)
+        if count > most:
+            raise errors.invalid(
+                f"{field}: asks for {count} answers at once, and at most {most} requests may be "
+                f"open; ask for "
+                "fewer, or have max_requests or --max_queue raised"
             )
-        if len(self._open) >= self._max_queue:
-            raise errors.RequestError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"queue: {len(self._open)} requests are open, which is all this server admits; "
-                "try again later, or raise --max_queue",
+        if self._places_by_tenant[tenant.name] + count > most and tenant is not ANONYMOUS:
+            raise errors.exhausted(
+                f"max_requests: tenant {tenant.name} has {self._places_by_tenant[tenant.name]} "
+                f"requests open, "
+                f"of {most} that it may have; wait for one to end",
+                by_tenant=True,
             )
-        ticket = Ticket(self, str(next(self._numbers)), tenant, arrived)
-        self._open[ticket.request_id] = ticket
-        self._open_by_tenant[tenant.name] += 1
-        self._held.add(ticket.request_id)
-        self._idle.clear()
-        return ticket
+        if len(self._places) + count > self._max_queue:
+            raise errors.exhausted(
+                f"queue: {len(self._places)} requests are open, and this server admits {self._max_queue}; "
+                "try again later, or raise --max_queue"
+            )
+        tickets = [Ticket(self, str(next(self._numbers)), tenant, arrived) for _ in range(count)]
+        for ticket in tickets:
+            self._places[ticket.request_id] = self._running[ticket.request_id] = ticket
+        self._places_by_tenant[tenant.name] += count
+        return tickets
 
-    async def drain(self, seconds: float) -> bool:
-        """Admits nothing more; whether all open requests ended within `seconds`."""
+    async def drain(self, seconds: float, hurry: asyncio.Event | None = None) -> int:
+        """Admits nothing more, and waits for what is open: up to `seconds` for the engine, not much
+        longer than that for clients which do not read, and no longer once `hurry` is set.
+
+        Returns:
+          How many requests were not over by then.
+        """
         self._draining = True
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
+        hurried = asyncio.ensure_future((hurry or asyncio.Event()).wait())
         try:
-            async with asyncio.timeout(seconds):
-                await self._idle.wait()
-        except TimeoutError:
-            return False
-        return True
+            while self._places and not hurried.done():
+                end = begin + seconds
+                if not self._running:
+                    end = min(end, max(begin, self._quiet_since) + _UNREAD_SECONDS)
+                if loop.time() >= end:
+                    break
+                self._settled.clear()
+                settled = asyncio.ensure_future(self._settled.wait())
+                await asyncio.wait(
+                    (settled, hurried), timeout=end - loop.time(), return_when="FIRST_COMPLETED"
+                )
+                settled.cancel()
+        finally:
+            hurried.cancel()
+        return len(self._places)
+
+    def cut(self) -> None:
+        """Ends what is open, so that its clients learn why."""
+        for ticket in list(self._running.values()):
+            ticket.fail(
+                errors.unavailable("server: shut down before this request ended; send it elsewhere")
+            )
 
     def close(self) -> None:
         """Ends the reader and the engine. Requests still open fail."""
@@ -149,20 +189,23 @@ class Dispatcher:
             self._thread.join(2 * _POLL_SECONDS)
         self._die(api.EngineDied("the server is shutting down"))
 
-    def release(self, ticket: "Ticket") -> None:
-        """Frees a place: the engine has ended the request, or never had it."""
-        if self._open.pop(ticket.request_id, None) is not None:
-            self._open_by_tenant[ticket.tenant.name] -= 1
-        self._settle()
+    def ended(self, ticket: "Ticket") -> None:
+        """The engine has ended the request, or never had it."""
+        if self._running.pop(ticket.request_id, None) is not None:
+            self._quiet_since = self._loop.time()
+        self._free(ticket)
 
     def leave(self, ticket: "Ticket") -> None:
-        """The handler has sent all it will."""
-        self._held.discard(ticket.request_id)
-        self._settle()
+        """The client has taken all of its answer, or has gone."""
+        ticket.left = True
+        self._free(ticket)
 
-    def _settle(self) -> None:
-        if not self._open and not self._held:
-            self._idle.set()
+    def _free(self, ticket: "Ticket") -> None:
+        """Frees a place that neither the engine nor the client needs any more."""
+        self._settled.set()
+        over = ticket.left and ticket.request_id not in self._running
+        if over and self._places.pop(ticket.request_id, None) is not None:
+            self._places_by_tenant[ticket.tenant.name] -= 1
 
     def _read(self) -> None:
         """The reader thread."""
@@ -199,12 +242,12 @@ class Dispatcher:
 
     def _deliver(self, outputs: list[api.Output]) -> None:
         for output in outputs:
-            ticket = self._open.get(output.request_id)
+            ticket = self._running.get(output.request_id)
             if ticket is None:
                 continue
             ticket.put(output)
             if output.finish_reason is not None:
-                self.release(ticket)
+                self.ended(ticket)
 
     def _die(self, error: Exception) -> None:
         if self.dead.is_set():
@@ -212,18 +255,24 @@ class Dispatcher:
         self.failure = error
         self.dead.set()
         self._turn(False)
-        for ticket in list(self._open.values()):
+        for ticket in list(self._running.values()):
             ticket.fail(errors.unavailable(f"engine: {error}; try again elsewhere"))
-            self.release(ticket)
+            self.ended(ticket)
 
 
 class Ticket:
-    """One admitted request. Leaving its context cancels it in the engine unless it has ended."""
+    """One admitted request. Leaving its context cancels it in the engine unless it has ended; its
+    place is free once `Dispatcher.leave` was called too.
+
+    Attributes:
+      left: its client has taken all, or has gone.
+    """
 
     def __init__(
         self, dispatcher: Dispatcher, request_id: str, tenant: Tenant, arrived: asyncio.Event
     ):
         self.request_id, self.tenant = request_id, tenant
+        self.left = False
         self._dispatcher = dispatcher
         self._submitted = False
         self._ended = False
@@ -241,12 +290,11 @@ class Ticket:
         trace: TracebackType | None,
     ) -> None:
         if not self._submitted:
-            self._dispatcher.release(self)
+            self._dispatcher.ended(self)
         elif not self._ended:
             # The place stays taken until the engine confirms, or a client that opens and cancels
             # could queue without bound.
             self._dispatcher.engine.cancel(self.request_id)
-        self._dispatcher.leave(self)
 
     def submit(self, request: api.Request) -> None:
         """Hands the request to the engine; its id must be this ticket's."""
@@ -300,21 +348,3 @@ def _merged(outputs: Sequence[api.Output]) -> api.Output:
         top_logprobs=tuple(t for o in outputs for t in o.top_logprobs),
         prompt_logprobs=tuple(p for o in outputs for p in o.prompt_logprobs),
     )
-
-
-def load_models(
-    infos: tuple[api.ModelInfo, ...], before: Iterable[ServedModel] = ()
-) -> dict[str, ServedModel]:
-    """Reads the tokenizers; models that share one share it in memory too.
-
-    Args:
-      infos: what is served.
-      before: models that were served; their tokenizers, which never change in a zoo, are used again.
-
-    Raises:
-      ValueError: a tokenizer cannot be read.
-    """
-    codecs = {m.info.tokenizer_path: m.codec for m in before if m.codec is not None}
-    for path in {info.tokenizer_path for info in infos if info.tokenizer_path} - codecs.keys():
-        codecs[path] = TextCodec.load(path)
-    return {i.name: ServedModel(info=i, codec=codecs.get(i.tokenizer_path)) for i in infos}

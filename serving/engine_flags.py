@@ -61,8 +61,30 @@ _FLAGS = (
 
 def engine_kwargs() -> dict[str, Any]:
     """The arguments of `jblock.engine.factory.build_engine` that were given; what was not keeps the engine's
-    own default."""
-    return {f.name: f.value for f in _FLAGS if f.value is not None}
+    own default.
+
+    Raises:
+      ValueError: a list names nothing, or a model twice.
+    """
+    given: dict[str, Any] = {f.name: f.value for f in _FLAGS if f.value is not None}
+    if "models" in given:
+        _check_models(given["models"])
+    if given.get("zoo") == "":
+        raise ValueError("zoo: is empty; give the folder or URL of a zoo")
+    return given
+
+
+def _check_models(names: list[str]) -> None:
+    """Whether a list of chains names some, each once."""
+    if not names or not all(names):
+        raise ValueError(
+            f"models: {','.join(names)!r} leaves a name empty; give names with commas between, or leave the "
+            "flag out to serve all"
+        )
+    bare = [name.partition("@")[0] for name in names]
+    twice = sorted({name for name in bare if bare.count(name) > 1})
+    if twice:
+        raise ValueError(f"models: {twice[0]!r} is there twice; a name is served in one version")
 
 
 def command_line(arguments: dict[str, Any]) -> str:

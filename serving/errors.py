@@ -7,17 +7,36 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-_MAX_MESSAGE = 1000
+# A message travels as metadata, of which clients take 8 KB for all of an answer.
+_MAX_MESSAGE_BYTES = 3000
 
 
 class RequestError(Exception):
-    """Ends one request with a status; the message says what was given, expected, and what to do."""
+    """Ends one request with a status; the message says what was given, expected, and what to do.
 
-    def __init__(self, code: grpc.StatusCode, message: str):
+    Attributes:
+      code: the status.
+      message: cut where it would not fit the metadata of an answer.
+      by_tenant: RESOURCE_EXHAUSTED because of what this tenant has open, and not because of the others.
+    """
+
+    def __init__(self, code: grpc.StatusCode, message: str, by_tenant: bool = False):
+        message = fitting(message)
         super().__init__(message)
         self.code = code
-        # It travels as metadata, of which clients take 8 KB.
-        self.message = message[:_MAX_MESSAGE]
+        self.message = message
+        self.by_tenant = by_tenant
+
+
+def fitting(message: str) -> str:
+    """As much of a message as fits the metadata, where grpc writes what is not ASCII as %XX."""
+    left = _MAX_MESSAGE_BYTES
+    for at, character in enumerate(message):
+        plain = " " <= character <= "~" and character != "%"
+        left -= 1 if plain else 3 * len(character.encode("utf-8", "replace"))
+        if left < 0:
+            return message[:at]
+    return message
 
 
 def invalid(message: str) -> RequestError:
@@ -28,6 +47,11 @@ def invalid(message: str) -> RequestError:
 def unavailable(message: str) -> RequestError:
     """UNAVAILABLE."""
     return RequestError(grpc.StatusCode.UNAVAILABLE, message)
+
+
+def exhausted(message: str, by_tenant: bool = False) -> RequestError:
+    """RESOURCE_EXHAUSTED."""
+    return RequestError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, by_tenant)
 
 
 def from_engine(code: str, message: str) -> RequestError:

@@ -13,13 +13,18 @@ from jblock.engine import api
 from jblock.engine.process.client import ProcessEngine
 from jblock.engine.process.server import load_factory
 from jblock.engine.process.supervisor import SupervisedEngine
+from serving import addresses
 from serving.engine_flags import engine_kwargs
 from serving.server import Server, ServerConfig, serve
 from serving.tenants import EVERYBODY, Tenants
 
+# What supervisors and terminals send: stop, Ctrl-C, Ctrl-\\, and that the terminal was closed.
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 _FACTORY = "jblock.engine.factory:build_engine"
 
-_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
+_HOST = flags.DEFINE_string(
+    "host", "127.0.0.1", "Address to listen on: of IPv4, IPv6, a name, or unix:PATH."
+)
 _PORT = flags.DEFINE_integer("port", 8470, "Port to listen on; 0 picks a free one.")
 _PORT_FILE = flags.DEFINE_string("port_file", None, "Where to write the port, once ready.")
 _MAX_QUEUE = flags.DEFINE_integer("max_queue", 256, "Most requests open at once.")
@@ -63,15 +68,24 @@ def _announce(server: Server) -> None:
         with open(aside, "w") as file:
             file.write(f"{server.port}\n")
         os.replace(aside, _PORT_FILE.value)
-    print(f"jblock: serving {models} on {_HOST.value}:{server.port}{metrics}", flush=True)
+    where = addresses.address(_HOST.value, server.port)
+    print(f"jblock: serving {models} on {where}{metrics}", flush=True)
 
 
 async def _serve(config: ServerConfig, engine: api.Engine) -> bool:
-    stop = asyncio.Event()
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def told() -> None:
+        if stop.is_set():
+            hurry.set()
+        stop.set()
+
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    drained = await serve(config, engine, stop, _announce)
+    for number in _STOPPING:
+        # What was ignored when we started stays so: nohup wants no SIGHUP to end us.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            loop.add_signal_handler(number, told)
+    drained = await serve(config, engine, stop, _announce, hurry)
     # asyncio.run cancels the tasks that are left, and grpc logs a cancelled one as an error.
     rest = asyncio.all_tasks() - {asyncio.current_task()}
     if rest:

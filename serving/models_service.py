@@ -9,10 +9,10 @@ import grpc
 from serving.changes import Changes
 from serving.dispatcher import Dispatcher
 from serving.errors import RequestError
+from serving.served_models import ServedModel
 from serving.tenants import Tenants
 from serving.v1 import jblock_pb2 as pb
 from serving.v1 import jblock_pb2_grpc
-from serving.validation import ServedModel
 
 T = TypeVar("T")
 

@@ -9,14 +9,16 @@ from collections.abc import Callable
 
 import grpc
 from absl import logging
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from jblock.engine import api
+from serving import addresses
 from serving.authentication import Authentication
 from serving.changes import Changes
 from serving.dispatcher import Dispatcher
 from serving.errors import DecodeErrors
+from serving.health import Health
 from serving.metrics import Metrics
 from serving.models_service import Models
 from serving.service import Inference
@@ -26,6 +28,9 @@ from serving.v1 import jblock_pb2, jblock_pb2_grpc
 _SERVICES = tuple(s.full_name for s in jblock_pb2.DESCRIPTOR.services_by_name.values())
 # Seconds that calls get at the very end to send what they have; health watchers never end alone.
 _LAST_WORDS_SECONDS = 1.0
+# Calls that arrived and whose handler has not begun: past them grpc answers CANCELLED, which says nothing. So
+# many at once that admission, which says what to do, refuses them first.
+_MAX_PENDING_CALLS = 50_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +38,7 @@ class ServerConfig:
     """How a server meets its clients.
 
     Attributes:
-      host: address to listen on.
+      host: address to listen on: a name, a number of IPv4 or IPv6, or "unix:PATH".
       port: 0 picks a free one.
       max_queue: most requests open at once; more are refused.
       metrics_host: address for Prometheus.
@@ -57,6 +62,11 @@ class ServerConfig:
             port = getattr(self, name)
             if port is not None and not 0 <= port <= 65535:
                 raise ValueError(f"{name}: {port} is no port; give 0 (any) to 65535")
+        addresses.check_host("host", self.host)
+        if self.metrics_port is not None:
+            if addresses.is_unix(self.metrics_host):
+                raise ValueError("metrics_host: metrics have no unix socket; give 127.0.0.1 or ::1")
+            addresses.check_host("metrics_host", self.metrics_host)
         if self.max_queue < 1:
             raise ValueError(f"max_queue: {self.max_queue} admits nothing; give at least 1")
         if not self.drain_seconds >= 0:
@@ -67,7 +77,7 @@ class Server:
     """One listening server. Made and used within one event loop.
 
     Attributes:
-      port: where it listens, once started.
+      port: where it listens, once started; 0 for a unix socket.
       metrics_port: where Prometheus may ask, once started; None without metrics.
     """
 
@@ -82,14 +92,18 @@ class Server:
             engine.stats, lambda: self._dispatcher.num_open, lambda: int(self.is_serving)
         )
         self._stop_metrics: Callable[[], None] = lambda: None
-        self._health = health.aio.HealthServicer()
+        self._health = Health(_SERVICES)
         self._server = grpc.aio.server(
             interceptors=(
                 Authentication(config.tenants, config.open_health, self._metrics.refused.inc),
                 DecodeErrors(),
             ),
             # Two servers on one port would share its clients at random.
-            options=(("grpc.so_reuseport", 0),),
+            options=(
+                ("grpc.so_reuseport", 0),
+                ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
+                ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING_CALLS),
+            ),
         )
         self._watcher: asyncio.Task | None = None
 
@@ -120,14 +134,12 @@ class Server:
         reflection.enable_server_reflection(
             (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
         )
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        address = f"{self.config.host}:{self.config.port}"
+        host, port = self.config.host, self.config.port
         try:
-            self.port = self._server.add_insecure_port(address)
+            bound = self._server.add_insecure_port(addresses.address(host, port))
         except RuntimeError as error:
-            raise OSError(
-                f"port: cannot listen on {address}; free it, or give another (0: any)"
-            ) from error
+            raise OSError(addresses.why_not(host, port)) from error
+        self.port = 0 if addresses.is_unix(host) else bound
         if self.config.metrics_port is not None:
             self.metrics_port, self._stop_metrics = self._metrics.serve(
                 self.config.metrics_host, self.config.metrics_port
@@ -152,7 +164,7 @@ class Server:
                 wait.cancel()
         if self._dispatcher.failure is not None:
             raise self._dispatcher.failure
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._health.set(True)
 
     async def failed(self) -> Exception:
         """Waits until the engine is gone for good; why it is."""
@@ -160,20 +172,32 @@ class Server:
         assert self._dispatcher.failure is not None
         return self._dispatcher.failure
 
-    async def stop(self) -> bool:
+    async def stop(self, hurry: asyncio.Event | None = None) -> bool:
         """Admits no more, lets open requests end, then closes everything.
+
+        Args:
+          hurry: ends the waiting for open requests early when it is set.
 
         Returns:
           Whether all open requests ended within `drain_seconds`.
         """
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        drained = await self._dispatcher.drain(self.config.drain_seconds)
         if self._watcher is not None:
             self._watcher.cancel()
+        self._health.set(False)
+        cut = await self._dispatcher.drain(self.config.drain_seconds, hurry)
+        if cut:
+            logging.warning(
+                "shutting down: %d requests were not over %s, and were cut off",
+                cut,
+                "when it was to hurry"
+                if hurry is not None and hurry.is_set()
+                else f"after drain_seconds, {self.config.drain_seconds:g}, or not read",
+            )
+            self._dispatcher.cut()
         await self._server.stop(_LAST_WORDS_SECONDS)
         self._dispatcher.close()
         self._stop_metrics()
-        return drained
+        return not cut
 
     async def _watch(self) -> None:
         """Keeps health true to the engine."""
@@ -181,13 +205,8 @@ class Server:
         while not dispatcher.dead.is_set():
             await dispatcher.changed.wait()
             dispatcher.changed.clear()
-            status = health_pb2.HealthCheckResponse
-            await self._set_health(status.SERVING if dispatcher.up else status.NOT_SERVING)
+            self._health.set(dispatcher.up)
         logging.error("the engine is gone: %s", dispatcher.failure)
-
-    async def _set_health(self, status: int) -> None:
-        for service in ("", *_SERVICES):
-            await self._health.set(service, status)
 
 
 async def serve(
@@ -195,6 +214,7 @@ async def serve(
     engine: api.Engine,
     stop: asyncio.Event,
     on_ready: Callable[[Server], None] = lambda server: None,
+    hurry: asyncio.Event | None = None,
 ) -> bool:
     """Serves until `stop` is set or the engine is gone for good, then drains and closes the engine.
 
@@ -203,6 +223,7 @@ async def serve(
       engine: what to serve; closed at the end, whatever happens.
       stop: ends it.
       on_ready: called once requests are answered.
+      hurry: cuts short what `stop` began.
 
     Returns:
       Whether all open requests ended in time.
@@ -229,5 +250,5 @@ async def serve(
             raise failed.result()
         failed.cancel()
     finally:
-        drained = await server.stop()
+        drained = await server.stop(hurry)
     return drained

@@ -66,7 +66,11 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
         begin = time.monotonic()
         try:
             tenant = self._tenants.find(context.invocation_metadata())
-            async with contextlib.aclosing(self._parts(request, tenant, begin)) as parts:
+            # A place is taken until the answer is sent, and not only computed: what nobody reads lies
+            # in memory. grpc calls back once its client has taken all.
+            held = contextlib.ExitStack()
+            context.add_done_callback(lambda _: held.close())
+            async with contextlib.aclosing(self._parts(request, tenant, begin, held)) as parts:
                 yield parts
         except RequestError as error:
             code, message = error.code, error.message
@@ -88,7 +92,7 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
             await context.abort(code, message)  # Last, so that who sees the status is counted.
 
     async def _parts(
-        self, request: pb.GenerateRequest, tenant: Tenant, begin: float
+        self, request: pb.GenerateRequest, tenant: Tenant, begin: float, held: contextlib.ExitStack
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """Runs one request; once more where its model was swapped between our look and the engine's.
         Leaving early cancels it in the engine."""
@@ -96,7 +100,7 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
             before = self._dispatcher.models.get(request.model)
             try:
                 with contextlib.ExitStack() as admitted:
-                    answers, usage = await self._submit(request, tenant, admitted)
+                    answers, usage = await self._submit(request, tenant, admitted, held)
                     while not answers.finished:
                         for part in await answers.parts():
                             if part.token_ids and not usage.completion_tokens:
@@ -111,21 +115,27 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
             except RequestError as error:
                 if error.code is not grpc.StatusCode.ABORTED or is_last:
                     raise
+            held.close()
             await self._changes.replaced(before)
 
     async def _submit(
-        self, request: pb.GenerateRequest, tenant: Tenant, admitted: contextlib.ExitStack
+        self,
+        request: pb.GenerateRequest,
+        tenant: Tenant,
+        admitted: contextlib.ExitStack,
+        held: contextlib.ExitStack,
     ) -> tuple[Answers, pb.Usage]:
-        """Hands a request to the engine; it has its places until `admitted` is left."""
+        """Hands a request to the engine, which works on it until `admitted` is left; it has its places until
+        `held` is left too."""
         model = self._dispatcher.find("model", request.model)
         info = model.info
         check_policy(request, info)
         stops = stop_strings(request, model)
         arrived = asyncio.Event()
-        tickets = [
-            admitted.enter_context(self._dispatcher.admit(arrived, tenant))
-            for _ in range(num_samples(request))
-        ]
+        tickets = self._dispatcher.admit(arrived, tenant, num_samples(request))
+        for ticket in tickets:
+            admitted.enter_context(ticket)
+            held.callback(self._dispatcher.leave, ticket)
         prompt = await prompt_ids(request, model)
         sampling = sampling_params(request, model, len(prompt))
         answers = []

@@ -17,24 +17,42 @@ class StopMatcher:
         self._stops = [(stop, _borders(stop)) for stop in stops]
         self._matched = [0] * len(self._stops)  # Characters of each that the text ends with.
         self._held = ""
+        self._hidden: list[tuple[int, int]] = []  # Parts of `_held` that are never sent.
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """What may be sent now, and whether a stop string was found (then it is the last)."""
+    def push(self, text: str, hidden: bool = False) -> tuple[str, bool]:
+        """What may be sent now, and whether a stop string was found (then it is the last). Text that
+        is `hidden` is looked at and never sent: that of special tokens, which stop strings may name."""
         before = len(self._held)
         text = self._held + text
+        if hidden:
+            self._hidden.append((before, len(text)))
         for at in range(before, len(text)):
             found = self._advance(text[at])
             if found:
-                self._held = ""
-                return text[: at + 1 - found], True
+                sent = self._visible(text, at + 1 - found)
+                self._held, self._hidden = "", []
+                return sent, True
         keep = len(text) - max(self._matched, default=0)
+        sent = self._visible(text, keep)
         self._held = text[keep:]
-        return text[:keep], False
+        self._hidden = [(max(0, a - keep), b - keep) for a, b in self._hidden if b > keep]
+        return sent, False
 
     def flush(self) -> str:
         """What was held back; the generation has ended without the rest of a stop string."""
-        held, self._held = self._held, ""
-        return held
+        sent = self._visible(self._held, len(self._held))
+        self._held, self._hidden = "", []
+        return sent
+
+    def _visible(self, text: str, end: int) -> str:
+        """What may be sent of the text up to here."""
+        if not self._hidden:
+            return text[:end]
+        parts, at = [], 0
+        for first, last in self._hidden:
+            parts.append(text[at : min(first, end)])
+            at = min(last, end)
+        return "".join([*parts, text[at:end]])
 
     def _advance(self, character: str) -> int:
         """Takes one character; the length of the longest stop string it completes, or 0."""

@@ -14,7 +14,7 @@ import re
 import secrets
 import stat
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import grpc
@@ -24,7 +24,22 @@ from serving.errors import RequestError
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 _FIELDS = ("name", "key_sha256", "admin", "max_requests")
-_PARSERS = {".json": json.loads, ".toml": tomllib.loads}
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose every name stands once; json.loads takes the last of several without a word."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:80]!r} stands twice in one object; leave one of them")
+    return content
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    ".json": lambda text: json.loads(text, object_pairs_hook=_once),
+    ".toml": tomllib.loads,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

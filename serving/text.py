@@ -2,6 +2,8 @@
 
 import asyncio
 import concurrent.futures
+import functools
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,6 +13,11 @@ from tokenizers import Tokenizer
 from serving.detokenizer import Detokenizer
 from serving.stop import StopMatcher
 
+# Texts are encoded up to here first, in characters for each token that is allowed, then twice as far
+# and so on: one that is too long costs what its limit costs, and not its length.
+_FIRST_LOOK = 2
+# Tokens by which the encoding of a text's beginning may be longer than the text's: what is cut may join.
+_LOOK_MARGIN = 16
 # Longer texts are encoded in a thread: the event loop has other streams to serve.
 _LONG_TEXT = 2000
 _threads = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="tokenize")
@@ -26,6 +33,11 @@ class TextCodec:
         self._tokenizer = tokenizer
         self._longest = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1)
         self.detokenizer = Detokenizer(tokenizer)
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_tokens = {i: token.content for i, token in added.items() if token.special}
+        """The text of each special token, by id; decoding drops them."""
+        self.added_tokens = {token.content: token.special for token in added.values()}
+        """Whether each added token is special, by its text."""
 
     @classmethod
     def load(cls, folder: str) -> "TextCodec":
@@ -49,16 +61,86 @@ class TextCodec:
         the longest there is, four times over for what a normalizer may compose or drop."""
         return num_tokens * self._longest * 4
 
-    async def encode(self, text: str) -> tuple[int, ...]:
-        """The ids of a text, the special tokens of the tokenizer's template added."""
+    async def encode(self, text: str, most: int, *, special: bool = True) -> tuple[int, ...] | None:
+        """The ids of a text, the special tokens of the tokenizer's template added if `special`; None
+        where they are more than `most`, which is found out from its beginning."""
         if len(text) < _LONG_TEXT:
-            return tuple(self._tokenizer.encode(text).ids)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(_threads, self._encode_long, text)
+            ids = tuple(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        else:
+            loop = asyncio.get_running_loop()
+            found = await loop.run_in_executor(_threads, self._encode_long, text, most, special)
+            if found is None:
+                return None
+            ids = found
+        return ids if len(ids) <= most else None
 
-    def _encode_long(self, text: str) -> tuple[int, ...]:
+    async def encode_pieces(
+        self, pieces: Sequence[tuple[str, bool]], most: int
+    ) -> tuple[int, ...] | None:
+        """The ids of a rendered chat: of pieces of text, each with whether no added token is to be
+        found in it. None where they are more than `most`.
+
+        Raises:
+          ValueError: a control token that is to stay text is one for this tokenizer in any case.
+        """
+        if sum(len(text) for text, _ in pieces) < _LONG_TEXT:
+            ids = self._encode_pieces(pieces, most)
+        else:
+            loop = asyncio.get_running_loop()
+            ids = await loop.run_in_executor(_threads, self._encode_pieces, pieces, most)
+        return ids if ids is not None and len(ids) <= most else None
+
+    def _encode_pieces(
+        self, pieces: Sequence[tuple[str, bool]], most: int
+    ) -> tuple[int, ...] | None:
+        ids: tuple[int, ...] = ()
+        for at, (text, plain) in enumerate(pieces):
+            if plain:
+                ids += self._encode_plain(text, first=not at)
+                continue
+            # Behind a newline, so that no space is put before a piece from the middle of a text.
+            lead = self._encode("\n", False) if at else ()
+            found = self._encode_long("\n" * bool(at) + text, most + len(lead), False)
+            if found is None:
+                return None
+            if found[: len(lead)] != lead:
+                found = self._encode(text, False)
+                lead = ()
+            ids += found[len(lead) :]
+            if len(ids) > most:
+                return None
+        return ids
+
+    def _encode_plain(self, text: str, first: bool) -> tuple[int, ...]:
+        """The ids of text in which no added token is found."""
+        tokenizer = self._plain_tokenizer
+        lead = [] if first else tokenizer.encode("\n", add_special_tokens=False).ids
+        ids = tokenizer.encode("\n" * (not first) + text, add_special_tokens=False).ids
+        if ids[: len(lead)] == lead:
+            ids = ids[len(lead) :]
+        else:
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+        if self._tokenizer.token_to_id(text) in ids:
+            raise ValueError(f"{text!r} is a control token wherever it stands; leave it out")
+        return tuple(ids)
+
+    @functools.cached_property
+    def _plain_tokenizer(self) -> Tokenizer:
+        """The tokenizer without its added tokens."""
+        content = json.loads(self._tokenizer.to_str())
+        return Tokenizer.from_str(json.dumps({**content, "added_tokens": []}))
+
+    def _encode_long(self, text: str, most: int, special: bool) -> tuple[int, ...] | None:
+        look = max(_LONG_TEXT, _FIRST_LOOK * most)
+        while look < len(text):
+            if len(self._encode(text[:look], False)) > most + _LOOK_MARGIN:
+                return None
+            look *= 2
+        return self._encode(text, special)
+
+    def _encode(self, text: str, special: bool) -> tuple[int, ...]:
         # Of the library's ways to encode, only the batched ones let other Python threads run.
-        return tuple(self._tokenizer.encode_batch_fast([text])[0].ids)
+        return tuple(self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids)
 
 
 class Piece(NamedTuple):
@@ -84,6 +166,9 @@ class TextStream:
         self._free = min_tokens
         self._detokenizer = codec.detokenizer.stream() if codec else None
         self._matcher = StopMatcher(stops) if stops else None
+        # Special tokens that a stop string names are looked at, though never sent.
+        special = codec.special_tokens if codec else {}
+        self._special = {i: t for i, t in special.items() if t and any(t in s for s in stops)}
 
     def push(self, token_ids: Sequence[int]) -> Piece:
         """Takes new ids."""
@@ -94,12 +179,7 @@ class TextStream:
             return Piece(text=text, num_tokens=len(token_ids), stopped=False)
         text = ""
         for count, token_id in enumerate(token_ids, 1):  # One by one: which id completes a stop?
-            new = self._detokenizer.push((token_id,))
-            if self._free:
-                self._free -= 1
-                text += new
-                continue
-            more, stopped = self._matcher.push(new)
+            more, stopped = self._push(token_id)
             text += more
             if stopped:
                 return Piece(text=text, num_tokens=count, stopped=True)
@@ -114,3 +194,17 @@ class TextStream:
         if not stopped:
             text += self._matcher.flush()
         return Piece(text=text, num_tokens=0, stopped=stopped)
+
+    def _push(self, token_id: int) -> tuple[str, bool]:
+        """What one id brings, and whether it completes a stop string."""
+        assert self._detokenizer is not None and self._matcher is not None
+        new = self._detokenizer.push((token_id,))
+        if self._free:
+            self._free -= 1
+            return new, False
+        text, stopped = self._matcher.push(new)
+        if stopped or token_id not in self._special:
+            return text, stopped
+        # What was an unfinished character stands before the special token, and stays one if this is the end.
+        more, stopped = self._matcher.push(self._special[token_id], hidden=True)
+        return text + (self._detokenizer.flush() if stopped else "") + more, stopped

@@ -1,26 +1,17 @@
 """From a request as it came to one the engine can run, or to an error that says what to change."""
 
-import dataclasses
 from typing import Any
 
 from jblock.engine import api
 from jblock.engine.scheduling.request_checks import LOGIT_BIAS, first_problem
 from serving.errors import invalid
-from serving.text import TextCodec
+from serving.served_models import ServedModel
 from serving.v1 import jblock_pb2 as pb
 
 _MAX_STOPS = 16
 _MAX_STOP_LENGTH = 256
 _MAX_STOP_IDS = 64
 _MAX_SAMPLES = 16
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ServedModel:
-    """One model and its tokenizer, if it has one."""
-
-    info: api.ModelInfo
-    codec: TextCodec | None
 
 
 async def prompt_ids(request: pb.GenerateRequest, model: ServedModel) -> tuple[int, ...]:
@@ -42,7 +33,13 @@ async def prompt_ids(request: pb.GenerateRequest, model: ServedModel) -> tuple[i
                 f"text: prompt has {len(request.text)} characters, {model.info.name} takes at most "
                 f"{most} tokens; shorten it"
             )
-        ids = await model.codec.encode(request.text)
+        found = await model.codec.encode(request.text, most)
+        if found is None:
+            raise invalid(
+                f"text: prompt has {len(request.text)} characters, which are more tokens than "
+                f"{model.info.name} takes; it takes at most {most}; shorten it"
+            )
+        ids = found
         if not ids:
             raise invalid(f"text: {request.text[:40]!r} encodes to no token; send other text")
     elif given == "token_ids":

@@ -97,6 +97,11 @@ class EngineConfig:
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{field} is {value!r}; give a whole number of at least 1")
+        if self.max_model_len < 2:
+            raise ValueError(
+                f"max_model_len is {self.max_model_len}; give at least 2: one token of prompt and "
+                f"one of output"
+            )
         for field in ("kv_memory_mb", "host_kv_memory_mb"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 0:

@@ -5,6 +5,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import server_harness as harness
@@ -72,6 +73,26 @@ def test_serve_says_where_drains_and_ends_with_0(start_server, tmp_path, engine,
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    "numbers", [(signal.SIGINT, signal.SIGINT), (signal.SIGHUP, signal.SIGQUIT)]
+)
+def test_a_second_signal_hurries(start_server, tmp_path, numbers):
+    server = start_server("--zoo=x", f"--host=unix:{tmp_path}/socket", "--drain_seconds=60")
+    assert server.stdout.readline() == f"jblock: serving 1 model on unix:{tmp_path}/socket\n"
+    with Client(f"unix:{tmp_path}/socket") as stub:
+        stream = stub.stream("echo", [1], max_tokens=1000)
+        next(stream)
+        server.send_signal(numbers[0])
+        time.sleep(0.3)
+        assert server.poll() is None
+        server.send_signal(numbers[1])
+        with pytest.raises(ClientError, match="UNAVAILABLE: server: shut down before"):
+            list(stream)
+    _, err = server.communicate(timeout=10)
+    assert server.returncode == 0
+    assert "1 requests were not over when it was to hurry, and were cut off" in err
+
+
 def test_every_engine_flag_reaches_the_engine(start_server):
     flags = {
         "dtype": "bfloat16",
@@ -104,6 +125,11 @@ def test_what_is_not_given_is_left_to_the_engine(start_server):
         (["--zoo=x", "--port=99999"], "jblock-serve: port: 99999 is no port"),
         (["--zoo=x", "--max_queue=0"], "jblock-serve: max_queue: 0 admits nothing"),
         (["--zoo=x", "stray"], "jblock-serve: arguments: ['stray'] are not understood"),
+        (["--zoo="], "jblock-serve: zoo: is empty"),
+        (["--zoo=x", "--models="], "jblock-serve: models: '' leaves a name empty"),
+        (["--zoo=x", "--models=a,,b"], "jblock-serve: models: 'a,,b' leaves a name empty"),
+        (["--zoo=x", "--models=a@1,b,a@2"], "jblock-serve: models: 'a' is there twice"),
+        (["--zoo=x", "--host=nowhere.invalid"], "jblock-serve: host: 'nowhere.invalid' is no"),
         ([], "zoo"),
         (["--zoo=x", "--nonsense"], "jblock-serve: Unknown command line flag 'nonsense'"),
         (["--zoo=x", "--profiler_port=-1"], "profiler_port"),

@@ -164,9 +164,11 @@ def test_a_slow_reader_gets_everything_in_few_messages(slow):
 
 def test_outputs_that_nobody_reads_are_merged(slow):
     async def run():
-        with slow.server._dispatcher.admit(asyncio.Event()) as ticket:
-            from jblock.engine import api
+        from jblock.engine import api
 
+        dispatcher = slow.server._dispatcher
+        (ticket,) = dispatcher.admit(asyncio.Event())
+        with ticket:
             sampling = api.SamplingParams(max_tokens=20)
             ticket.submit(
                 api.Request(
@@ -174,7 +176,9 @@ def test_outputs_that_nobody_reads_are_merged(slow):
                 )
             )
             await asyncio.sleep(0.6)
-            return ticket.take()
+            taken = ticket.take()
+        dispatcher.leave(ticket)
+        return taken
 
     output = slow.call(run())
     assert len(output.token_ids) == 20

@@ -257,6 +257,8 @@ def entry(**fields):
     [
         ("{", "auth.json cannot be read: "),
         ("[]", "has no list 'tenants'"),
+        ('{"tenants": [], "tenants": []}', "'tenants' stands twice in one object"),
+        ('{"tenants": [{"name": "a", "max_requests": 1, "name": "b"}]}', "'name' stands twice"),
         ([], "give at least one tenant"),
         ([7], r"tenants\[0\]: is no table of name, key_sha256, admin, max_requests"),
         (entry(colour=1), r"tenants\[0\].colour: is no field; there are name"),
