@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-long compilers serve lint proto clean
+.PHONY: demo test test-long compilers clients serve lint proto clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m examples.demo
 
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest -n 2 -m 'not long and not compilers' tests
+	$(BIN)/python -m pytest -n 2 -m 'not long and not compilers and not clients' tests
 
 test-long: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m long tests
@@ -28,6 +28,12 @@ compilers:
 	$(PYTHON) -m venv $(VENV)-compilers
 	$(VENV)-compilers/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,compile]'
 	$(VENV)-compilers/bin/python -m pytest -m compilers tests
+
+# Clients as others publish them, against the server; an environment of its own, since what they need is much.
+clients:
+	$(PYTHON) -m venv $(VENV)-clients
+	$(VENV)-clients/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' openai langchain-openai
+	$(VENV)-clients/bin/python -m pytest -m clients tests/clients
 
 serve: $(VENV)/.installed
 	$(BIN)/python -m examples.demo --serve_only

@@ -37,12 +37,17 @@ def program(argv0: str, otherwise: str) -> str:
     return name if name.startswith("jblock") else otherwise
 
 
+def own_version() -> str:
+    """jblock's version."""
+    try:
+        return importlib.metadata.version("jblock")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
 def version() -> str:
     """One line: jblock's version, and those that decide what it computes."""
-    try:
-        own = importlib.metadata.version("jblock")
-    except importlib.metadata.PackageNotFoundError:
-        own = "(not installed)"
+    own = own_version()
     jax, jaxlib = (importlib.metadata.version(name) for name in ("jax", "jaxlib"))
     return f"jblock {own} (jax {jax}, jaxlib {jaxlib}, Python {platform.python_version()})"
 

@@ -69,6 +69,11 @@ class Dispatcher:
         taken all of the answer."""
         return len(self._places)
 
+    @property
+    def serves(self) -> bool:
+        """Whether requests are taken and computed now."""
+        return self.up and not self._draining
+
     def start(self) -> None:
         """Begins to read the engine; `ready` or `dead` follows."""
         self._thread.start()
@@ -347,4 +352,5 @@ def _merged(outputs: Sequence[api.Output]) -> api.Output:
         logprobs=tuple(p for o in outputs for p in o.logprobs),
         top_logprobs=tuple(t for o in outputs for t in o.top_logprobs),
         prompt_logprobs=tuple(p for o in outputs for p in o.prompt_logprobs),
+        prompt_top_logprobs=tuple(t for o in outputs for t in o.prompt_top_logprobs),
     )

@@ -1,16 +1,203 @@
-"""The answers to one request: what the engine brought to each sample, as messages."""
+"""What happens to a generation, whichever protocol asked: admission, the engine, and the answer as it
+grows."""
 
 import asyncio
-import collections
+import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Iterator, Sequence
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
 
+import grpc
+
+from jblock.chat.render import Conversation
 from jblock.engine import api
-from serving.dispatcher import Ticket
+from serving.changes import Changes
+from serving.chat.prompts import chat_ids
+from serving.chat.renderer import Renderer
+from serving.chat.tool_calls import Parser, ToolCall, parser_of
+from serving.dispatcher import Dispatcher, Ticket
+from serving.errors import RequestError
+from serving.metrics import Metrics
+from serving.served_models import ServedModel
+from serving.tenants import Tenant
 from serving.text import TextStream
 from serving.v1 import jblock_pb2 as pb
+from serving.validation import (
+    check_policy,
+    num_samples,
+    prompt_ids,
+    sampling_params,
+    stop_strings,
+)
 
-_FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ask:
+    """One prompt and how to go on from it.
+
+    Attributes:
+      request: sampling, and the prompt as text or ids.
+      conversation: the prompt where it is a chat.
+      default_max_tokens: most tokens where the request names no limit, less where the model's length
+        ends; None: the engine's own.
+    """
+
+    request: pb.GenerateRequest
+    conversation: Conversation | None = None
+    default_max_tokens: int | None = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class Usage:
+    """What a call took; times in seconds from its arrival."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    time_to_first_token: float = 0.0
+    total_time: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """What is new of one answer.
+
+    Attributes:
+      index: which answer: those of the first prompt come first.
+      text: up to a stop string; may lag behind token_ids.
+      tool_calls: calls of a conversation's tools, which are not in text; each comes once it is complete.
+      output: ids and log-probabilities, cut to those that belong to the answer.
+      finish_reason: "stop" or "length" in the last part of an answer, else None.
+      model: who answers.
+      prompt: the ids of its prompt.
+      usage: of the whole call so far; complete in its last part.
+      is_last: no answer of the call has more to come.
+    """
+
+    index: int
+    text: str
+    tool_calls: tuple[ToolCall, ...]
+    output: api.Output
+    finish_reason: str | None
+    model: api.ModelInfo
+    prompt: tuple[int, ...]
+    usage: Usage
+    is_last: bool = False
+
+
+class Generator:
+    """Runs the generations of one server."""
+
+    def __init__(
+        self, dispatcher: Dispatcher, changes: Changes, renderer: Renderer, metrics: Metrics
+    ):
+        self._dispatcher, self._changes = dispatcher, changes
+        self._renderer, self._metrics = renderer, metrics
+
+    async def parts(
+        self,
+        asks: Sequence[Ask],
+        tenant: Tenant,
+        begin: float,
+        held: contextlib.ExitStack,
+        field: str = "n",
+    ) -> AsyncGenerator[Part, None]:
+        """The answers to some prompts for one model, in parts as they come.
+
+        Once more where the model was swapped between our look and the engine's. Leaving early cancels
+        all in the engine. The answers keep their places in the queue until `held` is left.
+
+        Args:
+          asks: what to answer; each gives as many answers as its request's `n`.
+          tenant: who asks.
+          begin: when the call came, by the monotonic clock.
+          held: takes what gives the places back.
+          field: that decides how many answers there are.
+
+        Raises:
+          RequestError: the call cannot be served; then parts that came before are worth nothing.
+        """
+        name = asks[0].request.model
+        for is_last in (False, True):
+            before = self._dispatcher.models.get(name)
+            try:
+                with contextlib.ExitStack() as admitted:
+                    answers, usage = await self._submit(asks, tenant, admitted, held, field)
+                    while not answers.finished:
+                        for part in await answers.parts(usage):
+                            if part.output.token_ids and not usage.completion_tokens:
+                                usage.time_to_first_token = time.monotonic() - begin
+                            usage.completion_tokens += len(part.output.token_ids)
+                            if part.is_last:
+                                usage.total_time = time.monotonic() - begin
+                                self._count(name, usage)
+                            yield part
+                return
+            except RequestError as error:
+                if error.code is not grpc.StatusCode.ABORTED or is_last:
+                    raise
+            held.close()
+            await self._changes.replaced(before)
+
+    async def _submit(
+        self,
+        asks: Sequence[Ask],
+        tenant: Tenant,
+        admitted: contextlib.ExitStack,
+        held: contextlib.ExitStack,
+        field: str,
+    ) -> tuple["Answers", Usage]:
+        """Hands prompts to the engine, which works on them until `admitted` is left."""
+        model = self._dispatcher.find("model", asks[0].request.model)
+        info = model.info
+        for ask in asks:
+            check_policy(ask.request, info)
+            stop_strings(ask.request, model)
+        arrived = asyncio.Event()
+        counts = [num_samples(ask.request) for ask in asks]
+        tickets = self._dispatcher.admit(arrived, tenant, sum(counts), field)
+        for ticket in tickets:
+            admitted.enter_context(ticket)
+            held.callback(self._dispatcher.leave, ticket)
+        answers: list[Answer] = []
+        requests: list[api.Request] = []
+        usage = Usage()
+        for ask, count in zip(asks, counts, strict=True):
+            prompt = await self._prompt(ask, model)
+            usage.prompt_tokens += len(prompt)
+            sampling = sampling_params(ask.request, model, len(prompt), ask.default_max_tokens)
+            stops = stop_strings(ask.request, model)
+            has_tools = ask.conversation is not None and ask.conversation.tools is not None
+            new_parser = parser_of(model) if has_tools else Parser
+            for sample_index in range(count):
+                index = len(answers)
+                ticket = tickets[index]
+                requests.append(
+                    api.Request(
+                        request_id=ticket.request_id,
+                        model=info.name,
+                        token_ids=prompt,
+                        sampling=sample(sampling, sample_index),
+                        cache_salt=tenant.cache_salt,
+                        version=info.version,
+                    )
+                )
+                stream = TextStream(model.codec, stops, sampling.min_tokens)
+                answers.append(Answer(index, ticket, stream, new_parser(), info, prompt))
+        # Not before all are known to be right.
+        for ticket, request in zip(tickets, requests, strict=True):
+            ticket.submit(request)
+        return Answers(answers, arrived), usage
+
+    async def _prompt(self, ask: Ask, model: ServedModel) -> tuple[int, ...]:
+        if ask.conversation is not None:
+            return await chat_ids(model, ask.conversation, self._renderer)
+        return await prompt_ids(ask.request, model)
+
+    def _count(self, model: str, usage: Usage) -> None:
+        self._metrics.tokens.labels(model, "prompt").inc(usage.prompt_tokens)
+        self._metrics.tokens.labels(model, "completion").inc(usage.completion_tokens)
+        if usage.completion_tokens:
+            self._metrics.time_to_first_token.labels(model).observe(usage.time_to_first_token)
 
 
 def sample(sampling: api.SamplingParams, index: int) -> api.SamplingParams:
@@ -31,19 +218,22 @@ class Answer:
       finished: its last part was made.
     """
 
-    def __init__(self, index: int, ticket: Ticket, stream: TextStream, info: api.ModelInfo):
+    def __init__(
+        self,
+        index: int,
+        ticket: Ticket,
+        stream: TextStream,
+        parser: Parser,
+        info: api.ModelInfo,
+        prompt: tuple[int, ...],
+    ):
         self.ticket = ticket
         self.finished = False
-        self._stream = stream
-        self._fields = {
-            "policy": pb.Policy.Value(f"POLICY_{info.policy.upper()}"),
-            "model": info.name,
-            "model_version": info.version,
-            "index": index,
-        }
+        self._index, self._stream, self._info, self._prompt = index, stream, info, prompt
+        self._parser = parser
 
-    def part(self, output: api.Output) -> pb.GenerateStreamResponse:
-        """The message of an output: text up to a stop string, and as many ids as belong to it."""
+    def part(self, output: api.Output, usage: Usage, others_finished: bool) -> Part:
+        """What an output brings: text up to a stop string, and as many ids as belong to it."""
         piece = self._stream.push(output.token_ids)
         finish_reason = "stop" if piece.stopped else output.finish_reason
         text, count = piece.text, piece.num_tokens
@@ -51,22 +241,30 @@ class Answer:
             rest = self._stream.flush()
             text += rest.text
             finish_reason = "stop" if rest.stopped else finish_reason
-        part = pb.GenerateStreamResponse(
+        text, calls = self._parser.push(text, final=bool(finish_reason))
+        if count < len(output.token_ids):
+            output = dataclasses.replace(
+                output,
+                token_ids=output.token_ids[:count],
+                logprobs=output.logprobs[:count],
+                top_logprobs=output.top_logprobs[:count],
+            )
+        self.finished = bool(finish_reason)
+        return Part(
+            index=self._index,
             text=text,
-            token_ids=output.token_ids[:count],
-            logprobs=output.logprobs[:count],
-            top_logprobs=[_top(tokens) for tokens in output.top_logprobs[:count]],
-            prompt_logprobs=output.prompt_logprobs,
-            **self._fields,
+            tool_calls=tuple(calls),
+            output=output,
+            finish_reason=finish_reason,
+            model=self._info,
+            prompt=self._prompt,
+            usage=usage,
+            is_last=self.finished and others_finished,
         )
-        if finish_reason:
-            self.finished = True
-            part.finish_reason = _FINISH[finish_reason]
-        return part
 
 
 class Answers:
-    """The samples of one request.
+    """The answers of one call.
 
     Attributes:
       finished: the last part of the last of them was made.
@@ -80,50 +278,19 @@ class Answers:
     def finished(self) -> bool:
         return all(answer.finished for answer in self._answers)
 
-    async def parts(self) -> Iterator[pb.GenerateStreamResponse]:
-        """Waits for the next outputs; their messages, each made when it is asked for.
+    async def parts(self, usage: Usage) -> Iterator[Part]:
+        """Waits for the next outputs; what they bring, each made when it is asked for.
 
         Raises:
-          RequestError: one of the samples failed.
+          RequestError: one of the answers failed.
         """
         await self._arrived.wait()
         self._arrived.clear()
         # One that failed must be seen before the parts of others are sent.
         outputs = [(a, a.ticket.take()) for a in self._answers if not a.finished]
-        return (answer.part(output) for answer, output in outputs if output is not None)
+        return self._made([(a, output) for a, output in outputs if output is not None], usage)
 
-
-async def collect(parts: AsyncIterator[pb.GenerateStreamResponse]) -> pb.GenerateResponse:
-    """A stream as one message."""
-    samples: dict[int, pb.GenerateResponse] = collections.defaultdict(pb.GenerateResponse)
-    texts: dict[int, list[str]] = collections.defaultdict(list)
-    usage = pb.Usage()
-    async for part in parts:
-        index = part.index
-        texts[index].append(part.text)
-        usage.MergeFrom(part.usage)
-        for field in ("text", "index", "usage"):
-            part.ClearField(field)
-        # The fields have the same numbers in both messages.
-        samples[index].MergeFromString(part.SerializeToString())
-    for index, sampled in samples.items():
-        sampled.text = "".join(texts[index])
-    response = samples[0]
-    if len(samples) > 1:
-        response.choices.extend(_choice(samples[index]) for index in sorted(samples))
-    response.usage.CopyFrom(usage)
-    return response
-
-
-def _choice(answer: pb.GenerateResponse) -> pb.Choice:
-    return pb.Choice(
-        text=answer.text,
-        token_ids=answer.token_ids,
-        logprobs=answer.logprobs,
-        finish_reason=answer.finish_reason,
-        top_logprobs=answer.top_logprobs,
-    )
-
-
-def _top(tokens: tuple[tuple[int, float], ...]) -> pb.TopLogprobs:
-    return pb.TopLogprobs(tokens=[pb.TokenLogprob(token_id=i, logprob=p) for i, p in tokens])
+    def _made(self, outputs: list[tuple[Answer, api.Output]], usage: Usage) -> Iterator[Part]:
+        for answer, output in outputs:
+            others = all(a.finished for a in self._answers if a is not answer)
+            yield answer.part(output, usage, others)

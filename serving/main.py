@@ -26,6 +26,9 @@ _HOST = flags.DEFINE_string(
     "host", "127.0.0.1", "Address to listen on: of IPv4, IPv6, a name, or unix:PATH."
 )
 _PORT = flags.DEFINE_integer("port", 8470, "Port to listen on; 0 picks a free one.")
+_HTTP_PORT = flags.DEFINE_integer(
+    "http_port", None, "Port of the OpenAI-compatible HTTP API; 0 picks a free one; default: none."
+)
 _PORT_FILE = flags.DEFINE_string("port_file", None, "Where to write the port, once ready.")
 _MAX_QUEUE = flags.DEFINE_integer("max_queue", 256, "Most requests open at once.")
 _METRICS_HOST = flags.DEFINE_string("metrics_host", "127.0.0.1", "Address for Prometheus.")
@@ -61,6 +64,7 @@ _PROFILER_PORT = flags.DEFINE_integer(
 
 def _announce(server: Server) -> None:
     models = f"{server.num_models} model" + "s" * (server.num_models != 1)
+    http = f", HTTP on port {server.http_port}" if server.http_port else ""
     metrics = f", metrics on port {server.metrics_port}" if server.metrics_port else ""
     if _PORT_FILE.value:
         # Aside and renamed: who waits for the file never reads half a number.
@@ -69,7 +73,7 @@ def _announce(server: Server) -> None:
             file.write(f"{server.port}\n")
         os.replace(aside, _PORT_FILE.value)
     where = addresses.address(_HOST.value, server.port)
-    print(f"jblock: serving {models} on {where}{metrics}", flush=True)
+    print(f"jblock: serving {models} on {where}{http}{metrics}", flush=True)
 
 
 async def _serve(config: ServerConfig, engine: api.Engine) -> bool:
@@ -111,6 +115,7 @@ def main(argv: list[str]) -> int:
         config = ServerConfig(
             host=_HOST.value,
             port=_PORT.value,
+            http_port=_HTTP_PORT.value,
             max_queue=_MAX_QUEUE.value,
             metrics_host=_METRICS_HOST.value,
             metrics_port=_METRICS_PORT.value,

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterable
 
+import grpc
 import prometheus_client as prom
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -90,6 +91,11 @@ class Metrics:
         self._gauge("requests_open", "Requests admitted and not yet over.", num_open)
         self._gauge("engine_up", "1 while the engine serves.", up)
         self.registry.register(_EngineCollector(stats))
+
+    def ended(self, model: str, code: grpc.StatusCode, seconds: float) -> None:
+        """Counts a request that is over."""
+        self.requests.labels(model, code.name).inc()
+        self.request_time.labels(model).observe(seconds)
 
     def serve(self, host: str, port: int) -> tuple[int, Callable[[], None]]:
         """Answers scrapes over HTTP in a thread.

@@ -16,9 +16,14 @@ from jblock.engine import api
 from serving import addresses
 from serving.authentication import Authentication
 from serving.changes import Changes
+from serving.chat.renderer import Renderer
 from serving.dispatcher import Dispatcher
 from serving.errors import DecodeErrors
+from serving.generation import Generator
 from serving.health import Health
+from serving.http.app import make_app
+from serving.http.calls import Calls
+from serving.http.listener import Listener
 from serving.metrics import Metrics
 from serving.models_service import Models
 from serving.service import Inference
@@ -40,6 +45,7 @@ class ServerConfig:
     Attributes:
       host: address to listen on: a name, a number of IPv4 or IPv6, or "unix:PATH".
       port: 0 picks a free one.
+      http_port: where the OpenAI-compatible API listens, on the same host; None: nowhere; 0 picks a free one.
       max_queue: most requests open at once; more are refused.
       metrics_host: address for Prometheus.
       metrics_port: None: no metrics; 0 picks a free one.
@@ -50,6 +56,7 @@ class ServerConfig:
 
     host: str = "127.0.0.1"
     port: int = 0
+    http_port: int | None = None
     max_queue: int = 256
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = None
@@ -58,11 +65,15 @@ class ServerConfig:
     open_health: bool = False
 
     def __post_init__(self):
-        for name in ("port", "metrics_port"):
+        for name in ("port", "http_port", "metrics_port"):
             port = getattr(self, name)
             if port is not None and not 0 <= port <= 65535:
                 raise ValueError(f"{name}: {port} is no port; give 0 (any) to 65535")
         addresses.check_host("host", self.host)
+        if self.http_port is not None and addresses.is_unix(self.host):
+            raise ValueError(
+                "http_port: a unix socket has no port; give a host that has, or leave it out"
+            )
         if self.metrics_port is not None:
             if addresses.is_unix(self.metrics_host):
                 raise ValueError("metrics_host: metrics have no unix socket; give 127.0.0.1 or ::1")
@@ -78,6 +89,7 @@ class Server:
 
     Attributes:
       port: where it listens, once started; 0 for a unix socket.
+      http_port: where the OpenAI-compatible API listens, once started; None without it.
       metrics_port: where Prometheus may ask, once started; None without metrics.
     """
 
@@ -85,6 +97,7 @@ class Server:
         """Takes the engine over: `stop` closes it."""
         self.config = config
         self.port = 0
+        self.http_port: int | None = None
         self.metrics_port: int | None = None
         self._dispatcher = Dispatcher(engine, config.max_queue)
         self._changes = Changes(self._dispatcher)
@@ -92,6 +105,8 @@ class Server:
             engine.stats, lambda: self._dispatcher.num_open, lambda: int(self.is_serving)
         )
         self._stop_metrics: Callable[[], None] = lambda: None
+        self._renderer = Renderer()
+        self._generator = Generator(self._dispatcher, self._changes, self._renderer, self._metrics)
         self._health = Health(_SERVICES)
         self._server = grpc.aio.server(
             interceptors=(
@@ -105,6 +120,11 @@ class Server:
                 ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING_CALLS),
             ),
         )
+        self._http: Listener | None = None
+        if config.http_port is not None:
+            calls = Calls(self._dispatcher, self._generator, config.tenants, self._metrics)
+            app = make_app(calls, self._renderer, config.open_health)
+            self._http = Listener(app, config.host, config.http_port, _LAST_WORDS_SECONDS)
         self._watcher: asyncio.Task | None = None
 
     @property
@@ -124,7 +144,7 @@ class Server:
           OSError: a port is taken.
         """
         jblock_pb2_grpc.add_InferenceServicer_to_server(
-            Inference(self._dispatcher, self._changes, self.config.tenants, self._metrics),
+            Inference(self._dispatcher, self._generator, self.config.tenants, self._metrics),
             self._server,
         )
         jblock_pb2_grpc.add_ModelsServicer_to_server(
@@ -145,6 +165,9 @@ class Server:
                 self.config.metrics_host, self.config.metrics_port
             )
         await self._server.start()
+        if self._http is not None:
+            await self._http.start()
+            self.http_port = self._http.port
         self._dispatcher.start()
         self._watcher = asyncio.create_task(self._watch())
 
@@ -194,7 +217,10 @@ class Server:
                 else f"after drain_seconds, {self.config.drain_seconds:g}, or not read",
             )
             self._dispatcher.cut()
-        await self._server.stop(_LAST_WORDS_SECONDS)
+        await asyncio.gather(
+            self._server.stop(_LAST_WORDS_SECONDS), *([self._http.stop()] if self._http else [])
+        )
+        await self._renderer.close()
         self._dispatcher.close()
         self._stop_metrics()
         return not cut

@@ -33,6 +33,7 @@ class TextCodec:
         self._tokenizer = tokenizer
         self._longest = max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1)
         self.detokenizer = Detokenizer(tokenizer)
+        self._byte_level = _is_byte_level(tokenizer)
         added = tokenizer.get_added_tokens_decoder()
         self.special_tokens = {i: token.content for i, token in added.items() if token.special}
         """The text of each special token, by id; decoding drops them."""
@@ -73,6 +74,30 @@ class TextCodec:
                 return None
             ids = found
         return ids if len(ids) <= most else None
+
+    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of some ids, with that of special tokens if `special`."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=not special)
+
+    def token(self, token_id: int) -> str:
+        """A token as the vocabulary writes it; "" for padding of the vocabulary."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, wherever it does."""
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token in self.added_tokens:
+            return token.encode()
+        if token_id in self.detokenizer.byte_ids:
+            return bytes([int(token[3:-1], 16)])
+        if self._byte_level and all(c in _BYTES for c in token):
+            return bytes(_BYTES[c] for c in token)
+        # A decoder may strip the space that begins a text: look at what a token adds behind another.
+        lead = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        both = self._tokenizer.decode([token_id, token_id], skip_special_tokens=False)
+        return both[len(lead) :].encode() if both.startswith(lead) else lead.encode()
 
     async def encode_pieces(
         self, pieces: Sequence[tuple[str, bool]], most: int
@@ -141,6 +166,23 @@ class TextCodec:
     def _encode(self, text: str, special: bool) -> tuple[int, ...]:
         # Of the library's ways to encode, only the batched ones let other Python threads run.
         return tuple(self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters in which byte-level vocabularies write bytes, as GPT-2 chose them."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    named = {chr(byte): byte for byte in plain}
+    return named | {chr(256 + at): byte for at, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
+
+
+def _is_byte_level(tokenizer: Tokenizer) -> bool:
+    """Whether its decoder reads each character of a token as one byte."""
+    decoder = tokenizer.decoder
+    return decoder is not None and decoder.decode(["Ã©"]) == "é"
 
 
 class Piece(NamedTuple):

@@ -64,7 +64,10 @@ async def prompt_ids(request: pb.GenerateRequest, model: ServedModel) -> tuple[i
 
 
 def sampling_params(
-    request: pb.GenerateRequest, model: ServedModel, prompt_tokens: int
+    request: pb.GenerateRequest,
+    model: ServedModel,
+    prompt_tokens: int,
+    default_max_tokens: int | None = None,
 ) -> api.SamplingParams:
     """The sampling fields, checked, with defaults for what was not set.
 
@@ -73,6 +76,7 @@ def sampling_params(
     """
     default = api.SamplingParams()
     left = model.info.max_model_len - prompt_tokens
+    most = default.max_tokens if default_max_tokens is None else default_max_tokens
     params = api.SamplingParams(
         temperature=_given(request, "temperature", default.temperature),
         top_k=_given(request, "top_k", default.top_k),
@@ -83,7 +87,7 @@ def sampling_params(
         frequency_penalty=_given(request, "frequency_penalty", default.frequency_penalty),
         logit_bias=tuple(sorted(request.logit_bias.items())),
         seed=_given(request, "seed", None),
-        max_tokens=_given(request, "max_tokens", min(default.max_tokens, left)),
+        max_tokens=_given(request, "max_tokens", min(most, left)),
         min_tokens=_given(request, "min_tokens", default.min_tokens),
         stop_token_ids=tuple(request.stop_token_ids),
         ignore_eos=request.ignore_eos,

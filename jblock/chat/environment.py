@@ -132,7 +132,11 @@ def takes_parts(source: str) -> bool:
     for assign in tree.find_all(nodes.Assign):
         if isinstance(assign.target, nodes.Name) and _is_content(assign.node, names):
             names.add(assign.target.name)
-    return any(_is_content(loop.iter, names) for loop in tree.find_all(nodes.For))
+    loops = any(_is_content(loop.iter, names) for loop in tree.find_all(nodes.For))
+    return loops or any(
+        f.name in ("map", "selectattr", "rejectattr") and _is_content(f.node, names)
+        for f in tree.find_all(nodes.Filter)
+    )
 
 
 def _is_content(node: Any, names: set[str]) -> bool:

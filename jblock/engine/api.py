@@ -97,6 +97,8 @@ class Output:
       top_logprobs: for each of token_ids when asked for, (id, log-probability) pairs, best first.
       prompt_logprobs: one for each prompt token but the first, once, in the first output that follows
         from the prompt, when asked for.
+      prompt_top_logprobs: beside each of prompt_logprobs the best token there, as top_logprobs has it, from
+        the same logits.
       finish_reason: None while running; "stop" (eos or stop id), "length", "cancelled", "error".
       error_code: name of a gRPC status code when finish_reason is "error" ("NOT_FOUND", ...).
       error_message: what was given, what was expected and what to do.
@@ -107,6 +109,7 @@ class Output:
     logprobs: tuple[float, ...] = ()
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
     prompt_logprobs: tuple[float, ...] = ()
+    prompt_top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
     finish_reason: str | None = None
     error_code: str = ""
     error_message: str = ""

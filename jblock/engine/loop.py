@@ -351,7 +351,7 @@ class Loop:
                 if item.sequence.finished:
                     continue
                 if item.scores and scores is not None:
-                    item.sequence.take_scores(item.start, scores[i, : item.q_len].tolist())
+                    item.sequence.take_scores(item.start, scores[i, : item.q_len])
                 if item.samples:
                     picked = Picked(int(packed[i, 0]), float(logprobs[i]), bool(packed[i, 2]))
                     best = None if top is None else top[i]
@@ -373,6 +373,7 @@ class Loop:
         fields: dict[str, Any] = {}
         if sequence.scores_prompt:
             fields["prompt_logprobs"] = tuple(sequence.prompt_logprobs)
+            fields["prompt_top_logprobs"] = tuple((best,) for best in sequence.prompt_best)
         if picked.token in sequence.end_ids:
             self._finish(sequence, "stop", **fields)
             return

@@ -38,8 +38,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         found = control_tokens.pattern(_control_tokens(source, request))
         everything = control_tokens.pattern(request["added"])
         fields = dict(request["conversation"])
-        for name in ("messages", "tools", "documents", "variables"):
+        for name in ("messages", "tools", "documents"):
             fields[name] = control_tokens.mark(fields.get(name), found)
+        fields["variables"] = control_tokens.mark(fields.get("variables") or {}, found)
         text = render(source, Conversation(**fields), request["special_tokens"])
         if len(text) > MAX_TEXT:
             return _error("template", f"it wrote {len(text)} characters")

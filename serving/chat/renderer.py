@@ -6,6 +6,7 @@ up to a limit, and one stays for the next; starting one takes a tenth of a secon
 
 import asyncio
 import collections
+import contextlib
 import json
 import os
 import struct
@@ -19,7 +20,7 @@ from absl import logging
 from serving.chat import render_child
 
 # Rendering takes a millisecond or a few; the rest is for a machine that is busy.
-RENDER_SECONDS = 0.8
+RENDER_SECONDS = 0.6
 # Starting a process: not the template's fault.
 _START_SECONDS = 20.0
 _MAX_PROCESSES = 16
@@ -48,6 +49,7 @@ class Renderer:
         """`seconds` is how long one conversation may take."""
         self._seconds = seconds
         self._idle: collections.deque[asyncio.subprocess.Process] = collections.deque()
+        self._ending: set[asyncio.Task] = set()
         self._places = asyncio.Semaphore(_MAX_PROCESSES)
         self._closed = False
 
@@ -81,10 +83,9 @@ class Renderer:
     async def close(self) -> None:
         """Ends the processes."""
         self._closed = True
-        for process in self._idle:
-            _kill(process)
-        await asyncio.gather(*(process.wait() for process in self._idle))
-        self._idle.clear()
+        while self._idle:
+            self._end(self._idle.pop())
+        await asyncio.gather(*self._ending)
 
     async def _take(self) -> asyncio.subprocess.Process:
         """A process that nobody uses."""
@@ -117,7 +118,7 @@ class Renderer:
                     b'"conversation":{"messages":[]}}',
                 )
         except BaseException:
-            _kill(process)
+            self._end(process)
             raise
         return process
 
@@ -126,7 +127,13 @@ class Renderer:
         if healthy and not self._closed and len(self._idle) < _IDLE_PROCESSES:
             self._idle.append(process)
         else:
-            _kill(process)
+            self._end(process)
+
+    def _end(self, process: asyncio.subprocess.Process) -> None:
+        """Ends a process; somebody has to wait for it, or its pipes stay open."""
+        task = asyncio.create_task(_killed(process))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
 
 async def _exchange(process: asyncio.subprocess.Process, data: bytes) -> dict[str, Any]:
@@ -138,8 +145,12 @@ async def _exchange(process: asyncio.subprocess.Process, data: bytes) -> dict[st
     return json.loads(await process.stdout.readexactly(size))
 
 
-def _kill(process: asyncio.subprocess.Process) -> None:
-    try:
+async def _killed(process: asyncio.subprocess.Process) -> None:
+    """Kills a process and closes its pipes."""
+    assert process.stdin is not None
+    with contextlib.suppress(ProcessLookupError):
         process.kill()
-    except ProcessLookupError:
-        return
+    process.stdin.close()
+    await process.wait()
+    with contextlib.suppress(ConnectionError):
+        await process.stdin.wait_closed()

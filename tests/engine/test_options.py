@@ -167,10 +167,22 @@ def test_log_probabilities_of_the_best_and_of_the_prompt(agent):
 def test_prompt_logprobs_are_those_of_transformers(agent):
     expected = oracle(BASE)
     agent.loop.submit(request("p", BASE, expected["prompt"], max_tokens=1, prompt_logprobs=True))
-    scored = agent.run()["p"][0].prompt_logprobs
+    output = agent.run()["p"][0]
+    scored = output.prompt_logprobs
     logits = expected["logits"][:-1].astype(np.float64)
     chosen = logits[np.arange(79), expected["prompt"][1:]]
-    np.testing.assert_allclose(scored, chosen - np.log(np.exp(logits).sum(axis=1)), atol=2e-4)
+    total = np.log(np.exp(logits).sum(axis=1))
+    np.testing.assert_allclose(scored, chosen - total, atol=2e-4)
+    # The best token at each place comes from the same logits: where it is the prompt's own, the values
+    # are equal.
+    ((ids, best),) = (zip(*(top[0] for top in output.prompt_top_logprobs), strict=True),)
+    np.testing.assert_allclose(best, logits.max(axis=1) - total, atol=2e-4)
+    gaps = np.diff(np.partition(logits, -2)[:, -2:])[:, 0]
+    clear = gaps > 1e-3
+    assert clear.sum() > 70
+    assert (np.array(ids)[clear] == logits.argmax(axis=1)[clear]).all()
+    for token, value, other, score in zip(expected["prompt"][1:], best, ids, scored, strict=True):
+        assert (value == score) if token == other else (value >= score)
 
 
 def test_samples_of_one_prompt_share_its_pages(zoo):

@@ -274,6 +274,11 @@ class MockEngine(api.Engine):
         fields: dict[str, Any] = {}
         if sampling.prompt_logprobs and not running.generated:
             fields["prompt_logprobs"] = (-0.25,) * (len(prompt) - 1)
+            # Every other token is the best one.
+            fields["prompt_top_logprobs"] = tuple(
+                ((token, -0.25) if at % 2 else ((token + 1) % model.info.vocab_size, -0.125),)
+                for at, token in enumerate(prompt[1:])
+            )
         if token in ends and running.generated >= sampling.min_tokens:
             self._end(name, "stop", **fields)
             return

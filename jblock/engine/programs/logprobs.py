@@ -43,8 +43,9 @@ def best_tokens(row: np.ndarray, count: int) -> tuple[tuple[int, float], ...]:
 def prompt_logprobs_program(
     signature: Signature, bucket: Bucket, platform: Platform
 ) -> Callable[..., jax.Array]:
-    """(params, tables, registers, index, targets int32 [S, Q]) -> float32 [S, Q]: the log-probability that
-    the head of this signature gives each row's target, the token that follows it in the prompt.
+    """(params, tables, registers, index, targets int32 [S, Q]) -> int32 [S, Q, 3]: the log-probability (bits
+    of float32) that the head of this signature gives each row's target, the token that follows it in
+    the prompt; that of the best token (the same); and the best token's id, of equals the lower one.
 
     The logits of one sequence's rows exist at a time, not those of the whole batch.
     """
@@ -68,7 +69,11 @@ def prompt_logprobs_program(
             )
             logits = head(registers.at[rows].get(mode="clip"), one)
             chosen = jnp.take_along_axis(logits, wanted[:, None], axis=1)[:, 0]
-            return chosen - jax.nn.logsumexp(logits, axis=1)
+            total = jax.nn.logsumexp(logits, axis=1)
+            best = jnp.argmax(logits, axis=1).astype(jnp.int32)
+            logprobs = jnp.stack([chosen - total, jnp.max(logits, axis=1) - total], axis=1)
+            bits = jax.lax.bitcast_convert_type(logprobs, jnp.int32)
+            return jnp.concatenate([bits, best[:, None]], axis=1)
 
         with jax.named_scope("prompt_logprobs"):
             each = (register_rows, targets, grid.starts, grid.q_lens, grid.slots)

@@ -24,7 +24,7 @@ class Sampled:
       batch: whose.
       packed: int32 [S, 3] as sampling.py describes.
       top: int32 [S, 2K] as `top_logprobs` describes, if a row wants it.
-      scores: float32 [S, Q] as `prompt_logprobs_program` describes, if a row wants it.
+      scores: int32 [S, Q, 3] as `prompt_logprobs_program` describes, if a row wants it.
     """
 
     batch: Batch

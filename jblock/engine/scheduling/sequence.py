@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+import numpy as np
+
 from jblock.engine.api import Request
 from jblock.engine.graph.graph import Route, Stage
 from jblock.engine.kv_cache.sequence_pages import SequencePages
@@ -32,6 +34,7 @@ class SequenceState:
       sampled: tokens the device was asked to sample so far, those not yet read included.
       generated: tokens read so far.
       prompt_logprobs: of each prompt token but the first, as far as read; empty if not asked for.
+      prompt_best: the best token at each of these places, and its log-probability.
       item: what is on its way through the blocks; None between steps, unless a step ended before it.
       finished: its last output has been sent.
     """
@@ -52,6 +55,7 @@ class SequenceState:
     sampled: int = 0
     generated: list[int] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[float] = dataclasses.field(default_factory=list)
+    prompt_best: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     item: "WorkItem | None" = None
     finished: bool = False
 
@@ -68,6 +72,7 @@ class SequenceState:
         )
         if self.request.sampling.prompt_logprobs:
             self.prompt_logprobs = [0.0] * (len(self.request.token_ids) - 1)
+            self.prompt_best = [(0, 0.0)] * len(self.prompt_logprobs)
 
     def bind(self, route: Route) -> None:
         """Takes another route of the same chain, while it waits."""
@@ -102,14 +107,18 @@ class SequenceState:
         """Its prompt's log-probabilities are still wanted: they go out with what follows first."""
         return self.request.sampling.prompt_logprobs and not self.generated
 
-    def take_scores(self, start: int, scores: list[float]) -> None:
-        """Keeps the log-probabilities of the prompt tokens that follow those at position `start` and on;
-        the prompt's last token is followed by none, and virtual ones are not told of."""
+    def take_scores(self, start: int, scores: np.ndarray) -> None:
+        """Keeps the log-probabilities of the prompt tokens that follow those at position `start` and
+        on, and the best tokens there, as rows of `prompt_logprobs_program`; the prompt's last token is
+        followed by none, and virtual ones are not told of."""
         start -= self.virtual
         scores, start = scores[max(-start, 0) :], max(start, 0)
         count = min(len(scores), len(self.prompt_logprobs) - start)
         if count > 0:
-            self.prompt_logprobs[start : start + count] = scores[:count]
+            logprobs = np.ascontiguousarray(scores[:count, :2]).view(np.float32)
+            best = zip(scores[:count, 2].tolist(), logprobs[:, 1].tolist(), strict=True)
+            self.prompt_logprobs[start : start + count] = logprobs[:, 0].tolist()
+            self.prompt_best[start : start + count] = best
 
     @property
     def prompt_len(self) -> int:

@@ -1,0 +1,163 @@
+"""What every generation over HTTP goes through: the tenant, the count, refusals, a client that leaves."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+
+import grpc
+from absl import logging
+
+from serving.dispatcher import Dispatcher
+from serving.errors import RequestError, invalid
+from serving.generation import Ask, Generator, Part
+from serving.http import errors
+from serving.http.exchange import Left, Receive, Scope, Send, Sender, header, read_body, unless_left
+from serving.metrics import Metrics
+from serving.tenants import Tenant, Tenants
+
+_INTERNAL = RequestError(
+    grpc.StatusCode.INTERNAL, "server: failed on this request; its log says how"
+)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Call:
+    """One request of a client.
+
+    Attributes:
+      scope: of ASGI: headers, and the parameters of the path.
+      body: as it came.
+      sender: sends the answer.
+      tenant: who asks.
+      held: gives the places back once the answer is sent.
+      begin: when it came, by the monotonic clock.
+      model: whom it asked, once that is known; for the count.
+    """
+
+    scope: Scope
+    body: bytes
+    sender: Sender
+    tenant: Tenant
+    held: contextlib.ExitStack
+    begin: float
+    model: str = ""
+
+    def name(self, given: str | None) -> str:
+        """The model that is asked: that of the path `/m/<model>/...`, or of the body.
+
+        Raises:
+          RequestError: they differ.
+        """
+        path = self.scope.get("path_params", {}).get("model")
+        if path and given and given != path:
+            raise invalid(
+                f"model: {given[:80]!r} is not {path[:80]!r}, which the path names; leave it out"
+            )
+        self.model = path or given or ""
+        return self.model
+
+
+Handler = Callable[[Call], Awaitable[None]]
+
+
+class Calls:
+    """Makes ASGI applications of handlers."""
+
+    def __init__(
+        self, dispatcher: Dispatcher, generator: Generator, tenants: Tenants, metrics: Metrics
+    ):
+        self.dispatcher, self.generator = dispatcher, generator
+        self._tenants, self._metrics = tenants, metrics
+
+    def parts(
+        self, call: Call, asks: Sequence[Ask], field: str = "n"
+    ) -> AsyncGenerator[Part, None]:
+        """The answers to a call; close it to cancel them."""
+        return self.generator.parts(asks, call.tenant, call.begin, call.held, field)
+
+    def tenant(self, scope: Scope) -> Tenant:
+        """Who asks.
+
+        Raises:
+          RequestError: nobody that is known.
+        """
+        values = header(scope, b"authorization")
+        try:
+            return self._tenants.find([("authorization", value) for value in values])
+        except RequestError as error:
+            self._metrics.refused.inc()
+            message = error.message.replace("metadata: needs", "needs the header", 1)
+            raise RequestError(error.code, message) from error
+
+    def endpoint(
+        self, handler: Handler, *, counted: bool = True, open_: bool = False
+    ) -> "Endpoint":
+        """The application of a handler.
+
+        Args:
+          handler: sends the answer to a call, or raises RequestError.
+          counted: it is a generation, which the metrics count.
+          open_: it asks for no key.
+        """
+        return Endpoint(self, handler, counted, open_)
+
+    def count(self, call: Call, code: grpc.StatusCode) -> None:
+        """Counts a generation that is over."""
+        # A name that is not served must not become a label: they would grow without bound.
+        model = call.model if call.model in self.dispatcher.models else ""
+        self._metrics.ended(model, code, time.monotonic() - call.begin)
+
+
+class Endpoint:
+    """An ASGI application that answers one route."""
+
+    def __init__(self, calls: Calls, handler: Handler, counted: bool, open_: bool):
+        self._calls, self._handler = calls, handler
+        self._counted, self._open = counted, open_
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sender = Sender(send)
+        # Places are given back once uvicorn has taken all of the answer, of which it keeps 64 KB at most.
+        with contextlib.ExitStack() as held:
+            try:
+                tenant = None if self._open else self._calls.tenant(scope)
+            except RequestError as error:
+                await refuse(sender, error)
+                return
+            call = Call(
+                scope=scope,
+                body=b"",
+                sender=sender,
+                tenant=tenant or Tenant(name=""),
+                held=held,
+                begin=time.monotonic(),
+            )
+            code = grpc.StatusCode.CANCELLED
+            try:
+                call.body = await read_body(scope, receive)
+                await unless_left(self._handler(call), receive)
+                code = grpc.StatusCode.OK
+            except Left:
+                return
+            except RequestError as error:
+                code = error.code
+                await refuse(sender, error)
+            except Exception:
+                logging.exception("answering a request failed")
+                code = grpc.StatusCode.INTERNAL
+                await refuse(sender, _INTERNAL)
+            finally:
+                if self._counted:
+                    self._calls.count(call, code)
+
+
+async def refuse(sender: Sender, error: RequestError) -> None:
+    """Answers with an error; where the answer has begun, as its last event."""
+    status = errors.status_of(error)
+    body = errors.body_of(error, status)
+    if sender.started:
+        await sender.event(body)
+        await sender.end()
+    else:
+        await sender.json(body, status, errors.headers_of(error, status))

@@ -1,0 +1,205 @@
+"""`POST /v1/chat/completions`: what an instruct model says next in a conversation."""
+
+import contextlib
+import dataclasses
+import time
+import uuid
+from typing import Any, Literal
+
+from jblock.chat.render import Conversation
+from serving.chat.tool_calls import ToolCall
+from serving.errors import invalid
+from serving.generation import Ask, Part
+from serving.http.calls import Call, Calls
+from serving.http.chat_fields import ChatRequest, conversation_of
+from serving.http.exchange import decode
+from serving.http.fields import fill
+from serving.http.logprobs import TokenTexts, chat_logprobs
+from serving.http.usage import usage_of
+from serving.served_models import ServedModel
+from serving.v1 import jblock_pb2 as pb
+
+# A chat goes on to the model's length unless it is limited.
+_NO_LIMIT = 2**31 - 1
+
+
+class ChatCompletions:
+    """Answers them."""
+
+    def __init__(self, calls: Calls):
+        self._calls = calls
+
+    async def __call__(self, call: Call) -> None:
+        """Sends the whole answer, or a stream of its parts."""
+        fields = decode(call.body, ChatRequest)
+        name = call.name(fields.model)
+        model = self._calls.dispatcher.find("model", name)
+        conversation = conversation_of(fields)
+        ask = Ask(
+            request=_request(name, fields),
+            conversation=conversation,
+            default_max_tokens=_NO_LIMIT,
+        )
+        answer = _Answer(call, fields, model, conversation)
+        async with contextlib.aclosing(self._calls.parts(call, [ask])) as parts:
+            if fields.stream:
+                async for part in parts:
+                    await answer.stream(part)
+                await answer.end()
+            else:
+                async for part in parts:
+                    answer.add(part)
+                await call.sender.json(answer.whole())
+
+
+def _request(name: str, fields: ChatRequest) -> pb.GenerateRequest:
+    """The sampling of a chat; without a limit of tokens it may go on to the model's length."""
+    request = pb.GenerateRequest(model=name)
+    if fields.max_completion_tokens is not None:
+        if fields.max_tokens not in (None, fields.max_completion_tokens):
+            raise invalid("max_tokens: differs from max_completion_tokens; send one of them")
+        fields.max_tokens = fields.max_completion_tokens
+    fill(request, fields)
+    if fields.top_logprobs is not None and not fields.logprobs:
+        raise invalid("top_logprobs: needs logprobs true; set it, or leave top_logprobs out")
+    request.logprobs = bool(fields.logprobs)
+    if fields.top_logprobs is not None:
+        if not 0 <= fields.top_logprobs <= 20:
+            raise invalid(f"top_logprobs: {fields.top_logprobs} is outside 0 to 20; ask for fewer")
+        request.top_logprobs = fields.top_logprobs
+    return request
+
+
+@dataclasses.dataclass
+class _Choice:
+    """One answer as it grows."""
+
+    content: list[str] = dataclasses.field(default_factory=list)
+    calls: list[ToolCall] = dataclasses.field(default_factory=list)
+    logprobs: list[Any] = dataclasses.field(default_factory=list)
+    finish_reason: str | None = None
+    begun: bool = False
+
+
+class _Answer:
+    """The answer to one call."""
+
+    def __init__(
+        self, call: Call, fields: ChatRequest, model: ServedModel, conversation: Conversation
+    ):
+        self._call, self._fields = call, fields
+        self._texts = TokenTexts(model.codec)
+        self._echo = conversation.continue_final_message and bool(fields.echo)
+        self._choices: dict[int, _Choice] = {}
+        self._usage: dict[str, int] = {}
+        kind: Literal["chat.completion.chunk", "chat.completion"]
+        kind = "chat.completion.chunk" if fields.stream else "chat.completion"
+        self._head: dict[str, Any] = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": model.info.name,
+            "system_fingerprint": f"{model.info.name}@{model.info.version}",
+            "policy": model.info.policy,
+        }
+
+    def add(self, part: Part) -> None:
+        """Takes a part."""
+        self._piece(part)
+
+    def whole(self) -> dict[str, Any]:
+        """The whole answer."""
+        choices = []
+        for index, choice in sorted(self._choices.items()):
+            text = "".join(choice.content)
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            if choice.calls:
+                message["content"] = text or None
+                message["tool_calls"] = [_whole_call(tool_call) for tool_call in choice.calls]
+            logprobs = {"content": choice.logprobs, "refusal": None}
+            choices.append(
+                {
+                    "index": index,
+                    "message": message,
+                    "logprobs": logprobs if self._fields.logprobs else None,
+                    "finish_reason": choice.finish_reason,
+                }
+            )
+        return {**self._head, "choices": choices, "usage": self._usage}
+
+    async def stream(self, part: Part) -> None:
+        """Sends a part."""
+        choice, text, calls, logprobs = self._piece(part)
+        if not choice.begun:
+            choice.begun = True
+            await self._event(part.index, {"role": "assistant", "content": ""})
+        if text or logprobs:
+            await self._event(part.index, {"content": text} if text else {}, logprobs)
+        if calls:
+            at = len(choice.calls) - len(calls)
+            deltas = [{"index": at + i, **_whole_call(c)} for i, c in enumerate(calls)]
+            await self._event(part.index, {"tool_calls": deltas})
+        if part.finish_reason:
+            await self._event(part.index, {}, finish_reason=choice.finish_reason)
+
+    async def end(self) -> None:
+        """Sends the end of the stream."""
+        options = self._fields.stream_options
+        if options is not None and options.include_usage:
+            await self._call.sender.event({**self._head, "choices": [], "usage": self._usage})
+        await self._call.sender.done()
+
+    async def _event(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        logprobs: list[Any] | None = None,
+        finish_reason: str | None = None,
+    ) -> None:
+        choice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": {"content": logprobs, "refusal": None} if logprobs else None,
+            "finish_reason": finish_reason,
+        }
+        event = {**self._head, "choices": [choice]}
+        options = self._fields.stream_options
+        if options is not None and options.continuous_usage_stats:
+            event["usage"] = self._usage
+        elif options is not None and options.include_usage:
+            event["usage"] = None
+        await self._call.sender.event(event)
+
+    def _piece(self, part: Part) -> tuple[_Choice, str, list[ToolCall], list[Any]]:
+        """What a part brings: text that is no tool call, calls that are complete, log-probabilities."""
+        choice = self._choices.get(part.index)
+        if choice is None:
+            choice = self._choices[part.index] = _Choice()
+            if self._echo:
+                choice.content.append(_last_text(self._fields))
+        self._usage = usage_of(part.usage)
+        text, calls = part.text, list(part.tool_calls)
+        choice.content.append(text)
+        choice.calls += calls
+        logprobs: list[Any] = []
+        if self._fields.logprobs:
+            output = part.output
+            found = chat_logprobs(
+                self._texts, output.token_ids, output.logprobs, output.top_logprobs
+            )
+            logprobs = found["content"]
+            choice.logprobs += logprobs
+        if part.finish_reason:
+            called = bool(choice.calls) and part.finish_reason == "stop"
+            choice.finish_reason = "tool_calls" if called else part.finish_reason
+        return choice, text, calls, logprobs
+
+
+def _whole_call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _last_text(fields: ChatRequest) -> str:
+    content = fields.messages[-1].get("content")
+    return content if isinstance(content, str) else ""

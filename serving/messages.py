@@ -1,0 +1,73 @@
+"""Parts of an answer as messages of `jblock.v1`."""
+
+import collections
+from collections.abc import AsyncIterator
+
+from serving.generation import Part
+from serving.v1 import jblock_pb2 as pb
+
+_FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
+_POLICIES = {
+    name: pb.Policy.Value(f"POLICY_{name.upper()}") for name in ("exact", "near", "adaptive")
+}
+
+
+def to_message(part: Part) -> pb.GenerateStreamResponse:
+    """The message of a part."""
+    output = part.output
+    message = pb.GenerateStreamResponse(
+        text=part.text,
+        token_ids=output.token_ids,
+        logprobs=output.logprobs,
+        top_logprobs=[_top(tokens) for tokens in output.top_logprobs],
+        prompt_logprobs=output.prompt_logprobs,
+        policy=_POLICIES[part.model.policy],
+        model=part.model.name,
+        model_version=part.model.version,
+        index=part.index,
+    )
+    if part.finish_reason:
+        message.finish_reason = _FINISH[part.finish_reason]
+    if part.is_last:
+        usage = part.usage
+        message.usage.prompt_tokens = usage.prompt_tokens
+        message.usage.completion_tokens = usage.completion_tokens
+        message.usage.time_to_first_token = usage.time_to_first_token
+        message.usage.total_time = usage.total_time
+    return message
+
+
+async def collect(parts: AsyncIterator[Part]) -> pb.GenerateResponse:
+    """A stream as one message."""
+    samples: dict[int, pb.GenerateResponse] = collections.defaultdict(pb.GenerateResponse)
+    texts: dict[int, list[str]] = collections.defaultdict(list)
+    usage = pb.Usage()
+    async for part in parts:
+        message = to_message(part)
+        texts[part.index].append(part.text)
+        usage.MergeFrom(message.usage)
+        for field in ("text", "index", "usage"):
+            message.ClearField(field)
+        # The fields have the same numbers in both messages.
+        samples[part.index].MergeFromString(message.SerializeToString())
+    for index, sampled in samples.items():
+        sampled.text = "".join(texts[index])
+    response = samples[0]
+    if len(samples) > 1:
+        response.choices.extend(_choice(samples[index]) for index in sorted(samples))
+    response.usage.CopyFrom(usage)
+    return response
+
+
+def _choice(answer: pb.GenerateResponse) -> pb.Choice:
+    return pb.Choice(
+        text=answer.text,
+        token_ids=answer.token_ids,
+        logprobs=answer.logprobs,
+        finish_reason=answer.finish_reason,
+        top_logprobs=answer.top_logprobs,
+    )
+
+
+def _top(tokens: tuple[tuple[int, float], ...]) -> pb.TopLogprobs:
+    return pb.TopLogprobs(tokens=[pb.TokenLogprob(token_id=i, logprob=p) for i, p in tokens])
