@@ -7,7 +7,7 @@ with Client("127.0.0.1:8470") as client:
 """
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import grpc
@@ -18,8 +18,10 @@ from serving.v1 import jblock_pb2_grpc
 from serving.values import (
     Chunk,
     ClientError,
+    Message,
     Model,
     Sampling,
+    to_chat,
     to_chunk,
     to_load,
     to_model,
@@ -80,6 +82,40 @@ class Client:
     ) -> Iterator[Chunk]:
         """The answer as it comes. Closing the iterator cancels the request."""
         request = to_request(model, prompt, sampling)
+        return self._stream(request, **self._options(timeout))
+
+    def chat(
+        self,
+        model: str,
+        messages: str | Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        continue_final_message: bool = False,
+        template_variables: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Chunk:
+        """What an instruct model says next; a text is what its user says. Messages are mappings of
+        role and content. Without max_tokens it may go on to the model's length."""
+        chat = to_chat(messages, tools, continue_final_message, template_variables)
+        request = to_request(model, chat, sampling)
+        with _translated():
+            return to_chunk(self._inference.Generate(request, **self._options(timeout)))
+
+    def chat_stream(
+        self,
+        model: str,
+        messages: str | Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        continue_final_message: bool = False,
+        template_variables: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Iterator[Chunk]:
+        """The same as it comes. Closing the iterator cancels the request."""
+        chat = to_chat(messages, tools, continue_final_message, template_variables)
+        request = to_request(model, chat, sampling)
         return self._stream(request, **self._options(timeout))
 
     def models(self) -> tuple[Model, ...]:
@@ -170,13 +206,42 @@ class AsyncClient:
     ) -> AsyncIterator[Chunk]:
         """The answer as it comes. Closing the iterator (`aclose`) cancels the request."""
         request = to_request(model, prompt, sampling)
-        call = self._inference.GenerateStream(request, **self._options(timeout))
-        try:
-            with _translated():
-                async for message in call:
-                    yield to_chunk(message)
-        finally:
-            call.cancel()
+        async for chunk in self._stream(request, **self._options(timeout)):
+            yield chunk
+
+    async def chat(
+        self,
+        model: str,
+        messages: str | Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        continue_final_message: bool = False,
+        template_variables: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Chunk:
+        """As `Client.chat`."""
+        chat = to_chat(messages, tools, continue_final_message, template_variables)
+        request = to_request(model, chat, sampling)
+        with _translated():
+            return to_chunk(await self._inference.Generate(request, **self._options(timeout)))
+
+    async def chat_stream(
+        self,
+        model: str,
+        messages: str | Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        continue_final_message: bool = False,
+        template_variables: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> AsyncIterator[Chunk]:
+        """As `Client.chat_stream`."""
+        chat = to_chat(messages, tools, continue_final_message, template_variables)
+        request = to_request(model, chat, sampling)
+        async for chunk in self._stream(request, **self._options(timeout)):
+            yield chunk
 
     async def models(self) -> tuple[Model, ...]:
         """All served models, by name."""
@@ -211,6 +276,15 @@ class AsyncClient:
     def _options(self, timeout: float | None = None) -> dict[str, Any]:
         limit = self._timeout if timeout is None else timeout
         return {"timeout": limit, "metadata": self._metadata}
+
+    async def _stream(self, request: pb.GenerateRequest, **options: Any) -> AsyncIterator[Chunk]:
+        call = self._inference.GenerateStream(request, **options)
+        try:
+            with _translated():
+                async for message in call:
+                    yield to_chunk(message)
+        finally:
+            call.cancel()
 
 
 def _metadata(key: str | None) -> tuple[tuple[str, str], ...]:

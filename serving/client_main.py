@@ -50,6 +50,15 @@ def parser(name: str) -> argparse.ArgumentParser:
     generate.add_argument("--logprobs", action="store_true")
     generate.add_argument("--prompt_logprobs", action="store_true")
     generate.add_argument("--logit_bias", type=_biases, default={}, help="by id: 5=1.5,7=-100")
+    chat = commands.add_parser("chat", help="talk with an instruct model")
+    chat.add_argument("--model", required=True)
+    chat.add_argument(
+        "--prompt", help="ask once; '-' reads standard input; default: a conversation"
+    )
+    chat.add_argument("--system", help="what the model is told before")
+    for name, kind in _SAMPLING.items():
+        if name not in ("n", "top_logprobs"):
+            chat.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
     models = commands.add_parser("models", help="list the models, or show one")
     models.add_argument("name", nargs="?")
     load = commands.add_parser("load", help="serve a model of the zoo too, or its live version")
@@ -98,6 +107,7 @@ def main(args: argparse.Namespace) -> int:
     """Runs one command; returns the exit code: 0, or 2 when the server, or the input, says no."""
     commands = {
         "generate": _generate,
+        "chat": _chat,
         "models": _models,
         "load": _load,
         "unload": _unload,
@@ -127,6 +137,12 @@ def _generate(client: Client, args: argparse.Namespace) -> int:
     prompt = args.token_ids if args.prompt is None else args.prompt
     if prompt == "-":
         prompt = sys.stdin.read()
+    if isinstance(prompt, str) and client.model(args.model).has_chat_template:
+        print(
+            f"jblock-client: {args.model} is an instruct model; `jblock-client chat` asks it as "
+            f"it was trained",
+            file=sys.stderr,
+        )
     if args.stream and sampling.get("n", 1) > 1 and not args.json:
         raise ValueError(
             "--stream: the texts of several samples would mix; add --json, or leave it"
@@ -139,6 +155,39 @@ def _generate(client: Client, args: argparse.Namespace) -> int:
     else:
         _show(client.generate(args.model, prompt, **sampling), args.json, end="\n")
     return 0
+
+
+def _chat(client: Client, args: argparse.Namespace) -> int:
+    sampling: Any = {name: getattr(args, name) for name in _SAMPLING if hasattr(args, name)}
+    messages: list[dict[str, Any]] = []
+    if args.system:
+        messages.append({"role": "system", "content": args.system})
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    alone = prompt is not None
+    while True:
+        if prompt is None:
+            try:
+                prompt = input("> " if sys.stdin.isatty() else "")
+            except EOFError:
+                return 0
+        if prompt.strip():
+            messages.append({"role": "user", "content": prompt})
+            messages.append(_say(client, args.model, messages, sampling))
+        if alone:
+            return 0
+        prompt = None
+
+
+def _say(
+    client: Client, model: str, messages: list[dict[str, Any]], sampling: Any
+) -> dict[str, Any]:
+    """Prints what the model says next, as it comes; the message that it is."""
+    texts = []
+    for chunk in client.chat_stream(model, messages, **sampling):
+        print(chunk.text, end="", flush=True)
+        texts.append(chunk.text)
+    print()
+    return {"role": "assistant", "content": "".join(texts)}
 
 
 def _show(chunk: Chunk, as_json: bool, end: str) -> None:

@@ -30,6 +30,9 @@ from serving.validation import (
     stop_strings,
 )
 
+# A chat goes on to the model's length unless it is limited.
+NO_LIMIT = 2**31 - 1
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ask:
@@ -187,6 +190,10 @@ class Generator:
         for ticket, request in zip(tickets, requests, strict=True):
             ticket.submit(request)
         return Answers(answers, arrived), usage
+
+    async def chat_ids(self, model: ServedModel, conversation: Conversation) -> tuple[int, ...]:
+        """The ids of a conversation; see `serving.chat.prompts.chat_ids`."""
+        return await chat_ids(model, conversation, self._renderer)
 
     async def _prompt(self, ask: Ask, model: ServedModel) -> tuple[int, ...]:
         if ask.conversation is not None:

@@ -86,8 +86,8 @@ async def _serve(config: ServerConfig, engine: api.Engine) -> bool:
 
     loop = asyncio.get_running_loop()
     for number in _STOPPING:
-        # What was ignored when we started stays so: nohup wants no SIGHUP to end us.
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        # nohup has SIGHUP ignored, so that it does not end us.
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             loop.add_signal_handler(number, told)
     drained = await serve(config, engine, stop, _announce, hurry)
     # asyncio.run cancels the tasks that are left, and grpc logs a cancelled one as an error.

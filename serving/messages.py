@@ -1,6 +1,7 @@
 """Parts of an answer as messages of `jblock.v1`."""
 
 import collections
+import math
 from collections.abc import AsyncIterator
 
 from serving.generation import Part
@@ -21,6 +22,11 @@ def to_message(part: Part) -> pb.GenerateStreamResponse:
         logprobs=output.logprobs,
         top_logprobs=[_top(tokens) for tokens in output.top_logprobs],
         prompt_logprobs=output.prompt_logprobs,
+        prompt_top_logprobs=[_top(tokens) for tokens in output.prompt_top_logprobs],
+        tool_calls=[
+            pb.ToolCall(id=call.id, name=call.name, arguments=call.arguments)
+            for call in part.tool_calls
+        ],
         policy=_POLICIES[part.model.policy],
         model=part.model.name,
         model_version=part.model.version,
@@ -59,6 +65,20 @@ async def collect(parts: AsyncIterator[Part]) -> pb.GenerateResponse:
     return response
 
 
+def to_score(part: Part) -> pb.ScoreResponse:
+    """The log-probabilities of a prompt, from the first part that follows it."""
+    output = part.output
+    return pb.ScoreResponse(
+        token_ids=part.prompt,
+        logprobs=output.prompt_logprobs,
+        best=[pb.TokenLogprob(token_id=i, logprob=p) for ((i, p),) in output.prompt_top_logprobs],
+        total=math.fsum(output.prompt_logprobs),
+        policy=_POLICIES[part.model.policy],
+        model=part.model.name,
+        model_version=part.model.version,
+    )
+
+
 def _choice(answer: pb.GenerateResponse) -> pb.Choice:
     return pb.Choice(
         text=answer.text,
@@ -66,6 +86,7 @@ def _choice(answer: pb.GenerateResponse) -> pb.Choice:
         logprobs=answer.logprobs,
         finish_reason=answer.finish_reason,
         top_logprobs=answer.top_logprobs,
+        tool_calls=answer.tool_calls,
     )
 
 

@@ -87,4 +87,5 @@ def _model(model: ServedModel) -> pb.Model:
         base=info.base,
         blocks=info.blocks,
         shared_blocks=info.shared_blocks,
+        has_chat_template=model.template is not None,
     )

@@ -8,10 +8,12 @@ from collections.abc import AsyncIterator
 import grpc
 from absl import logging
 
+from serving import tokenizing
+from serving.chat.messages import conversation_of
 from serving.dispatcher import Dispatcher
 from serving.errors import RequestError
-from serving.generation import Ask, Generator, Part
-from serving.messages import collect, to_message
+from serving.generation import NO_LIMIT, Ask, Generator, Part
+from serving.messages import collect, to_message, to_score
 from serving.metrics import Metrics
 from serving.tenants import Tenants
 from serving.v1 import jblock_pb2 as pb
@@ -19,7 +21,7 @@ from serving.v1 import jblock_pb2_grpc
 
 
 class Inference(jblock_pb2_grpc.InferenceServicer):
-    """Generation."""
+    """Generation, and what goes with it."""
 
     def __init__(
         self, dispatcher: Dispatcher, generator: Generator, tenants: Tenants, metrics: Metrics
@@ -61,7 +63,7 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
             # in memory. grpc calls back once its client has taken all.
             held = contextlib.ExitStack()
             context.add_done_callback(lambda _: held.close())
-            generation = self._generator.parts([Ask(request=request)], tenant, begin, held)
+            generation = self._generator.parts([_ask(request)], tenant, begin, held)
             async with contextlib.aclosing(generation) as parts:
                 yield parts
         except RequestError as error:
@@ -81,3 +83,63 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
             self._metrics.ended(model, code, time.monotonic() - begin)
         if code is not grpc.StatusCode.OK:
             await context.abort(code, message)  # Last, so that who sees the status is counted.
+
+    async def Score(
+        self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ScoreResponse:
+        """The log-probabilities of a text: of the prompt of a generation whose one token is not shown."""
+        generate = pb.GenerateRequest(
+            model=request.model, policy=request.policy, max_tokens=1, prompt_logprobs=True
+        )
+        match request.WhichOneof("prompt"):
+            case "text":
+                generate.text = request.text
+            case "token_ids":
+                generate.token_ids.CopyFrom(request.token_ids)
+            case "chat":
+                generate.chat.CopyFrom(request.chat)
+        response = pb.ScoreResponse()
+        async with self._answering(generate, context) as parts:
+            async for part in parts:
+                response = to_score(part)
+        return response
+
+    async def Tokenize(
+        self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.TokenizeResponse:
+        """The ids of a text or a chat."""
+        async with _refusing(context):
+            model = self._dispatcher.find("model", request.model)
+            if request.HasField("chat"):
+                ids = await self._generator.chat_ids(model, conversation_of(request.chat))
+            else:
+                special = not request.no_special_tokens
+                ids = await tokenizing.encode("text", model, request.text, special)
+        return pb.TokenizeResponse(token_ids=ids)
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DetokenizeResponse:
+        """The text of ids."""
+        async with _refusing(context):
+            model = self._dispatcher.find("model", request.model)
+            special = not request.skip_special_tokens
+            text = tokenizing.decode("token_ids", model, request.token_ids, special)
+        return pb.DetokenizeResponse(text=text)
+
+
+def _ask(request: pb.GenerateRequest) -> Ask:
+    """What the generator is asked. A chat without a limit goes on to the model's length."""
+    if not request.HasField("chat"):
+        return Ask(request=request)
+    conversation = conversation_of(request.chat)
+    return Ask(request=request, conversation=conversation, default_max_tokens=NO_LIMIT)
+
+
+@contextlib.asynccontextmanager
+async def _refusing(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+    """Refusals become statuses."""
+    try:
+        yield
+    except RequestError as error:
+        await context.abort(error.code, error.message)

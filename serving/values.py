@@ -1,6 +1,7 @@
 """What a client gives and gets: plain values, so that callers need not know the proto."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
@@ -61,8 +62,21 @@ def _names(enum: Any, prefix: str) -> Mapping[int, str]:
 _POLICIES = _names(pb.Policy, "POLICY_")
 _FINISH_REASONS = _names(pb.FinishReason, "FINISH_REASON_")
 
+Message = Mapping[str, Any]
+"""Of a chat: role and content; tool_calls, tool_call_id, name and reasoning_content where there are some.
+A tool call is a ToolCall, or a mapping of its fields."""
+
 TopLogprobs = tuple[tuple[int, float], ...]
 """(id, log-probability) pairs, best first."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToolCall:
+    """A call of a function that the model asks for; `arguments` is JSON."""
+
+    id: str
+    name: str
+    arguments: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +88,7 @@ class Choice:
     logprobs: tuple[float, ...]
     finish_reason: str | None
     top_logprobs: tuple[TopLogprobs, ...]
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,6 +116,8 @@ class Chunk:
       model_version: in which version.
       top_logprobs: one for each of token_ids if asked for, else empty.
       prompt_logprobs: of each prompt token but the first, with the first token, if asked for.
+      tool_calls: calls of a chat's tools; they are not in text.
+      prompt_top_logprobs: the best token beside each of prompt_logprobs.
       index: which of n samples of a stream this belongs to.
       choices: with `generate`, all samples if n is above 1; the fields above are then the first's,
         and usage is of all together.
@@ -116,6 +133,8 @@ class Chunk:
     model_version: int
     top_logprobs: tuple[TopLogprobs, ...] = ()
     prompt_logprobs: tuple[float, ...] = ()
+    prompt_top_logprobs: tuple[TopLogprobs, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
     index: int = 0
     choices: tuple[Choice, ...] = ()
 
@@ -133,10 +152,55 @@ class Model:
     base: str
     blocks: int
     shared_blocks: int
+    has_chat_template: bool = False
 
 
-def to_request(model: str, prompt: str | Sequence[int], sampling: Sampling) -> pb.GenerateRequest:
-    """The message of a request; a string is text, anything else token ids.
+def to_chat(
+    messages: str | Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] = (),
+    continue_final_message: bool = False,
+    template_variables: Mapping[str, Any] | None = None,
+) -> pb.Chat:
+    """The message of a conversation; a string is what the user says.
+
+    Raises:
+      ValueError: a value does not fit its field.
+    """
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    try:
+        return pb.Chat(
+            messages=[_message(m) for m in messages],
+            tools=[_function(t) for t in tools],
+            continue_final_message=continue_final_message,
+            template_variables={n: json.dumps(v) for n, v in (template_variables or {}).items()},
+        )
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"messages: {error}; see serving.values.Message for the fields") from error
+
+
+def _message(message: Message) -> pb.ChatMessage:
+    fields = {name: value for name, value in message.items() if value is not None}
+    calls = [
+        dataclasses.asdict(c) if isinstance(c, ToolCall) else dict(c)
+        for c in fields.pop("tool_calls", ())
+    ]
+    return pb.ChatMessage(**fields, tool_calls=[pb.ToolCall(**call) for call in calls])
+
+
+def _function(tool: Mapping[str, Any]) -> pb.Function:
+    """A function; in OpenAI's form it stands within another mapping."""
+    fields = dict(tool.get("function", tool))
+    parameters = fields.pop("parameters", None)
+    if parameters is not None and not isinstance(parameters, str):
+        parameters = json.dumps(parameters, ensure_ascii=False)
+    return pb.Function(**fields, parameters=parameters or "")
+
+
+def to_request(
+    model: str, prompt: str | Sequence[int] | pb.Chat, sampling: Sampling
+) -> pb.GenerateRequest:
+    """The message of a request; a string is text, what is no chat token ids.
 
     Raises:
       ValueError: a value does not fit its field.
@@ -148,6 +212,8 @@ def to_request(model: str, prompt: str | Sequence[int], sampling: Sampling) -> p
         request = pb.GenerateRequest(model=model, **fields)
         if isinstance(prompt, str):
             request.text = prompt
+        elif isinstance(prompt, pb.Chat):
+            request.chat.CopyFrom(prompt)
         else:
             request.token_ids.SetInParent()
             request.token_ids.ids.extend(prompt)
@@ -181,6 +247,7 @@ def to_chunk(message: pb.GenerateResponse | pb.GenerateStreamResponse) -> Chunk:
         model=message.model,
         model_version=message.model_version,
         prompt_logprobs=tuple(message.prompt_logprobs),
+        prompt_top_logprobs=_tops(message.prompt_top_logprobs),
         index=getattr(message, "index", 0),
         choices=tuple([Choice(**_answer(c)) for c in getattr(message, "choices", ())]),
     )
@@ -194,10 +261,15 @@ def _answer(message: pb.GenerateResponse | pb.GenerateStreamResponse | pb.Choice
         "token_ids": tuple(message.token_ids),
         "logprobs": tuple(message.logprobs),
         "finish_reason": (_FINISH_REASONS.get(reason) or str(reason)) if reason else None,
-        "top_logprobs": tuple(
-            [tuple([(t.token_id, t.logprob) for t in top.tokens]) for top in message.top_logprobs]
+        "top_logprobs": _tops(message.top_logprobs),
+        "tool_calls": tuple(
+            [ToolCall(id=c.id, name=c.name, arguments=c.arguments) for c in message.tool_calls]
         ),
     }
+
+
+def _tops(tops: Any) -> tuple[TopLogprobs, ...]:
+    return tuple([tuple([(t.token_id, t.logprob) for t in top.tokens]) for top in tops])
 
 
 def to_model(message: pb.Model) -> Model:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from jblock.chat.render import Conversation
 from serving.chat.tool_calls import ToolCall
 from serving.errors import invalid
-from serving.generation import Ask, Part
+from serving.generation import NO_LIMIT, Ask, Part
 from serving.http.calls import Call, Calls
 from serving.http.chat_fields import ChatRequest, conversation_of
 from serving.http.exchange import decode
@@ -18,9 +18,6 @@ from serving.http.logprobs import TokenTexts, chat_logprobs
 from serving.http.usage import usage_of
 from serving.served_models import ServedModel
 from serving.v1 import jblock_pb2 as pb
-
-# A chat goes on to the model's length unless it is limited.
-_NO_LIMIT = 2**31 - 1
 
 
 class ChatCompletions:
@@ -38,7 +35,7 @@ class ChatCompletions:
         ask = Ask(
             request=_request(name, fields),
             conversation=conversation,
-            default_max_tokens=_NO_LIMIT,
+            default_max_tokens=NO_LIMIT,
         )
         answer = _Answer(call, fields, model, conversation)
         async with contextlib.aclosing(self._calls.parts(call, [ask])) as parts:

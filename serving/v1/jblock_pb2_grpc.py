@@ -44,6 +44,21 @@ class InferenceStub(object):
                 request_serializer=serving_dot_v1_dot_jblock__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=serving_dot_v1_dot_jblock__pb2.GenerateStreamResponse.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/jblock.v1.Inference/Score',
+                request_serializer=serving_dot_v1_dot_jblock__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=serving_dot_v1_dot_jblock__pb2.ScoreResponse.FromString,
+                _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/jblock.v1.Inference/Tokenize',
+                request_serializer=serving_dot_v1_dot_jblock__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=serving_dot_v1_dot_jblock__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/jblock.v1.Inference/Detokenize',
+                request_serializer=serving_dot_v1_dot_jblock__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=serving_dot_v1_dot_jblock__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer(object):
@@ -63,6 +78,27 @@ class InferenceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request, context):
+        """The log-probability of a given text, token by token.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokenize(self, request, context):
+        """The ids of a text, or of a conversation as the model's chat template writes it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """The text of ids.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +111,21 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GenerateStream,
                     request_deserializer=serving_dot_v1_dot_jblock__pb2.GenerateRequest.FromString,
                     response_serializer=serving_dot_v1_dot_jblock__pb2.GenerateStreamResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=serving_dot_v1_dot_jblock__pb2.ScoreRequest.FromString,
+                    response_serializer=serving_dot_v1_dot_jblock__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=serving_dot_v1_dot_jblock__pb2.TokenizeRequest.FromString,
+                    response_serializer=serving_dot_v1_dot_jblock__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=serving_dot_v1_dot_jblock__pb2.DetokenizeRequest.FromString,
+                    response_serializer=serving_dot_v1_dot_jblock__pb2.DetokenizeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +182,87 @@ class Inference(object):
             '/jblock.v1.Inference/GenerateStream',
             serving_dot_v1_dot_jblock__pb2.GenerateRequest.SerializeToString,
             serving_dot_v1_dot_jblock__pb2.GenerateStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jblock.v1.Inference/Score',
+            serving_dot_v1_dot_jblock__pb2.ScoreRequest.SerializeToString,
+            serving_dot_v1_dot_jblock__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jblock.v1.Inference/Tokenize',
+            serving_dot_v1_dot_jblock__pb2.TokenizeRequest.SerializeToString,
+            serving_dot_v1_dot_jblock__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jblock.v1.Inference/Detokenize',
+            serving_dot_v1_dot_jblock__pb2.DetokenizeRequest.SerializeToString,
+            serving_dot_v1_dot_jblock__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

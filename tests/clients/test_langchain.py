@@ -20,4 +20,4 @@ def test_a_completion(base_url):
     model = langchain.OpenAI(
         base_url=base_url, api_key="none", model="echo", temperature=0, max_tokens=4
     )
-    assert "hello the cat".startswith(model.invoke("hello the cat"))
+    assert model.invoke("hello the cat") == "hello the cathello"

@@ -18,6 +18,11 @@ HERE = pathlib.Path(__file__).parent
 SERVE = "import serving.main as m; m._FACTORY = 'served_mock:build_engine'; m.run()"
 
 
+def hang_up():
+    """As a terminal starts programs: not deaf to its end, which nohup makes them."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start_server():
     """Starts servers, and leaves none behind."""
@@ -32,6 +37,7 @@ def start_server():
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
+                preexec_fn=hang_up,
             )
         )
         return servers[-1]

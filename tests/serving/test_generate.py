@@ -116,7 +116,8 @@ def test_max_tokens_defaults_to_128_or_what_is_left(fast):
 
 
 def test_a_long_text_is_not_truncated_and_blocks_nobody(fast, monkeypatch):
-    # As a model of far longer prompts would have it: encoding takes a while.
+    # As a model of far longer prompts would have it: the whole text is encoded, which takes a while.
+    monkeypatch.setattr("serving.text._FIRST_LOOK", 10**6)
     monkeypatch.setattr(TextCodec, "most_characters", lambda codec, num_tokens: 10**6)
     text = "the cat sat on the mat " * 20_000
     waits = []

@@ -70,7 +70,8 @@ def test_reflection_lists_and_describes_the_services(fast):
     }
     assert set(database.get_services()) == services
     described = database.FindFileContainingSymbol("jblock.v1.Inference")
-    assert [m.name for m in described.service[0].method] == ["Generate", "GenerateStream"]
+    methods = [m.name for m in described.service[0].method]
+    assert methods == ["Generate", "GenerateStream", "Score", "Tokenize", "Detokenize"]
 
 
 def test_until_the_engine_is_warm_requests_are_unavailable():

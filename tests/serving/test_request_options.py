@@ -111,7 +111,9 @@ def test_samples_take_a_place_each(tmp_path):
     with harness.serving(harness.mock(tmp_path), max_queue=4) as running:
         with pytest.raises(grpc.RpcError) as caught:
             running.stub.Generate(harness.ids_request(n=5))
-        assert caught.value.code().name == "RESOURCE_EXHAUSTED"
+        # So many places will never be there: not a matter of waiting.
+        assert caught.value.code().name == "INVALID_ARGUMENT"
+        assert "n: asks for 5 answers at once, and at most 4" in caught.value.details()
         assert harness.eventually(running.is_empty)
 
 
