@@ -1,4 +1,4 @@
-"""Chats of items that the converter probes with: messages to the text that an instruct model was trained on."""
+"""Chats of items that the converter probes with: messages as the text that an instruct model expects."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
