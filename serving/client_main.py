@@ -137,12 +137,8 @@ def _generate(client: Client, args: argparse.Namespace) -> int:
     prompt = args.token_ids if args.prompt is None else args.prompt
     if prompt == "-":
         prompt = sys.stdin.read()
-    if isinstance(prompt, str) and client.model(args.model).has_chat_template:
-        print(
-            f"jblock-client: {args.model} is an instruct model; `jblock-client chat` asks it as "
-            f"it was trained",
-            file=sys.stderr,
-        )
+    if isinstance(prompt, str):
+        _note(client, args.model)
     if args.stream and sampling.get("n", 1) > 1 and not args.json:
         raise ValueError(
             "--stream: the texts of several samples would mix; add --json, or leave it"
@@ -155,6 +151,19 @@ def _generate(client: Client, args: argparse.Namespace) -> int:
     else:
         _show(client.generate(args.model, prompt, **sampling), args.json, end="\n")
     return 0
+
+
+def _note(client: Client, model: str) -> None:
+    """Says so where a text goes to a model that expects a chat."""
+    try:
+        expects_chat = client.model(model).has_chat_template
+    except ClientError:
+        return  # The request itself will say what is wrong.
+    if expects_chat:
+        print(
+            f"jblock-client: {model} is an instruct model; `jblock-client chat` asks it as it was trained",
+            file=sys.stderr,
+        )
 
 
 def _chat(client: Client, args: argparse.Namespace) -> int:

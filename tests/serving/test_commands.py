@@ -15,12 +15,14 @@ from serving.client import Client
 from serving.values import ClientError
 
 HERE = pathlib.Path(__file__).parent
-SERVE = "import serving.main as m; m._FACTORY = 'served_mock:build_engine'; m.run()"
-
-
-def hang_up():
-    """As a terminal starts programs: not deaf to its end, which nohup makes them."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# SIGHUP as a terminal has it: under nohup programs are deaf to it.
+SERVE = """
+import signal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+import serving.main as m
+m._FACTORY = 'served_mock:build_engine'
+m.run()
+"""
 
 
 @pytest.fixture
@@ -37,7 +39,6 @@ def start_server():
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                preexec_fn=hang_up,
             )
         )
         return servers[-1]
