@@ -163,7 +163,9 @@ class _Run:
         end = time.monotonic() + _LIMIT_S
         while not check():
             self._changed.wait(0.02)
-            if time.monotonic() > end or not self._thread.is_alive():
+            # Looked at before the check: the thread ends with the last output.
+            reads = self._thread.is_alive() and time.monotonic() < end
+            if not reads and not check():
                 raise RuntimeError("the engine was given up, or did not go on")
 
 
