@@ -333,3 +333,23 @@ def _host() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
+
+
+def process_space() -> str:
+    """What tells processes whose numbers can be compared from others: the running kernel, and the container.
+    Empty where that cannot be told."""
+    try:
+        return f"{_host()} {os.readlink('/proc/self/ns/pid')}" if _host() else ""
+    except OSError:
+        return ""
+
+
+def has_ended(pid: int) -> bool:
+    """Whether there is no process of this number here."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass  # of another user
+    return False

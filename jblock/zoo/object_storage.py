@@ -7,9 +7,9 @@ bucket can do: two writers never overwrite each other, and one that was slow fin
 
 Components are copied into the user's own cache when they are read, and their hash is checked once then.
 
-Leases are small files, kept up by being written again; their age is told by the bucket's clock alone. A
-holder that lost the lock cannot publish, for pointers are conditional, and it looks at the lock before every
-change.
+Leases are small files, kept up by being written again; their age is told by the bucket's clock alone, but
+for a process of this host that has ended. A holder that lost the lock cannot publish, for pointers are
+conditional, and it looks at the lock before every change.
 """
 
 import contextlib
@@ -374,6 +374,7 @@ class _Lease:
                 "user": lease.user(),
                 "pid": os.getpid(),
                 "node": os.uname().nodename,
+                "space": lease.process_space(),
                 "purpose": purpose,
             }
         ).encode()
@@ -435,10 +436,10 @@ class _Lease:
     def _held(self, number: int) -> str:
         try:
             holder = self._storage.read(f"locks/{number}", 256).decode()
-            self._storage.read(f"tmp/{holder}/lease", 4096)
+            said = self._storage.read(f"tmp/{holder}/lease", 4096)
         except NotFoundError:
             return ""
-        if self._storage.expired(holder, self._storage.now()):
+        if _of_ended(said) or self._storage.expired(holder, self._storage.now()):
             self._storage.delete(f"tmp/{holder}")
             return ""
         return holder
@@ -461,3 +462,13 @@ class _Lease:
                 return
             except ZooError:
                 continue  # a network that comes back in time is no loss
+
+
+def _of_ended(said: bytes) -> bool:
+    """Whether a lease is of a process of this host that has ended."""
+    try:
+        found = json.loads(said)
+        here = found["space"] and found["space"] == lease.process_space()
+        return bool(here) and type(found["pid"]) is int and lease.has_ended(found["pid"])
+    except (ValueError, KeyError, TypeError):
+        return False  # of an older version

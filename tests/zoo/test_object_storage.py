@@ -1,6 +1,8 @@
 """Zoos in buckets: an S3 server of this machine, and fsspec's memory."""
 
+import json
 import os
+import subprocess
 import threading
 
 import fsspec
@@ -12,7 +14,7 @@ from jblock.zoo import edges, gc, lease, registry
 from jblock.zoo.edge_records import Edge, Score
 from jblock.zoo.fsck import fsck
 from jblock.zoo.inventory import inventory
-from jblock.zoo.lease import LeaseLostError
+from jblock.zoo.lease import LeaseLostError, LockedError
 from jblock.zoo.object_storage import ObjectStorage
 from jblock.zoo.records import Step, ZooError
 from jblock.zoo.repair import repair
@@ -129,6 +131,29 @@ def test_a_killed_holder_is_waited_for_and_no_longer(zoo, monkeypatch, capsys):
     zoos.fill(zoo)
     assert "process 7 of ada on n (gc)" in capsys.readouterr().err
     assert zoo.chains() == ["m"]
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_killed_holder_of_this_host_is_not_waited_for(zoo, monkeypatch, capsys, ours):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    monkeypatch.setattr(lease, "MAX_WAIT_SECONDS", 0.5)
+    said = {"user": "ada", "pid": dead.pid, "node": "n", "purpose": "gc"}
+    said["space"] = lease.process_space() if ours else "another"
+    zoo.storage.write("tmp/dead/lease", json.dumps(said).encode())
+    zoo.storage.write("locks/1", b"dead")
+    if ours:
+        zoos.fill(zoo)
+        assert zoo.chains() == ["m"]
+    else:
+        with pytest.raises(LockedError, match=f"process {dead.pid} of ada"):
+            zoos.fill(zoo)
+
+
+def test_a_living_holder_of_this_host_is_waited_for(zoo, monkeypatch):
+    monkeypatch.setattr(lease, "MAX_WAIT_SECONDS", 0.5)
+    with zoo.changing("a long gc"), pytest.raises(LockedError, match="a long gc"):
+        zoos.fill(Zoo.open(zoo.storage.location))
 
 
 def test_what_a_lease_names_is_not_removed(zoo, url):

@@ -15,7 +15,7 @@ import s3_server
 import zoos
 
 from jblock.families import families
-from jblock.zoo import gc
+from jblock.zoo import gc, lease
 from jblock.zoo.fsck import fsck
 from jblock.zoo.lease import LockedError
 from jblock.zoo.records import ZooError
@@ -93,7 +93,8 @@ def serve(path, user, cache, until, faults, served):
                 return
 
 
-def race(path, users, cache, seconds):
+def race(path, users, cache, seconds, pauses):
+    """Races for some seconds, with a kill after each pause between two lengths."""
     faults, waits = _CONTEXT.Queue(), _CONTEXT.Queue()
     served = _CONTEXT.Value("i", 0)
     until = time.time() + seconds
@@ -106,7 +107,7 @@ def race(path, users, cache, seconds):
                 args = (path, user, cache, rng.random(), until, waits)
                 workers[i] = _CONTEXT.Process(target=work, args=args)
                 workers[i].start()
-        time.sleep(rng.uniform(0.2, 1.5))
+        time.sleep(rng.uniform(*pauses))
         victim = workers[rng.randrange(len(workers))]
         if victim.is_alive():
             os.kill(victim.pid, signal.SIGKILL)
@@ -118,6 +119,11 @@ def race(path, users, cache, seconds):
     assert drain(faults, waits) == []
     assert kills > seconds / 10
     assert served.value > 10
+
+
+def make(path):
+    """A zoo with something to serve."""
+    zoos.fill(Zoo.create(path), name="one")
 
 
 def drain(*queues):
@@ -151,10 +157,16 @@ def test_a_folder(cache):
         if users[0]:
             os.chown(folder, users[0], GROUP)
         os.chmod(folder, 0o2775)
-    race(inner, users, cache, SECONDS)
+    race(inner, users, cache, SECONDS, (0.2, 1.5))
     assert fsck(zoo) == []
     gc.collect(zoo, dry_run=False)
     assert fsck(zoo) == []
+    # Leases of the killed are gone at once; what was about to become one is when it is a minute old.
+    left = list((inner / "tmp").iterdir())
+    assert not any((path / "lease").exists() for path in left)
+    for path in left:
+        os.utime(path, (time.time() - 61, time.time() - 61))
+    lease.clean(inner / "tmp")
     assert os.listdir(inner / "tmp") == []
 
 
@@ -165,10 +177,11 @@ def test_a_bucket(cache, monkeypatch):
     with s3_server.server() as address:
         monkeypatch.setenv("AWS_ENDPOINT_URL", address)
         # Not opened before the others fork: the library's threads do not come along.
-        maker = _CONTEXT.Process(target=Zoo.create, args=("s3://zoos/shared",))
+        maker = _CONTEXT.Process(target=make, args=("s3://zoos/shared",))
         maker.start()
         maker.join()
-        race("s3://zoos/shared", (0, 0), cache, SECONDS)
+        # One change takes seconds beside so many others: killed more often, nobody ever ends one.
+        race("s3://zoos/shared", (0, 0), cache, SECONDS, (2.0, 8.0))
         time.sleep(61)  # leases of those that were killed
         zoo = Zoo.open("s3://zoos/shared")
         assert fsck(zoo) == []
