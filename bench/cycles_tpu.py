@@ -335,18 +335,21 @@ def _grouped(chip: Chip, quick: bool) -> dict[str, Any]:
     # One branch for each size of window, the whole block last.
     windows = [r.total() for r in compiled.kernel.walk() if r.products and not r.inner]
     whole = windows[-1]
+    width, out = model.projections["q"]
+    shape = grouped_tpu.Shape(
+        rows=2048, variants=grouped.VARIANTS, width=width, out=out, dtype="bfloat16"
+    )
+    blocks = grouped_tpu.TUNING.blocks_for(shape, chip.kind)
+    columns = grouped_tpu.dividing(out, blocks.columns)
+    peak = 2 * blocks.rows * columns * width / chip.flops_per_cycle
     figures: dict[str, Any] = {
         "grouped_whole": whole,
         "grouped_windows": windows[:-1],
+        "grouped_of_peak": round(peak / whole, 3),
         "partial_over_whole": round(max(windows) / whole, 3),
     }
     if not quick:
-        width, out = model.projections["q"]
-        shape = grouped_tpu.Shape(
-            rows=2048, variants=grouped.VARIANTS, width=width, out=out, dtype="bfloat16"
-        )
-        blocks = grouped_tpu.TUNING.blocks_for(shape, chip.kind)
-        theirs = _megablox(chip, blocks.rows, blocks.columns, width, out)
+        theirs = _megablox(chip, blocks.rows, columns, width, out)
         figures |= {"megablox_tile": theirs, "grouped_over_megablox": round(whole / theirs, 3)}
     return figures
 

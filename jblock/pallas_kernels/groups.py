@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -85,16 +85,14 @@ def choose(index: Any, count: int, act: Callable[[int], None], first: int = 0) -
 
 
 def for_window(
-    first: Any, last: Any, size: int, part: int, act: Callable[[Any, int], None]
+    first: Any, last: Any, windows: Sequence[int], part: int, act: Callable[[Any, int], None]
 ) -> None:
-    """Inside a kernel: act(begin, rows) once, for rows of a block of `size` of which first .. last - 1
-    are an item's: all of them, or as few as hold those and are a power of two of `part`s. So what lies at
-    the edge of a group is multiplied once, and costs no more than a whole block."""
-    begin = lax.div(first, part) * part
-    needed = last - begin
-    rows, below = part, 0
-    while below < size:
-        rows = size if 2 * rows > size else rows
+    """Inside a kernel: act(begin, rows) once, for rows of a block of which first .. last - 1 are an item's:
+    the least of `windows` that holds those; the last one is the block. So what lies at the edge of a group
+    is multiplied once, and costs no more than a whole block. begin is a multiple of `part`."""
+    begin, size = lax.div(first, part) * part, windows[-1]
+    needed, below = last - begin, 0
+    for rows in windows:
 
         @pl.when((needed > below) & (needed <= rows))
         def _act(rows: int = rows) -> None:
@@ -103,4 +101,19 @@ def for_window(
             else:
                 act(pl.multiple_of(jnp.minimum(begin, (size - rows) // part * part), part), rows)
 
-        below, rows = rows, 2 * rows
+        below = rows
+
+
+def doubling_windows(size: int, part: int) -> list[int]:
+    """Powers of two of `part` rows under `size`, and that: few programs, which multiply up to twice what is
+    needed."""
+    return [part << i for i in range((-(-size // part) - 1).bit_length())] + [size]
+
+
+def even_windows(size: int, part: int) -> list[int]:
+    """One to four parts, then steps of an eighth of `size`: no more is multiplied for nothing, by ten
+    programs at most."""
+    step = -(-size // (8 * part)) * part
+    few = list(range(part, min(4 * part, size) + 1, part))
+    first = step * (few[-1] // step + 1) if few else step
+    return sorted({*few, *range(first, size, step), size})

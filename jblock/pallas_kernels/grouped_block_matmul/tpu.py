@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jblock.pallas_kernels.groups import choose, for_window, items
+from jblock.pallas_kernels.groups import choose, even_windows, for_window, items
 from jblock.pallas_kernels.tuning import Tuning
 
 LANES = 128
@@ -108,7 +108,7 @@ def grouped_block_matmul(
     size = blocks.rows
     padded = -(-rows // PART) * PART
     size = min(size, padded)
-    columns = _dividing(out, blocks.columns)
+    columns = dividing(out, blocks.columns)
 
     # What is behind the last variant's rows is a variant without a weight, whose result is zeros.
     rest = rows - jnp.sum(group_sizes, dtype=jnp.int32)
@@ -156,7 +156,7 @@ def _following(begins: jax.Array, group: jax.Array) -> jax.Array:
     return jnp.where(nearest < begins.size, found, -1).astype(jnp.int32)
 
 
-def _dividing(out: int, most: int) -> int:
+def dividing(out: int, most: int) -> int:
     """The most columns up to `most` that divide `out`, in whole registers; all where there are none."""
     if out % LANES:
         return out
@@ -214,4 +214,4 @@ def _kernel(block, group, first, last, opens, begins, following, x, *refs: Any, 
 
     @pl.when(group[i] < variants)
     def _multiply() -> None:
-        for_window(first[i], last[i], size, PART, multiply)
+        for_window(first[i], last[i], even_windows(size, PART), PART, multiply)

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jblock.pallas_kernels.groups import for_window, items
+from jblock.pallas_kernels.groups import doubling_windows, for_window, items
 from jblock.pallas_kernels.tuning import Tuning
 
 LANES = 128
@@ -239,7 +239,8 @@ def _kernel(*refs: Any, turns: int):
                     b_buffer[slot, k] = jnp.zeros((rank, columns), b_buffer.dtype)
 
                 for_window(
-                    first[i], last[i], size, PART, lambda at, rows: add(at, rows, slot, used)
+                    *(first[i], last[i], doubling_windows(size, PART), PART),
+                    lambda at, rows: add(at, rows, slot, used),
                 )
 
             below = used
