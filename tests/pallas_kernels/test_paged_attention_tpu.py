@@ -1,6 +1,6 @@
 """The TPU kernel in jax's TPU interpreter (`tpu_interpreter`).
 
-`make test` takes one case of each pair of dtypes and as many more as meet every form and feature;
+`make test` takes one case of each dtype and as many more as meet every form and feature;
 `make test-long` takes all, rounded to sizes that many share: with small blocks and with the heuristic's.
 """
 
@@ -31,7 +31,7 @@ from tests.pallas_kernels.attention_cases import CASES, FORMS, Case, check, run
 from tests.pallas_kernels.tpu_interpreter import FAST, INTERPRET, RACE, bound_mappings
 
 WINDOWED = next(c for c in CASES if c.window and c.max_q_len == 4)
-SPREAD = list(dict.fromkeys([WINDOWED, *CASES[22::24], *{(c.kv, c.q): c for c in CASES}.values()]))
+SPREAD = list(dict.fromkeys([WINDOWED, *CASES[22::24], *{c.kv: c for c in CASES}.values()]))
 
 
 @functools.partial(
@@ -89,7 +89,8 @@ def hold(case: Case, blocks: Blocks | None, capfd, rounded: bool = False) -> Non
 
 
 def test_the_spread_meets_everything():
-    assert {(c.kv, c.q) for c in SPREAD} == {(c.kv, c.q) for c in CASES}
+    assert {c.kv for c in SPREAD} == {c.kv for c in CASES}
+    assert {c.q for c in SPREAD} == {c.q for c in CASES}
     assert {c.form for c in SPREAD} == set(FORMS)
     for feature in ("window", "softcap", "scale"):
         assert any(getattr(c, feature) is not None for c in SPREAD)
@@ -204,13 +205,6 @@ LENGTHS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), min_size=3,
 def random_case(sequences, form, window, kv):
     # The last sequence fixes max_q_len and the size of the page table, and so the program.
     return Case((*sequences, (41, 9)), form, window=window, kv=kv)
-
-
-@settings(max_examples=2, deadline=None)
-@given(sequences=LENGTHS, seed=st.integers(0, 99))
-def test_matches_reference_on_random_batches(sequences, seed):
-    case = random_case(sequences, "packed", 12, "float32")
-    put(case, small(case), seed)
 
 
 @pytest.mark.long
