@@ -345,7 +345,7 @@ def _grouped(chip: Chip, quick: bool) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "grouped_whole": whole,
         "grouped_windows": windows[:-1],
-        "grouped_of_peak": round(peak / whole, 3),
+        "grouped_of_peak": round(min(1.0, peak / whole), 3),
         "partial_over_whole": round(max(windows) / whole, 3),
     }
     if not quick:

@@ -111,9 +111,9 @@ def doubling_windows(size: int, part: int) -> list[int]:
 
 
 def even_windows(size: int, part: int) -> list[int]:
-    """One to four parts, then steps of an eighth of `size`: no more is multiplied for nothing, by ten
-    programs at most."""
+    """Each number of parts up to half of `size`, then steps of an eighth: no more is multiplied for nothing,
+    by twelve programs for sixteen parts."""
     step = -(-size // (8 * part)) * part
-    few = list(range(part, min(4 * part, size) + 1, part))
+    few = list(range(part, size // 2 + 1, part))
     first = step * (few[-1] // step + 1) if few else step
     return sorted({*few, *range(first, size, step), size})
