@@ -6,7 +6,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health
 
-from serving.errors import RequestError
+from serving.errors import RequestError, abort
 from serving.tenants import Tenants
 
 
@@ -41,6 +41,6 @@ def _refusal(error: RequestError) -> grpc.RpcMethodHandler:
     """A handler that reads nothing; on the wire it stands for every kind of method."""
 
     async def refuse(requests: Any, context: grpc.aio.ServicerContext) -> None:
-        await context.abort(error.code, error.message)
+        await abort(context, error)
 
     return grpc.stream_stream_rpc_method_handler(refuse)

@@ -1,14 +1,24 @@
 """Refusals as gRPC statuses. A request either succeeds or ends with one; there are no flags."""
 
 import dataclasses
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
+from google.protobuf import duration_pb2
 from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
 
 # A message travels as metadata, of which clients take 8 KB for all of an answer.
-_MAX_MESSAGE_BYTES = 3000
+_MAX_MESSAGE_BYTES = 2500
+# Seconds after which a refused request may be sent again. Places become free as answers end.
+RETRY_AFTER = 1
+# How a message begins that names a field: "max_tokens: ...", "stop[1]: ...", "chat.messages[0].role: ...".
+_FIELD = re.compile(r"([A-Za-z_]\w*(?:[.\[]\w+\]?)*): ")
+# Words at the beginning of a message that are no fields of a request.
+_NO_FIELDS = ("body", "engine", "server", "queue", "metadata", "tenant", "max_requests", "health")
+_LATER = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
 
 
 class RequestError(Exception):
@@ -37,6 +47,30 @@ def fitting(message: str) -> str:
         if left < 0:
             return message[:at]
     return message
+
+
+def field_of(error: RequestError) -> str | None:
+    """The field of the request that a refusal names; None: it names none."""
+    found = _FIELD.match(error.message)
+    return found[1] if found and found[1].split("[")[0] not in _NO_FIELDS else None
+
+
+def details(error: RequestError) -> tuple[tuple[str, bytes], ...]:
+    """The `google.rpc.Status` of a refusal, as metadata: the field that is wrong, or when to come back."""
+    status = status_pb2.Status(code=error.code.value[0], message=error.message)
+    field = field_of(error)
+    if error.code is grpc.StatusCode.INVALID_ARGUMENT and field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=field)
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.code in _LATER:
+        delay = duration_pb2.Duration(seconds=RETRY_AFTER)
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    return (("grpc-status-details-bin", status.SerializeToString()),) if status.details else ()
+
+
+async def abort(context: grpc.aio.ServicerContext, error: RequestError) -> None:
+    """Ends a call with a refusal."""
+    await context.abort(error.code, error.message, details(error))
 
 
 def invalid(message: str) -> RequestError:
@@ -96,7 +130,7 @@ class DecodeErrors(grpc.aio.ServerInterceptor):
         def checked(answer: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Any]:
             async def respond(request: Any, context: grpc.aio.ServicerContext) -> Any:
                 if isinstance(request, _Undecodable):
-                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, request.message)
+                    await abort(context, invalid(request.message))
                 return await answer(request, context)
 
             return respond

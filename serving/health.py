@@ -6,6 +6,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from serving.errors import abort, exhausted
+
 # Watchers at a time: each is a stream for as long as its client likes, which a key may not even be
 # needed for.
 MAX_WATCHERS = 100
@@ -52,9 +54,11 @@ class Health(health_pb2_grpc.HealthServicer):
     ) -> None:
         """The status of one service, and again whenever it changes."""
         if self._watchers >= MAX_WATCHERS:
-            await context.abort(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"health: {MAX_WATCHERS} calls watch already; use Check, or try again later",
+            await abort(
+                context,
+                exhausted(
+                    f"health: {MAX_WATCHERS} calls watch already; use Check, or try again later"
+                ),
             )
         self._watchers += 1
         try:

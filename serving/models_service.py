@@ -8,7 +8,7 @@ import grpc
 
 from serving.changes import Changes
 from serving.dispatcher import Dispatcher
-from serving.errors import RequestError
+from serving.errors import RequestError, abort, unavailable
 from serving.served_models import ServedModel
 from serving.tenants import Tenants
 from serving.v1 import jblock_pb2 as pb
@@ -28,9 +28,8 @@ class Models(jblock_pb2_grpc.ModelsServicer):
     ) -> pb.ListModelsResponse:
         """All models, by name."""
         if not self._dispatcher.ready.is_set():
-            await context.abort(
-                grpc.StatusCode.UNAVAILABLE,
-                "engine: is warming up; try again when health is SERVING",
+            await abort(
+                context, unavailable("engine: is warming up; try again when health is SERVING")
             )
         models = sorted(self._dispatcher.models.values(), key=lambda m: m.info.name)
         return pb.ListModelsResponse(models=[_model(m) for m in models])
@@ -40,7 +39,7 @@ class Models(jblock_pb2_grpc.ModelsServicer):
         try:
             return _model(self._dispatcher.find("name", request.name))
         except RequestError as error:
-            await context.abort(error.code, error.message)
+            await abort(context, error)
             raise
 
     async def Load(
@@ -71,7 +70,7 @@ class Models(jblock_pb2_grpc.ModelsServicer):
                 )
             return await change()
         except RequestError as error:
-            await context.abort(error.code, error.message)
+            await abort(context, error)
             raise
 
 

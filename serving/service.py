@@ -11,7 +11,7 @@ from absl import logging
 from serving import tokenizing
 from serving.chat.messages import conversation_of
 from serving.dispatcher import Dispatcher
-from serving.errors import RequestError
+from serving.errors import RequestError, abort
 from serving.generation import NO_LIMIT, Ask, Generator, Part
 from serving.messages import collect, to_message, to_score
 from serving.metrics import Metrics
@@ -55,7 +55,8 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[AsyncIterator[Part]]:
         """The parts of the answer; whatever ends it becomes a status and a count."""
-        code, message = grpc.StatusCode.OK, ""
+        refusal: RequestError | None = None
+        code = grpc.StatusCode.OK
         begin = time.monotonic()
         try:
             tenant = self._tenants.find(context.invocation_metadata())
@@ -67,7 +68,7 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
             async with contextlib.aclosing(generation) as parts:
                 yield parts
         except RequestError as error:
-            code, message = error.code, error.message
+            code, refusal = error.code, error
         except asyncio.CancelledError:
             left = context.time_remaining()
             expired = left is not None and left <= 0
@@ -75,14 +76,14 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
             raise
         except Exception:
             code = grpc.StatusCode.INTERNAL
-            message = "server: failed on this request; its log says how"
+            refusal = RequestError(code, "server: failed on this request; its log says how")
             logging.exception("answering a request failed")
         finally:
             # A name that is not served must not become a label: they would grow without bound.
             model = request.model if request.model in self._dispatcher.models else ""
             self._metrics.ended(model, code, time.monotonic() - begin)
-        if code is not grpc.StatusCode.OK:
-            await context.abort(code, message)  # Last, so that who sees the status is counted.
+        if refusal is not None:
+            await abort(context, refusal)  # Last, so that who sees the status is counted.
 
     async def Score(
         self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext
@@ -142,4 +143,4 @@ async def _refusing(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
     try:
         yield
     except RequestError as error:
-        await context.abort(error.code, error.message)
+        await abort(context, error)

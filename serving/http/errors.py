@@ -5,7 +5,7 @@ import re
 import grpc
 import msgspec
 
-from serving.errors import RequestError, invalid
+from serving.errors import RETRY_AFTER, RequestError, field_of, invalid
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -30,12 +30,6 @@ _TYPES = {
     503: "service_unavailable_error",
 }
 _CODES = {401: "invalid_api_key", 404: "not_found", 429: "rate_limit_exceeded", 503: "overloaded"}
-# Seconds after which a refused request may be sent again. Places become free as answers end.
-RETRY_AFTER = 1
-# How a message begins that names a field: "max_tokens: ...", "stop[1]: ...", "prompt_token_ids[0]: ...".
-_FIELD = re.compile(r"([A-Za-z_]\w*(?:[.\[]\w+\]?)*): ")
-# Words at the beginning of a message that are no fields of a request.
-_NO_FIELDS = ("body", "engine", "server", "queue", "metadata", "tenant", "max_requests")
 
 
 class HTTPError(RequestError):
@@ -69,8 +63,7 @@ def headers_of(error: RequestError, status: int) -> Headers:
 
 def body_of(error: RequestError, status: int) -> bytes:
     """The object `error`."""
-    found = _FIELD.match(error.message)
-    field = found[1] if found and found[1].split("[")[0] not in _NO_FIELDS else None
+    field = field_of(error)
     code = _CODES.get(status)
     if status == 404 and field == "model":
         code = "model_not_found"

@@ -3,6 +3,8 @@
 import grpc
 import pytest
 import server_harness as harness
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 
 from serving.client import Client
 from serving.server import ServerConfig
@@ -274,3 +276,34 @@ def test_bad_configuration(fields, message):
 def test_a_stub_of_the_proto_needs_no_more(fast):
     answer = jblock_pb2_grpc.ModelsStub(fast.channel).List(pb.ListModelsRequest())
     assert len(answer.models) == 6
+
+
+def test_details_name_the_field_or_when_to_come_back(fast, slow):
+    with pytest.raises(grpc.RpcError) as caught:
+        fast.stub.Generate(ask(stop=["x", ""]))
+    status = rpc_status.from_call(caught.value)
+    (packed,) = status.details
+    request = error_details_pb2.BadRequest()
+    assert packed.Unpack(request) and [v.field for v in request.field_violations] == ["stop[1]"]
+    stream = slow.client.stream("echo", [300], max_tokens=900, n=4)
+    next(stream)
+    with pytest.raises(grpc.RpcError) as caught:
+        slow.stub.Generate(ask())
+    (packed,) = rpc_status.from_call(caught.value).details
+    retry = error_details_pb2.RetryInfo()
+    assert packed.Unpack(retry) and retry.retry_delay.seconds == 1
+    stream.close()
+    with pytest.raises(grpc.RpcError) as caught:
+        fast.stub.Generate(ask(model="nobody"))
+    assert rpc_status.from_call(caught.value) is None
+
+
+@pytest.mark.parametrize("name", ["a" * 100_000, "é" * 50_000, "🙂" * 30_000, "\n%" * 40_000])
+def test_names_of_any_length_are_refused_in_words(fast, name):
+    for call in (
+        lambda: fast.client.generate(name, [300]),
+        lambda: fast.client.model(name),
+        lambda: fast.client.load(name),
+    ):
+        with pytest.raises(ClientError, match=r"NOT_FOUND: (model|name): "):
+            call()
