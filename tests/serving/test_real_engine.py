@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import server_harness as harness
+from http_harness import ask
 
 from checkpoints import hf
 from checkpoints.progress import Progress
@@ -56,7 +57,7 @@ def running(folder):
     kwargs["executable_cache"] = str(folder / "executables")
     engine = ProcessEngine("jblock.engine.factory:build_engine", kwargs)
     engine.models()
-    with harness.serving(engine) as one:
+    with harness.serving(engine, http_port=0) as one:
         yield one
 
 
@@ -99,3 +100,31 @@ def test_what_does_not_fit_is_refused_and_the_rest_goes_on(running, folder):
         running.client.load("nobody")
     answer = running.client.generate("good", prompt, max_tokens=len(greedy), ignore_eos=True)
     assert answer.token_ids == greedy
+
+
+def test_log_likelihoods_over_http_are_those_of_transformers(running):
+    """As evaluation harnesses ask: the prompt's log-probabilities, and whether each token is the
+    greedy one."""
+    prompt, greedy = oracle()
+    with np.load(FIXTURE / "oracle.npz") as arrays:
+        logits = arrays["logits"][: len(prompt) - 1].astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    content = {"model": "good", "prompt": [prompt], "echo": True, "logprobs": 1, "max_tokens": 1}
+    answer = ask(running.server.http_port, "/v1/completions", {**content, "temperature": 0})
+    (choice,) = answer.json["choices"]
+    found = choice["logprobs"]
+    scored, tops = found["token_logprobs"][1:-1], found["top_logprobs"][1:-1]
+    assert found["tokens"][:-1] == [str(token) for token in prompt]
+    places = np.arange(len(prompt) - 1)
+    np.testing.assert_allclose(scored, expected[places, prompt[1:]], atol=1e-3)
+    is_greedy = [score == max(top.values()) for score, top in zip(scored, tops, strict=True)]
+    gaps = np.diff(np.partition(logits, -2)[:, -2:])[:, 0]
+    clear = gaps > 1e-3
+    assert clear.sum() > len(places) // 2
+    wanted = expected.argmax(axis=1) == prompt[1:]
+    assert (np.array(is_greedy)[clear] == wanted[clear]).all()
+    whole = {"model": "good", "prompt": prompt, "max_tokens": len(greedy), "temperature": 0}
+    answer = ask(
+        running.server.http_port, "/v1/completions", {**whole, "ignore_eos": True, "logprobs": 0}
+    )
+    assert tuple(map(int, answer.json["choices"][0]["logprobs"]["tokens"])) == greedy
