@@ -310,7 +310,9 @@ def _quantized(chip: Chip, bits: int) -> dict[str, Any]:
     blocks = quantized_tpu.TUNING.blocks_for(shape, chip.kind)
     grid, chunks = _grid_and_product(compiled.kernel)
     steps = -(-out // blocks.columns)
-    each = grid.total() - chunks.total() + chunks.total() * (width // quantized.GROUP)
+    number = width // quantized.GROUP
+    turns = number // quantized_tpu.chunks_together(16, number)
+    each = grid.total() + chunks.total() * (turns - 1)
     copied = chip.copy_cycles(quantized.needed(model, "up", 16, bits)[0])
     return {
         f"int{bits}_bundles": steps * each,

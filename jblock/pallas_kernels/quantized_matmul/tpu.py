@@ -162,6 +162,16 @@ def _divided(chunk: int) -> int:
     return LANES * max(n for n in range(1, registers) if registers % n == 0)
 
 
+def chunks_together(rows: int, chunks: int) -> int:
+    """Chunks of a turn of the kernel's loop for so many rows of x.
+
+    Of few rows many, so that the weights of one are on their way into the matrix unit while another's product
+    comes out. Of many rows the products of two would not fit the registers.
+    """
+    most = _TOGETHER if rows <= FEW_ROWS else 1
+    return max(n for n in range(1, most + 1) if chunks % n == 0)
+
+
 def _kernel(x, w_q, scales, out, *, chunk: int, group: int):
     """x [rows, in], w_q [columns, in], scales [groups, columns] -> out [rows, columns]."""
     parts = max(1, LANES // group)  # groups of a chunk
@@ -182,10 +192,7 @@ def _kernel(x, w_q, scales, out, *, chunk: int, group: int):
 
     out[...] = jnp.zeros(out.shape, jnp.float32)
     chunks = x.shape[1] // chunk
-    # Of few rows many at once, so that the weights of one are on their way into the matrix unit while
-    # another's product comes out. Of many rows the products of two would not fit the registers.
-    most = _TOGETHER if x.shape[0] <= FEW_ROWS else 1
-    together = max(n for n in range(1, most + 1) if chunks % n == 0)
+    together = chunks_together(x.shape[0], chunks)
 
     def scaled_product(c: jax.Array, columns: Any) -> jax.Array:
         inputs = pl.ds(pl.multiple_of(c * chunk, LANES), chunk)
