@@ -8,7 +8,7 @@ with the depth of the loops around it, and branches by the region that they skip
 import dataclasses
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s*(LB|LH|LE|PB|PF|CT)?\s*:\s*(>*)\s*\{(.*)")
@@ -16,6 +16,9 @@ _BRANCH = re.compile(r"sbr\.rel \((!?)%[\w.]+\) target = \$region(\d+)")
 _REGION = re.compile(r"(?:Start|End|Start/End empty) region (\d+)")
 _PRODUCT = re.compile(r"= vmatmul|= vmatmsk|vdwg|= vmxu|= vmatpush_matmul")
 _SPILLED = re.compile(r"= vst\S* [^;]*_spill\]")
+
+_MAPS = Path("/proc/self/maps")
+"""What is loaded into this process."""
 
 
 def dumping(folder: Path) -> None:
@@ -25,8 +28,7 @@ def dumping(folder: Path) -> None:
       RuntimeError: libtpu has been loaded already, and would not.
     """
     # jax imports the Python package at once, the library itself when it first compiles for a TPU.
-    maps = Path("/proc/self/maps")
-    if maps.exists() and "libtpu.so" in maps.read_text():
+    if _MAPS.exists() and "libtpu.so" in _MAPS.read_text():
         raise RuntimeError("libtpu is loaded already: ask for its schedules before it compiles")
     os.environ["LIBTPU_INIT_ARGS"] = " ".join(
         [
@@ -67,9 +69,9 @@ class Region:
         for region in self.inner:
             yield from region.walk()
 
-    def total(self, what: str = "bundles") -> int:
-        """The sum of an attribute over it and all in it: each bundle once."""
-        return sum(getattr(r, what) for r in self.walk())
+    def total(self, what: "Callable[[Region], int]" = lambda r: r.bundles) -> int:
+        """The sum of what a region has over it and all in it: each bundle once."""
+        return sum(map(what, self.walk()))
 
 
 def parse(text: str) -> Region:

@@ -111,7 +111,7 @@ class Chip:
         ]
         moves = sum(c for c, line in costs if re.search(r"= \S+ (copy|transpose)|/transpose", line))
         if ours:
-            self.spills[name] = kernel.total("spills")
+            self.spills[name] = kernel.total(lambda r: r.spills)
         progress(f"{self.name} {name}: {kernel.total()} bundles, {kernel.total('spills')} spills")
         return Compiled(kernel, sum(c for c, _ in costs), moves)
 
@@ -259,12 +259,12 @@ def _jax_tile(chip: Chip, pages: int, queries: int) -> float:
     )
     name = f"jax's attention, {pages} pages by {queries} queries"
     kernel = chip.compile(name, lambda *a: fn(*a), arguments, ours=False).kernel
-    loops = [r for r in kernel.walk() if r.kind == "loop" and r.total("products")]
+    loops = [r for r in kernel.walk() if r.kind == "loop" and r.total(lambda r: r.products)]
     # The loop over blocks of keys, heads unrolled in it.
     innermost = [
         r for r in loops if not any(x.kind == "loop" and x in loops for x in r.walk() if x is not r)
     ]
-    body = max(innermost, key=lambda r: r.total("products"))
+    body = max(innermost, key=lambda r: r.total(lambda r: r.products))
     _, tile_rows, tile_keys = _TILE
     rows = queries * heads // kv_heads
     return body.total() * tile_rows / rows * tile_keys / (pages * attention.PAGE_SIZE)
@@ -279,7 +279,9 @@ def _decode(chip: Chip) -> dict[str, Any]:
     pages = -(-512 // attention.PAGE_SIZE)
     # Loops that go round more than once are those that have a block's pages brought.
     bringing = [
-        r for r in block.walk() if r.kind == "loop" and r.fetches and not r.total("products")
+        r
+        for r in block.walk()
+        if r.kind == "loop" and r.fetches and not r.total(lambda r: r.products)
     ]
 
     def executed(region: Region) -> int:
@@ -324,7 +326,7 @@ def _quantized(chip: Chip, bits: int) -> dict[str, Any]:
 
 def _grid_and_product(kernel: Region) -> tuple[Region, Region]:
     """The loop over grid steps, and in it the innermost loop that multiplies."""
-    loops = [r for r in kernel.walk() if r.kind == "loop" and r.total("products")]
+    loops = [r for r in kernel.walk() if r.kind == "loop" and r.total(lambda r: r.products)]
     return loops[0], loops[-1]
 
 

@@ -102,6 +102,7 @@ class Result:
 
 
 _COUNTS = {"read": 0, "written": 0, "flops": 0}
+_COUNTING = threading.Lock()
 """In the worker: what the interpreted kernel has done so far."""
 
 
@@ -273,32 +274,35 @@ def _check_pages(got: Any, wanted: tuple[np.ndarray, ...]) -> None:
 
 
 def _prepare() -> None:
-    """Puts plain array operations in the place of what the interpreter lacks."""
-    import jax
-    import jax.numpy as jnp
+    """Puts plain array operations in the place of what the interpreter lacks, and counts what it does."""
     from jax._src import callback
-    from jax._src.pallas.mosaic.interpret import thread_map
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-    from jblock.pallas_kernels import hopper
 
     # Its callbacks take a dozen numbers apart one by one. With jax arrays, as they come, each of these is a
     # program that is run: most of the time of a block.
     callback.io_callback_impl = lambda *args, callback, **_: [
         np.asarray(r) for r in callback(*map(np.asarray, args))
     ]
+    _count_copies()
+    _replace_operations()
+    _compile_once()
 
-    lock, adding = threading.Lock(), threading.Lock()
 
-    def count(what: str, amount: int) -> None:
-        with lock:
-            _COUNTS[what] += amount
+def _count(what: str, amount: int) -> None:
+    with _COUNTING:
+        _COUNTS[what] += amount
 
+
+def _count_copies() -> None:
+    """Counts bytes between device and shared memory, and adds where a store is to add."""
+    import jax
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    adding = threading.Lock()
     execute = gpu_callbacks.DeviceLocalMemoryTransfer.execute
 
     def execute_and_count(transfer, token):
         token = execute(transfer, token)
-        count("read", transfer.data.nbytes)
+        _count("read", transfer.data.nbytes)
         return token
 
     gpu_callbacks.DeviceLocalMemoryTransfer.execute = execute_and_count
@@ -315,7 +319,7 @@ def _prepare() -> None:
             return value, (key, transforms)
 
         value, _ = read("src")
-        count("written", value.nbytes)
+        _count("written", value.nbytes)
         if reduction_op is None:
             return store(reduction_op=None, **kwargs)
         if reduction_op != "add":
@@ -334,6 +338,14 @@ def _prepare() -> None:
 
     gpu_callbacks.copy_smem_to_gmem = store_and_count
 
+
+def _replace_operations() -> None:
+    """Those of `hopper.py`, by plain ones on arrays."""
+    import jax
+    import jax.numpy as jnp
+
+    from jblock.pallas_kernels import hopper
+
     def matmul(a, b, *, transpose_b=False, then=None):
         if then is not None:
             then()
@@ -341,7 +353,7 @@ def _prepare() -> None:
         a = a[...]
         b = b[...].T if transpose_b else b[...]
         flops = 2 * a.shape[0] * a.shape[1] * b.shape[1]
-        jax.debug.callback(lambda: count("flops", flops))
+        jax.debug.callback(lambda: _count("flops", flops))
         return jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
 
     def sum_of_products(shape, steps, arrived, operands, read):
@@ -374,6 +386,12 @@ def _prepare() -> None:
         ref[...] = value.T
 
     hopper.store_transposed = store_transposed
+
+
+def _compile_once() -> None:
+    """Keeps the compiled bodies of kernels."""
+    import jax
+    from jax._src.pallas.mosaic.interpret import thread_map
 
     # The interpreter compiles the kernel's body anew for every block and warpgroup; once does.
     compiled: dict[int, Any] = {}

@@ -53,31 +53,31 @@ def packed(values: int) -> np.ndarray:
 
 LAYOUTS = {
     # The accumulator, and a left operand of 16 bits: pairs of columns, four lanes a row.
-    "WGMMA": packed(2),
+    plgpu.Layout.WGMMA: packed(2),
     # 4 bits, eight of a row in one register: what `hopper.load_widened` reads of int4 at a time.
-    "WGMMA_UPCAST_4X": packed(8),
+    plgpu.Layout.WGMMA_UPCAST_4X: packed(8),
     # 8 bits, four of a row in one register, lanes 1 and 2 of a row swapped: so one exchange between two lanes
     # makes an operand of 16 bits of them.
-    "WGMMA_UPCAST_2X": documented(
+    plgpu.Layout.WGMMA_UPCAST_2X: documented(
         lambda w, t, r: 16 * w + t // 4 + 8 * (r // 4 % 2),
         lambda w, t, r: 16 * (r // 8) + 8 * (t % 2) + 4 * (t % 4 // 2) + r % 4,
     ),
     # The accumulator with each square of 2 x 2 turned: a lane has two rows of one column.
-    "WGMMA_TRANSPOSED": documented(
+    plgpu.Layout.WGMMA_TRANSPOSED: documented(
         lambda w, t, r: 16 * w + 8 * (r // 2 % 2) + 2 * (t // 8) + r % 2,
         lambda w, t, r: 8 * (r // 4) + 2 * (t % 4) + t // 4 % 2,
     ),
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_threads_hold_what_the_instruction_says(name):
-    np.testing.assert_array_equal(elements(getattr(plgpu.Layout, name)), LAYOUTS[name])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_threads_hold_what_the_instruction_says(layout):
+    np.testing.assert_array_equal(elements(layout), LAYOUTS[layout])
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_every_element_has_one_register(name):
-    flat = elements(getattr(plgpu.Layout, name)).reshape(-1, 2)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_element_has_one_register(layout):
+    flat = elements(layout).reshape(-1, 2)
     assert len({tuple(e) for e in flat.tolist()}) == SHAPE[0] * SHAPE[1]
 
 
@@ -104,8 +104,8 @@ def asked(monkeypatch):
     "dtype, wanted",
     [
         # Eight nibbles move between lanes as nibbles; four bytes once they are wide.
-        ("int4", [("load", "WGMMA_UPCAST_4X"), ("int4", "WGMMA")]),
-        ("int8", [("load", "WGMMA_UPCAST_2X"), ("bfloat16", "WGMMA")]),
+        ("int4", [("load", plgpu.Layout.WGMMA_UPCAST_4X), ("int4", plgpu.Layout.WGMMA)]),
+        ("int8", [("load", plgpu.Layout.WGMMA_UPCAST_2X), ("bfloat16", plgpu.Layout.WGMMA)]),
     ],
 )
 def test_widened_loads_keep_the_order_of_what_they_read(asked, dtype, wanted):
@@ -113,7 +113,15 @@ def test_widened_loads_keep_the_order_of_what_they_read(asked, dtype, wanted):
     got = hopper.load_widened(jnp.asarray(values, dtype))
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(got, np.float32), values)
-    assert asked == [(what, getattr(plgpu.Layout, layout)) for what, layout in wanted]
+    assert asked == wanted
+
+
+def test_another_order_of_nibbles_would_be_caught():
+    """Pairs of a byte the other way round, or a byte's order of the lanes."""
+    right = LAYOUTS[plgpu.Layout.WGMMA_UPCAST_4X]
+    turned = right.reshape(4, 32, -1, 2, 2)[..., ::-1, :].reshape(right.shape)
+    assert not np.array_equal(elements(plgpu.Layout.WGMMA_UPCAST_4X), turned)
+    assert not np.array_equal(elements(plgpu.Layout.WGMMA_UPCAST_2X), right)
 
 
 def test_a_transposed_store_puts_rows_where_columns_are(asked):
