@@ -326,8 +326,13 @@ def resolve(model: Model, text: str) -> int:
         return int(text)
     if text in model.aliases:
         return model.aliases[text]
+    raise unknown_version(model, text)
+
+
+def unknown_version(model: Model, text: str) -> NotFoundError:
+    """The error for a version or alias that a model does not have; it names those that it has."""
     known = ", ".join([*map(str, sorted(model.versions)), *sorted(model.aliases)]) or "none"
-    raise NotFoundError(
+    return NotFoundError(
         f"no version {model.name}@{text}: it was removed or never added; known: {known}"
     )
 

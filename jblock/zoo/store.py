@@ -429,6 +429,8 @@ class Zoo(Objects):
                 f"model {model.name!r} in {where} has no active version, but {known}: 'jblock convert "
                 f"activate {model.name}@{max(model.versions)}' makes one active"
             )
+        if version is not None and model.versions:
+            return registry.unknown_version(model, str(version))
         what = model.name if version is None else f"{model.name}@{version}"
         known = ", ".join(self.chains()) or "none"
         return NotFoundError(f"no model {what!r} in {where}; known: {known}")

@@ -142,6 +142,10 @@ def test_versions_are_added_activated_named_and_rolled_back(filled, tmp_path):
         ("rollback", "no"),
     ):
         assert filled(*bad).code == 2
+    for command in ("activate", "inspect", "export", "rm"):
+        more = ["--out", tmp_path / "out"] if command == "export" else []
+        assert "no version base@3: it was removed" in filled(command, "base@3", *more).err
+    assert "known: 5" in filled("activate", "base@next").err
     filled.ok("fsck")
 
 
