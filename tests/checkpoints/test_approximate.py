@@ -295,14 +295,36 @@ def test_compress_says_what_is_lost_of_the_change_and_what_that_costs(cli, words
     assert [e["id"] for e in data["edges"] if e["usable"]] == [made["measured"]["edge"]]
 
 
-def test_adapters_that_cannot_be_merged_are_left_out_and_said(pair, words):
-    pair.ok("peft", tiny.write_adapter(words / "a"), "--base", "small", "--name", "a")
-    ask = ["equivalence", *files(words)[2:6], "--tokens", 512, "--row_tokens", 64, "--json"]
-    assert json.loads(pair.ok(*ask))["skipped"] == []  # by default adapters are left to their base
-    config = json.loads((words / "a" / "adapter_config.json").read_text())
-    assert config["peft_type"] == "LORA"
-    named = json.loads(pair.ok(*ask[:1], "a", *ask[1:]))
-    assert named["skipped"] == [] and {e["chain"] for e in named["edges"]} == {"a@1"}
+def test_adapters_are_measured_merged_or_left_out_and_said(pair, words):
+    """DoRA whose magnitudes are the norms and whose B is zero changes nothing; twice as large, all."""
+    weights = scaled(tiny.CONFIG)
+    lora = {n: v if "lora_A" in n else 0 * v for n, v in tiny.adapter_weights().items()}
+    norms = {
+        n.replace("lora_A.weight", "lora_magnitude_vector"): np.linalg.norm(
+            weights[n.removeprefix("base_model.model.").replace("lora_A.weight", "weight")], axis=1
+        )
+        for n in lora
+        if "lora_A" in n
+    }
+    config = tiny.ADAPTER | {"use_dora": True}
+    for name, scale in (("same", 1), ("twice", 2)):
+        tensors = lora | {n: scale * v for n, v in norms.items()}
+        pair.ok("peft", tiny.write_adapter(words / name, config, tensors), "--base", "small")
+    prompt = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    rows = {"prompt_embeddings": np.ones((4, 16), np.float32)}
+    pair.ok("peft", tiny.write_adapter(words / "prompt", prompt, rows), "--base", "small")
+    ask = [*files(words)[2:6], "--tokens", 512, "--row_tokens", 64, "--json"]
+    kl = {
+        name: json.loads(pair.ok("measure", name, "--against", "small", *ask))["scores"]["kl"]
+        for name in ("same", "twice")
+    }
+    assert abs(kl["same"]["value"]) < 1e-6 and kl["twice"]["value"] > 0.01
+    assert "cannot be merged" in pair("measure", "prompt", "--against", "small", *ask).err
+    found = json.loads(pair.ok("equivalence", *ask))
+    assert found["skipped"] == []  # by default adapters are left to their base
+    found = json.loads(pair.ok("equivalence", "twice", "prompt", *ask))
+    assert [s["chain"] for s in found["skipped"]] == ["prompt@1"]
+    assert {e["chain"] for e in found["edges"]} == {"twice@1"}
 
 
 def test_layers_that_are_not_kept_in_memory_give_the_same(pair, words, monkeypatch):
