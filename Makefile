@@ -32,7 +32,7 @@ compilers:
 # Clients as others publish them, against the server; an environment of its own, since what they need is much.
 clients:
 	$(PYTHON) -m venv $(VENV)-clients
-	$(VENV)-clients/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' openai langchain-openai
+	$(VENV)-clients/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' openai langchain-openai 'lm-eval[api]'
 	$(VENV)-clients/bin/python -m pytest -m clients tests/clients
 
 serve: $(VENV)/.installed

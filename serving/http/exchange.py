@@ -18,6 +18,7 @@ T = TypeVar("T")
 MAX_BODY_BYTES = 8 * 2**20
 
 _DISCARD_SECONDS = 1.0
+_PIECE_BYTES = 32 * 1024
 
 _encoder = msgspec.json.Encoder()
 
@@ -101,7 +102,11 @@ class Sender:
         """The whole answer; bytes are JSON already."""
         body = content if isinstance(content, bytes) else _encoder.encode(content)
         await self._start(status, b"application/json", [*(headers or []), _length(body)])
-        await self._send({"type": "http.response.body", "body": body})
+        # In pieces: before each uvicorn waits until the client has taken what was sent before.
+        for at in range(0, len(body), _PIECE_BYTES):
+            piece = body[at : at + _PIECE_BYTES]
+            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+        await self.end()
 
     async def event(self, content: Any) -> None:
         """One event of a stream, of the data that OpenAI's clients read."""
@@ -113,7 +118,7 @@ class Sender:
         await self._send({"type": "http.response.body", "body": body + b"\n\n", "more_body": True})
 
     async def end(self) -> None:
-        """The end of a stream that needs no last word."""
+        """The end of an answer."""
         await self._send({"type": "http.response.body", "body": b""})
 
     async def done(self) -> None:

@@ -168,17 +168,19 @@ def test_a_client_that_leaves_cancels_its_work(busy, stream):
     assert busy.engine.stats().generated_tokens < 400
 
 
-def test_a_stream_that_nobody_reads_keeps_its_place(tmp_path):
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_nobody_reads_keeps_its_place(tmp_path, stream):
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
     with harness.serving(harness.mock(tmp_path), http_port=0, max_queue=1) as running:
         content = {
             "model": "echo",
             "messages": [{"role": "user", "content": "hello"}],
-            "stream": True,
+            "stream": stream,
         }
         content |= {"max_tokens": 1000, "logprobs": True, "top_logprobs": 20}
         with raw(port(running), "/v1/chat/completions", content, small=True):
             assert harness.eventually(lambda: running.engine.stats().generated_tokens == 1000)
+            time.sleep(0.3)  # More than what it takes to write the answer.
             refused = ask(port(running), "/v1/completions", body())
             assert refused.status == 503
         assert harness.eventually(running.is_empty)
