@@ -94,7 +94,7 @@ def test_has_no_data_race(pool, case):
 MODEL = dict(heads=8, kv_heads=2, head_dim=64, page_size=64, kv="bfloat16", q="bfloat16")
 
 
-@pytest.mark.parametrize("window", [None, 1024, 256])
+@pytest.mark.parametrize("window", [None, pytest.param(1024, marks=pytest.mark.long), 256])
 def test_decoding_moves_little_more_than_it_must(pool, window):
     sequences = ((2000, 1), (1517, 1), (1130, 1))
     case = Case(sequences, "grid", **MODEL, window=window)
