@@ -110,9 +110,10 @@ class Chip:
             if (m := re.search(r'estimated_cycles":"(\d+)"', line)) and "custom-call" not in line
         ]
         moves = sum(c for c, line in costs if re.search(r"= \S+ (copy|transpose)|/transpose", line))
+        spills = kernel.total(lambda r: r.spills)
         if ours:
-            self.spills[name] = kernel.total(lambda r: r.spills)
-        progress(f"{self.name} {name}: {kernel.total()} bundles, {kernel.total('spills')} spills")
+            self.spills[name] = spills
+        progress(f"{self.name} {name}: {kernel.total()} bundles, {spills} spills")
         return Compiled(kernel, sum(c for c, _ in costs), moves)
 
 
