@@ -35,6 +35,9 @@ from jblock.pallas_kernels.paged_attention.tpu_softmax import (
 )
 
 _SUBLANES = 8
+_NONE_SEEN = (
+    MASKED / 2
+)  # a row's best before it sees a key: so far over a masked score that its power is 0
 _ONES = 16  # a register tile of bfloat16
 _AHEAD = 1  # heads whose scores are made while the values of one are added; of more, registers are spilled
 
@@ -87,7 +90,7 @@ class ManyRows(FewRows):
 
         @pl.loop(0, self.tiles(item))
         def lay(u):
-            state.best[u] = jnp.full(state.best.shape[1:], MASKED, jnp.float32)
+            state.best[u] = jnp.full(state.best.shape[1:], _NONE_SEEN, jnp.float32)
             state.acc[u] = jnp.zeros(state.acc.shape[1:], jnp.float32)
             for h in range(form.kv_heads):
                 q = queries[rows_slot, pl.ds(u * tokens, tokens), h]
@@ -183,7 +186,7 @@ class ManyRows(FewRows):
             if step < self.form.kv_heads:
                 best.append(self._score(u, slot, at, keys, seen, zero, step))
             if step >= _AHEAD:
-                self._add(u, at, keys, seen, zero, step - _AHEAD, best[step - _AHEAD])
+                self._add(u, at, keys, zero, step - _AHEAD, best[step - _AHEAD])
 
     def _score(self, u, slot, at, keys, seen, zero, h: int) -> jax.Array:
         """Leaves a head's scores in their buffer; returns each row's best so far [1, rows]."""
@@ -207,7 +210,7 @@ class ManyRows(FewRows):
             best = jnp.maximum(best, scores.reshape(-1, _SUBLANES, form.rows).max(axis=0))
         return best.max(axis=0, keepdims=True)
 
-    def _add(self, u, at, keys, seen, zero, h: int, best: jax.Array) -> None:
+    def _add(self, u, at, keys, zero, h: int, best: jax.Array) -> None:
         """Adds the values of a head whose scores are in their buffer."""
         form, state = self.form, self.state
         scores, weights = (a[h % (_AHEAD + 1)] for a in (state.scores, state.weights))
@@ -217,9 +220,6 @@ class ManyRows(FewRows):
         for begin in range(0, keys, _step(keys)):
             part = slice(begin, begin + _step(keys))
             weight = jnp.exp2(scores[zero[1], part] - best)
-            if seen is not None:
-                # A row that sees nothing of the keys has no best yet.
-                weight = jnp.where(seen[part], weight, 0.0)
             if total is not None:
                 total += weight.reshape(-1, _SUBLANES, form.rows).sum(axis=0)
             weights[0, part] = weight.astype(form.dtype)
