@@ -52,12 +52,16 @@ import json, sys
 import numpy as np, torch
 from transformers import AutoModelForCausalLM
 folder, file, out, count = sys.argv[1:5]
+torch.set_num_threads(1)  # a busy machine's second thread only waits
 model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
 result = {}
 for i, ids in enumerate(json.load(sys.stdin)):
-    made = model.generate(torch.tensor([ids]), max_new_tokens=int(count), min_new_tokens=int(count),
-        do_sample=False, eos_token_id=None, output_logits=True, return_dict_in_generate=True)
-    result[f"greedy{i}"] = made.sequences[0, len(ids):].numpy()
+    # All of it is seen: else the tokens of a chat that are this model's padding too would be masked.
+    ids = torch.tensor([ids])
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+        max_new_tokens=int(count), min_new_tokens=int(count), eos_token_id=None,
+        output_logits=True, return_dict_in_generate=True)
+    result[f"greedy{i}"] = made.sequences[0, ids.shape[1]:].numpy()
     result[f"logits{i}"] = torch.stack(made.logits)[:, 0].float().numpy()
 np.savez(out, **result)
 """
