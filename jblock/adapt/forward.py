@@ -101,7 +101,8 @@ def load(zoo: Zoo, steps: Sequence[Step], dtype: str = "float32") -> Weights:
             for id_ in step.deltas:
                 spec = merging.merge(spec, values, zoo.delta(id_).spec, zoo.load_delta(id_))
             tensors = {
-                n: jnp.asarray(v.astype(dtype) if v.ndim == 2 else v) for n, v in values.items()
+                n: jnp.asarray(v.astype(dtype, copy=False) if v.ndim == 2 else v)
+                for n, v in values.items()
             }
             known[key] = spec, tensors
     found = [known[step.component, step.deltas] for step in steps]

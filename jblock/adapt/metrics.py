@@ -217,9 +217,10 @@ class Evaluator:
         heads: dict[Steps, Weights] = {}
         for steps, rows in zip(chains, hidden, strict=True):
             if steps[-2:] not in heads:
-                heads = {steps[-2:]: layers.load(self._zoo, steps[-2:])}
-                if steps[-2:] == self._steps[-2:] and reference is not None:
-                    heads = {steps[-2:]: reference}
+                # The original's own is not read again: a head is as large as many layers.
+                heads.clear()
+                own = reference if steps[-2:] == self._steps[-2:] else None
+                heads[steps[-2:]] = own or layers.load(self._zoo, steps[-2:])
             head = heads[steps[-2:]]
             beside = self._reference.text if compared else [None] * len(rows.text)
             nats, kl, same, error = [], [], [], []
