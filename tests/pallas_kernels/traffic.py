@@ -159,7 +159,10 @@ class _Walk:
 
     def _scan(self, eqn: Any, values: list[Any]) -> list[Any]:
         p = eqn.params
-        n, m = p["num_consts"], p["num_carry"]
+        if "num_consts" in p:
+            n, m = p["num_consts"], p["num_carry"]
+        else:  # jax 0.12
+            n, m = (len(part.vals) for part in p["ft_in"].elts[:2])
         if len(values) > n + m or len(eqn.outvars) > m:
             if self._in_kernel:
                 raise NotImplementedError("a scan over arrays inside a kernel is not counted")
