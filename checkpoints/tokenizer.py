@@ -1,5 +1,6 @@
 """The tokenizer files of a checkpoint: what the zoo keeps, and what it refuses."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,18 @@ class TokenizerFiles:
     @property
     def served(self) -> dict[str, bytes]:
         """The folder that a zoo keeps under "tokenizers"; its id is the tokenizer's."""
-        return {SERVED: self.serving}
+        return {SERVED: self.serving, **_for_chats(self.kept)}
+
+
+def _for_chats(kept: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The chat template and the tokens that it may name; {} without a template."""
+    config = json.loads(kept.get("tokenizer_config.json", b"{}"))
+    names = ("chat_template", "bos_token", "eos_token", "pad_token", "unk_token")
+    templates = {n: b for n, b in kept.items() if n.startswith("chat_template.")}
+    if not templates and not config.get("chat_template"):
+        return {}
+    named = {n: config[n] for n in names if config.get(n)}
+    return templates | {"tokenizer_config.json": json.dumps(named, sort_keys=True).encode()}
 
 
 def read_tokenizer(path: Path) -> TokenizerFiles | None:
@@ -123,8 +135,6 @@ def from_files(
     Raises:
       CheckpointError: tokenizer.json does not load, or what is beside it does not fit it.
     """
-    import json
-
     import tokenizers
 
     raw = files[SERVED]

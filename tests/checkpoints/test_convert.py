@@ -119,7 +119,8 @@ def test_token_ids_and_sampling_come_from_generation_config_first(tmp_path, cli)
     assert chain.generation == {"temperature": 0.6, "top_p": 0.9}
     assert (chain.max_position, chain.vocab_size) == (64, 32)
     stored = zoo.tokenizer_path(chain.tokenizer)
-    assert [p.name for p in stored.iterdir()] == ["tokenizer.json"]
+    names = sorted(p.name for p in stored.iterdir())
+    assert names == ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
     with_it = zoo.folder("sources", chain.tokenizer_files)
     assert "chat_template.jinja" in {p.name for p in with_it.iterdir()}
     kept = zoo.folder("sources", chain.source_files)

@@ -122,7 +122,7 @@ def test_a_base_and_its_fine_tune_have_one_tokenizer(tmp_path, cli):
         "base": (another_way(data), {"bos_token": "<s>"}),
         "saved": (pretty, {"bos_token": "<s>", "is_local": True, "backend": "tokenizers"}),
         "dense": (json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode(), {}),
-        "escaped": (json.dumps(data).encode(), {"chat_template": "{{ messages }}"}),
+        "escaped": (json.dumps(data).encode(), {"legacy": True}),
     }
     for name, (raw, config) in ways.items():
         source = tiny.write_checkpoint(tmp_path / name, CONFIG | {"vocab_size": 300})
