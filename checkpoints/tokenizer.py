@@ -8,7 +8,7 @@ from pathlib import Path
 from checkpoints import tokenizer_identity
 from checkpoints.errors import CheckpointError
 from checkpoints.source import read_json
-from checkpoints.tokenizer_fields import Beside, apply
+from checkpoints.tokenizer_fields import NAMED, Beside, apply
 
 SERVED = "tokenizer.json"
 """What serves; the rest is for chat templates and export, and says which tokens are added."""
@@ -68,13 +68,17 @@ class TokenizerFiles:
 
 
 def _for_chats(kept: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The chat template and the tokens that it may name; {} without a template."""
+    """The chat template and what it or the server's chats may name (`jblock.chat.template_files`); {} without
+    a template."""
     config = json.loads(kept.get("tokenizer_config.json", b"{}"))
-    names = ("chat_template", "bos_token", "eos_token", "pad_token", "unk_token")
+    special = json.loads(kept.get("special_tokens_map.json", b"{}"))
     templates = {n: b for n, b in kept.items() if n.startswith("chat_template.")}
     if not templates and not config.get("chat_template"):
         return {}
-    named = {n: config[n] for n in names if config.get(n)}
+    named = {n: config.get(n) or special.get(n) for n in NAMED}
+    more = ("chat_template", "extra_special_tokens", "chat_control_tokens", "response_template")
+    named |= {n: config.get(n) for n in more}
+    named = {n: value for n, value in named.items() if value}
     return templates | {"tokenizer_config.json": json.dumps(named, sort_keys=True).encode()}
 
 

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 from checkpoints.errors import CheckpointError
 
 # The tokens that every tokenizer may name, in the order in which transformers adds them.
-_NAMED = (
+NAMED = (
     "bos_token",
     "eos_token",
     "unk_token",
@@ -27,7 +27,7 @@ _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 # Read here, by `sentencepiece_model.py` or by `chat.py`.
 _READ = frozenset(
     {
-        *(*_NAMED, *_EXTRA, "added_tokens_decoder", "model_specific_special_tokens"),
+        *(*NAMED, *_EXTRA, "added_tokens_decoder", "model_specific_special_tokens"),
         *("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens", "legacy"),
         *("clean_up_tokenization_spaces", "fix_mistral_regex", "tokenizer_class", "chat_template"),
         "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
@@ -117,7 +117,7 @@ def special_texts(beside: Beside) -> frozenset[str]:
     config = dict(beside.config)
     if config.get("added_tokens_decoder") is None:
         config |= beside.special
-    tokens = (*(_token(config.get(k)) for k in _NAMED), *map(_token, _extra(config)))
+    tokens = (*(_token(config.get(k)) for k in NAMED), *map(_token, _extra(config)))
     return frozenset(t.content for t in tokens if t is not None)
 
 
@@ -177,7 +177,7 @@ def _add(tokenizer: Tokenizer, beside: Beside) -> list[str]:
     decoder = config.get("added_tokens_decoder")
     if decoder is None:  # as transformers 4 and earlier saved: the other files count only then
         config |= beside.special
-    named = {k: v for k in _NAMED if (v := _token(config.get(k)))} | dict(_own_names(config))
+    named = {k: v for k in NAMED if (v := _token(config.get(k)))} | dict(_own_names(config))
     extra = [_token(t) for t in _extra(config)]
     if decoder is not None:
         stated = {int(id_): _token(entry) for id_, entry in decoder.items()}

@@ -16,6 +16,7 @@ from tiny_checkpoints import CONFIG
 from checkpoints import tokenizer_identity
 from checkpoints.errors import CheckpointError
 from checkpoints.tokenizer import read_tokenizer
+from jblock.chat import template_files
 from jblock.zoo.store import Zoo
 
 DATA = Path(__file__).parent / "data"
@@ -179,3 +180,24 @@ def test_what_is_said_of_ids(tmp_path, cli):
     assert "token ids only" in cli("hf", source, "--name", "m").err
     write(source, "nothing")
     assert "the tokenizer has ids up to 277, the model only 31" in cli("hf", source, "--name=m").err
+
+
+@pytest.mark.parametrize("jinja", [True, False])
+def test_what_a_chat_needs_is_in_the_tokenizer_s_folder(tmp_path, cli, jinja):
+    """The server reads of it what it would read of the checkpoint; bookkeeping makes no other tokenizer."""
+    chat = {"extra_special_tokens": {"image_token": "<tool>"}, "chat_control_tokens": ["<tool>"]}
+    chat |= {"response_template": {"x": 1}} | ({} if jinja else {"chat_template": "{{ messages }}"})
+    chains = []
+    for name, more in (("base", {}), ("saved", {"is_local": True, "backend": "tokenizers"})):
+        source = tiny.write_checkpoint(tmp_path / name, CONFIG | {"vocab_size": 300})
+        write(source, "nothing")
+        if jinja:
+            (source / "chat_template.jinja").write_text("{{ bos_token }}{{ messages }}")
+        (source / "tokenizer_config.json").write_text(json.dumps(chat | more))
+        (source / "special_tokens_map.json").write_text('{"bos_token": {"content": "<s>"}}')
+        cli.ok("hf", source, "--name", name)
+        chains.append(Zoo.open(cli.zoo).chain(name))
+        served = template_files.load(Zoo.open(cli.zoo).tokenizer_path(chains[-1].tokenizer))
+        assert served is not None and served == template_files.load(source)
+        assert served.special_tokens["bos_token"] == "<s>"
+    assert chains[0].tokenizer == chains[1].tokenizer
