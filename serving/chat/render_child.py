@@ -7,6 +7,7 @@ stopped with its process, by the limits below or by the parent.
 import json
 import os
 import resource
+import signal
 import struct
 import sys
 from typing import Any, BinaryIO
@@ -98,12 +99,16 @@ def _read(stream: BinaryIO) -> bytes | None:
 
 
 def main() -> None:
-    """Answers until its parent closes the pipe."""
+    """Answers until its parent closes the pipe. Its argument is the seconds of CPU time that one answer may
+    take: SIGPROF ends the process then, wherever in C the template is."""
     _limit()
+    seconds = float(sys.argv[1])
     given, taken = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # What anything prints goes to the log.
     while (data := _read(given)) is not None:
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         reply = json.dumps(answer(json.loads(data))).encode()
+        signal.setitimer(signal.ITIMER_PROF, 0)
         taken.write(_HEAD.pack(len(reply)) + reply)
         taken.flush()
 

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import json
 import os
+import signal
 import struct
 import sys
 from collections.abc import Mapping
@@ -19,8 +20,10 @@ from absl import logging
 
 from serving.chat import render_child
 
-# Rendering takes a millisecond or a few; the rest is for a machine that is busy.
+# CPU time of one conversation, which takes a millisecond or a few.
 RENDER_SECONDS = 0.6
+# How long that may take where the machine is busy.
+_WAIT_SECONDS = 15.0
 # Starting a process: not the template's fault.
 _START_SECONDS = 20.0
 _MAX_PROCESSES = 16
@@ -46,7 +49,7 @@ class Renderer:
     """The processes of one server. Made and used within one event loop."""
 
     def __init__(self, seconds: float = RENDER_SECONDS):
-        """`seconds` is how long one conversation may take."""
+        """`seconds` is the CPU time that one conversation may take."""
         self._seconds = seconds
         self._idle: collections.deque[asyncio.subprocess.Process] = collections.deque()
         self._ending: set[asyncio.Task] = set()
@@ -64,14 +67,20 @@ class Renderer:
             process = await self._take()
             reply: dict[str, Any] | None = None
             try:
-                async with asyncio.timeout(self._seconds):
+                async with asyncio.timeout(_WAIT_SECONDS):
                     reply = await _exchange(process, data)
             except TimeoutError as error:
                 raise RenderError(
-                    f"it took longer than {self._seconds:g} s and was stopped", refused=False
+                    f"it was not done after {_WAIT_SECONDS:g} s and was stopped", refused=False
                 ) from error
             except (asyncio.IncompleteReadError, ConnectionError) as error:
-                raise RenderError("it ended the process that renders it", refused=False) from error
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(process.wait(), 1.0)
+                if process.returncode == -signal.SIGPROF:
+                    message = f"it took longer than {self._seconds:g} s and was stopped"
+                else:
+                    message = "it ended the process that renders it"
+                raise RenderError(message, refused=False) from error
             finally:
                 self._put_back(process, healthy=reply is not None)
         if "error" in reply:
@@ -103,6 +112,7 @@ class Renderer:
             sys.executable,
             "-m",
             "serving.chat.render_child",
+            str(self._seconds),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             # Little of the server's environment, which may hold secrets.
