@@ -76,6 +76,7 @@ class Zoo(Objects):
         super().__init__(storage, verification)
         self._held = contextlib.ExitStack()
         self._lease: Path | None = None
+        self._held_ids: set[str] = set()
         weakref.finalize(self, self._held.close)
 
     @classmethod
@@ -456,9 +457,14 @@ class Zoo(Objects):
         with contextlib.suppress(ZooError):
             ids += [o for i in chain.ids for o, _ in self._refs(i)]
         try:
+            if self._lease is not None and not self._lease.exists():
+                # Broken while this process stood still, as on a suspended machine: all is held again.
+                ids += self._held_ids
+                self.release()
             if self._lease is None:
                 self._lease = self._held.enter_context(self.storage.lease("serving"))
             self.storage.use(self._lease, ids)
+            self._held_ids.update(ids)
         except OSError as e:
             lease.tell(
                 f"{self.storage.location} cannot be written to ({e.strerror}): nothing keeps 'gc' from "
@@ -470,6 +476,7 @@ class Zoo(Objects):
         """Ends what `hold` began."""
         self._held.close()
         self._lease = None
+        self._held_ids.clear()
 
     def _refs(self, id_: str) -> list[tuple[str, str]]:
         try:

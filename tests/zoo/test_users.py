@@ -201,6 +201,23 @@ def test_a_server_keeps_what_it_serves(tmp_path):
     assert len(gc.collect(zoo, dry_run=False)) == 6
 
 
+def test_a_server_that_stood_still_holds_all_of_it_again(tmp_path):
+    zoo = Zoo.create(tmp_path / "zoo")
+    zoos.fill(zoo)
+    zoos.fill(zoo, name="n", seed=1)
+    served = Zoo.open(zoo.path)
+    chain = served.serve("m")
+    (broken,) = (zoo.path / "tmp").iterdir()
+    shutil.rmtree(broken)  # its lease had expired
+    served.serve("n")
+    gc.remove(zoo, "m")
+    assert gc.collect(zoo, dry_run=False) == []
+    for step in chain.steps:
+        served.load_component(step.component, verify=True)
+    served.release()
+    assert gc.collect(zoo, dry_run=False) != []
+
+
 def test_a_zoo_that_cannot_be_written_to_is_served_and_told(tmp_path, monkeypatch, capsys):
     zoo = Zoo.create(tmp_path / "zoo")
     zoos.fill(zoo)
