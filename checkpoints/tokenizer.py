@@ -8,7 +8,8 @@ from pathlib import Path
 from checkpoints import tokenizer_identity
 from checkpoints.errors import CheckpointError
 from checkpoints.source import read_json
-from checkpoints.tokenizer_fields import NAMED, Beside, apply
+from checkpoints.tokenizer_fields import Beside, apply
+from jblock.chat.template_files import NAMED_TOKENS
 
 SERVED = "tokenizer.json"
 """What serves; the rest is for chat templates and export, and says which tokens are added."""
@@ -75,7 +76,7 @@ def _for_chats(kept: Mapping[str, bytes]) -> dict[str, bytes]:
     templates = {n: b for n, b in kept.items() if n.startswith("chat_template.")}
     if not templates and not config.get("chat_template"):
         return {}
-    named = {n: config.get(n) or special.get(n) for n in NAMED}
+    named = {n: config.get(n) or special.get(n) for n in NAMED_TOKENS}
     more = ("chat_template", "extra_special_tokens", "chat_control_tokens", "response_template")
     named |= {n: config.get(n) for n in more}
     named = {n: value for n, value in named.items() if value}

@@ -11,23 +11,14 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from checkpoints.errors import CheckpointError
+from jblock.chat.template_files import NAMED_TOKENS
 
-# The tokens that every tokenizer may name, in the order in which transformers adds them.
-NAMED = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
 _EXTRA = ("extra_special_tokens", "additional_special_tokens")
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 # Read here, by `sentencepiece_model.py` or by `chat.py`.
 _READ = frozenset(
     {
-        *(*NAMED, *_EXTRA, "added_tokens_decoder", "model_specific_special_tokens"),
+        *(*NAMED_TOKENS, *_EXTRA, "added_tokens_decoder", "model_specific_special_tokens"),
         *("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens", "legacy"),
         *("clean_up_tokenization_spaces", "fix_mistral_regex", "tokenizer_class", "chat_template"),
         "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
@@ -117,7 +108,7 @@ def special_texts(beside: Beside) -> frozenset[str]:
     config = dict(beside.config)
     if config.get("added_tokens_decoder") is None:
         config |= beside.special
-    tokens = (*(_token(config.get(k)) for k in NAMED), *map(_token, _extra(config)))
+    tokens = (*(_token(config.get(k)) for k in NAMED_TOKENS), *map(_token, _extra(config)))
     return frozenset(t.content for t in tokens if t is not None)
 
 
@@ -177,7 +168,7 @@ def _add(tokenizer: Tokenizer, beside: Beside) -> list[str]:
     decoder = config.get("added_tokens_decoder")
     if decoder is None:  # as transformers 4 and earlier saved: the other files count only then
         config |= beside.special
-    named = {k: v for k in NAMED if (v := _token(config.get(k)))} | dict(_own_names(config))
+    named = {k: v for k in NAMED_TOKENS if (v := _token(config.get(k)))} | dict(_own_names(config))
     extra = [_token(t) for t in _extra(config)]
     if decoder is not None:
         stated = {int(id_): _token(entry) for id_, entry in decoder.items()}

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_TOKENS = (
+# The tokens that every tokenizer may name, in the order in which transformers adds them.
+NAMED_TOKENS = (
     "bos_token",
     "eos_token",
     "unk_token",
@@ -77,7 +78,7 @@ def _sources(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 def _special_tokens(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, str]:
     """The special tokens by the names that templates know."""
-    tokens = {name: _token(config.get(name)) or _token(other.get(name)) for name in _TOKENS}
+    tokens = {name: _token(config.get(name)) or _token(other.get(name)) for name in NAMED_TOKENS}
     more = config.get("extra_special_tokens")
     if isinstance(more, dict):
         tokens |= {name: _token(value) for name, value in more.items() if isinstance(name, str)}
