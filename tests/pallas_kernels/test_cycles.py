@@ -33,15 +33,10 @@ def figures(chip: str, *flags: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])["cycles"]["tpu"][chip]
 
 
-def spilling(got: dict) -> list[str]:
-    """Kernels that spill registers, but for grouped matmuls: they do so near peak, and any cut of their
-    products that spills nothing takes 1.8 of the time."""
-    return [name for name, n in got["spilled"].items() if n and not name.startswith("grouped")]
-
-
 def test_three_kernels_keep_their_bounds():
     got = figures("v6e", "--quick")
-    assert not spilling(got)
+    others = {k: n for k, n in got["spilled"].items() if not k.startswith("grouped")}
+    assert others and not any(others.values())  # grouped ones: test_no_register_is_spilled
     assert got["grouped_of_peak"] >= 0.85
     assert got["decode_64x512_of_bandwidth"] >= 0.75
     assert got["int8_over_dma"] <= 1.1 and got["relayout_cycles"] == 0
@@ -62,19 +57,17 @@ def test_every_kernel_keeps_its_bound(chip):
     assert got["partial_over_whole"] <= 1.1
 
 
+# Not met yet. Grouped matmuls spill near their peak, and a cut of their products that spills nothing takes
+# 1.8 of the time; on v5e prefill spills 15 registers in each of its loops over masked strips.
+@pytest.mark.xfail(strict=True, reason="grouped matmuls spill on both chips, prefill on v5e")
 @pytest.mark.compilers
-@pytest.mark.parametrize(
-    "chip",
-    [
-        "v6e",
-        pytest.param(
-            "v5e",
-            marks=pytest.mark.xfail(
-                strict=True, reason="15 registers in each of prefill's loops over masked strips"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("chip", OVER_JAX)
 def test_no_register_is_spilled(chip):
     got = figures(chip)
-    assert got["spilled"] and not spilling(got)
+    assert got["spilled"] and got["spills"] == 0
+
+
+@pytest.mark.compilers
+def test_only_grouped_matmuls_spill_on_v6e():
+    spilled = figures("v6e")["spilled"]
+    assert {k for k, n in spilled.items() if n and not k.startswith("grouped")} == set()
