@@ -278,11 +278,27 @@ def test_a_bug_of_the_server_is_told_apart(running, monkeypatch, caplog):
     assert harness.eventually(running.is_empty)
 
 
-def test_an_error_in_the_middle_of_a_stream_is_its_last_event(running):
-    answer = ask(port(running), "/v1/completions", body(model="broken", max_tokens=9, stream=True))
-    *_, last = answer.body.decode().split("\n\n")[:-1]
-    assert answer.status in (200, 500)
-    assert "told to fail" in last
+def test_an_error_in_the_middle_of_a_stream_is_its_last_event(tmp_path):
+    # A second after its first token, which is on its way by then.
+    text = {"vocab_size": harness.VOCAB_SIZE, "tokenizer_path": harness.save_tokenizer(tmp_path)}
+    late = {"name": "late", **text, "error_code": "INTERNAL", "error_after": 50}
+    engine = harness.build_engine(models=[late], step_delay=0.02)
+    with harness.serving(engine, http_port=0) as running:
+        fields = body(model="late", max_tokens=60, stream=True)
+        answer = ask(port(running), "/v1/completions", fields)
+    assert answer.status == 200
+    *texts, last = answer.body.decode().split("\n\n")[:-1]
+    assert texts and "told to fail" in last
+
+
+def test_an_error_before_the_first_token_is_the_whole_answer(tmp_path):
+    text = {"vocab_size": harness.VOCAB_SIZE, "tokenizer_path": harness.save_tokenizer(tmp_path)}
+    early = {"name": "early", **text, "error_code": "INTERNAL", "error_after": 0}
+    with harness.serving(harness.build_engine(models=[early]), http_port=0) as running:
+        fields = body(model="early", max_tokens=9, stream=True)
+        answer = ask(port(running), "/v1/completions", fields)
+    assert answer.status == 500
+    assert "told to fail" in answer.error["message"]
 
 
 def test_the_metrics_count_http_too(tmp_path):
