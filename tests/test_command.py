@@ -48,11 +48,17 @@ def test_old_names_stay():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def table():
-    """The words, of a process of its own: in this one the flags of all commands would stay defined."""
+def table(tmp_path_factory):
+    """The words, of a process of its own: in this one the flags of all commands would stay defined.
+
+    It finds only what is installed, as where nobody has the repository.
+    """
+    installed = tmp_path_factory.mktemp("installed")
+    for package in ("jblock", "serving", "checkpoints", "bench"):
+        (installed / package).symlink_to(ROOT / package)
     code = "import json; from jblock.tools import completion; print(json.dumps(completion.words()))"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=installed, capture_output=True, text=True, check=True
     )
     words = json.loads(done.stdout.splitlines()[-1])
     with pytest.MonkeyPatch.context() as patch:

@@ -13,8 +13,6 @@ from typing import Any
 from bench.models import MODEL_250M, TINY, MemoryZoo, ModelShape
 from bench.report import median, progress, spread
 from bench.stepper import Stepper
-from examples import demo_zoo
-from examples.train import export, tasks
 from jblock.engine.api import Request, SamplingParams
 from jblock.engine.config import KV_DTYPES, EngineConfig
 from jblock.engine.engine import ThreadEngine
@@ -115,6 +113,10 @@ def _accuracy(args: argparse.Namespace) -> dict[str, Any]:
     """The tasks of the demo family, as examples/evaluate.py measures them."""
     names = ["demo-1m-upper"] if args.quick else []
     count = 20 if args.quick else args.items
+    # The demo family stands beside the code, and is not installed with it.
+    from examples import demo_zoo
+    from examples.train import export, tasks
+
     members = [e for e in demo_zoo.load_family(names).values() if e.get("task")]
     with tempfile.TemporaryDirectory() as folder:
         zoo_folder = Path(folder) / "zoo"
