@@ -147,6 +147,12 @@ def iota(shape: tuple[int, int], dimension: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=plgpu.Layout.WGMMA)
 
 
+def row_indices(rows: int) -> jax.Array:
+    """int32 [rows], each row's index, laid out as of `per_row`."""
+    layout = plgpu.Layout.WGMMA.reduce(1)
+    return plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=layout)
+
+
 def load(ref: Any) -> jax.Array:
     """A [64 * i, 8 * j] array of 16 or 32 bit values from shared memory, in an accumulator's layout."""
     return plgpu.load(ref, *_NO_INDEX, layout=plgpu.Layout.WGMMA, optimized=False)

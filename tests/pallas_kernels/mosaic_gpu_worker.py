@@ -4,10 +4,10 @@ The interpreter gives every warpgroup a thread, each of which blocks one of XLA'
 small machine they wait for each other for ever. The pool's size is read when jax starts (NPROC), so the
 cases run in a worker that was started with enough.
 
-What of the kernels the interpreter (jax 0.10) cannot run is in `jblock/.../hopper.py` and is
+What of the kernels the interpreter (jax 0.10 and 0.12) cannot run is in `jblock/.../hopper.py` and is
 replaced here: register layouts (there are none), matmuls with an operand in registers or a transposed
-one, products summed in registers across matmuls, and transposed stores; copies that add to what is there,
-which it lacks too, are added to it. Copies, barriers, loops over pages, masks and warp specialization run
+one, products summed in registers across matmuls, and transposed stores; `mosaic_gpu_copies` counts copies and
+adds those that add to what is there. Copies, barriers, loops over pages, masks and warp specialization run
 as they stand.
 """
 
@@ -15,15 +15,12 @@ import dataclasses
 import functools
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
-import jax
 import numpy as np
-import pytest
 
 from tests.pallas_kernels import attention_cases
 from tests.pallas_kernels.attention_cases import Case
@@ -71,14 +68,7 @@ def _up(n: int) -> int:
 
 
 def start() -> ProcessPoolExecutor:
-    """A pool of one worker whose jax has THREADS threads. Skips the test where jax's interpreter has not the
-    inner functions that are replaced here."""
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-    if not hasattr(gpu_callbacks, "DeviceLocalMemoryTransfer"):
-        reason = f"NOT RUN: the Mosaic GPU interpreter of jax {jax.__version__} is another one"
-        warnings.warn(reason, stacklevel=1)
-        pytest.skip(reason)
+    """A pool of one worker whose jax has THREADS threads."""
     before = {name: os.environ.get(name) for name in ("NPROC", "JAX_PLATFORMS")}
     os.environ.update(NPROC=str(THREADS), JAX_PLATFORMS="cpu")
     try:
@@ -285,14 +275,20 @@ def _check_pages(got: Any, wanted: tuple[np.ndarray, ...]) -> None:
 
 def _prepare() -> None:
     """Puts plain array operations in the place of what the interpreter lacks, and counts what it does."""
+    import jax
     from jax._src import callback
+    from jax._src.pallas.mosaic_gpu.interpret import shared_memory
+
+    from tests.pallas_kernels.mosaic_gpu_copies import count_copies
 
     # Its callbacks take a dozen numbers apart one by one. With jax arrays, as they come, each of these is a
     # program that is run: most of the time of a block.
     callback.io_callback_impl = lambda *args, callback, **_: [
         np.asarray(r) for r in callback(*map(np.asarray, args))
     ]
-    _count_copies()
+    # jax 0.12 takes numbers of jax arrays alone. (0.10 has no such function, and asks for none.)
+    shared_memory._to_int = lambda n: n if isinstance(n, jax.core.Tracer) else int(n)
+    count_copies(_count)
     _replace_operations()
     _compile_once()
 
@@ -300,53 +296,6 @@ def _prepare() -> None:
 def _count(what: str, amount: int) -> None:
     with _COUNTING:
         _COUNTS[what] += amount
-
-
-def _count_copies() -> None:
-    """Counts bytes between device and shared memory, and adds where a store is to add."""
-    import jax
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-    adding = threading.Lock()
-    execute = gpu_callbacks.DeviceLocalMemoryTransfer.execute
-
-    def execute_and_count(transfer, token):
-        token = execute(transfer, token)
-        _count("read", transfer.data.nbytes)
-        return token
-
-    gpu_callbacks.DeviceLocalMemoryTransfer.execute = execute_and_count
-    store = gpu_callbacks.copy_smem_to_gmem
-
-    def store_and_count(*, reduction_op, **kwargs):
-        who = {k: kwargs[k] for k in ("token", "device_id", "grid_point_coords", "thread_id")}
-
-        def read(side: str) -> tuple[Any, Any]:
-            transforms = gpu_callbacks._remove_noop_transforms(kwargs[f"{side}_transforms"])
-            transforms = jax.tree.map(int, transforms)
-            key = kwargs[f"{side}_allocation_key_as_array"]
-            _, value = gpu_callbacks._get(**who, allocation_key_as_array=key, transforms=transforms)
-            return value, (key, transforms)
-
-        value, _ = read("src")
-        _count("written", value.nbytes)
-        if reduction_op is None:
-            return store(reduction_op=None, **kwargs)
-        if reduction_op != "add":
-            raise NotImplementedError(reduction_op)
-        with adding:
-            old, (key, transforms) = read("dst")
-            memory = gpu_callbacks._get_shared_memory()
-            thread = memory.get_global_thread_id(int(who["device_id"]), int(who["thread_id"]))
-            memory.store_buffer_content(
-                gpu_callbacks.HostAllocationKey.from_array(key),
-                gpu_callbacks.interpret_utils.to_range(transforms),
-                old + value,
-                thread,
-            )
-        return kwargs["token"]
-
-    gpu_callbacks.copy_smem_to_gmem = store_and_count
 
 
 def _replace_operations() -> None:
@@ -388,6 +337,7 @@ def _replace_operations() -> None:
     hopper.accumulator = lambda shape, value: jnp.full(shape, value, jnp.float32)
     hopper.per_row = lambda rows, value: jnp.full((rows,), value, jnp.float32)
     hopper.iota = lambda shape, dimension: jax.lax.broadcasted_iota(jnp.int32, shape, dimension)
+    hopper.row_indices = lambda rows: jnp.arange(rows, dtype=jnp.int32)
     hopper.load = hopper.load_rows = lambda ref: ref[...]
     hopper.load_8_bits = lambda ref: ref[...].astype(jnp.float32)
     hopper.load_widened = lambda ref: ref[...].astype(jnp.bfloat16)

@@ -228,12 +228,14 @@ class _Attention:
         block = gpu_walk.block_at(walk, step, block_kv=plan.block_kv)
         shape = (ROWS, plan.block_kv)
         column = hopper.iota(shape, 1)
-        # Row r is token r // token_rows: `token >= x` is `r >= x * token_rows`, without a division.
-        r = hopper.iota(shape, 0)
+        # Of each row the first column that it does not see: two numbers of a thread, not one a score.
         ahead = block.position - walk.first_query - self.before
-        visible = (r >= (column + ahead) * plan.token_rows) & (column < block.tail)
+        token = lax.div(hopper.row_indices(ROWS), plan.token_rows)
+        end = jnp.minimum(token - ahead + 1, block.tail)
+        visible = column < lax.broadcast_in_dim(end, shape, [0])
         if plan.sliding_window is not None:
-            visible &= r < (column + (ahead + plan.sliding_window)) * plan.token_rows
+            begin = token - (ahead + plan.sliding_window)
+            visible &= column > lax.broadcast_in_dim(begin, shape, [0])
         return jnp.where(visible, scores, _MASKED)
 
     def _store(self, acc: jax.Array, best: jax.Array, total: jax.Array) -> None:
