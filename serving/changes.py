@@ -12,6 +12,7 @@ from jblock.engine import api
 from serving.dispatcher import Dispatcher
 from serving.errors import RequestError, invalid, unavailable
 from serving.served_models import ServedModel, load_models
+from serving.tenants import ANONYMOUS
 
 # How long a request whose model was swapped waits for the server to know the new one.
 _ADOPT_SECONDS = 10.0
@@ -55,7 +56,7 @@ class Changes:
         if version < 0:
             raise invalid(f"version: {version} is below 0; 0 is the live one")
         await self._run({name: f"{name}@{version}" if version else name})
-        return self._dispatcher.find("name", name)
+        return self._dispatcher.find("name", name, ANONYMOUS)
 
     async def unload(self, name: str) -> None:
         """Serves a model no more.
@@ -63,7 +64,7 @@ class Changes:
         Raises:
           RequestError: it is not served, it is the last one, or the engine is not there.
         """
-        self._dispatcher.find("name", name)
+        self._dispatcher.find("name", name, ANONYMOUS)
         await self._run({name: None})
 
     async def _run(self, change: dict[str, str | None]) -> None:

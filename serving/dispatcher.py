@@ -18,6 +18,7 @@ from absl import logging
 
 from jblock.engine import api
 from serving import errors
+from serving.quotas import Quotas
 from serving.served_models import ServedModel, load_models
 from serving.tenants import ANONYMOUS, Tenant
 
@@ -40,6 +41,7 @@ class Dispatcher:
       changed: set when `up` changed.
       dead: set once the engine can serve no more; `failure` says why.
       failure: an exception of the engine, ValueError when it refused its configuration.
+      quotas: what tenants have used of theirs.
     """
 
     def __init__(self, engine: api.Engine, max_queue: int):
@@ -51,6 +53,7 @@ class Dispatcher:
         self.up = False
         self.changed = asyncio.Event()
         self.failure: Exception | None = None
+        self.quotas = Quotas()
         self._max_queue = max_queue
         self._places: dict[str, Ticket] = {}
         self._places_by_tenant: collections.Counter[str] = collections.Counter()
@@ -91,8 +94,14 @@ class Dispatcher:
         if not self.ready.is_set():
             raise errors.unavailable("engine: is warming up; try again when health is SERVING")
 
-    def find(self, field: str, name: str) -> ServedModel:
-        """The model of this name, which came in this field.
+    def models_of(self, tenant: Tenant) -> list[ServedModel]:
+        """What a tenant may ask for, by name."""
+        names = sorted(name for name in self.models if tenant.may_use(name))
+        return [self.models[name] for name in names]
+
+    def find(self, field: str, name: str, tenant: Tenant) -> ServedModel:
+        """The model of this name, which came in this field. One that a tenant may not use is one that is
+        not there.
 
         Raises:
           RequestError: there is none, or the engine is not there.
@@ -102,9 +111,10 @@ class Dispatcher:
         if not self.ready.is_set():
             raise errors.unavailable("engine: is warming up; try again when health is SERVING")
         model = self.models.get(name)
-        if model is None:
-            names = ", ".join(sorted(self.models)[:8])
-            more = ", ..." if len(self.models) > 8 else ""
+        if model is None or not tenant.may_use(name):
+            known = [m.info.name for m in self.models_of(tenant)]
+            names = ", ".join(known[:8]) or "none"
+            more = ", ..." if len(known) > 8 else ""
             raise errors.RequestError(
                 grpc.StatusCode.NOT_FOUND,
                 f"{field}: {name[:80]!r} is not served; choose one of {names}{more}",
@@ -140,16 +150,51 @@ class Dispatcher:
                 f"of {most} that it may have; wait for one to end",
                 by_tenant=True,
             )
-        if len(self._places) + count > self._max_queue:
-            raise errors.exhausted(
-                f"queue: {len(self._places)} requests are open, and this server admits {self._max_queue}; "
-                "try again later, or raise --max_queue"
-            )
+        self._make_room(tenant, count)
         tickets = [Ticket(self, str(next(self._numbers)), tenant, arrived) for _ in range(count)]
         for ticket in tickets:
             self._places[ticket.request_id] = self._running[ticket.request_id] = ticket
         self._places_by_tenant[tenant.name] += count
         return tickets
+
+    def _make_room(self, tenant: Tenant, count: int) -> None:
+        """Sees that so many places are free. Where all are taken, a tenant that has less than its share of
+        them gets those of requests that nothing was generated for yet, the youngest of the tenants that are
+        furthest above theirs.
+
+        Raises:
+          RequestError: UNAVAILABLE, they are not free.
+        """
+        held = {name: n for name, n in self._places_by_tenant.items() if n}
+        missing = sum(held.values()) + count - self._max_queue
+        if missing <= 0:
+            return
+        refusal = errors.unavailable(
+            f"queue: {len(self._places)} requests are open, and this server admits {self._max_queue}; "
+            "try again later, or raise --max_queue"
+        )
+        weights = {t.tenant.name: t.tenant.weight for t in self._places.values()}
+        weights[tenant.name] = tenant.weight
+        place = self._max_queue / sum(weights.values())
+        mine = held.get(tenant.name, 0) + count
+        # Those that were shed are on their way out; so are no more than there are places.
+        if mine > place * tenant.weight or len(self._places) + count > 2 * self._max_queue:
+            raise refusal
+        waiting: dict[str, list[Ticket]] = {}
+        for ticket in self._running.values():
+            if not ticket.began:
+                waiting.setdefault(ticket.tenant.name, []).append(ticket)
+        victims = []
+        for _ in range(missing):
+            above = [n for n, w in weights.items() if waiting.get(n) and held[n] > place * w]
+            if not above:
+                raise refusal
+            name = max(above, key=lambda n: held[n] / weights[n])
+            victims.append(waiting[name].pop())
+            held[name] -= 1
+        for ticket in victims:
+            self._places_by_tenant[ticket.tenant.name] -= 1
+            ticket.shed()
 
     async def drain(self, seconds: float, hurry: asyncio.Event | None = None) -> int:
         """Admits nothing more, and waits for what is open: up to `seconds` for the engine, not much
@@ -209,7 +254,7 @@ class Dispatcher:
         """Frees a place that neither the engine nor the client needs any more."""
         self._settled.set()
         over = ticket.left and ticket.request_id not in self._running
-        if over and self._places.pop(ticket.request_id, None) is not None:
+        if over and self._places.pop(ticket.request_id, None) is not None and not ticket.was_shed:
             self._places_by_tenant[ticket.tenant.name] -= 1
 
     def _read(self) -> None:
@@ -271,13 +316,15 @@ class Ticket:
 
     Attributes:
       left: its client has taken all, or has gone.
+      began: the engine has brought something for it.
+      was_shed: its place was given to another tenant.
     """
 
     def __init__(
         self, dispatcher: Dispatcher, request_id: str, tenant: Tenant, arrived: asyncio.Event
     ):
         self.request_id, self.tenant = request_id, tenant
-        self.left = False
+        self.left = self.began = self.was_shed = False
         self._dispatcher = dispatcher
         self._submitted = False
         self._ended = False
@@ -328,6 +375,7 @@ class Ticket:
 
     def put(self, output: api.Output) -> None:
         """Takes what the engine brought."""
+        self.began = True
         self._outputs.append(output)
         if len(self._outputs) == _MOST_APART:
             self._outputs = [_merged(self._outputs)]
@@ -339,6 +387,15 @@ class Ticket:
         """Ends the request with an error; the engine is gone."""
         self._error = error
         self._ended = True
+        self._arrived.set()
+
+    def shed(self) -> None:
+        """Ends the request for the sake of a tenant that has less than its share."""
+        self.was_shed = self.began = True
+        self._error = errors.unavailable(
+            f"queue: is full, and tenant {self.tenant.name} has more than its share of it; try again later"
+        )
+        # It was not ended by the engine: leaving the ticket cancels it there.
         self._arrived.set()
 
 

@@ -13,11 +13,26 @@ from google.rpc import error_details_pb2, status_pb2
 # A message travels as metadata, of which clients take 8 KB for all of an answer.
 _MAX_MESSAGE_BYTES = 2500
 # Seconds after which a refused request may be sent again. Places become free as answers end.
-RETRY_AFTER = 1
+RETRY_AFTER = 1.0
+# Clients obey no longer waits.
+_MAX_RETRY_AFTER = 120.0
 # How a message begins that names a field: "max_tokens: ...", "stop[1]: ...", "chat.messages[0].role: ...".
 _FIELD = re.compile(r"([A-Za-z_]\w*(?:[.\[]\w+\]?)*): ")
 # Words at the beginning of a message that are no fields of a request.
-_NO_FIELDS = ("body", "engine", "server", "queue", "metadata", "tenant", "max_requests", "health")
+_NO_FIELDS = (
+    "body",
+    "engine",
+    "server",
+    "queue",
+    "metadata",
+    "certificate",
+    "tenant",
+    "max_requests",
+    "requests_per_minute",
+    "tokens_per_minute",
+    "deadline",
+    "health",
+)
 _LATER = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
 
 
@@ -28,14 +43,22 @@ class RequestError(Exception):
       code: the status.
       message: cut where it would not fit the metadata of an answer.
       by_tenant: RESOURCE_EXHAUSTED because of what this tenant has open, and not because of the others.
+      retry_after: seconds after which it may succeed, where it may at all.
     """
 
-    def __init__(self, code: grpc.StatusCode, message: str, by_tenant: bool = False):
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        message: str,
+        by_tenant: bool = False,
+        retry_after: float = RETRY_AFTER,
+    ):
         message = fitting(message)
         super().__init__(message)
         self.code = code
         self.message = message
         self.by_tenant = by_tenant
+        self.retry_after = min(retry_after, _MAX_RETRY_AFTER)
 
 
 def fitting(message: str) -> str:
@@ -63,7 +86,9 @@ def details(error: RequestError) -> tuple[tuple[str, bytes], ...]:
         violation = error_details_pb2.BadRequest.FieldViolation(field=field)
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
     if error.code in _LATER:
-        delay = duration_pb2.Duration(seconds=RETRY_AFTER)
+        whole = int(error.retry_after)
+        nanos = int((error.retry_after - whole) * 1e9)
+        delay = duration_pb2.Duration(seconds=whole, nanos=nanos)
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     return (("grpc-status-details-bin", status.SerializeToString()),) if status.details else ()
 
@@ -83,9 +108,11 @@ def unavailable(message: str) -> RequestError:
     return RequestError(grpc.StatusCode.UNAVAILABLE, message)
 
 
-def exhausted(message: str, by_tenant: bool = False) -> RequestError:
+def exhausted(
+    message: str, by_tenant: bool = False, retry_after: float = RETRY_AFTER
+) -> RequestError:
     """RESOURCE_EXHAUSTED."""
-    return RequestError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, by_tenant)
+    return RequestError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, by_tenant, retry_after)
 
 
 def from_engine(code: str, message: str) -> RequestError:

@@ -28,6 +28,7 @@ from serving.validation import (
     prompt_ids,
     sampling_params,
     stop_strings,
+    within_limits,
 )
 
 # A chat goes on to the model's length unless it is limited.
@@ -124,7 +125,8 @@ class Generator:
             before = self._dispatcher.models.get(name)
             try:
                 with contextlib.ExitStack() as admitted:
-                    answers, usage = await self._submit(asks, tenant, admitted, held, field)
+                    usage = Usage()
+                    answers = await self._submit(asks, tenant, usage, admitted, held, field)
                     while not answers.finished:
                         for part in await answers.parts(usage):
                             if part.output.token_ids and not usage.completion_tokens:
@@ -132,7 +134,7 @@ class Generator:
                             usage.completion_tokens += len(part.output.token_ids)
                             if part.is_last:
                                 usage.total_time = time.monotonic() - begin
-                                self._count(name, usage)
+                                self._count(name, usage, tenant)
                             yield part
                 return
             except RequestError as error:
@@ -145,12 +147,14 @@ class Generator:
         self,
         asks: Sequence[Ask],
         tenant: Tenant,
+        usage: Usage,
         admitted: contextlib.ExitStack,
         held: contextlib.ExitStack,
         field: str,
-    ) -> tuple["Answers", Usage]:
-        """Hands prompts to the engine, which works on them until `admitted` is left."""
-        model = self._dispatcher.find("model", asks[0].request.model)
+    ) -> "Answers":
+        """Hands prompts to the engine, which works on them until `admitted` is left. The tenant is charged
+        then for what `usage` says."""
+        model = self._dispatcher.find("model", asks[0].request.model, tenant)
         info = model.info
         for ask in asks:
             check_policy(ask.request, info)
@@ -161,13 +165,17 @@ class Generator:
         for ticket in tickets:
             admitted.enter_context(ticket)
             held.callback(self._dispatcher.leave, ticket)
+        quotas = self._dispatcher.quotas
+        quotas.request(tenant)
         answers: list[Answer] = []
         requests: list[api.Request] = []
-        usage = Usage()
+        output = 0
         for ask, count in zip(asks, counts, strict=True):
             prompt = await self._prompt(ask, model)
             usage.prompt_tokens += len(prompt)
             sampling = sampling_params(ask.request, model, len(prompt), ask.default_max_tokens)
+            sampling = within_limits(ask.request, sampling, len(prompt), tenant)
+            output += count * sampling.max_tokens
             stops = stop_strings(ask.request, model)
             has_tools = ask.conversation is not None and ask.conversation.tools is not None
             new_parser = parser_of(model) if has_tools else Parser
@@ -187,9 +195,11 @@ class Generator:
                 stream = TextStream(model.codec, stops, sampling.min_tokens)
                 answers.append(Answer(index, ticket, stream, new_parser(), info, prompt))
         # Not before all are known to be right.
+        reserved = quotas.reserve(tenant, usage.prompt_tokens, output)
+        admitted.callback(lambda: reserved.settle(usage.prompt_tokens + usage.completion_tokens))
         for ticket, request in zip(tickets, requests, strict=True):
             ticket.submit(request)
-        return Answers(answers, arrived), usage
+        return Answers(answers, arrived)
 
     async def chat_ids(self, model: ServedModel, conversation: Conversation) -> tuple[int, ...]:
         """The ids of a conversation; see `serving.chat.prompts.chat_ids`."""
@@ -200,9 +210,10 @@ class Generator:
             return await chat_ids(model, ask.conversation, self._renderer)
         return await prompt_ids(ask.request, model)
 
-    def _count(self, model: str, usage: Usage) -> None:
+    def _count(self, model: str, usage: Usage, tenant: Tenant) -> None:
         self._metrics.tokens.labels(model, "prompt").inc(usage.prompt_tokens)
         self._metrics.tokens.labels(model, "completion").inc(usage.completion_tokens)
+        self._metrics.used(tenant, usage.prompt_tokens, usage.completion_tokens)
         if usage.completion_tokens:
             self._metrics.time_to_first_token.labels(model).observe(usage.time_to_first_token)
 

@@ -16,7 +16,8 @@ from jblock.engine.process.supervisor import SupervisedEngine
 from serving import addresses
 from serving.engine_flags import engine_kwargs
 from serving.server import Server, ServerConfig, serve
-from serving.tenants import EVERYBODY, Tenants
+from serving.tenants import EVERYBODY
+from serving.tenants_file import TenantsFile
 
 # What supervisors and terminals send: stop, Ctrl-C, Ctrl-\\, and that the terminal was closed.
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
@@ -120,7 +121,7 @@ def main(argv: list[str]) -> int:
             metrics_host=_METRICS_HOST.value,
             metrics_port=_METRICS_PORT.value,
             drain_seconds=_DRAIN_SECONDS.value,
-            tenants=Tenants.load(_AUTH_FILE.value) if _AUTH_FILE.value else EVERYBODY,
+            tenants=TenantsFile(_AUTH_FILE.value) if _AUTH_FILE.value else EVERYBODY,
             open_health=_OPEN_HEALTH.value,
         )
         kwargs = engine_kwargs()

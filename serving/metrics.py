@@ -1,7 +1,7 @@
 """What a server tells Prometheus: its requests, and the engine's counters and gauges."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import grpc
 import prometheus_client as prom
@@ -9,6 +9,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from jblock.engine import api
+from serving.reloading import ReloadedFiles
+from serving.tenants import ANONYMOUS, Tenant
 
 # What each field of EngineStats is called in a scrape, and whether it only grows.
 _HELP = {
@@ -52,6 +54,8 @@ _HELP = {
     ),
     "kernels_replaced": ("gauge", "Ops whose kernel failed its self-test: XLA's form serves."),
 }
+# Tenants with series of their own.
+_MAX_TENANTS = 1000
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
@@ -65,6 +69,8 @@ class Metrics:
       request_time: seconds from a request's arrival to its end, by model.
       refused: calls without the key of a tenant; they count nowhere else.
       tokens: prompt and completion tokens of requests that succeeded, by model and kind.
+      tenant_requests: ended requests by tenant and status code.
+      tenant_tokens: prompt and completion tokens of requests that succeeded, by tenant and kind.
     """
 
     def __init__(
@@ -85,6 +91,19 @@ class Metrics:
             ["model", "kind"],
             registry=self.registry,
         )
+        self.tenant_requests = prom.Counter(
+            "jblock_tenant_requests",
+            "Ended requests of a tenant.",
+            ["tenant", "code"],
+            registry=self.registry,
+        )
+        self.tenant_tokens = prom.Counter(
+            "jblock_tenant_tokens",
+            "Tokens of a tenant's requests that succeeded.",
+            ["tenant", "kind"],
+            registry=self.registry,
+        )
+        self._tenants: set[str] = set()
         self.refused = prom.Counter(
             "jblock_unauthenticated", "Calls without a tenant's key.", registry=self.registry
         )
@@ -92,10 +111,30 @@ class Metrics:
         self._gauge("engine_up", "1 while the engine serves.", up)
         self.registry.register(_EngineCollector(stats))
 
-    def ended(self, model: str, code: grpc.StatusCode, seconds: float) -> None:
+    def watch(self, files: Sequence[ReloadedFiles]) -> None:
+        """Reads at each scrape how often files were read again."""
+        self.registry.register(_FilesCollector(files))
+
+    def ended(
+        self, model: str, code: grpc.StatusCode, seconds: float, tenant: Tenant = ANONYMOUS
+    ) -> None:
         """Counts a request that is over."""
         self.requests.labels(model, code.name).inc()
         self.request_time.labels(model).observe(seconds)
+        self.tenant_requests.labels(self._label(tenant), code.name).inc()
+
+    def used(self, tenant: Tenant, prompt: int, completion: int) -> None:
+        """Counts the tokens of a request that succeeded."""
+        label = self._label(tenant)
+        self.tenant_tokens.labels(label, "prompt").inc(prompt)
+        self.tenant_tokens.labels(label, "completion").inc(completion)
+
+    def _label(self, tenant: Tenant) -> str:
+        """A tenant's name; the first so many have labels of their own, and the others one together."""
+        if tenant.name not in self._tenants and len(self._tenants) >= _MAX_TENANTS:
+            return "other"
+        self._tenants.add(tenant.name)
+        return tenant.name
 
     def serve(self, host: str, port: int) -> tuple[int, Callable[[], None]]:
         """Answers scrapes over HTTP in a thread.
@@ -126,6 +165,21 @@ class Metrics:
 
     def _gauge(self, name: str, text: str, function: Callable) -> None:
         prom.Gauge(f"jblock_{name}", text, registry=self.registry).set_function(function)
+
+
+class _FilesCollector(Collector):
+    """Files that are read again when they change."""
+
+    def __init__(self, files: Sequence[ReloadedFiles]):
+        self._files = files
+
+    def collect(self) -> Iterable[Metric]:
+        text = "Files that changed while the server ran, taken or refused."
+        family = CounterMetricFamily("jblock_file_reloads", text, labels=["file", "outcome"])
+        for one in self._files:
+            family.add_metric([one.field, "taken"], one.reloads)
+            family.add_metric([one.field, "refused"], one.refusals)
+        yield family
 
 
 class _EngineCollector(Collector):

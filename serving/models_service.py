@@ -6,11 +6,11 @@ from typing import TypeVar
 
 import grpc
 
+from serving.authentication import caller
 from serving.changes import Changes
 from serving.dispatcher import Dispatcher
 from serving.errors import RequestError, abort, unavailable
 from serving.served_models import ServedModel
-from serving.tenants import Tenants
 from serving.v1 import jblock_pb2 as pb
 from serving.v1 import jblock_pb2_grpc
 
@@ -20,24 +20,24 @@ T = TypeVar("T")
 class Models(jblock_pb2_grpc.ModelsServicer):
     """What is served."""
 
-    def __init__(self, dispatcher: Dispatcher, changes: Changes, tenants: Tenants):
-        self._dispatcher, self._changes, self._tenants = dispatcher, changes, tenants
+    def __init__(self, dispatcher: Dispatcher, changes: Changes):
+        self._dispatcher, self._changes = dispatcher, changes
 
     async def List(
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListModelsResponse:
-        """All models, by name."""
+        """All models that the tenant may use, by name."""
         if not self._dispatcher.ready.is_set():
             await abort(
                 context, unavailable("engine: is warming up; try again when health is SERVING")
             )
-        models = sorted(self._dispatcher.models.values(), key=lambda m: m.info.name)
+        models = self._dispatcher.models_of(caller())
         return pb.ListModelsResponse(models=[_model(m) for m in models])
 
     async def Get(self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext) -> pb.Model:
         """One model."""
         try:
-            return _model(self._dispatcher.find("name", request.name))
+            return _model(self._dispatcher.find("name", request.name, caller()))
         except RequestError as error:
             await abort(context, error)
             raise
@@ -61,7 +61,7 @@ class Models(jblock_pb2_grpc.ModelsServicer):
     ) -> T:
         """What the change returns, if the tenant may make it; a refusal becomes a status."""
         try:
-            tenant = self._tenants.find(context.invocation_metadata())
+            tenant = caller()
             if not tenant.admin:
                 raise RequestError(
                     grpc.StatusCode.PERMISSION_DENIED,

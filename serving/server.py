@@ -26,6 +26,7 @@ from serving.http.calls import Calls
 from serving.http.listener import Listener
 from serving.metrics import Metrics
 from serving.models_service import Models
+from serving.reloading import ReloadedFiles, keep_fresh
 from serving.service import Inference
 from serving.tenants import EVERYBODY, Tenants
 from serving.v1 import jblock_pb2, jblock_pb2_grpc
@@ -125,7 +126,9 @@ class Server:
             calls = Calls(self._dispatcher, self._generator, config.tenants, self._metrics)
             app = make_app(calls, self._renderer, config.open_health)
             self._http = Listener(app, config.host, config.http_port, _LAST_WORDS_SECONDS)
-        self._watcher: asyncio.Task | None = None
+        self._files: list[ReloadedFiles] = [f for f in (config.tenants.files,) if f is not None]
+        self._metrics.watch(self._files)
+        self._watchers: list[asyncio.Task] = []
 
     @property
     def is_serving(self) -> bool:
@@ -144,11 +147,10 @@ class Server:
           OSError: a port is taken.
         """
         jblock_pb2_grpc.add_InferenceServicer_to_server(
-            Inference(self._dispatcher, self._generator, self.config.tenants, self._metrics),
-            self._server,
+            Inference(self._dispatcher, self._generator, self._metrics), self._server
         )
         jblock_pb2_grpc.add_ModelsServicer_to_server(
-            Models(self._dispatcher, self._changes, self.config.tenants), self._server
+            Models(self._dispatcher, self._changes), self._server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
@@ -169,7 +171,10 @@ class Server:
             await self._http.start()
             self.http_port = self._http.port
         self._dispatcher.start()
-        self._watcher = asyncio.create_task(self._watch())
+        self._watchers = [
+            asyncio.create_task(self._watch()),
+            asyncio.create_task(keep_fresh(self._files)),
+        ]
 
     async def warm(self) -> None:
         """Waits until the engine serves.
@@ -204,8 +209,8 @@ class Server:
         Returns:
           Whether all open requests ended within `drain_seconds`.
         """
-        if self._watcher is not None:
-            self._watcher.cancel()
+        for watcher in self._watchers:
+            watcher.cancel()
         self._health.set(False)
         cut = await self._dispatcher.drain(self.config.drain_seconds, hurry)
         if cut:

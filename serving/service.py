@@ -9,13 +9,13 @@ import grpc
 from absl import logging
 
 from serving import tokenizing
+from serving.authentication import caller
 from serving.chat.messages import conversation_of
 from serving.dispatcher import Dispatcher
 from serving.errors import RequestError, abort
 from serving.generation import NO_LIMIT, Ask, Generator, Part
 from serving.messages import collect, to_message, to_score
 from serving.metrics import Metrics
-from serving.tenants import Tenants
 from serving.v1 import jblock_pb2 as pb
 from serving.v1 import jblock_pb2_grpc
 
@@ -23,10 +23,8 @@ from serving.v1 import jblock_pb2_grpc
 class Inference(jblock_pb2_grpc.InferenceServicer):
     """Generation, and what goes with it."""
 
-    def __init__(
-        self, dispatcher: Dispatcher, generator: Generator, tenants: Tenants, metrics: Metrics
-    ):
-        self._dispatcher, self._generator, self._tenants = dispatcher, generator, tenants
+    def __init__(self, dispatcher: Dispatcher, generator: Generator, metrics: Metrics):
+        self._dispatcher, self._generator = dispatcher, generator
         self._metrics = metrics
 
     async def Generate(
@@ -59,12 +57,11 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
         code = grpc.StatusCode.OK
         begin = time.monotonic()
         try:
-            tenant = self._tenants.find(context.invocation_metadata())
             # A place is taken until the answer is sent, and not only computed: what nobody reads lies
             # in memory. grpc calls back once its client has taken all.
             held = contextlib.ExitStack()
             context.add_done_callback(lambda _: held.close())
-            generation = self._generator.parts([_ask(request)], tenant, begin, held)
+            generation = self._generator.parts([_ask(request)], caller(), begin, held)
             async with contextlib.aclosing(generation) as parts:
                 yield parts
         except RequestError as error:
@@ -81,7 +78,7 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
         finally:
             # A name that is not served must not become a label: they would grow without bound.
             model = request.model if request.model in self._dispatcher.models else ""
-            self._metrics.ended(model, code, time.monotonic() - begin)
+            self._metrics.ended(model, code, time.monotonic() - begin, caller())
         if refusal is not None:
             await abort(context, refusal)  # Last, so that who sees the status is counted.
 
@@ -110,7 +107,7 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
     ) -> pb.TokenizeResponse:
         """The ids of a text or a chat."""
         async with _refusing(context):
-            model = self._dispatcher.find("model", request.model)
+            model = self._dispatcher.find("model", request.model, caller())
             if request.HasField("chat"):
                 ids = await self._generator.chat_ids(model, conversation_of(request.chat))
             else:
@@ -123,7 +120,7 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
     ) -> pb.DetokenizeResponse:
         """The text of ids."""
         async with _refusing(context):
-            model = self._dispatcher.find("model", request.model)
+            model = self._dispatcher.find("model", request.model, caller())
             special = not request.skip_special_tokens
             text = tokenizing.decode("token_ids", model, request.token_ids, special)
         return pb.DetokenizeResponse(text=text)

@@ -1,11 +1,13 @@
 """From a request as it came to one the engine can run, or to an error that says what to change."""
 
+import dataclasses
 from typing import Any
 
 from jblock.engine import api
 from jblock.engine.scheduling.request_checks import LOGIT_BIAS, first_problem
 from serving.errors import invalid
 from serving.served_models import ServedModel
+from serving.tenants import Tenant
 from serving.v1 import jblock_pb2 as pb
 
 _MAX_STOPS = 16
@@ -117,6 +119,31 @@ def sampling_params(
         )
     _check_ids("stop_token_ids", params.stop_token_ids, model.info)
     return params
+
+
+def within_limits(
+    request: pb.GenerateRequest, params: api.SamplingParams, prompt_tokens: int, tenant: Tenant
+) -> api.SamplingParams:
+    """The parameters as a tenant may have them: an answer whose length was not given is shortened.
+
+    Raises:
+      RequestError: the prompt, or the length that was given, is over the tenant's limit.
+    """
+    most = tenant.max_prompt_tokens
+    if most is not None and prompt_tokens > most:
+        raise invalid(
+            f"prompt: has {prompt_tokens} tokens, and tenant {tenant.name} may send {most}; shorten it"
+        )
+    most = tenant.max_output_tokens
+    if most is None or params.max_tokens <= most:
+        return params
+    if request.HasField("max_tokens") or params.min_tokens > most:
+        field = "max_tokens" if request.HasField("max_tokens") else "min_tokens"
+        raise invalid(
+            f"{field}: {getattr(params, field)} is more than the {most} tokens that tenant {tenant.name} "
+            "may ask for; ask for fewer"
+        )
+    return dataclasses.replace(params, max_tokens=most)
 
 
 def num_samples(request: pb.GenerateRequest) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
@@ -12,6 +13,7 @@ from serving.dispatcher import Dispatcher
 from serving.errors import RequestError, invalid
 from serving.generation import Ask, Generator, Part
 from serving.http import errors
+from serving.http.errors import Headers
 from serving.http.exchange import Left, Receive, Scope, Send, Sender, header, read_body, unless_left
 from serving.metrics import Metrics
 from serving.tenants import Tenant, Tenants
@@ -84,7 +86,8 @@ class Calls:
         """
         values = header(scope, b"authorization")
         try:
-            return self._tenants.find([("authorization", value) for value in values])
+            found = [("authorization", value) for value in values]
+            return self._tenants.find(found, scope.get("state", {}).get("peer"))
         except RequestError as error:
             self._metrics.refused.inc()
             message = error.message.replace("metadata: needs", "needs the header", 1)
@@ -106,7 +109,12 @@ class Calls:
         """Counts a generation that is over."""
         # A name that is not served must not become a label: they would grow without bound.
         model = call.model if call.model in self.dispatcher.models else ""
-        self._metrics.ended(model, code, time.monotonic() - call.begin)
+        self._metrics.ended(model, code, time.monotonic() - call.begin, call.tenant)
+
+    def quota_headers(self, tenant: Tenant) -> Headers:
+        """What is left of a tenant's quotas."""
+        found = self.dispatcher.quotas.headers(tenant)
+        return [(name.encode(), value.encode()) for name, value in found]
 
 
 class Endpoint:
@@ -125,6 +133,8 @@ class Endpoint:
             except RequestError as error:
                 await refuse(sender, error)
                 return
+            if tenant is not None:
+                sender.headers = functools.partial(self._calls.quota_headers, tenant)
             call = Call(
                 scope=scope,
                 body=b"",

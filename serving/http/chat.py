@@ -30,7 +30,7 @@ class ChatCompletions:
         """Sends the whole answer, or a stream of its parts."""
         fields = decode(call.body, ChatRequest)
         name = call.name(fields.model)
-        model = self._calls.dispatcher.find("model", name)
+        model = self._calls.dispatcher.find("model", name, call.tenant)
         conversation = conversation_of(fields)
         ask = Ask(
             request=_request(name, fields),

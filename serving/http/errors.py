@@ -1,11 +1,12 @@
 """Refusals as OpenAI's clients know them: a status, headers, and an object `error` that names the field."""
 
+import math
 import re
 
 import grpc
 import msgspec
 
-from serving.errors import RETRY_AFTER, RequestError, field_of, invalid
+from serving.errors import RequestError, field_of, invalid
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -17,6 +18,7 @@ _STATUS = {
     grpc.StatusCode.NOT_FOUND: 404,
     grpc.StatusCode.UNIMPLEMENTED: 404,
     grpc.StatusCode.ABORTED: 503,
+    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
     grpc.StatusCode.UNAVAILABLE: 503,
 }
 _TYPES = {
@@ -55,7 +57,7 @@ def headers_of(error: RequestError, status: int) -> Headers:
     if isinstance(error, HTTPError):
         return error.headers
     if status in (429, 503):
-        return [(b"retry-after", str(RETRY_AFTER).encode())]
+        return [(b"retry-after", str(max(math.ceil(error.retry_after), 1)).encode())]
     if status == 401:
         return [(b"www-authenticate", b"Bearer")]
     return []

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -92,10 +92,12 @@ class Sender:
 
     Attributes:
       started: the status has been sent, and cannot be another one any more.
+      headers: what goes out with it besides.
     """
 
     def __init__(self, send: Send):
         self.started = False
+        self.headers: Callable[[], Headers] = list
         self._send = send
 
     async def json(self, content: Any, status: int = 200, headers: Headers | None = None) -> None:
@@ -132,7 +134,7 @@ class Sender:
             {
                 "type": "http.response.start",
                 "status": status,
-                "headers": [(b"content-type", kind), *headers],
+                "headers": [(b"content-type", kind), *headers, *self.headers()],
             }
         )
 

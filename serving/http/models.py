@@ -51,15 +51,15 @@ class Models:
         """`GET /v1/models`."""
         if not self._dispatcher.ready.is_set():
             raise unavailable("engine: is warming up; try again when health says so")
-        models = sorted(self._dispatcher.models.values(), key=lambda m: m.info.name)
+        models = self._dispatcher.models_of(call.tenant)
         if named := call.scope.get("path_params", {}).get("model"):
-            models = [self._dispatcher.find("model", named)]
+            models = [self._dispatcher.find("model", named, call.tenant)]
         await call.sender.json({"object": "list", "data": [self._card(m) for m in models]})
 
     async def get(self, call: Call) -> None:
         """`GET /v1/models/<model>`."""
         name = call.scope["path_params"]["model"]
-        await call.sender.json(self._card(self._dispatcher.find("model", name)))
+        await call.sender.json(self._card(self._dispatcher.find("model", name, call.tenant)))
 
     async def health(self, call: Call) -> None:
         """`GET /health`: 200 while requests are served."""
@@ -118,9 +118,10 @@ class Models:
     def _find(self, call: Call, given: str | None) -> ServedModel:
         """The model that is asked; the only one there is needs no name."""
         name = call.name(given)
-        if not name and len(self._dispatcher.models) == 1:
-            name = next(iter(self._dispatcher.models))
-        model = self._dispatcher.find("model", name)
+        models = self._dispatcher.models_of(call.tenant)
+        if not name and len(models) == 1:
+            name = models[0].info.name
+        model = self._dispatcher.find("model", name, call.tenant)
         tokenizing.codec_of(model)  # Refuses one that has none.
         return model
 

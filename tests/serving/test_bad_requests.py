@@ -235,7 +235,7 @@ def test_a_full_queue_refuses_and_recovers(slow):
         next(stream)
     with pytest.raises(ClientError) as caught:
         slow.client.generate("echo", [300], max_tokens=1)
-    assert caught.value.code == "RESOURCE_EXHAUSTED"
+    assert caught.value.code == "UNAVAILABLE"
     assert "4 requests are open" in caught.value.message
     assert "--max_queue" in caught.value.message
     streams.pop().close()

@@ -19,7 +19,8 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 
 from jblock.engine.process.mock import build_engine
 from serving.client import AsyncClient, Client
-from serving.tenants import ANONYMOUS, EVERYBODY, Tenants
+from serving.tenants import ANONYMOUS, EVERYBODY
+from serving.tenants_file import TenantsFile
 from serving.v1 import jblock_pb2 as pb
 from serving.values import ClientError
 
@@ -49,7 +50,7 @@ def write(folder, tenants, name="auth.json", mode=0o600):
 @pytest.fixture
 def running(tmp_path):
     """A server with three tenants, six places, and one more model in its zoo."""
-    tenants = Tenants.load(write(tmp_path, entries()))
+    tenants = TenantsFile(write(tmp_path, entries()))
     engine = build_engine(more=[{"name": "late"}], step_delay=0.01)
     with harness.serving(engine, tenants=tenants, max_queue=6, metrics_port=0) as one:
         yield one
@@ -159,7 +160,7 @@ def test_a_tenant_cannot_fill_the_queue(running, client):
     with pytest.raises(ClientError, match=r"RESOURCE_EXHAUSTED: .*tenant beta has 3 requests open"):
         beta.generate("echo", [7])
     streams += fill(ops, 1)
-    with pytest.raises(ClientError, match="RESOURCE_EXHAUSTED: queue: 6 requests are open"):
+    with pytest.raises(ClientError, match="UNAVAILABLE: queue: 6 requests are open"):
         ops.generate("echo", [7])
     streams[0].close()
     assert harness.eventually(lambda: running.engine.stats().running == 5)
@@ -180,7 +181,7 @@ def test_cached_prompts_are_a_tenants_own(running, client, monkeypatch, tmp_path
     assert acme == spare != beta
     assert "" not in salts and "acme" not in acme
     # Another process has other salts: nobody can work them out from the file.
-    again = Tenants.load(write(tmp_path, entries()))
+    again = TenantsFile(write(tmp_path, entries()))
     assert again.find([("authorization", f"Bearer {SPARE}")]).cache_salt != acme
 
 
@@ -190,7 +191,7 @@ def test_without_tenants_everybody_is_anonymous():
 
 
 def test_health_may_be_opened_for_probes(tmp_path):
-    tenants = Tenants.load(write(tmp_path, entries()))
+    tenants = TenantsFile(write(tmp_path, entries()))
     with harness.serving(build_engine(), tenants=tenants, open_health=True) as running:
         stub = health_pb2_grpc.HealthStub(running.channel)
         assert stub.Check(health_pb2.HealthCheckRequest()).status == 1
@@ -243,7 +244,7 @@ max_requests = 3
 
 
 def test_a_file_in_toml(tmp_path):
-    tenants = Tenants.load(write(tmp_path, TOML, "auth.toml"))
+    tenants = TenantsFile(write(tmp_path, TOML, "auth.toml"))
     tenant = tenants.find([("authorization", f"Bearer {KEYS['acme']}")])
     assert (tenant.name, tenant.admin, tenant.max_requests) == ("acme", True, 3)
 
@@ -260,7 +261,7 @@ def entry(**fields):
         ('{"tenants": [], "tenants": []}', "'tenants' stands twice in one object"),
         ('{"tenants": [{"name": "a", "max_requests": 1, "name": "b"}]}', "'name' stands twice"),
         ([], "give at least one tenant"),
-        ([7], r"tenants\[0\]: is no table of name, key_sha256, admin, max_requests"),
+        ([7], r"tenants\[0\]: is no table of name, key_sha256, identities, admin"),
         (entry(colour=1), r"tenants\[0\].colour: is no field; there are name"),
         (entry(name="a b"), "name: 'a b' is no name"),
         (entry(name=None), "name: None is no name"),
@@ -277,21 +278,21 @@ def entry(**fields):
 )
 def test_a_file_that_cannot_be_used(tmp_path, content, message):
     with pytest.raises(ValueError, match=f"auth_file: .*{message}") as caught:
-        Tenants.load(write(tmp_path, content))
+        TenantsFile(write(tmp_path, content))
     assert "my-real-key" not in str(caught.value)
 
 
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
 def test_a_file_that_others_may_write_is_refused(tmp_path, mode):
     with pytest.raises(ValueError, match="others may write it; run: chmod go-w"):
-        Tenants.load(write(tmp_path, entries(), mode=mode))
+        TenantsFile(write(tmp_path, entries(), mode=mode))
 
 
 def test_a_file_of_another_format_or_none(tmp_path):
     with pytest.raises(ValueError, match=r"is neither .json nor .toml"):
-        Tenants.load(write(tmp_path, entries(), "auth.txt"))
+        TenantsFile(write(tmp_path, entries(), "auth.txt"))
     with pytest.raises(OSError, match="auth"):
-        Tenants.load(str(tmp_path / "auth.json"))
+        TenantsFile(str(tmp_path / "auth.json"))
 
 
 def shell(running, *args, **environment):
