@@ -75,6 +75,11 @@ class Request:
       generated: tokens that an engine before this one generated and delivered. The request goes on after
         them: they count towards max_tokens and min_tokens and in penalties, draws go on at their positions,
         and neither they nor the log-probabilities of the prompt are sent again.
+      tenant: who asks; service is shared out among tenants.
+      weight: the tenant's share in proportion to those of others.
+      priority: lower numbers go before all higher ones, whoever asks.
+      deadline: seconds from now by which the answer must be complete; None: no matter. Refused with
+        DEADLINE_EXCEEDED where measured times say that it cannot be.
     """
 
     request_id: str
@@ -84,6 +89,10 @@ class Request:
     cache_salt: str = ""
     version: int = 0
     generated: tuple[int, ...] = ()
+    tenant: str = ""
+    weight: float = 1.0
+    priority: int = 0
+    deadline: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,6 +154,23 @@ class ModelInfo:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TenantStats:
+    """What one tenant has of an engine.
+
+    Attributes:
+      tenant: its name.
+      waiting: requests queued, not running.
+      running: sequences in flight.
+      served_seconds: device time it was charged for, by the profile.
+    """
+
+    tenant: str
+    waiting: int = 0
+    running: int = 0
+    served_seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineStats:
     """Counters since start and gauges of now.
 
@@ -185,6 +211,7 @@ class EngineStats:
       resumed_requests: requests that went on in a new process after their tokens so far.
       suspects: requests that a process died under and that have not gone on since.
       kernels_replaced: ops whose kernel failed its self-test at start, served by XLA instead (promise: 0).
+      tenants: what each has of it.
     """
 
     steps: int = 0
@@ -223,6 +250,7 @@ class EngineStats:
     resumed_requests: int = 0
     suspects: int = 0
     kernels_replaced: int = 0
+    tenants: tuple[TenantStats, ...] = ()
 
 
 # Fields of EngineStats that say how things are now; the others only grow.
@@ -242,6 +270,7 @@ GAUGES = frozenset(
         "host_kv_bytes",
         "suspects",
         "kernels_replaced",
+        "tenants",
     }
 )
 

@@ -31,6 +31,7 @@ from jblock.engine.programs.executable_cache import ExecutableCache
 from jblock.engine.programs.needed import Pools
 from jblock.engine.runner.rates import measure_rates
 from jblock.engine.runner.runner import Runner
+from jblock.engine.scheduling.fairness import VirtualTokenCounter
 from jblock.engine.stats import StatsSnapshot
 from jblock.engine.watchdog import Watch
 from jblock.engine.weights.lease import Lease
@@ -65,14 +66,15 @@ class ThreadEngine(Engine):
         cache: ExecutableCache | None = None,
         placement: Placement | None = None,
         outbox: queue.SimpleQueue[list[Output]] | None = None,
+        counter: VirtualTokenCounter | None = None,
     ):
         """Loads the chains that fit, without their adapters, compiles the first tier of programs and
         starts the loop; the other tiers follow in the background, and each grid is used as soon as its
         programs are there. Adapters, and what did not fit, are read when a request asks for them; pinned
         chains at once.
 
-        It runs on the devices of this process that its mesh needs, unless a placement is given, and
-        puts its outputs into the outbox, if one is given for several engines.
+        It runs on the devices of this process that its mesh needs, unless a placement is given. Outbox
+        and counter are those of several engines together.
 
         Raises:
           ZooError: a chain or component that cannot be read.
@@ -109,7 +111,7 @@ class ThreadEngine(Engine):
             device.rates = measure_rates(device, graph)
         self._models = model_infos(zoo, graph, device)
         self._naming = threading.Lock()
-        self._loop = Loop(graph, device, config, loads)
+        self._loop = Loop(graph, device, config, loads, counter)
         loads.preload([graph.routes[name].needs for name in graph.pinned])
         while self._loop.measure():
             pass

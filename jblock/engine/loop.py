@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import secrets
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -14,18 +15,21 @@ from jax.profiler import TraceAnnotation
 from jblock.engine.api import EngineStats, Output, ReportRunning, Request
 from jblock.engine.config import EngineConfig
 from jblock.engine.graph.build import assemble
-from jblock.engine.graph.graph import Route, ServingGraph
+from jblock.engine.graph.graph import ServingGraph
 from jblock.engine.graph.order import visiting_order
 from jblock.engine.kv_cache.host_offload import HostPool
 from jblock.engine.kv_cache.manager import KVCacheManager
 from jblock.engine.programs.logprobs import best_tokens
 from jblock.engine.programs.needed import Pools
 from jblock.engine.runner.latency_profile import Pace, Profile
+from jblock.engine.runner.machine import machine_of
 from jblock.engine.runner.queues import BlockQueues
 from jblock.engine.runner.runner import Runner
 from jblock.engine.runner.step import Step, Stepper
+from jblock.engine.scheduling.deadlines import deadline_problem, set_deadline
+from jblock.engine.scheduling.fairness import VirtualTokenCounter
 from jblock.engine.scheduling.request_checks import request_problem
-from jblock.engine.scheduling.scheduler import Machine, Scheduler
+from jblock.engine.scheduling.scheduler import Scheduler
 from jblock.engine.scheduling.sequence import SequenceState
 from jblock.engine.scheduling.step_budget import PROMPT_SHARE
 from jblock.engine.stats import collect_stats
@@ -50,6 +54,7 @@ class Loop:
         device: Runner,
         config: EngineConfig,
         loads: Loads | None = None,
+        counter: VirtualTokenCounter | None = None,
     ):
         """Takes over what was loaded already, if anything; requests bring the rest."""
         self.graph, self.device, self.config = graph, device, config
@@ -66,7 +71,7 @@ class Loop:
             host,
         )
         queues = BlockQueues(graph.instances)
-        self._sequences = Scheduler(config, self.kv, device.num_rows, queues.withdraw)
+        self._sequences = Scheduler(config, self.kv, device.num_rows, queues.withdraw, counter)
         self.profile = Profile(device)
         self._stepper = Stepper(device, self.profile, queues, self._sequences.rows, self.kv)
         self._pace = Pace()
@@ -194,16 +199,18 @@ class Loop:
             # An engine before this one ended with the last token, before it could say so.
             self._outputs.append(Output(request_id=request.request_id, finish_reason="length"))
             return
-        self._sequences.add(
-            SequenceState(
-                request=request,
-                route=route,
-                max_tokens=max_tokens,
-                seed=secrets.randbits(32) if sampling.seed is None else sampling.seed,
-                lease=self.weight_cache.acquire(route.needs),
-                generated=list(request.generated),
-            )
+        sequence = SequenceState(
+            request=request,
+            route=route,
+            max_tokens=max_tokens,
+            seed=secrets.randbits(32) if sampling.seed is None else sampling.seed,
+            lease=self.weight_cache.acquire(route.needs),
+            generated=list(request.generated),
         )
+        if request.deadline is not None:
+            set_deadline(sequence, machine_of(self.device, self.profile), self.kv)
+        self._sequences.add(sequence)
+        self._refuse_late()
 
     def cancel(self, request_id: str) -> None:
         """Ends a request; what it held is free for the next step."""
@@ -219,8 +226,9 @@ class Loop:
         for sequence in [s for s in self._sequences.waiting if s.lease.error]:
             fields = {"error_code": sequence.lease.error_code}
             self._finish(sequence, "error", error_message=sequence.lease.error, **fields)
+        self._refuse_late()
         with TraceAnnotation("admit"):
-            self._sequences.admit(self._machine())
+            self._sequences.admit(machine_of(self.device, self.profile))
         self._report_running()
         try:
             self._forward()
@@ -232,6 +240,12 @@ class Loop:
             self.retire()
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    def _refuse_late(self) -> None:
+        """Ends what waits and can no more be done by its deadline: nobody would see the end of it."""
+        fields = {"error_code": "DEADLINE_EXCEEDED"}
+        for sequence in self._sequences.too_late(time.monotonic()):
+            self._finish(sequence, "error", error_message=deadline_problem(sequence), **fields)
 
     def _forward(self) -> None:
         """Enqueues a step, and reads the one before. Where it fails, what may still be read is in flight."""
@@ -301,22 +315,10 @@ class Loop:
         # Under a full load of decoding a prompt still moves on.
         for_prompts = max(budget - decoding, PROMPT_SHARE * budget) if streams else math.inf
         with TraceAnnotation("schedule"):
-            items = sequences.schedule(self._machine(), for_prompts)
+            items = sequences.schedule(machine_of(self.device, self.profile), for_prompts)
         if not items and all(s.item is None for s in running):
             return None
         return self._stepper.run(items, sequences.prompts_in_flight, for_prompts, budget)
-
-    def _machine(self) -> Machine:
-        device = self.device
-        return Machine(
-            greedy_only=device.greedy_only,
-            rates=device.rates,
-            chunks=sorted({b.q_len for b in device.buckets if b.q_len > 1}),
-            chunk_seconds=self._chunk_seconds,
-        )
-
-    def _chunk_seconds(self, route: Route, chunk: int) -> float | None:
-        return self.profile.chunk_seconds(route.instances, chunk)
 
     def stats(self) -> EngineStats:
         """Counters and gauges."""

@@ -17,12 +17,13 @@ from jblock.engine.api import Engine, EngineStats, ModelInfo, Output, ReportRunn
 from jblock.engine.config import EngineConfig
 from jblock.engine.engine import ThreadEngine
 from jblock.engine.programs.executable_cache import ExecutableCache
+from jblock.engine.scheduling.fairness import VirtualTokenCounter
 from jblock.parallel.placement import Placement
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
 
 # What all groups have alike; the other counters and gauges are added up.
-_COMMON = ("chains", "kernels_replaced")
+_COMMON = ("chains", "kernels_replaced", "tenants")
 
 
 class DataParallelEngine(Engine):
@@ -47,10 +48,11 @@ class DataParallelEngine(Engine):
         # Request id -> its group and how many requests of this id are open there.
         self._open: dict[str, tuple[int, int]] = {}
         self._engines: list[ThreadEngine] = []
+        counter = VirtualTokenCounter()
         try:
             for placement in group_placements(config):
                 self._engines.append(
-                    ThreadEngine(zoo, chains, inner, cache, placement, self._outbox)
+                    ThreadEngine(zoo, chains, inner, cache, placement, self._outbox, counter)
                 )
         except BaseException:
             self.close()

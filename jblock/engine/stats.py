@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
-from jblock.engine.api import EngineStats, Output
+from jblock.engine.api import EngineStats, Output, TenantStats
 from jblock.engine.graph.graph import ServingGraph
 from jblock.engine.runner.runner import Runner
 from jblock.engine.runner.step import Counters
@@ -93,4 +93,8 @@ def collect_stats(
         host_kv_bytes=kv.host.used,
         generated_tokens=generated_tokens,
         kernels_replaced=len(backends.replaced()),
+        tenants=tuple(
+            TenantStats(tenant=name, waiting=waiting, running=running, served_seconds=seconds)
+            for name, waiting, running, seconds in sequences.counter.snapshot()
+        ),
     )

@@ -90,6 +90,10 @@ class KVCacheManager:
         hits, limit = self._hits(pages, tokens, limit), limit // self._page_size
         return hits < limit and self._last(pages, pages.hashes[hits]) in self._computing
 
+    def cached_tokens(self, pages: SequencePages, tokens: Sequence[int], limit: int) -> int:
+        """How many leading tokens a sequence without pages would find now; `admit` finds them."""
+        return self._hits(pages, tokens, limit) * self._page_size
+
     def admit(
         self, pages: SequencePages, slot: int, tokens: Sequence[int], limit: int
     ) -> int | None:

@@ -11,6 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from absl import logging
 
@@ -296,7 +297,7 @@ class SupervisedEngine(api.Engine):
             self._restart_at = self._died_at + delay
 
 
-_ZERO: Mapping[str, int] = dict.fromkeys(api.GAUGES, 0)
+_ZERO: Mapping[str, Any] = {**dict.fromkeys(api.GAUGES, 0), "tenants": ()}
 
 
 def _added(past: api.EngineStats, now: api.EngineStats) -> api.EngineStats:

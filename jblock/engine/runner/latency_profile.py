@@ -77,6 +77,7 @@ class Profile:
         self._again: list[tuple[str, list[Layer], Bucket]] = []
         self._scope: tuple = ()
         self._memo: dict[tuple[int, Bucket], float | None] = {}
+        self._token_memo: dict[tuple[BlockInstance, ...], float | None] = {}
         self._covers: dict[tuple[int, int, int], tuple[int, ...]] = {}
         self._covered: tuple[Bucket, ...] = ()
         self._names: dict[ProgramKey, str] = {}
@@ -86,7 +87,7 @@ class Profile:
         scope = (tuple(map(id, instances)), self._device.buckets)
         if scope == self._scope:
             return
-        self._scope, self._memo, self._covers = scope, {}, {}
+        self._scope, self._memo, self._covers, self._token_memo = scope, {}, {}, {}
         missing: dict[str, tuple[str, list[Layer], Bucket]] = {}
         kept: dict[str, tuple[str, list[Layer], Bucket]] = {}
         for instance in instances:
@@ -119,7 +120,7 @@ class Profile:
         if len(tries) == _REPEATS:
             self._seconds[name] = min(self._tries.pop(name))
             self._todo.pop()
-            self._memo, self._covers = {}, {}
+            self._memo, self._covers, self._token_memo = {}, {}, {}
             if not self._todo and self._path:
                 _write(self._path, self._seconds)
 
@@ -134,7 +135,7 @@ class Profile:
             self._kept.discard(name)
             if seconds < self._seconds[name]:
                 self._seconds[name] = seconds
-                self._memo, self._covers = {}, {}
+                self._memo, self._covers, self._token_memo = {}, {}, {}
             if not self._again and self._path:
                 _write(self._path, self._seconds)
             return True
@@ -148,7 +149,7 @@ class Profile:
 
     def forget(self) -> None:
         """Call it when other blocks are served."""
-        self._scope, self._memo, self._covers = (), {}, {}
+        self._scope, self._memo, self._covers, self._token_memo = (), {}, {}, {}
 
     def layer_seconds(self, layer: Layer, bucket: Bucket) -> float | None:
         """Seconds of one layer on one grid; None as long as it is not measured."""
@@ -223,6 +224,23 @@ class Profile:
             if known is None:
                 return None
             total += known
+        return total
+
+    def token_seconds(self, instances: Sequence[BlockInstance]) -> float | None:
+        """Seconds of one decoded token along these blocks: its part of the smallest batch that is nearly as
+        good as the best; None if not measured."""
+        key = tuple(instances)
+        if key not in self._token_memo:
+            self._token_memo[key] = self._token_seconds(key)
+        return self._token_memo[key]
+
+    def _token_seconds(self, instances: Sequence[BlockInstance]) -> float | None:
+        total = 0.0
+        for instance in instances:
+            times = self.decode_times(instance)
+            if times is None:
+                return None
+            total += times.of(times.efficient) / times.efficient
         return total
 
     def _smallest(self, chunk: int) -> Bucket:

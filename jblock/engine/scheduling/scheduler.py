@@ -1,36 +1,20 @@
 """Who waits, who runs, what the running ones hold, and what each does in the next step. Knows no device."""
 
-import collections
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 
 from jblock.engine.config import EngineConfig
-from jblock.engine.graph.graph import Route
 from jblock.engine.kv_cache.host_offload import Rates
 from jblock.engine.kv_cache.manager import KVCacheManager
 from jblock.engine.kv_cache.page_pool import IdAllocator
 from jblock.engine.kv_cache.spec import KVShape
+from jblock.engine.scheduling.fairness import VirtualTokenCounter
+from jblock.engine.scheduling.machine import Machine
 from jblock.engine.scheduling.sequence import SequenceState, WorkItem, chunk_for
+from jblock.engine.scheduling.waiting import WaitingQueue
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What the scheduler has to know of the device now.
-
-    Attributes:
-      greedy_only: other requests wait for programs.
-      rates: of copies and prefill; None: not measured, nothing is offloaded.
-      chunks: lengths a prompt may be cut into, ascending.
-      chunk_seconds: of one chunk of a length along a route; None if not known.
-    """
-
-    greedy_only: bool
-    rates: Rates | None
-    chunks: Sequence[int]
-    chunk_seconds: Callable[[Route, int], float | None]
-
-
+# Sequences that may be preempted at a time so that a tenant with nothing running begins.
+_MOST_YIELD = 8
 # Steps after which twice as many sequences may run, where the device had no memory for all.
 _STEPS_TO_DOUBLE = 64
 
@@ -39,7 +23,8 @@ class Scheduler:
     """The sequences of one agent.
 
     Attributes:
-      waiting: in the order they are to start.
+      waiting: in a line for each tenant.
+      counter: what each tenant was served.
       running: by request id, in the order they started.
       rows: register rows.
       kv: pages.
@@ -53,6 +38,7 @@ class Scheduler:
         kv: KVCacheManager,
         num_rows: int,
         withdraw: Callable[[WorkItem], None],
+        counter: VirtualTokenCounter | None = None,
     ):
         """Nothing waits or runs.
 
@@ -61,8 +47,10 @@ class Scheduler:
           kv: pages, none of them owned.
           num_rows: of each register.
           withdraw: takes an item out of the queues of blocks.
+          counter: where other schedulers have the same one.
         """
-        self.waiting: collections.deque[SequenceState] = collections.deque()
+        self.waiting = WaitingQueue()
+        self.counter = counter or VirtualTokenCounter()
         self.running: dict[str, SequenceState] = {}
         self.rows = IdAllocator(num_rows)
         self.kv = kv
@@ -70,7 +58,7 @@ class Scheduler:
         self._max_running = self._most_running = config.max_num_seqs
         self._steps = 0
         self._withdraw = withdraw
-        self._waiting_by_id: dict[str, SequenceState] = {}
+        self._prompt_clocks: dict[str, float] = {}
         self._seq_slots = IdAllocator(config.max_num_seqs)
         self._rates: Rates | None = None
 
@@ -81,12 +69,16 @@ class Scheduler:
 
     def find(self, request_id: str) -> SequenceState | None:
         """The open sequence of a request."""
-        return self.running.get(request_id) or self._waiting_by_id.get(request_id)
+        return self.running.get(request_id) or self.waiting.get(request_id)
 
     def add(self, sequence: SequenceState) -> None:
         """Queues a sequence."""
-        self.waiting.append(sequence)
-        self._waiting_by_id[sequence.request.request_id] = sequence
+        self.counter.arrive(sequence.request.tenant, sequence.request.weight)
+        self.waiting.add(sequence)
+
+    def too_late(self, now: float) -> list[SequenceState]:
+        """Sequences that have not started, and could not be complete in time any more."""
+        return [s for s in self.waiting if s.latest_start < now and not s.was_preempted]
 
     @property
     def prompts_in_flight(self) -> list[WorkItem]:
@@ -95,21 +87,17 @@ class Scheduler:
         return [item for item in items if item is not None and item.chunk > 1]
 
     def admit(self, machine: Machine) -> None:
-        """Starts waiting requests in order. One that lacks pages holds back only those that want pages of
-        the same shape; one whose prompt begins as a prompt being computed waits for it, and one that
-        needs programs still being made, or a chain still being read, waits for that alone."""
+        """Starts waiting requests, those of the tenant that was served least first. One that lacks pages
+        holds back only those that want pages of the same shape; one whose prompt begins as a prompt being
+        computed waits for it, and one that needs programs still being made, or a chain still being read,
+        waits for that alone. A prompt is charged when it starts; what the cache has of it is free."""
         self._rates = machine.rates
-        if not self.waiting:
-            return
         held: set[KVShape] = set()
-        prefilling = [s.prompt_work for s in self.running.values() if s.computed < s.prefill]
-        begin = min(prefilling, default=0.0)
-        started: list[SequenceState] = []
-        for sequence in self.waiting:
-            if not self._seq_slots.num_free or not self.rows.num_free:
-                break
-            if len(self.running) >= self._max_running:
-                break
+        prefilling = [s for s in self.running.values() if s.computed < s.prefill]
+        begin = min((s.prompt_work for s in prefilling), default=0.0)
+        clocks = {s.request.tenant: 0.0 for s in prefilling}
+        self._prompt_clocks = {name: self._prompt_clocks.get(name, 0.0) for name in clocks}
+        for sequence in self.waiting.fair_order(self.counter.rank):
             # The cheapest questions first: hundreds may wait for one thing.
             if held and not held.isdisjoint(sequence.pages.layers):
                 continue
@@ -118,29 +106,106 @@ class Scheduler:
             tokens, limit = sequence.all_token_ids, sequence.shareable_tokens
             if self.kv.prefix_in_flight(sequence.pages, tokens, limit):
                 continue
-            (slot,) = self._seq_slots.allocate(1)
-            computed = self.kv.admit(sequence.pages, slot, tokens, limit)
+            computed = self._place(sequence)
             if computed is None:
-                self._seq_slots.free([slot])
+                if not self._has_slot:
+                    break
                 held.update(sequence.pages.layers)
                 continue
-            sequence.seq_slot, sequence.computed = slot, computed
+            sequence.computed = computed
             sequence.adapter_slot = sequence.lease.slot
             (sequence.row,) = self.rows.allocate(1)
             sequence.prefill = len(tokens)
             sequence.sampled = len(sequence.generated)
             sequence.prompt_work = begin
+            tenant = sequence.request.tenant
+            least = min(self._prompt_clocks.values(), default=0.0)
+            self._prompt_clocks.setdefault(tenant, least)
+            self.waiting.remove(sequence)
             self.running[sequence.request.request_id] = sequence
-            started.append(sequence)
-        for sequence in started:
-            self._leave_queue(sequence)
+            self.counter.start(tenant)
+            sequence.token_seconds = machine.decode_seconds(sequence.route)
+            self._charge_start(sequence, machine)
+
+    def _charge_start(self, sequence: SequenceState, machine: Machine) -> None:
+        """Charges what a sequence has to compute before it decodes. What it computed before it was preempted
+        was charged then."""
+        begin, prompt_len = max(sequence.computed, sequence.charged), sequence.prompt_len
+        generated = max(sequence.prefill - max(begin, prompt_len), 0)
+        seconds = machine.prompt_seconds(sequence.route, prompt_len - begin)
+        self.counter.charge(sequence.request.tenant, seconds + generated * sequence.token_seconds)
+        sequence.charged = max(sequence.charged, sequence.prefill)
+
+    @property
+    def _has_slot(self) -> bool:
+        """Whether one more sequence may run at all."""
+        return (
+            len(self.running) < self._max_running
+            and self._seq_slots.num_free > 0
+            and self.rows.num_free > 0
+        )
+
+    def _place(self, sequence: SequenceState) -> int | None:
+        """Gives a sequence a slot and pages. For a tenant with nothing running the tenant that was served
+        most gives some of its own up, so that it does not wait for the end of long answers.
+
+        Returns:
+          How many of its tokens are there already; None: there is no room, nothing changed for it.
+        """
+        for left in reversed(range(_MOST_YIELD + 1)):
+            if self._has_slot:
+                (slot,) = self._seq_slots.allocate(1)
+                tokens, limit = sequence.all_token_ids, sequence.shareable_tokens
+                computed = self.kv.admit(sequence.pages, slot, tokens, limit)
+                if computed is not None:
+                    sequence.seq_slot = slot
+                    return computed
+                self._seq_slots.free([slot])
+            if not left or not self._yield_to(sequence):
+                return None
+        return None
+
+    def _yield_to(self, sequence: SequenceState) -> bool:
+        """Preempts one sequence for one of a tenant with nothing running, if another tenant has several."""
+        own = sequence.request
+        if self.counter.running(own.tenant):
+            return False
+        shapes = sequence.pages.layers.keys()
+        level = self.counter.level(own.tenant)
+        rivals = [
+            s
+            for s in self.running.values()
+            if s.request.tenant != own.tenant
+            and s.request.priority >= own.priority
+            and self.counter.running(s.request.tenant) > 1
+            and self.counter.level(s.request.tenant) >= level
+            and (not self._has_slot or not shapes.isdisjoint(s.pages.layers))
+        ]
+        if not rivals:
+            return False
+        self.preempt(self._most_served(rivals))
+        return True
+
+    def _most_served(self, sequences: Sequence[SequenceState]) -> SequenceState:
+        """Of running sequences, oldest first, the one that gives way: of those with the least urgent priority
+        the youngest of the tenant that was served most. Tenants count as served alike where less than one
+        sequence lies between them: the youngest has least to lose."""
+        lowest = max(s.request.priority for s in sequences)
+        among = [s for s in sequences if s.request.priority == lowest]
+        level = self.counter.level
+        least = max(
+            level(s.request.tenant) - s.token_seconds * s.num_tokens / s.request.weight
+            for s in among
+        )
+        return [s for s in among if level(s.request.tenant) >= least][-1]
 
     def schedule(self, machine: Machine, prompt_seconds: float = math.inf) -> list[WorkItem]:
         """The next unit of work for each idle sequence: one decode token, or the next chunk of its prompt.
 
-        Decoding goes first. Prompts in flight share the time for prompts evenly: the next chunk is that of
-        the prompt that was given least, a new one beginning level with the least of the others; so a short
-        prompt waits for chunks that were begun, and never for the whole of a long one. Chunks are begun as
+        Decoding goes first. Tenants with prompts in flight share the time for prompts by weight, and the
+        prompts of one its part evenly: the next chunk is that of the prompt that was given least, a new one
+        beginning level with the least of the others; so a short prompt waits for chunks that were begun, and
+        never for the whole of a long one. Chunks are begun as
         long as those on their way fit the time and rows are free, so a step's tokens have a bound. Where a
         prompt is cut does not depend on any of this.
 
@@ -161,10 +226,16 @@ class Scheduler:
             elif sequence.sampled < sequence.max_tokens:
                 start = sequence.prompt_len + sequence.sampled - 1
                 if self.make_room(sequence, start + 1):
-                    items.append(WorkItem(sequence, start, 1, 1, [sequence.row], (), True))
+                    # Its own from now on: it may still give way to one that comes later.
+                    sequence.item = WorkItem(sequence, start, 1, 1, [sequence.row], (), True)
+                    items.append(sequence.item)
                     sequence.sampled += 1
+                    if start >= sequence.charged:
+                        sequence.charged = start + 1
+                        self.counter.charge(sequence.request.tenant, sequence.token_seconds)
+        items = [item for item in items if item.sequence.item is item]
         room = prompt_seconds - sum(item.seconds_left for item in self.prompts_in_flight)
-        for sequence in sorted(prefilling, key=lambda s: s.prompt_work):
+        for sequence in sorted(prefilling, key=self._prompt_turn):
             if sequence.seq_slot < 0:
                 continue
             start = sequence.computed
@@ -177,8 +248,15 @@ class Scheduler:
             seconds = machine.chunk_seconds(sequence.route, chunk) or 0.0
             room -= seconds
             sequence.prompt_work += seconds
+            own = sequence.request
+            clock = self._prompt_clocks.get(own.tenant, 0.0)
+            self._prompt_clocks[own.tenant] = clock + seconds / own.weight
             items.append(self._chunk(sequence, length, chunk, seconds))
         return items
+
+    def _prompt_turn(self, sequence: SequenceState) -> tuple[int, float, float]:
+        clock = self._prompt_clocks.get(sequence.request.tenant, 0.0)
+        return sequence.request.priority, clock, sequence.prompt_work
 
     def _chunk(self, sequence: SequenceState, length: int, chunk: int, seconds: float) -> WorkItem:
         start = sequence.computed
@@ -193,21 +271,24 @@ class Scheduler:
         return item
 
     def make_room(self, sequence: SequenceState, num_tokens: int) -> bool:
-        """Pages for one more token of a sequence; under pressure the youngest sequences with pages of its
-        shapes are preempted until there is room again. False: it was the youngest itself."""
+        """Pages for one more token of a sequence; under pressure the youngest sequences of the tenant that
+        was served most, with pages of its shapes, are preempted until there is room again. False: it was one
+        of them itself."""
         shapes = sequence.pages.layers.keys()
         while not self.kv.grow(sequence.pages, num_tokens):
             rivals = [s for s in self.running.values() if not shapes.isdisjoint(s.pages.layers)]
-            self.preempt(rivals[-1])
-            if rivals[-1] is sequence:
+            victim = self._most_served(rivals)
+            self.preempt(victim)
+            if victim is sequence:
                 return False
         return True
 
     def free_pages(self, shape: KVShape, count: int) -> None:
-        """Preempts the youngest sequences until a pool would do with so many pages."""
+        """Preempts sequences until a pool would do with so many pages."""
         pool = self.kv.pools.get(shape)
         while pool is not None and pool.total - pool.num_free > count:
-            self.preempt([s for s in self.running.values() if shape in s.pages.layers][-1])
+            rivals = [s for s in self.running.values() if shape in s.pages.layers]
+            self.preempt(self._most_served(rivals))
 
     def end(self, sequence: SequenceState, *, poisoned: bool) -> None:
         """Forgets a sequence and takes back all it held; what a poisoned one computed is not found again."""
@@ -215,12 +296,14 @@ class Scheduler:
             self.kv.invalidate(sequence.pages)
         if sequence.request.request_id in self.running:
             self._release(sequence, cache=not poisoned)
-        elif sequence.request.request_id in self._waiting_by_id:
-            self._leave_queue(sequence)
+            self.counter.end(sequence.request.tenant)
+        elif self.waiting.get(sequence.request.request_id) is not None:
+            self.waiting.remove(sequence)
+            self.counter.withdraw(sequence.request.tenant)
             self.kv.drop_copy(sequence.pages)
 
     def preempt(self, sequence: SequenceState) -> None:
-        """Takes all a sequence holds and puts it first in the queue. Its pages go to the host where
+        """Takes all a sequence holds and puts it first in its tenant's line. Its pages go to the host where
         that is cheaper than computing them anew and there is room; its prefix stays cached besides
         for as long as nobody wants the pages."""
         self.preemptions += 1
@@ -229,8 +312,7 @@ class Scheduler:
         if rates and rates.offload_pays(self.kv.copy_bytes(pages, written), written):
             self.offloads += self.kv.offload(pages, written)
         self._release(sequence, cache=True)
-        self.waiting.appendleft(sequence)
-        self._waiting_by_id[sequence.request.request_id] = sequence
+        self._wait_again(sequence)
 
     def note_step(self) -> None:
         """After a step for which there was memory: from time to time more sequences may run again."""
@@ -250,8 +332,7 @@ class Scheduler:
             self.preemptions += 1
             self.kv.invalidate(sequence.pages)
             self._release(sequence, cache=False)
-            self.waiting.appendleft(sequence)
-            self._waiting_by_id[sequence.request.request_id] = sequence
+            self._wait_again(sequence)
         self._max_running, self._steps = max(1, len(running) // 2), 0
         return running
 
@@ -280,9 +361,10 @@ class Scheduler:
         if item.of_prompt:
             sequence.computed = item.start
 
-    def _leave_queue(self, sequence: SequenceState) -> None:
-        self.waiting.remove(sequence)
-        del self._waiting_by_id[sequence.request.request_id]
+    def _wait_again(self, sequence: SequenceState) -> None:
+        sequence.was_preempted = True
+        self.waiting.add(sequence)
+        self.counter.preempt(sequence.request.tenant)
 
 
 def _written(sequence: SequenceState) -> int:

@@ -35,6 +35,12 @@ class SequenceState:
       generated: tokens read so far.
       prompt_logprobs: of each prompt token but the first, as far as read; empty if not asked for.
       prompt_best: the best token at each of these places, and its log-probability.
+      deadline: by the monotonic clock; infinite without.
+      latest_start: when it must have started to be complete by then.
+      arrival: its place among all that came; 0 before it has one.
+      was_preempted: it goes before others of its tenant.
+      charged: how many of its first tokens its tenant was charged for.
+      token_seconds: what it is charged for one more.
       item: what is on its way through the blocks; None between steps, unless a step ended before it.
       finished: its last output has been sent.
     """
@@ -56,6 +62,12 @@ class SequenceState:
     generated: list[int] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[float] = dataclasses.field(default_factory=list)
     prompt_best: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    deadline: float = math.inf
+    latest_start: float = math.inf
+    arrival: int = 0
+    was_preempted: bool = False
+    charged: int = 0
+    token_seconds: float = 0.0
     item: "WorkItem | None" = None
     finished: bool = False
 
