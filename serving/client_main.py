@@ -83,6 +83,7 @@ _SAMPLING: dict[str, type] = {
     "seed": int,
     "top_logprobs": int,
     "n": int,
+    "priority": int,
     "policy": str,
 }
 _FLAGS = ("stop", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs", "logit_bias")

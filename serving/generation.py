@@ -25,6 +25,7 @@ from serving.v1 import jblock_pb2 as pb
 from serving.validation import (
     check_policy,
     num_samples,
+    priority_of,
     prompt_ids,
     sampling_params,
     stop_strings,
@@ -44,11 +45,13 @@ class Ask:
       conversation: the prompt where it is a chat.
       default_max_tokens: most tokens where the request names no limit, less where the model's length
         ends; None: the engine's own.
+      deadline: seconds from the call's arrival by which the answer must be complete; None: no matter.
     """
 
     request: pb.GenerateRequest
     conversation: Conversation | None = None
     default_max_tokens: int | None = None
+    deadline: float | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -126,7 +129,7 @@ class Generator:
             try:
                 with contextlib.ExitStack() as admitted:
                     usage = Usage()
-                    answers = await self._submit(asks, tenant, usage, admitted, held, field)
+                    answers = await self._submit(asks, tenant, begin, usage, admitted, held, field)
                     while not answers.finished:
                         for part in await answers.parts(usage):
                             if part.output.token_ids and not usage.completion_tokens:
@@ -147,6 +150,7 @@ class Generator:
         self,
         asks: Sequence[Ask],
         tenant: Tenant,
+        begin: float,
         usage: Usage,
         admitted: contextlib.ExitStack,
         held: contextlib.ExitStack,
@@ -177,6 +181,10 @@ class Generator:
             sampling = within_limits(ask.request, sampling, len(prompt), tenant)
             output += count * sampling.max_tokens
             stops = stop_strings(ask.request, model)
+            priority = priority_of(ask.request, tenant)
+            deadline = None
+            if ask.deadline is not None:
+                deadline = begin + ask.deadline - time.monotonic()
             has_tools = ask.conversation is not None and ask.conversation.tools is not None
             new_parser = parser_of(model) if has_tools else Parser
             for sample_index in range(count):
@@ -190,6 +198,10 @@ class Generator:
                         sampling=sample(sampling, sample_index),
                         cache_salt=tenant.cache_salt,
                         version=info.version,
+                        tenant=tenant.name,
+                        weight=tenant.weight,
+                        priority=priority,
+                        deadline=deadline,
                     )
                 )
                 stream = TextStream(model.codec, stops, sampling.min_tokens)

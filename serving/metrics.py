@@ -189,7 +189,31 @@ class _EngineCollector(Collector):
         self._stats = stats
 
     def collect(self) -> Iterable[Metric]:
-        for name, value in dataclasses.asdict(self._stats()).items():
+        stats = self._stats()
+        yield from _of_tenants(stats.tenants)
+        for name, value in dataclasses.asdict(stats).items():
+            if name == "tenants":
+                continue
             kind, text = _HELP.get(name, ("gauge", name))
             family = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
             yield family(f"jblock_{name}", text, value=value)
+
+
+def _of_tenants(tenants: Sequence[api.TenantStats]) -> Iterable[Metric]:
+    """What each tenant has of the engine, the most served first where they are many."""
+    waiting = GaugeMetricFamily(
+        "jblock_tenant_waiting", "Requests of a tenant queued in the engine.", labels=["tenant"]
+    )
+    running = GaugeMetricFamily(
+        "jblock_tenant_running", "Sequences of a tenant in flight.", labels=["tenant"]
+    )
+    served = CounterMetricFamily(
+        "jblock_tenant_served_seconds",
+        "Device time that a tenant was charged for, by the profile.",
+        labels=["tenant"],
+    )
+    for one in sorted(tenants, key=lambda t: -t.served_seconds)[:_MAX_TENANTS]:
+        waiting.add_metric([one.tenant], one.waiting)
+        running.add_metric([one.tenant], one.running)
+        served.add_metric([one.tenant], one.served_seconds)
+    yield from (waiting, running, served)

@@ -61,7 +61,7 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
             # in memory. grpc calls back once its client has taken all.
             held = contextlib.ExitStack()
             context.add_done_callback(lambda _: held.close())
-            generation = self._generator.parts([_ask(request)], caller(), begin, held)
+            generation = self._generator.parts([_ask(request, context)], caller(), begin, held)
             async with contextlib.aclosing(generation) as parts:
                 yield parts
         except RequestError as error:
@@ -126,12 +126,17 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
         return pb.DetokenizeResponse(text=text)
 
 
-def _ask(request: pb.GenerateRequest) -> Ask:
+def _ask(request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> Ask:
     """What the generator is asked. A chat without a limit goes on to the model's length."""
+    deadline = context.time_remaining()
     if not request.HasField("chat"):
-        return Ask(request=request)
-    conversation = conversation_of(request.chat)
-    return Ask(request=request, conversation=conversation, default_max_tokens=NO_LIMIT)
+        return Ask(request=request, deadline=deadline)
+    return Ask(
+        request=request,
+        conversation=conversation_of(request.chat),
+        default_max_tokens=NO_LIMIT,
+        deadline=deadline,
+    )
 
 
 @contextlib.asynccontextmanager

@@ -146,6 +146,21 @@ def within_limits(
     return dataclasses.replace(params, max_tokens=most)
 
 
+def priority_of(request: pb.GenerateRequest, tenant: Tenant) -> int:
+    """How urgent it is; lower numbers go first.
+
+    Raises:
+      RequestError: it is more urgent than the tenant may ask for.
+    """
+    priority = _given(request, "priority", max(0, tenant.priority_ceiling))
+    if priority < tenant.priority_ceiling:
+        raise invalid(
+            f"priority: {priority} is more urgent than {tenant.priority_ceiling}, the most that tenant "
+            f"{tenant.name} may ask for; ask for that or a higher number"
+        )
+    return priority
+
+
 def num_samples(request: pb.GenerateRequest) -> int:
     """How many answers are wanted.
 

@@ -51,6 +51,7 @@ class Sampling(TypedDict, total=False):
     top_logprobs: int
     prompt_logprobs: bool
     n: int
+    priority: int
     policy: Literal["exact", "near", "adaptive"]
 
 

@@ -45,6 +45,7 @@ class Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     min_tokens: int | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    priority: int | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -125,6 +126,7 @@ _PLAIN = (
     "repetition_penalty",
     "min_tokens",
     "ignore_eos",
+    "priority",
 )
 
 

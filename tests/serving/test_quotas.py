@@ -320,3 +320,26 @@ def test_prefixes_are_shared_by_those_who_opt_in(tmp_path):
     found = TenantsFile(write(tmp_path / "auth.json", listed))
     a, b, c, d = (find(found, name).cache_salt for name in "abcd")
     assert a == b and len({a, c, d}) == 3
+
+
+def test_a_priority_has_a_ceiling_and_all_travels_to_the_engine(monkeypatch):
+    listed = tenants(Tenant(name="acme", weight=2.5, priority_ceiling=-3), Tenant(name="beta"))
+    sent = []
+    with (
+        harness.serving(build_engine(), tenants=listed, http_port=0) as running,
+        clients(running, "acme", "beta") as (acme, beta),
+    ):
+        original = running.engine.submit
+        monkeypatch.setattr(running.engine, "submit", lambda r: (sent.append(r), original(r)))
+        acme.generate("echo", [7], max_tokens=1, priority=-3)
+        beta.generate("echo", [7], max_tokens=1)
+        assert [(r.tenant, r.weight, r.priority) for r in sent] == [
+            ("acme", 2.5, -3),
+            ("beta", 1.0, 0),
+        ]
+        assert all(0 < r.deadline <= 20 for r in sent)
+        with pytest.raises(ClientError, match="priority: -1 is more urgent than 0"):
+            beta.generate("echo", [7], priority=-1)
+        content = {"model": "echo", "prompt": [7], "priority": -1}
+        refused = ask(running.server.http_port, "/v1/completions", content, key="beta")
+        assert (refused.status, refused.error["param"]) == (400, "priority")
