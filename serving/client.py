@@ -13,6 +13,7 @@ from typing import Any, Unpack
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from serving.client_tls import TLS, client_credentials
 from serving.v1 import jblock_pb2 as pb
 from serving.v1 import jblock_pb2_grpc
 from serving.values import (
@@ -39,12 +40,23 @@ class Client:
     that fits no request. `timeout` is in seconds; the server stops work when it has passed.
     """
 
-    def __init__(self, target: str, *, timeout: float | None = None, key: str | None = None):
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout: float | None = None,
+        key: str | None = None,
+        tls: bool | TLS = False,
+    ):
         """`target` is "host:port"; `timeout` holds for calls that name none; `key` is the API key
-        that a server with tenants asks for. It travels in the clear: connect by a proxy with TLS."""
+        that a server with tenants asks for, which travels in the clear without `tls`: True trusts the
+        authorities that the system does, a `TLS` names others, and the client's own certificate."""
         self._timeout = timeout
         self._metadata = _metadata(key)
-        self._channel = grpc.insecure_channel(target, _OPTIONS)
+        if tls:
+            self._channel = grpc.secure_channel(target, client_credentials(tls), _OPTIONS)
+        else:
+            self._channel = grpc.insecure_channel(target, _OPTIONS)
         self._inference = jblock_pb2_grpc.InferenceStub(self._channel)
         self._models = jblock_pb2_grpc.ModelsStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
@@ -164,11 +176,21 @@ class Client:
 class AsyncClient:
     """The same for asyncio; make it within the loop that uses it."""
 
-    def __init__(self, target: str, *, timeout: float | None = None, key: str | None = None):
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout: float | None = None,
+        key: str | None = None,
+        tls: bool | TLS = False,
+    ):
         """As `Client`."""
         self._timeout = timeout
         self._metadata = _metadata(key)
-        self._channel = grpc.aio.insecure_channel(target, _OPTIONS)
+        if tls:
+            self._channel = grpc.aio.secure_channel(target, client_credentials(tls), _OPTIONS)
+        else:
+            self._channel = grpc.aio.insecure_channel(target, _OPTIONS)
         self._inference = jblock_pb2_grpc.InferenceStub(self._channel)
         self._models = jblock_pb2_grpc.ModelsStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)

@@ -12,6 +12,7 @@ from absl.flags import argparse_flags
 
 from jblock.command import program
 from serving.client import Client
+from serving.client_tls import TLS
 from serving.values import Chunk, ClientError, Model
 
 _KEY_VARIABLE = "JBLOCK_API_KEY"
@@ -30,6 +31,12 @@ def parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--api_key_file", help=f"file with the API key; default: the environment's {_KEY_VARIABLE}"
     )
+    parser.add_argument("--tls", action="store_true", help="connect with TLS")
+    parser.add_argument("--tls_ca_file", help="authority of the server; default: the system's")
+    parser.add_argument(
+        "--tls_cert_file", help="certificate of this client, where one is asked for"
+    )
+    parser.add_argument("--tls_key_file", help="its private key")
     commands = parser.add_subparsers(
         parser_class=argparse.ArgumentParser, dest="command", required=True
     )
@@ -115,13 +122,20 @@ def main(args: argparse.Namespace) -> int:
         "health": _health,
     }
     try:
-        with Client(args.target, timeout=args.timeout, key=_key(args.api_key_file)) as client:
+        key = _key(args.api_key_file)
+        with Client(args.target, timeout=args.timeout, key=key, tls=_tls(args)) as client:
             return commands[args.command](client, args)
     except (ClientError, ValueError, OSError) as error:
         print(f"jblock-client: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _tls(args: argparse.Namespace) -> bool | TLS:
+    """How to connect; a file for TLS asks for it."""
+    files = TLS(ca_file=args.tls_ca_file, cert_file=args.tls_cert_file, key_file=args.tls_key_file)
+    return args.tls if files == TLS() else files
 
 
 def _key(path: str | None) -> str | None:

@@ -18,6 +18,7 @@ from serving.engine_flags import engine_kwargs
 from serving.server import Server, ServerConfig, serve
 from serving.tenants import EVERYBODY
 from serving.tenants_file import TenantsFile
+from serving.tls import Certificates
 
 # What supervisors and terminals send: stop, Ctrl-C, Ctrl-\\, and that the terminal was closed.
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
@@ -42,6 +43,20 @@ _DRAIN_SECONDS = flags.DEFINE_float(
 _AUTH_FILE = flags.DEFINE_string(
     "auth_file", None, "Tenants and digests of their keys, .json or .toml; default: no keys."
 )
+_TLS_CERT_FILE = flags.DEFINE_string(
+    "tls_cert_file", None, "Certificate of every port, PEM; default: nothing is encrypted."
+)
+_TLS_KEY_FILE = flags.DEFINE_string("tls_key_file", None, "Its private key, PEM.")
+_TLS_CLIENT_CA_FILE = flags.DEFINE_string(
+    "tls_client_ca_file", None, "Authorities of clients' certificates, PEM, for the mTLS ports."
+)
+_MTLS_PORT = flags.DEFINE_integer(
+    "mtls_port", None, "Port of gRPC for clients with certificates; default: none."
+)
+_HTTP_MTLS_PORT = flags.DEFINE_integer(
+    "http_mtls_port", None, "Port of HTTP for clients with certificates; default: none."
+)
+_METRICS_AUTH = flags.DEFINE_bool("metrics_auth", False, "Ask Prometheus for the key of an admin.")
 _OPEN_HEALTH = flags.DEFINE_bool(
     "open_health", False, "Answer health checks without a key, for probes that can send none."
 )
@@ -61,6 +76,17 @@ _PROFILER_PORT = flags.DEFINE_integer(
     lower_bound=1,
     upper_bound=65535,
 )
+
+
+def _certificates() -> Certificates | None:
+    cert_file, key_file = _TLS_CERT_FILE.value, _TLS_KEY_FILE.value
+    if not cert_file and not key_file:
+        if _TLS_CLIENT_CA_FILE.value:
+            raise ValueError("tls_client_ca_file: needs tls_cert_file and tls_key_file")
+        return None
+    if not cert_file or not key_file:
+        raise ValueError("tls_cert_file: and tls_key_file belong together; give both")
+    return Certificates(cert_file, key_file, _TLS_CLIENT_CA_FILE.value)
 
 
 def _announce(server: Server) -> None:
@@ -123,6 +149,10 @@ def main(argv: list[str]) -> int:
             drain_seconds=_DRAIN_SECONDS.value,
             tenants=TenantsFile(_AUTH_FILE.value) if _AUTH_FILE.value else EVERYBODY,
             open_health=_OPEN_HEALTH.value,
+            tls=_certificates(),
+            mtls_port=_MTLS_PORT.value,
+            http_mtls_port=_HTTP_MTLS_PORT.value,
+            metrics_auth=_METRICS_AUTH.value,
         )
         kwargs = engine_kwargs()
         if _PROFILER_PORT.value is not None:

@@ -1,7 +1,9 @@
 """What a server tells Prometheus: its requests, and the engine's counters and gauges."""
 
 import dataclasses
+import ssl
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import grpc
 import prometheus_client as prom
@@ -9,8 +11,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from jblock.engine import api
+from serving.errors import RequestError
 from serving.reloading import ReloadedFiles
-from serving.tenants import ANONYMOUS, Tenant
+from serving.tenants import ANONYMOUS, Tenant, Tenants
 
 # What each field of EngineStats is called in a scrape, and whether it only grows.
 _HELP = {
@@ -136,12 +139,20 @@ class Metrics:
         self._tenants.add(tenant.name)
         return tenant.name
 
-    def serve(self, host: str, port: int) -> tuple[int, Callable[[], None]]:
+    def serve(
+        self,
+        host: str,
+        port: int,
+        tls: ssl.SSLContext | None = None,
+        tenants: Tenants | None = None,
+    ) -> tuple[int, Callable[[], None]]:
         """Answers scrapes over HTTP in a thread.
 
         Args:
           host: address to listen on.
           port: 0 picks one.
+          tls: the server's certificate; None: nothing is encrypted.
+          tenants: whose admins' keys are asked for; None: nobody's.
 
         Returns:
           The port, and a function that ends it.
@@ -149,7 +160,16 @@ class Metrics:
         Raises:
           OSError: the port is taken.
         """
-        server, thread = prom.start_http_server(port, addr=host, registry=self.registry)
+        # Nobody is answered before it is known who may ask.
+        registry = prom.CollectorRegistry() if tenants is not None else self.registry
+        server, thread = prom.start_http_server(port, addr=host, registry=registry)
+        if tenants is not None:
+            server.set_app(_guarded(prom.make_wsgi_app(self.registry), tenants))
+        if tls is not None:
+            # The handshake is the handler's: one that hangs must not hold up the others.
+            server.socket = tls.wrap_socket(
+                server.socket, server_side=True, do_handshake_on_connect=False
+            )
 
         def stop() -> None:
             server.shutdown()
@@ -165,6 +185,23 @@ class Metrics:
 
     def _gauge(self, name: str, text: str, function: Callable) -> None:
         prom.Gauge(f"jblock_{name}", text, registry=self.registry).set_function(function)
+
+
+def _guarded(app: Any, tenants: Tenants) -> Any:
+    """A WSGI application for admins only."""
+
+    def answer(environ: dict[str, Any], start_response: Any) -> Any:
+        given = [("authorization", v) for k, v in environ.items() if k == "HTTP_AUTHORIZATION"]
+        status = "403 Forbidden"
+        try:
+            if tenants.find(given).admin:
+                return app(environ, start_response)
+        except RequestError:
+            status = "401 Unauthorized"
+        start_response(status, [("www-authenticate", "Bearer"), ("content-length", "0")])
+        return [b""]
+
+    return answer
 
 
 class _FilesCollector(Collector):

@@ -6,6 +6,7 @@ It imports no jax: the engine is elsewhere, behind `jblock.engine.api`.
 import asyncio
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 from absl import logging
@@ -14,7 +15,7 @@ from grpc_reflection.v1alpha import reflection
 
 from jblock.engine import api
 from serving import addresses
-from serving.authentication import Authentication
+from serving.authentication import Authentication, PeerAuthentication
 from serving.changes import Changes
 from serving.chat.renderer import Renderer
 from serving.dispatcher import Dispatcher
@@ -26,9 +27,10 @@ from serving.http.calls import Calls
 from serving.http.listener import Listener
 from serving.metrics import Metrics
 from serving.models_service import Models
-from serving.reloading import ReloadedFiles, keep_fresh
+from serving.reloading import keep_fresh
 from serving.service import Inference
 from serving.tenants import EVERYBODY, Tenants
+from serving.tls import Certificates
 from serving.v1 import jblock_pb2, jblock_pb2_grpc
 
 _SERVICES = tuple(s.full_name for s in jblock_pb2.DESCRIPTOR.services_by_name.values())
@@ -52,6 +54,10 @@ class ServerConfig:
       metrics_port: None: no metrics; 0 picks a free one.
       drain_seconds: how long open requests may go on after the server is told to stop.
       tenants: who may call; everybody when it is empty.
+      tls: certificates of every port; None: nothing is encrypted.
+      mtls_port: where gRPC listens for clients with certificates; None: nowhere; 0 picks a free one.
+      http_mtls_port: the same of the HTTP API.
+      metrics_auth: Prometheus needs the key of an admin.
       open_health: health checks need no key.
     """
 
@@ -64,16 +70,29 @@ class ServerConfig:
     drain_seconds: float = 30.0
     tenants: Tenants = EVERYBODY
     open_health: bool = False
+    tls: Certificates | None = None
+    mtls_port: int | None = None
+    http_mtls_port: int | None = None
+    metrics_auth: bool = False
 
     def __post_init__(self):
-        for name in ("port", "http_port", "metrics_port"):
+        for name in ("port", "http_port", "metrics_port", "mtls_port", "http_mtls_port"):
             port = getattr(self, name)
             if port is not None and not 0 <= port <= 65535:
                 raise ValueError(f"{name}: {port} is no port; give 0 (any) to 65535")
+            if "mtls" in name and port is not None and not (self.tls and self.tls.asks_clients):
+                raise ValueError(
+                    f"{name}: needs tls_cert_file, tls_key_file and tls_client_ca_file"
+                )
+        if self.metrics_auth and not self.tenants.required:
+            raise ValueError("metrics_auth: needs auth_file; without tenants there is no key")
         addresses.check_host("host", self.host)
-        if self.http_port is not None and addresses.is_unix(self.host):
+        ports = {"http_port": self.http_port, "mtls_port": self.mtls_port}
+        ports["http_mtls_port"] = self.http_mtls_port
+        numbered = next((name for name, port in ports.items() if port is not None), None)
+        if numbered is not None and addresses.is_unix(self.host):
             raise ValueError(
-                "http_port: a unix socket has no port; give a host that has, or leave it out"
+                f"{numbered}: a unix socket has no port; give a host that has, or leave it out"
             )
         if self.metrics_port is not None:
             if addresses.is_unix(self.metrics_host):
@@ -91,6 +110,8 @@ class Server:
     Attributes:
       port: where it listens, once started; 0 for a unix socket.
       http_port: where the OpenAI-compatible API listens, once started; None without it.
+      mtls_port: where gRPC listens for clients with certificates, once started; None without it.
+      http_mtls_port: the same of the HTTP API.
       metrics_port: where Prometheus may ask, once started; None without metrics.
     """
 
@@ -99,6 +120,8 @@ class Server:
         self.config = config
         self.port = 0
         self.http_port: int | None = None
+        self.mtls_port: int | None = None
+        self.http_mtls_port: int | None = None
         self.metrics_port: int | None = None
         self._dispatcher = Dispatcher(engine, config.max_queue)
         self._changes = Changes(self._dispatcher)
@@ -109,24 +132,17 @@ class Server:
         self._renderer = Renderer()
         self._generator = Generator(self._dispatcher, self._changes, self._renderer, self._metrics)
         self._health = Health(_SERVICES)
-        self._server = grpc.aio.server(
-            interceptors=(
-                Authentication(config.tenants, config.open_health, self._metrics.refused.inc),
-                DecodeErrors(),
-            ),
-            # Two servers on one port would share its clients at random.
-            options=(
-                ("grpc.so_reuseport", 0),
-                ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
-                ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING_CALLS),
-            ),
-        )
-        self._http: Listener | None = None
-        if config.http_port is not None:
-            calls = Calls(self._dispatcher, self._generator, config.tenants, self._metrics)
-            app = make_app(calls, self._renderer, config.open_health)
-            self._http = Listener(app, config.host, config.http_port, _LAST_WORDS_SECONDS)
-        self._files: list[ReloadedFiles] = [f for f in (config.tenants.files,) if f is not None]
+        refused = self._metrics.refused.inc
+        self._server = _grpc_server(Authentication(config.tenants, config.open_health, refused))
+        self._mutual_server: grpc.aio.Server | None = None
+        if config.mtls_port is not None:
+            self._mutual_server = _grpc_server(PeerAuthentication(config.tenants, refused))
+        calls = Calls(self._dispatcher, self._generator, config.tenants, self._metrics)
+        app = make_app(calls, self._renderer, config.open_health)
+        self._http = self._listener(app, config.http_port, mutual=False)
+        self._http_mutual = self._listener(app, config.http_mtls_port, mutual=True)
+        files = (config.tenants.files, config.tls.files if config.tls else None)
+        self._files = [one for one in files if one is not None]
         self._metrics.watch(self._files)
         self._watchers: list[asyncio.Task] = []
 
@@ -146,30 +162,31 @@ class Server:
         Raises:
           OSError: a port is taken.
         """
-        jblock_pb2_grpc.add_InferenceServicer_to_server(
-            Inference(self._dispatcher, self._generator, self._metrics), self._server
-        )
-        jblock_pb2_grpc.add_ModelsServicer_to_server(
-            Models(self._dispatcher, self._changes), self._server
-        )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(
-            (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
-        )
-        host, port = self.config.host, self.config.port
-        try:
-            bound = self._server.add_insecure_port(addresses.address(host, port))
-        except RuntimeError as error:
-            raise OSError(addresses.why_not(host, port)) from error
-        self.port = 0 if addresses.is_unix(host) else bound
+        self._add_services(self._server)
+        self.port = self._bind(self._server, self.config.port, mutual=False)
+        if self._mutual_server is not None:
+            self._add_services(self._mutual_server)
+            self.mtls_port = self._bind(
+                self._mutual_server, self.config.mtls_port or 0, mutual=True
+            )
         if self.config.metrics_port is not None:
+            config = self.config
+            tls = config.tls.http_context(mutual=False) if config.tls else None
             self.metrics_port, self._stop_metrics = self._metrics.serve(
-                self.config.metrics_host, self.config.metrics_port
+                config.metrics_host,
+                self.config.metrics_port,
+                tls,
+                config.tenants if config.metrics_auth else None,
             )
         await self._server.start()
+        if self._mutual_server is not None:
+            await self._mutual_server.start()
         if self._http is not None:
             await self._http.start()
             self.http_port = self._http.port
+        if self._http_mutual is not None:
+            await self._http_mutual.start()
+            self.http_mtls_port = self._http_mutual.port
         self._dispatcher.start()
         self._watchers = [
             asyncio.create_task(self._watch()),
@@ -222,13 +239,50 @@ class Server:
                 else f"after drain_seconds, {self.config.drain_seconds:g}, or not read",
             )
             self._dispatcher.cut()
+        servers = [s for s in (self._server, self._mutual_server) if s is not None]
+        listeners = [one for one in (self._http, self._http_mutual) if one is not None]
         await asyncio.gather(
-            self._server.stop(_LAST_WORDS_SECONDS), *([self._http.stop()] if self._http else [])
+            *(server.stop(_LAST_WORDS_SECONDS) for server in servers),
+            *(one.stop() for one in listeners),
         )
         await self._renderer.close()
         self._dispatcher.close()
         self._stop_metrics()
         return not cut
+
+    def _listener(self, app: Any, port: int | None, *, mutual: bool) -> Listener | None:
+        """Of the HTTP API, on a port of its own."""
+        if port is None:
+            return None
+        tls = self.config.tls.http_context(mutual) if self.config.tls else None
+        return Listener(app, self.config.host, port, _LAST_WORDS_SECONDS, tls)
+
+    def _add_services(self, server: grpc.aio.Server) -> None:
+        inference = Inference(self._dispatcher, self._generator, self._metrics)
+        jblock_pb2_grpc.add_InferenceServicer_to_server(inference, server)
+        models = Models(self._dispatcher, self._changes)
+        jblock_pb2_grpc.add_ModelsServicer_to_server(models, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection(
+            (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+        )
+
+    def _bind(self, server: grpc.aio.Server, port: int, *, mutual: bool) -> int:
+        """Has a server listen; where, 0 for a unix socket.
+
+        Raises:
+          OSError: it cannot.
+        """
+        host, tls = self.config.host, self.config.tls
+        where = addresses.address(host, port)
+        try:
+            if tls is None:
+                bound = server.add_insecure_port(where)
+            else:
+                bound = server.add_secure_port(where, tls.grpc_credentials(mutual))
+        except RuntimeError as error:
+            raise OSError(addresses.why_not(host, port)) from error
+        return 0 if addresses.is_unix(host) else bound
 
     async def _watch(self) -> None:
         """Keeps health true to the engine."""
@@ -238,6 +292,18 @@ class Server:
             dispatcher.changed.clear()
             self._health.set(dispatcher.up)
         logging.error("the engine is gone: %s", dispatcher.failure)
+
+
+def _grpc_server(authentication: grpc.aio.ServerInterceptor) -> grpc.aio.Server:
+    return grpc.aio.server(
+        interceptors=(authentication, DecodeErrors()),
+        # Two servers on one port would share its clients at random.
+        options=(
+            ("grpc.so_reuseport", 0),
+            ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
+            ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING_CALLS),
+        ),
+    )
 
 
 async def serve(

@@ -4,12 +4,15 @@ import asyncio
 import contextlib
 import os
 import socket
+import ssl
 from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving import addresses
+from serving.tls import peer_of_http
 
 # What the kernel keeps of answers that a client does not read; more would be memory that no limit knows of.
 _SEND_BUFFER_BYTES = 256 * 1024
@@ -23,6 +26,18 @@ class _Server(uvicorn.Server):
         yield
 
 
+class _Protocol(HttpToolsProtocol):
+    """Tells the application whose certificate a connection came with, as `peer` of its state."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._peer = peer_of_http(transport.get_extra_info("ssl_object"))
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["state"]["peer"] = self._peer
+
+
 class Listener:
     """An HTTP server around an ASGI application.
 
@@ -30,14 +45,21 @@ class Listener:
       port: where it listens, once started; 0 for a unix socket.
     """
 
-    def __init__(self, app: Any, host: str, port: int, last_words_seconds: float):
+    def __init__(
+        self,
+        app: Any,
+        host: str,
+        port: int,
+        last_words_seconds: float,
+        tls: ssl.SSLContext | None = None,
+    ):
         """`last_words_seconds` is how long answers may go on once it is stopped."""
         self.port = 0
         self._host, self._asked = host, port
         config = uvicorn.Config(
             app,
             loop="none",
-            http="httptools",
+            http=_Protocol,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -47,6 +69,8 @@ class Listener:
             proxy_headers=False,
             timeout_graceful_shutdown=max(1, round(last_words_seconds)),
         )
+        config.load()
+        config.ssl = tls
         self._server = _Server(config)
         self._task: asyncio.Task | None = None
         self._socket: socket.socket | None = None
