@@ -304,9 +304,11 @@ def fine_tunes(shape: ModelShape, count: int, private_layers: int, seed: int = 0
     return zoo
 
 
-def save(zoo: MemoryZoo, path: Path) -> Path:
-    """Writes the chains of a zoo in memory to a zoo on disk; returns its path."""
+def save(zoo: MemoryZoo, path: Path, tokenizer: Mapping[str, bytes] | None = None) -> Path:
+    """Writes the chains of a zoo in memory to a zoo on disk, all with the tokenizer of these files, if there
+    is one; returns its path."""
     store = Zoo.create(path)
+    tokenizer_id = store.put_tokenizer(tokenizer) if tokenizer else None
     ids: dict[str, str] = {}
     for chain in zoo.served.values():
         for step in chain.steps:
@@ -323,7 +325,9 @@ def save(zoo: MemoryZoo, path: Path) -> Path:
                 spec, tensors = zoo.delta(delta).spec, zoo.load_delta(delta)
                 deltas.append(store.put_delta(spec, component, tensors))
             steps.append(Step(component=component, deltas=tuple(deltas)))
-        store.publish(dataclasses.replace(chain, steps=tuple(steps), version=0))
+        store.publish(
+            dataclasses.replace(chain, steps=tuple(steps), version=0, tokenizer=tokenizer_id)
+        )
     return path
 
 

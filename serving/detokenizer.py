@@ -5,9 +5,11 @@ own `DecodeStream` does not give that: it holds an unfinished character for ever
 generation, and fails on byte-fallback ids that are not valid UTF-8.
 """
 
+import codecs
+import functools
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 
 # What a decoder writes for bytes that are no character, perhaps only because more are to come.
 _REPLACEMENT = "\ufffd"
@@ -27,14 +29,53 @@ class Detokenizer:
             i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special
         )
         self.byte_ids = _byte_ids(tokenizer)
+        self._level_bytes_of: dict[int, bytes] = {}
 
-    def stream(self) -> "DetokenizerStream":
+    def stream(self) -> "DetokenizerStream | ByteLevelStream":
         """The text of one generation."""
+        if isinstance(self.tokenizer.decoder, decoders.ByteLevel):
+            return ByteLevelStream(self)
         return DetokenizerStream(self)
 
     def is_silent(self, token_id: int) -> bool:
         """Whether decoding drops this id: a special token, or padding of the vocabulary."""
         return token_id in self.special_ids or self.tokenizer.id_to_token(token_id) is None
+
+    def level_bytes(self, token_id: int) -> bytes:
+        """What a byte-level decoder makes of an id, whatever stands beside it."""
+        found = self._level_bytes_of.get(token_id)
+        if found is None:
+            found = b"" if self.is_silent(token_id) else self._level_bytes(token_id)
+            self._level_bytes_of[token_id] = found
+        return found
+
+    def _level_bytes(self, token_id: int) -> bytes:
+        token = self.tokenizer.id_to_token(token_id) or ""
+        alphabet = byte_alphabet()
+        if all(character in alphabet for character in token):
+            return bytes(alphabet[character] for character in token)
+        return token.encode()
+
+
+class ByteLevelStream:
+    """The text of one generation of a byte-level vocabulary, where each id stands for the same bytes wherever
+    it is: they are decoded as they come."""
+
+    def __init__(self, shared: Detokenizer):
+        self._bytes = shared.level_bytes
+        self._rest = b""  # Of a character whose end is to come.
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """The text that is settled now and was not before; often empty."""
+        data = self._rest + b"".join(map(self._bytes, token_ids))
+        text, used = codecs.utf_8_decode(data, "replace")
+        self._rest = data[used:]
+        return text
+
+    def flush(self) -> str:
+        """What was held back; the generation has ended."""
+        rest, self._rest = self._rest, b""
+        return rest.decode("utf-8", "replace")
 
 
 class DetokenizerStream:
@@ -94,6 +135,15 @@ class DetokenizerStream:
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._shared.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+@functools.cache
+def byte_alphabet() -> dict[str, int]:
+    """The characters in which byte-level vocabularies write bytes, as GPT-2 chose them."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    named = {chr(byte): byte for byte in plain}
+    return named | {chr(256 + at): byte for at, byte in enumerate(others)}
 
 
 def _byte_ids(tokenizer: Tokenizer) -> frozenset[int]:

@@ -7,13 +7,13 @@ than its answer.
 
 import asyncio
 import collections
-import dataclasses
 import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
 import grpc
+import msgspec
 from absl import logging
 
 from jblock.engine import api
@@ -28,6 +28,25 @@ _POLL_SECONDS = 0.2
 _MOST_APART = 64
 # Seconds that a drain waits for clients to read answers which are complete.
 _UNREAD_SECONDS = 3.0
+
+
+class Arrivals(asyncio.Event):
+    """Set when something came for one of a call's tickets.
+
+    Attributes:
+      direct: is given a ticket for which something came, before the event is set; where it says that it has
+        dealt with it, nobody is woken.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.direct: Callable[[Ticket], bool] | None = None
+
+    def note(self, ticket: "Ticket") -> None:
+        """Something came for this ticket."""
+        if self.direct is None or not self.direct(ticket):
+            self.direct = None
+            self.set()
 
 
 class Dispatcher:
@@ -123,7 +142,7 @@ class Dispatcher:
 
     def admit(
         self,
-        arrived: asyncio.Event,
+        arrived: Arrivals,
         tenant: Tenant = ANONYMOUS,
         count: int = 1,
         field: str = "n",
@@ -318,16 +337,15 @@ class Ticket:
       left: its client has taken all, or has gone.
       began: the engine has brought something for it.
       was_shed: its place was given to another tenant.
+      ended: nothing more comes from the engine.
     """
 
-    def __init__(
-        self, dispatcher: Dispatcher, request_id: str, tenant: Tenant, arrived: asyncio.Event
-    ):
+    def __init__(self, dispatcher: Dispatcher, request_id: str, tenant: Tenant, arrived: Arrivals):
         self.request_id, self.tenant = request_id, tenant
         self.left = self.began = self.was_shed = False
         self._dispatcher = dispatcher
         self._submitted = False
-        self._ended = False
+        self.ended = False
         self._error: errors.RequestError | None = None
         self._arrived = arrived
         self._outputs: list[api.Output] = []
@@ -343,7 +361,7 @@ class Ticket:
     ) -> None:
         if not self._submitted:
             self._dispatcher.ended(self)
-        elif not self._ended:
+        elif not self.ended:
             # The place stays taken until the engine confirms, or a client that opens and cancels
             # could queue without bound.
             self._dispatcher.engine.cancel(self.request_id)
@@ -380,14 +398,14 @@ class Ticket:
         if len(self._outputs) == _MOST_APART:
             self._outputs = [_merged(self._outputs)]
         if output.finish_reason is not None:
-            self._ended = True
-        self._arrived.set()
+            self.ended = True
+        self._arrived.note(self)
 
     def fail(self, error: errors.RequestError) -> None:
         """Ends the request with an error; the engine is gone."""
         self._error = error
-        self._ended = True
-        self._arrived.set()
+        self.ended = True
+        self._arrived.note(self)
 
     def shed(self) -> None:
         """Ends the request for the sake of a tenant that has less than its share."""
@@ -396,6 +414,7 @@ class Ticket:
             f"queue: is full, and tenant {self.tenant.name} has more than its share of it; try again later"
         )
         # It was not ended by the engine: leaving the ticket cancels it there.
+        self._arrived.direct = None
         self._arrived.set()
 
 
@@ -403,7 +422,7 @@ def _merged(outputs: Sequence[api.Output]) -> api.Output:
     """Consecutive outputs of one request as one."""
     if len(outputs) == 1:
         return outputs[0]
-    return dataclasses.replace(
+    return msgspec.structs.replace(
         outputs[-1],
         token_ids=tuple(i for o in outputs for i in o.token_ids),
         logprobs=tuple(p for o in outputs for p in o.logprobs),

@@ -129,7 +129,8 @@ class _Undecodable:
 
 
 class DecodeErrors(grpc.aio.ServerInterceptor):
-    """Answers INVALID_ARGUMENT to bytes that are no request, such as a string not in UTF-8.
+    """Answers INVALID_ARGUMENT to bytes that are no request, such as a string not in UTF-8, and lets handlers
+    answer with messages that are encoded already.
 
     Without it grpc answers INTERNAL, as if the fault were the server's, and logs a traceback.
     """
@@ -143,7 +144,7 @@ class DecodeErrors(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith("/jblock."):
             return handler
-        parse = handler.request_deserializer
+        parse, serialize = handler.request_deserializer, handler.response_serializer
 
         def deserialize(data: bytes) -> Any:
             try:
@@ -153,6 +154,9 @@ class DecodeErrors(grpc.aio.ServerInterceptor):
                     f"request: {len(data)} bytes could not be decoded ({error}); send the message "
                     "of serving/v1/jblock.proto, its strings in UTF-8"
                 )
+
+        def encode(message: Any) -> bytes:
+            return message if isinstance(message, bytes) else serialize(message)
 
         def checked(answer: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Any]:
             async def respond(request: Any, context: grpc.aio.ServicerContext) -> Any:
@@ -164,5 +168,7 @@ class DecodeErrors(grpc.aio.ServerInterceptor):
 
         kind = "unary_stream" if handler.response_streaming else "unary_unary"
         return handler._replace(
-            request_deserializer=deserialize, **{kind: checked(getattr(handler, kind))}
+            request_deserializer=deserialize,
+            response_serializer=encode,
+            **{kind: checked(getattr(handler, kind))},
         )

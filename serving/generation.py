@@ -1,13 +1,16 @@
 """What happens to a generation, whichever protocol asked: admission, the engine, and the answer as it
 grows."""
 
-import asyncio
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from typing import Protocol
 
 import grpc
+import msgspec
+from absl import logging
 
 from jblock.chat.render import Conversation
 from jblock.engine import api
@@ -15,7 +18,7 @@ from serving.changes import Changes
 from serving.chat.prompts import chat_ids
 from serving.chat.renderer import Renderer
 from serving.chat.tool_calls import Parser, ToolCall, parser_of
-from serving.dispatcher import Dispatcher, Ticket
+from serving.dispatcher import Arrivals, Dispatcher, Ticket
 from serving.errors import RequestError
 from serving.metrics import Metrics
 from serving.served_models import ServedModel
@@ -64,8 +67,7 @@ class Usage:
     total_time: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
+class Part(msgspec.Struct, frozen=True, kw_only=True):
     """What is new of one answer.
 
     Attributes:
@@ -91,6 +93,19 @@ class Part:
     is_last: bool = False
 
 
+class Sink(Protocol):
+    """Takes parts as they come, without a task that is woken for each."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether one may be pushed now, without waiting."""
+        ...
+
+    def push(self, part: Part) -> None:
+        """Sends one."""
+        ...
+
+
 class Generator:
     """Runs the generations of one server."""
 
@@ -107,6 +122,7 @@ class Generator:
         begin: float,
         held: contextlib.ExitStack,
         field: str = "n",
+        sink: Sink | None = None,
     ) -> AsyncGenerator[Part, None]:
         """The answers to some prompts for one model, in parts as they come.
 
@@ -119,6 +135,7 @@ class Generator:
           begin: when the call came, by the monotonic clock.
           held: takes what gives the places back.
           field: that decides how many answers there are.
+          sink: is given what it can take at once, which is not given here; never the last of an answer.
 
         Raises:
           RequestError: the call cannot be served; then parts that came before are worth nothing.
@@ -128,16 +145,11 @@ class Generator:
             before = self._dispatcher.models.get(name)
             try:
                 with contextlib.ExitStack() as admitted:
-                    usage = Usage()
-                    answers = await self._submit(asks, tenant, begin, usage, admitted, held, field)
+                    answers = await self._submit(asks, tenant, begin, admitted, held, field)
                     while not answers.finished:
-                        for part in await answers.parts(usage):
-                            if part.output.token_ids and not usage.completion_tokens:
-                                usage.time_to_first_token = time.monotonic() - begin
-                            usage.completion_tokens += len(part.output.token_ids)
+                        for part in await answers.parts(sink):
                             if part.is_last:
-                                usage.total_time = time.monotonic() - begin
-                                self._count(name, usage, tenant)
+                                self._count(name, part.usage, tenant)
                             yield part
                 return
             except RequestError as error:
@@ -151,19 +163,18 @@ class Generator:
         asks: Sequence[Ask],
         tenant: Tenant,
         begin: float,
-        usage: Usage,
         admitted: contextlib.ExitStack,
         held: contextlib.ExitStack,
         field: str,
     ) -> "Answers":
         """Hands prompts to the engine, which works on them until `admitted` is left. The tenant is charged
-        then for what `usage` says."""
+        then for what it took."""
         model = self._dispatcher.find("model", asks[0].request.model, tenant)
         info = model.info
         for ask in asks:
             check_policy(ask.request, info)
             stop_strings(ask.request, model)
-        arrived = asyncio.Event()
+        arrived = Arrivals()
         counts = [num_samples(ask.request) for ask in asks]
         tickets = self._dispatcher.admit(arrived, tenant, sum(counts), field)
         for ticket in tickets:
@@ -173,6 +184,7 @@ class Generator:
         quotas.request(tenant)
         answers: list[Answer] = []
         requests: list[api.Request] = []
+        usage = Usage()
         output = 0
         for ask, count in zip(asks, counts, strict=True):
             prompt = await self._prompt(ask, model)
@@ -211,7 +223,7 @@ class Generator:
         admitted.callback(lambda: reserved.settle(usage.prompt_tokens + usage.completion_tokens))
         for ticket, request in zip(tickets, requests, strict=True):
             ticket.submit(request)
-        return Answers(answers, arrived)
+        return Answers(answers, arrived, usage, begin)
 
     async def chat_ids(self, model: ServedModel, conversation: Conversation) -> tuple[int, ...]:
         """The ids of a conversation; see `serving.chat.prompts.chat_ids`."""
@@ -246,6 +258,7 @@ class Answer:
     Attributes:
       ticket: where its outputs come from.
       finished: its last part was made.
+      may_stop: what comes may end it though the engine goes on, by a stop string.
     """
 
     def __init__(
@@ -261,6 +274,7 @@ class Answer:
         self.finished = False
         self._index, self._stream, self._info, self._prompt = index, stream, info, prompt
         self._parser = parser
+        self.may_stop = stream.may_stop
 
     def part(self, output: api.Output, usage: Usage, others_finished: bool) -> Part:
         """What an output brings: text up to a stop string, and as many ids as belong to it."""
@@ -273,7 +287,7 @@ class Answer:
             finish_reason = "stop" if rest.stopped else finish_reason
         text, calls = self._parser.push(text, final=bool(finish_reason))
         if count < len(output.token_ids):
-            output = dataclasses.replace(
+            output = msgspec.structs.replace(
                 output,
                 token_ids=output.token_ids[:count],
                 logprobs=output.logprobs[:count],
@@ -300,27 +314,69 @@ class Answers:
       finished: the last part of the last of them was made.
     """
 
-    def __init__(self, answers: Sequence[Answer], arrived: asyncio.Event):
-        """`arrived` is that of their tickets."""
+    def __init__(self, answers: Sequence[Answer], arrived: Arrivals, usage: Usage, begin: float):
+        """`arrived` is that of their tickets; the call came at `begin`, by the monotonic clock."""
         self._answers, self._arrived = answers, arrived
+        self._usage, self._begin = usage, begin
+        self._by_ticket = {answer.ticket: answer for answer in answers}
 
     @property
     def finished(self) -> bool:
         return all(answer.finished for answer in self._answers)
 
-    async def parts(self, usage: Usage) -> Iterator[Part]:
-        """Waits for the next outputs; what they bring, each made when it is asked for.
+    async def parts(self, sink: Sink | None = None) -> Iterator[Part]:
+        """Waits for the next outputs that the sink does not take; what they bring, each made when it is asked
+        for.
 
         Raises:
           RequestError: one of the answers failed.
         """
-        await self._arrived.wait()
+        if sink is not None and not self._arrived.is_set():
+            self._arrived.direct = functools.partial(self._push, sink)
+        try:
+            await self._arrived.wait()
+        finally:
+            self._arrived.direct = None
         self._arrived.clear()
+        if len(self._answers) == 1:
+            output = self._answers[0].ticket.take()
+            return iter(() if output is None else (self._part(self._answers[0], output),))
         # One that failed must be seen before the parts of others are sent.
         outputs = [(a, a.ticket.take()) for a in self._answers if not a.finished]
-        return self._made([(a, output) for a, output in outputs if output is not None], usage)
+        return self._made([(a, output) for a, output in outputs if output is not None])
 
-    def _made(self, outputs: list[tuple[Answer, api.Output]], usage: Usage) -> Iterator[Part]:
+    def _push(self, sink: Sink, ticket: Ticket) -> bool:
+        """Gives the sink what came, unless it ends the answer; whether it did."""
+        answer = self._by_ticket[ticket]
+        if ticket.ended or answer.may_stop or not sink.ready:
+            return False
+        try:
+            output = ticket.take()
+            assert output is not None
+            sink.push(self._part(answer, output))
+        except Exception:
+            # Others wait behind this one in the same step.
+            logging.exception("sending a part of an answer failed")
+            ticket.fail(
+                RequestError(grpc.StatusCode.INTERNAL, "server: its log says how it failed")
+            )
+            return False
+        return True
+
+    def _made(self, outputs: list[tuple[Answer, api.Output]]) -> Iterator[Part]:
         for answer, output in outputs:
-            others = all(a.finished for a in self._answers if a is not answer)
-            yield answer.part(output, usage, others)
+            yield self._part(answer, output)
+
+    def _part(self, answer: Answer, output: api.Output) -> Part:
+        """The part of an output, counted."""
+        others = len(self._answers) == 1 or all(
+            a.finished for a in self._answers if a is not answer
+        )
+        part = answer.part(output, self._usage, others)
+        usage, count = self._usage, len(part.output.token_ids)
+        if count and not usage.completion_tokens:
+            usage.time_to_first_token = time.monotonic() - self._begin
+        usage.completion_tokens += count
+        if part.is_last:
+            usage.total_time = time.monotonic() - self._begin
+        return part

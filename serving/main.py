@@ -1,6 +1,7 @@
 """`jblock-serve`: serves the models of a zoo over gRPC."""
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -90,6 +91,9 @@ def _certificates() -> Certificates | None:
 
 
 def _announce(server: Server) -> None:
+    # What is there now stays; the collector need not walk over it while tokens come.
+    gc.collect()
+    gc.freeze()
     models = f"{server.num_models} model" + "s" * (server.num_models != 1)
     http = f", HTTP on port {server.http_port}" if server.http_port else ""
     metrics = f", metrics on port {server.metrics_port}" if server.metrics_port else ""

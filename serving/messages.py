@@ -1,6 +1,7 @@
 """Parts of an answer as messages of `jblock.v1`."""
 
 import collections
+import functools
 import math
 from collections.abc import AsyncIterator
 
@@ -11,6 +12,51 @@ _FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 _POLICIES = {
     name: pb.Policy.Value(f"POLICY_{name.upper()}") for name in ("exact", "near", "adaptive")
 }
+
+
+def to_bytes(part: Part) -> bytes:
+    """The message of a part, encoded. Bytes of messages that follow each other are one message, so what is
+    the same in each is encoded once."""
+    output = part.output
+    if part.finish_reason or part.tool_calls or output.logprobs or output.prompt_logprobs:
+        return to_message(part).SerializeToString()
+    model, text = part.model, part.text.encode()
+    ids = b"".join(map(_varint, output.token_ids))
+    constant = _constant(model.policy, model.name, model.version, part.index)
+    return b"%b%b%b%b%b%b%b" % (
+        _TEXT,
+        _varint(len(text)),
+        text,
+        _IDS,
+        _varint(len(ids)),
+        ids,
+        constant,
+    )
+
+
+def _tag(field: str) -> bytes:
+    """What stands before the length and the bytes of a field."""
+    return _varint(pb.GenerateStreamResponse.DESCRIPTOR.fields_by_name[field].number << 3 | 2)
+
+
+def _varint(number: int) -> bytes:
+    """A number as protobuf writes it."""
+    if number < 0x80:
+        return bytes((number,))
+    if number < 0x4000:
+        return bytes((number & 0x7F | 0x80, number >> 7))
+    return bytes((number & 0x7F | 0x80,)) + _varint(number >> 7)
+
+
+_TEXT, _IDS = _tag("text"), _tag("token_ids")
+
+
+@functools.lru_cache(4096)
+def _constant(policy: str, model: str, version: int, index: int) -> bytes:
+    """What all messages of an answer have."""
+    return pb.GenerateStreamResponse(
+        policy=_POLICIES[policy], model=model, model_version=version, index=index
+    ).SerializeToString()
 
 
 def to_message(part: Part) -> pb.GenerateStreamResponse:

@@ -14,7 +14,7 @@ from serving.chat.messages import conversation_of
 from serving.dispatcher import Dispatcher
 from serving.errors import RequestError, abort
 from serving.generation import NO_LIMIT, Ask, Generator, Part
-from serving.messages import collect, to_message, to_score
+from serving.messages import collect, to_bytes, to_score
 from serving.metrics import Metrics
 from serving.v1 import jblock_pb2 as pb
 from serving.v1 import jblock_pb2_grpc
@@ -43,7 +43,7 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
         async with self._answering(request, context) as parts:
             async for part in parts:
                 try:
-                    await context.write(to_message(part))
+                    await context.write(to_bytes(part))
                 except grpc.aio.InternalError as error:
                     # The client has gone, and grpc has not yet cancelled this task for it.
                     raise asyncio.CancelledError from error

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-from serving.detokenizer import Detokenizer
+from serving.detokenizer import Detokenizer, byte_alphabet
 from serving.stop import StopMatcher
 
 # Texts are encoded up to here first, in characters for each token that is allowed, then twice as far
@@ -92,8 +92,9 @@ class TextCodec:
             return token.encode()
         if token_id in self.detokenizer.byte_ids:
             return bytes([int(token[3:-1], 16)])
-        if self._byte_level and all(c in _BYTES for c in token):
-            return bytes(_BYTES[c] for c in token)
+        alphabet = byte_alphabet()
+        if self._byte_level and all(c in alphabet for c in token):
+            return bytes(alphabet[c] for c in token)
         # A decoder may strip the space that begins a text: look at what a token adds behind another.
         lead = self._tokenizer.decode([token_id], skip_special_tokens=False)
         both = self._tokenizer.decode([token_id, token_id], skip_special_tokens=False)
@@ -168,17 +169,6 @@ class TextCodec:
         return tuple(self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids)
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """The characters in which byte-level vocabularies write bytes, as GPT-2 chose them."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in plain]
-    named = {chr(byte): byte for byte in plain}
-    return named | {chr(256 + at): byte for at, byte in enumerate(others)}
-
-
-_BYTES = _byte_alphabet()
-
-
 def _is_byte_level(tokenizer: Tokenizer) -> bool:
     """Whether its decoder reads each character of a token as one byte."""
     decoder = tokenizer.decoder
@@ -200,7 +190,11 @@ class Piece(NamedTuple):
 
 
 class TextStream:
-    """The text of one generation: detokenized, then cut at the first stop string."""
+    """The text of one generation: detokenized, then cut at the first stop string.
+
+    Attributes:
+      may_stop: there are stop strings.
+    """
 
     def __init__(self, codec: TextCodec | None, stops: Sequence[str], min_tokens: int = 0):
         """Without a codec there is no text, only ids. What the first `min_tokens` of them bring is not
@@ -208,6 +202,7 @@ class TextStream:
         self._free = min_tokens
         self._detokenizer = codec.detokenizer.stream() if codec else None
         self._matcher = StopMatcher(stops) if stops else None
+        self.may_stop = self._matcher is not None
         # Special tokens that a stop string names are looked at, though never sent.
         special = codec.special_tokens if codec else {}
         self._special = {i: t for i, t in special.items() if t and any(t in s for s in stops)}
@@ -218,7 +213,7 @@ class TextStream:
             return Piece(text="", num_tokens=len(token_ids), stopped=False)
         if self._matcher is None:
             text = self._detokenizer.push(token_ids)
-            return Piece(text=text, num_tokens=len(token_ids), stopped=False)
+            return Piece(text, len(token_ids), False)
         text = ""
         for count, token_id in enumerate(token_ids, 1):  # One by one: which id completes a stop?
             more, stopped = self._push(token_id)

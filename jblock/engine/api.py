@@ -1,12 +1,14 @@
 """The engine's boundary: plain data only, so the loop may sit in a thread, a process or elsewhere.
 
 A front end calls `submit` and `cancel` and reads `poll`; nothing else crosses. Every message is a
-frozen dataclass of ints, floats, strings and tuples of them: no arrays, no callbacks.
+frozen record of ints, floats, strings and tuples of them: no arrays, no callbacks.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Protocol
+
+import msgspec
 
 MAX_LOGIT_BIAS = 64
 # A model's own eos ids, and the stop ids of a request, when min_tokens forbids them.
@@ -95,8 +97,7 @@ class Request:
     deadline: float | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Output:
+class Output(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """What one step brought to one request. The one with a finish_reason is its last.
 
     Attributes:

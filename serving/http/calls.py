@@ -12,7 +12,8 @@ from absl import logging
 from serving.dispatcher import Dispatcher
 from serving.errors import RequestError, invalid
 from serving.generation import Ask, Generator, Part
-from serving.http import errors
+from serving.http import errors, events
+from serving.http.connection import SCOPE_KEY
 from serving.http.errors import Headers
 from serving.http.exchange import Left, Receive, Scope, Send, Sender, header, read_body, unless_left
 from serving.metrics import Metrics
@@ -78,6 +79,16 @@ class Calls:
         """The answers to a call; close it to cancel them."""
         return self.generator.parts(asks, call.tenant, call.begin, call.held, field)
 
+    async def stream(
+        self, call: Call, asks: Sequence[Ask], events_of: Callable[[Part], bytes], field: str = "n"
+    ) -> None:
+        """Sends the answers to a call as events, but for what comes after the last."""
+        sink = _Sink(call.sender, events_of)
+        parts = self.generator.parts(asks, call.tenant, call.begin, call.held, field, sink)
+        async with contextlib.aclosing(parts):
+            async for part in parts:
+                await call.sender.events(events_of(part))
+
     def tenant(self, scope: Scope) -> Tenant:
         """Who asks.
 
@@ -117,6 +128,22 @@ class Calls:
         return [(name.encode(), value.encode()) for name, value in found]
 
 
+class _Sink:
+    """Sends the events of parts as they come."""
+
+    def __init__(self, sender: Sender, events_of: Callable[[Part], bytes]):
+        self._sender, self._events_of = sender, events_of
+
+    @property
+    def ready(self) -> bool:
+        return self._sender.ready
+
+    def push(self, part: Part) -> None:
+        body = self._events_of(part)
+        if body:
+            self._sender.push(body)
+
+
 class Endpoint:
     """An ASGI application that answers one route."""
 
@@ -125,7 +152,7 @@ class Endpoint:
         self._counted, self._open = counted, open_
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sender = Sender(send)
+        sender = Sender(send, scope.get(SCOPE_KEY))
         # Places are given back once uvicorn has taken all of the answer, of which it keeps 64 KB at most.
         with contextlib.ExitStack() as held:
             try:
@@ -144,6 +171,7 @@ class Endpoint:
                 begin=time.monotonic(),
             )
             code = grpc.StatusCode.CANCELLED
+            refusal: RequestError | None = None
             try:
                 call.body = await read_body(scope, receive)
                 await unless_left(self._handler(call), receive)
@@ -151,15 +179,15 @@ class Endpoint:
             except Left:
                 return
             except RequestError as error:
-                code = error.code
-                await refuse(sender, error)
+                code, refusal = error.code, error
             except Exception:
                 logging.exception("answering a request failed")
-                code = grpc.StatusCode.INTERNAL
-                await refuse(sender, _INTERNAL)
+                code, refusal = grpc.StatusCode.INTERNAL, _INTERNAL
             finally:
                 if self._counted:
                     self._calls.count(call, code)
+            if refusal is not None:
+                await refuse(sender, refusal)  # Last, so that who sees the status is counted.
 
 
 async def refuse(sender: Sender, error: RequestError) -> None:
@@ -167,7 +195,7 @@ async def refuse(sender: Sender, error: RequestError) -> None:
     status = errors.status_of(error)
     body = errors.body_of(error, status)
     if sender.started:
-        await sender.event(body)
+        await sender.events(events.event(body))
         await sender.end()
     else:
         await sender.json(body, status, errors.headers_of(error, status))

@@ -9,9 +9,10 @@ from typing import Any, Literal
 from jblock.chat.render import Conversation
 from serving.chat.tool_calls import ToolCall
 from serving.errors import invalid
-from serving.generation import NO_LIMIT, Ask, Part
+from serving.generation import NO_LIMIT, Ask, Part, Usage
 from serving.http.calls import Call, Calls
 from serving.http.chat_fields import ChatRequest, conversation_of
+from serving.http.events import TEXT, Prepared, event
 from serving.http.exchange import decode
 from serving.http.fields import fill
 from serving.http.logprobs import TokenTexts, chat_logprobs
@@ -38,15 +39,15 @@ class ChatCompletions:
             default_max_tokens=NO_LIMIT,
         )
         answer = _Answer(call, fields, model, conversation)
+        if fields.stream:
+            await self._calls.stream(call, [ask], answer.events)
+            await call.sender.events(answer.last_events())
+            await call.sender.done()
+            return
         async with contextlib.aclosing(self._calls.parts(call, [ask])) as parts:
-            if fields.stream:
-                async for part in parts:
-                    await answer.stream(part)
-                await answer.end()
-            else:
-                async for part in parts:
-                    answer.add(part)
-                await call.sender.json(answer.whole())
+            async for part in parts:
+                answer.add(part)
+        await call.sender.json(answer.whole())
 
 
 def _request(name: str, fields: ChatRequest) -> pb.GenerateRequest:
@@ -76,6 +77,7 @@ class _Choice:
     logprobs: list[Any] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
     begun: bool = False
+    prepared: Prepared | None = None
 
 
 class _Answer:
@@ -88,7 +90,10 @@ class _Answer:
         self._texts = TokenTexts(model.codec)
         self._echo = conversation.continue_final_message and bool(fields.echo)
         self._choices: dict[int, _Choice] = {}
-        self._usage: dict[str, int] = {}
+        self._usage = Usage()
+        options = fields.stream_options
+        self._usage_last = options is not None and bool(options.include_usage)
+        self._usage_always = options is not None and bool(options.continuous_usage_stats)
         kind: Literal["chat.completion.chunk", "chat.completion"]
         kind = "chat.completion.chunk" if fields.stream else "chat.completion"
         self._head: dict[str, Any] = {
@@ -122,50 +127,55 @@ class _Answer:
                     "finish_reason": choice.finish_reason,
                 }
             )
-        return {**self._head, "choices": choices, "usage": self._usage}
+        return {**self._head, "choices": choices, "usage": usage_of(self._usage)}
 
-    async def stream(self, part: Part) -> None:
-        """Sends a part."""
+    def events(self, part: Part) -> bytes:
+        """The events of a part."""
         choice, text, calls, logprobs = self._piece(part)
+        index = part.index
+        found = []
         if not choice.begun:
             choice.begun = True
-            await self._event(part.index, {"role": "assistant", "content": ""})
-        if text or logprobs:
-            await self._event(part.index, {"content": text} if text else {}, logprobs)
+            found.append(event(self._event(index, {"role": "assistant", "content": ""})))
+        if text and not logprobs and not self._usage_always:
+            if choice.prepared is None:
+                choice.prepared = Prepared(self._event(index, {"content": TEXT}))
+            found.append(choice.prepared.of(text))
+        elif text or logprobs:
+            found.append(event(self._event(index, {"content": text} if text else {}, logprobs)))
         if calls:
             at = len(choice.calls) - len(calls)
             deltas = [{"index": at + i, **_whole_call(c)} for i, c in enumerate(calls)]
-            await self._event(part.index, {"tool_calls": deltas})
+            found.append(event(self._event(index, {"tool_calls": deltas})))
         if part.finish_reason:
-            await self._event(part.index, {}, finish_reason=choice.finish_reason)
+            found.append(event(self._event(index, {}, finish_reason=choice.finish_reason)))
+        return b"".join(found)
 
-    async def end(self) -> None:
-        """Sends the end of the stream."""
-        options = self._fields.stream_options
-        if options is not None and options.include_usage:
-            await self._call.sender.event({**self._head, "choices": [], "usage": self._usage})
-        await self._call.sender.done()
+    def last_events(self) -> bytes:
+        """What follows the parts of all answers."""
+        if not self._usage_last:
+            return b""
+        return event({**self._head, "choices": [], "usage": usage_of(self._usage)})
 
-    async def _event(
+    def _event(
         self,
         index: int,
         delta: dict[str, Any],
         logprobs: list[Any] | None = None,
         finish_reason: str | None = None,
-    ) -> None:
+    ) -> dict[str, Any]:
         choice = {
             "index": index,
             "delta": delta,
             "logprobs": {"content": logprobs, "refusal": None} if logprobs else None,
             "finish_reason": finish_reason,
         }
-        event = {**self._head, "choices": [choice]}
-        options = self._fields.stream_options
-        if options is not None and options.continuous_usage_stats:
-            event["usage"] = self._usage
-        elif options is not None and options.include_usage:
-            event["usage"] = None
-        await self._call.sender.event(event)
+        found = {**self._head, "choices": [choice]}
+        if self._usage_always:
+            found["usage"] = usage_of(self._usage)
+        elif self._usage_last:
+            found["usage"] = None
+        return found
 
     def _piece(self, part: Part) -> tuple[_Choice, str, list[ToolCall], list[Any]]:
         """What a part brings: text that is no tool call, calls that are complete, log-probabilities."""
@@ -174,9 +184,10 @@ class _Answer:
             choice = self._choices[part.index] = _Choice()
             if self._echo:
                 choice.content.append(_last_text(self._fields))
-        self._usage = usage_of(part.usage)
+        self._usage = part.usage
         text, calls = part.text, list(part.tool_calls)
-        choice.content.append(text)
+        if not self._fields.stream:
+            choice.content.append(text)
         choice.calls += calls
         logprobs: list[Any] = []
         if self._fields.logprobs:

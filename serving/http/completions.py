@@ -7,8 +7,9 @@ import uuid
 from typing import Any
 
 from serving.errors import invalid
-from serving.generation import Ask, Part
+from serving.generation import Ask, Part, Usage
 from serving.http.calls import Call, Calls
+from serving.http.events import TEXT, Prepared, event
 from serving.http.exchange import decode
 from serving.http.fields import Common, fill, only, set_ids
 from serving.http.logprobs import CompletionLogprobs, TokenTexts
@@ -47,15 +48,15 @@ class Completions:
         asks = [self._ask(call.name(fields.model), fields, prompt) for prompt in prompts]
         answer = _Answer(self._calls, call, fields, prompts)
         field = "prompt" if len(prompts) > 1 else "n"
+        if fields.stream:
+            await self._calls.stream(call, asks, answer.events, field)
+            await call.sender.events(answer.last_events())
+            await call.sender.done()
+            return
         async with contextlib.aclosing(self._calls.parts(call, asks, field)) as parts:
-            if fields.stream:
-                async for part in parts:
-                    await answer.stream(part)
-                await answer.end()
-            else:
-                async for part in parts:
-                    answer.add(part)
-                await call.sender.json(answer.whole())
+            async for part in parts:
+                answer.add(part)
+        await call.sender.json(answer.whole())
 
     def _ask(self, name: str, fields: CompletionRequest, prompt: str | list[int]) -> Ask:
         request = pb.GenerateRequest(model=name)
@@ -112,6 +113,7 @@ class _Choice:
     parts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
     begun: bool = False
+    prepared: Prepared | None = None
 
 
 class _Answer:
@@ -129,7 +131,10 @@ class _Answer:
         self._codec = model.codec if model else None
         self._texts = TokenTexts(self._codec)
         self._choices: dict[int, _Choice] = {}
-        self._usage: dict[str, int] = {}
+        self._usage = Usage()
+        options = fields.stream_options
+        self._usage_last = options is not None and bool(options.include_usage)
+        self._usage_always = options is not None and bool(options.continuous_usage_stats)
         self._head: dict[str, Any] = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -156,29 +161,35 @@ class _Answer:
             }
             for index, choice in sorted(self._choices.items())
         ]
-        return {**self._head, "choices": choices, "usage": self._usage}
+        return {**self._head, "choices": choices, "usage": usage_of(self._usage)}
 
-    async def stream(self, part: Part) -> None:
-        """Sends a part."""
-        _, text, logprobs = self._piece(part)
+    def events(self, part: Part) -> bytes:
+        """The event of a part; none of half a character."""
+        choice, text, logprobs = self._piece(part)
+        if not logprobs and not part.finish_reason and not self._usage_always:
+            if choice.prepared is None:
+                choice.prepared = Prepared(self._event(part.index, TEXT))
+            return choice.prepared.of(text) if text else b""
         if not text and not logprobs and not part.finish_reason:
-            return  # Half a character.
-        content = {"index": part.index, "text": text, "logprobs": logprobs}
-        content["finish_reason"] = part.finish_reason
-        event = {**self._head, "choices": [content]}
-        options = self._fields.stream_options
-        if options is not None and options.continuous_usage_stats:
-            event["usage"] = self._usage
-        elif options is not None and options.include_usage:
-            event["usage"] = None
-        await self._call.sender.event(event)
+            return b""
+        return event(self._event(part.index, text, logprobs, part.finish_reason))
 
-    async def end(self) -> None:
-        """Sends the end of the stream."""
-        options = self._fields.stream_options
-        if options is not None and options.include_usage:
-            await self._call.sender.event({**self._head, "choices": [], "usage": self._usage})
-        await self._call.sender.done()
+    def last_events(self) -> bytes:
+        """What follows the parts of all answers."""
+        if not self._usage_last:
+            return b""
+        return event({**self._head, "choices": [], "usage": usage_of(self._usage)})
+
+    def _event(
+        self, index: int, text: str, logprobs: Any = None, finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        content = {"index": index, "text": text, "logprobs": logprobs}
+        found = {**self._head, "choices": [{**content, "finish_reason": finish_reason}]}
+        if self._usage_always:
+            found["usage"] = usage_of(self._usage)
+        elif self._usage_last:
+            found["usage"] = None
+        return found
 
     def _piece(self, part: Part) -> tuple[_Choice, str, dict[str, Any] | None]:
         """The text and log-probabilities of a part; those of the prompt first, where it is echoed."""
@@ -189,8 +200,10 @@ class _Answer:
             self._choices[part.index] = choice
             self._head.setdefault("system_fingerprint", f"{part.model.name}@{part.model.version}")
             self._head.setdefault("policy", part.model.policy)
-        self._usage = usage_of(part.usage)
+        self._usage = part.usage
         output, text = part.output, part.text
+        if choice.logprobs is None and not self._fields.echo and self._fields.max_tokens != 0:
+            return choice, text, None
         ids, logprobs = list(output.token_ids), list(output.logprobs)
         tops: list[Any] = list(output.top_logprobs) or [()] * len(ids)
         if self._fields.max_tokens == 0:

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from serving.http import events
+from serving.http.connection import Connection
 from serving.http.errors import Headers, HTTPError, undecodable
 
 Scope = MutableMapping[str, Any]
@@ -19,8 +21,6 @@ MAX_BODY_BYTES = 8 * 2**20
 
 _DISCARD_SECONDS = 1.0
 _PIECE_BYTES = 32 * 1024
-
-_encoder = msgspec.json.Encoder()
 
 
 class Left(Exception):
@@ -95,14 +95,15 @@ class Sender:
       headers: what goes out with it besides.
     """
 
-    def __init__(self, send: Send):
+    def __init__(self, send: Send, connection: Connection | None = None):
+        """`connection` is that of the exchange, if it is known."""
         self.started = False
         self.headers: Callable[[], Headers] = list
-        self._send = send
+        self._send, self._connection = send, connection
 
     async def json(self, content: Any, status: int = 200, headers: Headers | None = None) -> None:
         """The whole answer; bytes are JSON already."""
-        body = content if isinstance(content, bytes) else _encoder.encode(content)
+        body = content if isinstance(content, bytes) else events.encode(content)
         await self._start(status, b"application/json", [*(headers or []), _length(body)])
         # In pieces: before each uvicorn waits until the client has taken what was sent before.
         for at in range(0, len(body), _PIECE_BYTES):
@@ -110,14 +111,22 @@ class Sender:
             await self._send({"type": "http.response.body", "body": piece, "more_body": True})
         await self.end()
 
-    async def event(self, content: Any) -> None:
-        """One event of a stream, of the data that OpenAI's clients read."""
+    async def events(self, body: bytes) -> None:
+        """Events of a stream, as `serving.http.events` makes them; waits for a client that reads slowly."""
         if not self.started:
-            await self._start(
-                200, b"text/event-stream; charset=utf-8", [(b"cache-control", b"no-cache")]
-            )
-        body = b"data: " + (content if isinstance(content, bytes) else _encoder.encode(content))
-        await self._send({"type": "http.response.body", "body": body + b"\n\n", "more_body": True})
+            await self._start(200, events.KIND, [(b"cache-control", b"no-cache")])
+        if body:
+            await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    @property
+    def ready(self) -> bool:
+        """Whether `push` may be used."""
+        return self.started and self._connection is not None and self._connection.writable
+
+    def push(self, body: bytes) -> None:
+        """As `events` for a stream that has begun, at once and without a task."""
+        assert self._connection is not None
+        self._connection.write_chunk(body)
 
     async def end(self) -> None:
         """The end of an answer."""
@@ -125,7 +134,7 @@ class Sender:
 
     async def done(self) -> None:
         """The last event of a stream."""
-        await self.event(b"[DONE]")
+        await self.events(events.DONE)
         await self.end()
 
     async def _start(self, status: int, kind: bytes, headers: Headers) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving import addresses
+from serving.http.connection import Connection
 from serving.tls import peer_of_http
 
 # What the kernel keeps of answers that a client does not read; more would be memory that no limit knows of.
@@ -26,7 +26,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-class _Protocol(HttpToolsProtocol):
+class _Protocol(Connection):
     """Tells the application whose certificate a connection came with, as `peer` of its state."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -63,7 +63,7 @@ class Listener:
             ws="none",
             lifespan="off",
             log_config=None,
-            log_level="warning",
+            log_level="error",
             access_log=False,
             server_header=False,
             proxy_headers=False,

@@ -14,6 +14,7 @@ from tokenizer_fixtures import byte_level
 
 from jblock.engine.process.mock import build_engine
 from serving.client import AsyncClient, Client
+from serving.dispatcher import Arrivals
 from serving.text import TextCodec
 from serving.v1 import jblock_pb2 as pb
 from serving.v1 import jblock_pb2_grpc
@@ -168,7 +169,7 @@ def test_outputs_that_nobody_reads_are_merged(slow):
         from jblock.engine import api
 
         dispatcher = slow.server._dispatcher
-        (ticket,) = dispatcher.admit(asyncio.Event())
+        (ticket,) = dispatcher.admit(Arrivals())
         with ticket:
             sampling = api.SamplingParams(max_tokens=20)
             ticket.submit(

@@ -1,0 +1,1 @@
+"""What `bench front` measures with: bare servers, clients that note bytes and times, and processes."""
