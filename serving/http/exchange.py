@@ -19,6 +19,8 @@ T = TypeVar("T")
 # A prompt of 100,000 ids takes 0.7 MB; no request of use is near this.
 MAX_BODY_BYTES = 8 * 2**20
 
+# Seconds that a body may take.
+BODY_SECONDS = 60.0
 _DISCARD_SECONDS = 1.0
 _PIECE_BYTES = 32 * 1024
 
@@ -31,9 +33,17 @@ async def read_body(scope: Scope, receive: Receive) -> bytes:
     """The body of a request.
 
     Raises:
-      HTTPError: 413, it is too long.
+      HTTPError: 413, it is too long; 408, its end did not come.
       Left: the client has gone before its end.
     """
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return await _body(scope, receive)
+    except TimeoutError as error:
+        raise HTTPError(408, f"body: its end did not come in {BODY_SECONDS:g} s") from error
+
+
+async def _body(scope: Scope, receive: Receive) -> bytes:
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and int(value) > MAX_BODY_BYTES:
             await _discard(receive)
