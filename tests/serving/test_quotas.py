@@ -337,7 +337,7 @@ def test_a_priority_has_a_ceiling_and_all_travels_to_the_engine(monkeypatch):
             ("acme", 2.5, -3),
             ("beta", 1.0, 0),
         ]
-        assert all(0 < r.deadline <= 20 for r in sent)
+        assert all(0 < r.deadline < 21 for r in sent)  # grpc rounds up what goes over the wire
         with pytest.raises(ClientError, match="priority: -1 is more urgent than 0"):
             beta.generate("echo", [7], priority=-1)
         content = {"model": "echo", "prompt": [7], "priority": -1}
