@@ -92,17 +92,17 @@ def profile(args: argparse.Namespace) -> Outcome:
 def list_(args: argparse.Namespace) -> Outcome:
     """Lists the models, or the edges."""
     from checkpoints import printing
-    from jblock.zoo.inventory import edge_inventory, inventory
+    from jblock.zoo.inventory import edge_inventory
+    from jblock.zoo.listing import list_models
     from jblock.zoo.store import Zoo
 
     if args.edges:
         found = edge_inventory(Zoo.open(args.zoo), accepted(args))
         warn(found["problems"])
         return Outcome(found, lambda: printing.print_edges(found))
-    data = inventory(Zoo.open(args.zoo), objects=False)
+    data = list_models(Zoo.open(args.zoo))
     warn(data["problems"])
-    shown = {key: data[key] for key in ("zoo", "chains", "totals", "problems")}
-    return Outcome(shown, lambda: printing.print_chains(data))
+    return Outcome(data, lambda: printing.print_chains(data))
 
 
 def inspect(args: argparse.Namespace) -> Outcome:
@@ -242,7 +242,7 @@ def _model(model: Any) -> dict[str, Any]:
     return {
         "name": model.name,
         "active": model.active,
-        "versions": [{"version": v, "digest": d} for v, d in sorted(model.versions.items())],
+        "versions": [{"version": v, "digest": e.digest} for v, e in sorted(model.versions.items())],
         "aliases": dict(sorted(model.aliases.items())),
         "history": [dict(line) for line in model.history],
     }

@@ -6,7 +6,9 @@ registry, one more record and the reading of all of them.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import os
 import statistics
 import tempfile
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from bench.report import progress
+from checkpoints.printing import print_chains
 from jblock.blocks.delta_spec import LoraSpec, LoraTarget
 from jblock.blocks.spec import (
     AttentionSpec,
@@ -26,7 +29,7 @@ from jblock.blocks.spec import (
     UnembeddingSpec,
 )
 from jblock.zoo import registry
-from jblock.zoo.inventory import inventory
+from jblock.zoo.listing import list_models
 from jblock.zoo.records import Chain, Step
 from jblock.zoo.store import Zoo
 
@@ -46,7 +49,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         _fill(zoo, base, deltas, count)
         many, many_cpu = _publish_seconds(zoo, base, deltas, count)
         begin, used = time.perf_counter(), time.process_time()
-        found = inventory(Zoo.open(zoo.path), objects=False)
+        found = list_models(Zoo.open(zoo.path))
+        with contextlib.redirect_stdout(io.StringIO()):
+            print_chains(found)
         listed, listed_cpu = time.perf_counter() - begin, time.process_time() - used
         assert found["totals"]["chains"] >= count and not found["problems"]
         inodes = _inodes(zoo)

@@ -109,12 +109,12 @@ def _memory_gib() -> float:
 
 def zoo(path: Path) -> Iterator[Finding]:
     """Whether the zoo can be read, and what it holds."""
-    from jblock.zoo.inventory import inventory
+    from jblock.zoo.listing import list_models
     from jblock.zoo.records import ZooError
     from jblock.zoo.store import Zoo
 
     try:
-        totals = inventory(Zoo.open(path))["totals"]
+        totals = list_models(Zoo.open(path))["totals"]
     except (ZooError, OSError) as e:
         yield Finding("zoo", "wrong", str(e))
         return

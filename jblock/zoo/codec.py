@@ -139,6 +139,14 @@ def delta_record(id: str, data: dict[str, Any]) -> DeltaRecord:
 
 
 def _check_known(what: str, data: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    surplus = sorted(
+        data.keys() - {"spec", "tensors", "nbytes", "refs" if what == "component" else "component"}
+    )
+    if surplus:
+        raise NewerError(
+            f"{what} record has the field {surplus[0]!r}: a newer version of jblock wrote it; use "
+            "that version"
+        )
     spec = data.get("spec")
     kind = spec.get("kind") if isinstance(spec, dict) else None
     if not isinstance(spec, dict) or not isinstance(kind, str):
@@ -259,7 +267,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(read_file(path), str(path))
 
 
-def read_file(path: Path, limit: int = RECORD_BYTES) -> bytes:
+def read_file(path: str | Path, limit: int = RECORD_BYTES) -> bytes:
     """The bytes of a small regular file; links are not followed.
 
     Raises:
@@ -276,16 +284,18 @@ def read_file(path: Path, limit: int = RECORD_BYTES) -> bytes:
             if found.st_size > limit:
                 raise DamagedError(f"{path} has {found.st_size} bytes, at most {limit} are read")
             parts, left = [], limit
-            while left and (part := os.read(fd, min(left, found.st_size + 1))):
+            while left and (part := os.read(fd, asked := min(left, found.st_size + 1))):
                 parts.append(part)
                 left -= len(part)
+                if len(part) < asked:
+                    break  # a regular file ends there
             return b"".join(parts)
         finally:
             os.close(fd)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise NotFoundError(f"{path} is not there: it was removed or never added") from e
     except OSError as e:
-        if path.is_symlink():
+        if os.path.islink(path):
             raise DamagedError(
                 f"{path} is a link: a zoo holds everything itself; replace it by a copy"
             ) from e

@@ -4,6 +4,8 @@
 lies in the zoo; it changes no chain. A chain that uses what an edge offers is a named chain of its own.
 """
 
+import hashlib
+
 from jblock.blocks.spec_json import canonical_json
 from jblock.zoo import codec
 from jblock.zoo.edge_records import FOLDER, Edge
@@ -55,7 +57,7 @@ def edge(zoo: Zoo, id: str) -> Edge:
         ) from e
     try:
         found = Edge.from_json(codec.parse_json(data, path))
-        same = found.id == id
+        same = found.id == id == hashlib.sha256(data.rstrip(b"\n")).hexdigest()
     except (ZooError, ValueError, RecursionError) as e:
         raise DamagedError(f"edge {id}: {e}: measure it again, or remove {path}") from e
     if not same:
@@ -70,7 +72,8 @@ def check_edge(zoo: Zoo, edge: Edge) -> None:
       NotFoundError: what is not.
     """
     for step in (*edge.original, *edge.substitute):
-        zoo.component(step.component)
+        for component, _ in zoo.component(step.component).refs.values():
+            zoo.component(component)
         for id_ in step.deltas:
             if zoo.delta(id_).component != step.component:
                 raise DamagedError(

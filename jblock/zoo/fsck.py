@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 from jblock.zoo import codec, edges, registry
 from jblock.zoo.objects import KINDS, check_folder, check_hash
+from jblock.zoo.pointer import entry_of
 from jblock.zoo.records import (
     Chain,
     DamagedError,
@@ -75,8 +76,10 @@ def check_object(
     except UnreadableError as e:
         yield Problem(name, str(e), False)
     except NotFoundError as e:
-        if zoo.storage.exists(name):
-            yield Problem(name, f"{kind[:-1]} {id_}: {e}", False)  # what it names is not there
+        # What it refers to is not there. If it is sound itself, that is for whatever names it to tell: a
+        # writer that was killed while `gc` ran leaves such things, and nothing names them.
+        if zoo.storage.exists(name) and _is_damaged(zoo, kind, id_, e):
+            yield Problem(name, f"{kind[:-1]} {id_}: {e}", True)
     except (ZooError, *codec.DAMAGE, OSError) as e:
         if zoo.storage.exists(name):
             yield Problem(name, _line(e), _is_damaged(zoo, kind, id_, e))
@@ -102,11 +105,19 @@ def check_model(zoo: Zoo, name: str) -> Iterator[Problem]:
         path = registry.path_of(name, version)
         try:
             chain = zoo.chain(name, version)
+            entry = entry_of(*registry.record(zoo.storage, name, version))
         except NotFoundError:
             continue  # removed meanwhile
         except ZooError as e:
             yield Problem(path, _line(e), isinstance(e, DamagedError))
             continue
+        if model.versions[version].record and model.versions[version] != entry:
+            yield Problem(
+                pointer,
+                f"{zoo.storage.location}/{pointer} says other things of version {version} than "
+                "its record: run 'fsck --repair'",
+                True,
+            )
         try:
             _chain(zoo, chain)
         except ZooError as e:

@@ -13,6 +13,7 @@ from collections.abc import Collection
 from jblock.zoo import codec, journal, registry
 from jblock.zoo.edge_records import FOLDER as EDGES
 from jblock.zoo.objects import KINDS
+from jblock.zoo.pointer import NAMED
 from jblock.zoo.records import NotFoundError, ZooError
 from jblock.zoo.storage import Changes, Storage
 
@@ -127,10 +128,11 @@ def _short_ids(storage: Storage, path: str) -> set[str]:
     if parts[0] != "chains":
         return set()
     try:
-        text = registry.read(storage, parts[1]).named.get(int(parts[2].split(".")[0]), "")
+        entry = registry.read(storage, parts[1]).versions.get(int(parts[2].split(".")[0]))
     except ZooError:
         return set()
-    return {text[i : i + 8] for i in range(0, len(text), 8)}
+    text, digits = (entry.named, NAMED if entry.record else 8) if entry else ("", 8)
+    return {text[i : i + digits][:8] for i in range(0, len(text), digits)}
 
 
 def _unlisted(storage: Storage) -> list[tuple[str, int]]:

@@ -12,6 +12,7 @@ from typing import Any
 from jblock.zoo import codec, garbage, registry
 from jblock.zoo.edge_records import FOLDER as EDGES
 from jblock.zoo.garbage import Garbage
+from jblock.zoo.pointer import Model
 from jblock.zoo.records import DamagedError, ZooError
 from jblock.zoo.store import Zoo
 
@@ -90,17 +91,17 @@ def remove(
         return removed
 
 
-def _model(zoo: Zoo, name: str) -> registry.Model:
+def _model(zoo: Zoo, name: str) -> Model:
     """The pointer of a model, or one made of its files where that is damaged: what is to go has to go."""
     try:
         model = registry.read(zoo.storage, name)
-        return registry.with_digests(zoo.storage, model)
+        return registry.completed(zoo.storage, model)
     except DamagedError:
         numbers = registry.version_files(zoo.storage, name)
-        return registry.Model(
+        return Model(
             name=name,
             next=max(numbers, default=0) + 1,
-            versions=dict.fromkeys(numbers, ""),
+            versions=registry.blank(numbers),
             state=zoo.storage.pointer(f"chains/{name}/{registry.POINTER}")[1],
         )
 
@@ -108,22 +109,15 @@ def _model(zoo: Zoo, name: str) -> registry.Model:
 def _users(zoo: Zoo, name: str, removed: Iterable[str], problems: list[str]) -> list[str]:
     users = []
     removed = set(removed)
-    for other in zoo.models():
-        if other == name:
+    for other, model in registry.read_all(zoo.storage, [m for m in zoo.models() if m != name]):
+        if isinstance(model, ZooError):
+            problems.append(str(model))
             continue
-        try:
-            versions = zoo.versions(other)
-        except ZooError as e:
-            problems.append(str(e))
-            continue
-        for version in versions:
-            try:
-                base = registry.chain(zoo.storage, other, version).base
-            except ZooError as e:
-                problems.append(str(e))
-                continue
-            if base in removed:
-                users.append(f"{other}@{version} is an adapter on {base}")
+        for version, entry in registry.completed(zoo.storage, model).versions.items():
+            if not entry.record:
+                problems.append(f"{other}@{version} cannot be read: run 'fsck'")
+            if entry.base in removed:
+                users.append(f"{other}@{version} is an adapter on {entry.base}")
     for file in zoo.storage.names(EDGES):
         path = f"{EDGES}/{file}"
         if not file.endswith(".json"):

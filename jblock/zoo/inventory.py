@@ -9,11 +9,12 @@ from typing import Any
 
 from jblock.zoo import codec, edges, registry
 from jblock.zoo.acceptance import AcceptancePolicy, violations
+from jblock.zoo.pointer import ORIGIN, Model, check_record
 from jblock.zoo.records import Chain, ComponentRecord, DeltaRecord, TensorRecord, ZooError
 from jblock.zoo.store import Zoo
 
 
-def inventory(zoo: Zoo, name: str | None = None, objects: bool = True) -> dict[str, Any]:
+def inventory(zoo: Zoo, name: str | None = None) -> dict[str, Any]:
     """Plain data about the whole zoo, or about one version of a model.
 
     Bytes are those of tensors. `logical_bytes` counts a component once for every chain that uses
@@ -22,7 +23,6 @@ def inventory(zoo: Zoo, name: str | None = None, objects: bool = True) -> dict[s
     Args:
       zoo: the zoo.
       name: a model, as NAME or NAME@VERSION; None: all of them, in all versions.
-      objects: describe components and deltas too, each with all its users.
 
     Returns:
       `{"chains": [...], "components": [...], "deltas": [...], "totals": {...}, "problems": [...]}`; with a
@@ -56,12 +56,11 @@ def inventory(zoo: Zoo, name: str | None = None, objects: bool = True) -> dict[s
         _chain(chain, own, models.get(chain.name), nbytes, users, steps, problems)
         for chain, own in zip(chains, ids, strict=True)
     ]
-    described = (components, deltas) if objects else ((), ())
     return {
         "zoo": zoo.storage.location,
         "chains": rows,
-        "components": [_object(record, users) for record in described[0]],
-        "deltas": [_object(record, users) for record in described[1]],
+        "components": [_object(record, users) for record in components],
+        "deltas": [_object(record, users) for record in deltas],
         "totals": {
             "chains": len(rows),
             "components": len(components),
@@ -99,20 +98,18 @@ def stored_bytes(zoo: Zoo) -> int:
     )
 
 
-def _chains(zoo: Zoo, problems: list[str]) -> tuple[list[Chain], dict[str, registry.Model]]:
+def _chains(zoo: Zoo, problems: list[str]) -> tuple[list[Chain], dict[str, Model]]:
     """Every version of every model, and the models by name."""
     names = zoo.models()
     problems += (
         f"{zoo.storage.location}/chains/{n} is no model: run 'fsck'"
         for n in sorted(set(zoo.storage.names("chains")) - set(names))
     )
-    models: dict[str, registry.Model] = {}
+    models: dict[str, Model] = {}
     paths: dict[str, tuple[str, int]] = {}
-    for name in names:
-        try:
-            model = registry.read(zoo.storage, name)
-        except ZooError as e:
-            problems.append(str(e))
+    for name, model in registry.read_all(zoo.storage, names):
+        if isinstance(model, ZooError):
+            problems.append(str(model))
             continue
         models[name] = model
         paths |= {registry.path_of(name, v): (name, v) for v in sorted(model.versions)}
@@ -122,7 +119,9 @@ def _chains(zoo: Zoo, problems: list[str]) -> tuple[list[Chain], dict[str, regis
             if isinstance(data, ZooError):
                 raise data
             where = f"{zoo.storage.location}/{path}"
-            found.append(registry.parse_chain(data, *paths[path], where))
+            chain = registry.parse_chain(data, *paths[path], where)
+            check_record(models[chain.name].versions[chain.version], chain, data)
+            found.append(chain)
         except ZooError as e:
             problems.append(str(e))
     return found, models
@@ -142,7 +141,7 @@ def _records(zoo: Zoo, ids: Sequence[str], read: Any, problems: list[str]) -> li
 def _chain(
     chain: Chain,
     ids: Sequence[str],
-    model: registry.Model | None,
+    model: Model | None,
     nbytes: dict[str, int],
     users: dict[str, list[str]],
     steps: dict[int, dict[str, Any]],
@@ -160,13 +159,13 @@ def _chain(
         "name": chain.name,
         "version": chain.version,
         "active": model is not None and model.active == chain.version,
-        # As it was published; zoos of format 1 do not tell.
-        "digest": (model and model.versions.get(chain.version)) or chain.digest,
+        "digest": chain.digest,
         "family": chain.family,
         "base": chain.base,
         "policy": chain.policy,
+        "made_from": chain.derived.get("chain"),
         "derived": chain.derived,
-        "origin": chain.origin,
+        "origin": {k: str(chain.origin[k]) for k in ORIGIN if k in chain.origin},
         "tokenizer": chain.tokenizer,
         "max_position": chain.max_position,
         "vocab_size": chain.vocab_size,

@@ -146,6 +146,27 @@ class ObjectStorage:
                 continue  # passed on and removed meanwhile
         raise UnreadableError(f"{self.location}/{name} changes faster than it can be read")
 
+    def pointers(self, names: Iterable[str]) -> dict[str, bytes | ZooError]:
+        """See `Storage`. Lists once and asks for many at a time."""
+        newest = dict.fromkeys(names, 0)
+        with self._errors("chains"):
+            keys = self._fs.find(self._key("chains"))
+        for key in keys:
+            name, _, number = str(key).removeprefix(f"{self._base}/").rpartition("/")
+            if name in newest and number.isdecimal():
+                newest[name] = max(newest[name], int(number))
+        found = self.read_many(f"{name}/{number}" for name, number in newest.items() if number)
+        pointers: dict[str, bytes | ZooError] = {}
+        for path, data in found.items():
+            name = path.rpartition("/")[0]
+            if isinstance(data, NotFoundError):  # passed on meanwhile
+                again, _ = self.pointer(name)
+                if again is not None:
+                    pointers[name] = again
+            else:
+                pointers[name] = data
+        return pointers
+
     def size(self, name: str) -> int:
         """See `Storage`."""
         with self._errors(name):

@@ -5,6 +5,7 @@ import dataclasses
 from jblock.zoo import codec, edges, registry
 from jblock.zoo.fsck import Problem, check_edge_file, check_object, problems
 from jblock.zoo.objects import KINDS
+from jblock.zoo.pointer import Model, check_record, entry_of
 from jblock.zoo.records import DamagedError, NewerError, UnreadableError, ZooError
 from jblock.zoo.storage import QUARANTINE, Changes
 from jblock.zoo.store import Zoo
@@ -94,7 +95,7 @@ def _users(zoo: Zoo) -> dict[str, list[str]]:
     for name in zoo.models():
         for version in registry.version_files(zoo.storage, name):
             try:
-                chain = registry.chain(zoo.storage, name, version)
+                chain, _ = registry.record(zoo.storage, name, version)
             except ZooError:
                 continue
             for id_ in {*chain.ids, *(folder for _, folder in chain.folders)}:
@@ -106,19 +107,19 @@ def _repair_model(zoo: Zoo, changes: Changes, name: str) -> list[str]:
     """Takes versions away that cannot be served any more, and points at the newest one that can."""
     done = []
     try:
-        model = registry.with_digests(zoo.storage, registry.read(zoo.storage, name))
+        model = registry.completed(zoo.storage, registry.read(zoo.storage, name))
     except DamagedError:
         model = _pointer_again(zoo, name)
         done.append(f"{name}: its pointer was damaged, is made again from its versions")
     except ZooError:
         return []  # unreadable, or of a newer version
-    bad = []
-    for version in sorted(model.versions):
+    bad, sound = [], {}
+    for version, entry in sorted(model.versions.items()):
         try:
-            chain = registry.chain(zoo.storage, name, version)
-            if model.versions[version] not in ("", chain.digest):
-                raise DamagedError("its digest is another than when it was published")
+            chain, data = registry.record(zoo.storage, name, version)
+            check_record(entry, chain, data)
             zoo.check_chain(chain)
+            sound[version] = entry_of(chain, data)
         except (UnreadableError, NewerError):
             continue
         except ZooError as e:
@@ -128,10 +129,12 @@ def _repair_model(zoo: Zoo, changes: Changes, name: str) -> list[str]:
         if zoo.storage.exists(path):
             changes.quarantine(path)
         done.append(f"{name}@{version} is moved to {QUARANTINE}/ ({why}): convert it again")
+    if any(model.versions[v] != entry for v, entry in sound.items()):
+        done.append(f"{name}: its pointer says of its versions what they say themselves")
     if not done:
         return []
     gone = {version for version, _ in bad}
-    left = {v: d for v, d in model.versions.items() if v not in gone}
+    left = {v: sound.get(v, e) for v, e in model.versions.items() if v not in gone}
     active = model.active
     if active not in left:
         active = max(left, default=None)
@@ -140,25 +143,24 @@ def _repair_model(zoo: Zoo, changes: Changes, name: str) -> list[str]:
             if active is not None
             else f"{name} has no sound version left: convert it again"
         )
-    lost = {v: d for v, d in model.versions.items() if v in gone and d}
+    lost = {v: e.digest for v, e in model.versions.items() if v in gone and e.digest}
     model = dataclasses.replace(
         model,
         active=active,
         versions=left,
         lost={**model.lost, **lost},
-        named={v: n for v, n in model.named.items() if v in left},
         aliases={a: v for a, v in model.aliases.items() if v in left},
     )
     registry.write(changes, model.did("repair", active or 0))
     return done
 
 
-def _pointer_again(zoo: Zoo, name: str) -> registry.Model:
+def _pointer_again(zoo: Zoo, name: str) -> Model:
     numbers = registry.version_files(zoo.storage, name)
-    model = registry.Model(
+    model = Model(
         name=name,
         next=max(numbers, default=0) + 1,
-        versions=dict.fromkeys(numbers, ""),
+        versions=registry.blank(numbers),
         state=zoo.storage.pointer(f"chains/{name}/{registry.POINTER}")[1],
     )
-    return registry.with_digests(zoo.storage, model)
+    return registry.completed(zoo.storage, model)

@@ -74,6 +74,9 @@ class Storage(Protocol):
     def pointer(self, name: str) -> tuple[bytes | None, Any]:
         """The bytes of a pointer, None where there is none, and its state for `Changes.point`."""
 
+    def pointers(self, names: Iterable[str]) -> dict[str, bytes | ZooError]:
+        """The bytes of many pointers, or why one cannot be read; those that are not there are left out."""
+
     def size(self, name: str) -> int:
         """Bytes of the files of an object."""
 
@@ -128,9 +131,11 @@ class FolderStorage:
     def read_many(self, names: Iterable[str]) -> dict[str, bytes | ZooError]:
         """See `Storage`."""
         found: dict[str, bytes | ZooError] = {}
+        known: dict[str, str] = {}
         for name in names:
+            folder, _, file = name.rpartition("/")
             try:
-                found[name] = self.read(name)
+                found[name] = codec.read_file(f"{self._folder(folder, known)}/{file}")
             except ZooError as e:
                 found[name] = e
         return found
@@ -151,6 +156,11 @@ class FolderStorage:
             return self.read(name), None
         except NotFoundError:
             return None, None
+
+    def pointers(self, names: Iterable[str]) -> dict[str, bytes | ZooError]:
+        """See `Storage`."""
+        found = self.read_many(names)
+        return {n: data for n, data in found.items() if not isinstance(data, NotFoundError)}
 
     def size(self, name: str) -> int:
         """See `Storage`."""
@@ -208,14 +218,19 @@ class FolderStorage:
 
     def _inside(self, name: str) -> Path:
         """The path of a name; what lies behind a link is none of the zoo."""
-        at = str(self.root)
-        for part in name.split("/"):
-            at = f"{at}/{part}"
-            if part in ("", ".", "..") or os.path.islink(at):
+        return Path(self._folder(name, {}))
+
+    def _folder(self, name: str, known: dict[str, str]) -> str:
+        """The same as text; `known` keeps what was looked at."""
+        if name not in known:
+            above, _, last = name.rpartition("/")
+            at = f"{self._folder(above, known) if above else self.root}/{last}"
+            if last in ("", ".", "..") or os.path.islink(at):
                 raise DamagedError(
                     f"{at} is a link: a zoo holds everything itself; replace it by a copy"
                 )
-        return self.root / name
+            known[name] = at
+        return known[name]
 
 
 class FolderChanges:

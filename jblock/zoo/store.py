@@ -29,9 +29,7 @@ import numpy as np
 
 from jblock.blocks.delta_spec import DeltaSpec
 from jblock.blocks.spec import ComponentSpec
-from jblock.blocks.spec_json import canonical_json
 from jblock.zoo import (
-    checks,
     codec,
     disk,
     garbage,
@@ -41,21 +39,17 @@ from jblock.zoo import (
     registry,
 )
 from jblock.zoo.journal import Journal
-from jblock.zoo.objects import Objects
+from jblock.zoo.models import READ_FORMATS, Models, zoo_json
 from jblock.zoo.records import (
     Chain,
-    DamagedError,
     NotFoundError,
     ZooError,
-    check_name,
     split_version,
 )
-from jblock.zoo.storage import Changes, FolderStorage, Storage
+from jblock.zoo.storage import FolderStorage, Storage
 from jblock.zoo.verification import Verification
 from jblock.zoo.writer import Writer
 
-FORMAT = 2
-READ_FORMATS = (1, 2)
 FOLDERS = (
     "components",
     "deltas",
@@ -69,8 +63,9 @@ FOLDERS = (
 _OLD_FOLDERS = ("partition",)  # a zoo of format 1 that was never finished has it
 
 
-class Zoo(Objects):
-    """One zoo. Make it with `Zoo.create` or `Zoo.open`; see `Objects` for what reads by id."""
+class Zoo(Models):
+    """One zoo. Make it with `Zoo.create` or `Zoo.open`; see `Models` for its models, and `Objects` for
+    what reads by id."""
 
     def __init__(self, storage: Storage, verification: Verification | None = None):
         super().__init__(storage, verification)
@@ -89,7 +84,7 @@ class Zoo(Objects):
         if is_url(path):
             from jblock.zoo.object_storage import ObjectStorage
 
-            ObjectStorage(str(path)).create(_zoo_json())
+            ObjectStorage(str(path)).create(zoo_json())
             return cls.open(path)
         root = Path(path)
         if (root / "zoo.json").exists():
@@ -106,7 +101,7 @@ class Zoo(Objects):
             disk.check_folder(root / "tmp")
             disk.fsync_path(root)
             with lease.lease(root / "tmp", purpose="making the zoo") as scratch:
-                disk.write_atomic(root / "zoo.json", _zoo_json(), scratch)
+                disk.write_atomic(root / "zoo.json", zoo_json(), scratch)
         return cls.open(root)
 
     @classmethod
@@ -199,19 +194,6 @@ class Zoo(Objects):
         with self.writer() as writer:
             return writer.put_files("tokenizers", files)
 
-    @contextmanager
-    def changing(self, purpose: str) -> Iterator[Changes]:
-        """Holds the exclusive lock of a zoo, which is of the newest format from then on.
-
-        Raises:
-          LockedError: another process holds it for longer than anybody waits.
-        """
-        with self.storage.exclusive(purpose) as changes:
-            found = codec.parse_json(self.storage.read("zoo.json"), "zoo.json")
-            if found.get("format") != FORMAT:
-                changes.put("zoo.json", _zoo_json())
-            yield changes
-
     def publish(self, chain: Chain, activate: bool = True) -> Chain:
         """Adds `chain` as a version of its name; returns it with its number.
 
@@ -231,43 +213,6 @@ class Zoo(Objects):
             self._check_there(chain)  # nothing is removed from here on
             self._check_base(chain)
             return registry.publish(self.storage, changes, chain, activate)
-
-    def check_chain(self, chain: Chain) -> None:
-        """Checks that everything a chain names is there and fits, and that its policy is not too narrow.
-
-        Raises:
-          ZooError: what is missing or does not fit.
-        """
-        check_name(chain.name)
-        specs, deltas = [], []
-        for step in chain.steps:
-            spec = self.component(step.component).spec
-            specs.append(spec)
-            deltas.append([self.delta(id_).spec for id_ in step.deltas])
-            for id_, delta in zip(step.deltas, deltas[-1], strict=True):
-                record = self.delta(id_)
-                if record.component != step.component:
-                    raise DamagedError(
-                        f"delta {id_} is for another component than {step.component}"
-                    )
-                shapes = {name: t.shape for name, t in record.tensors.items()}
-                codec.check_shapes(f"delta {id_}", shapes, codec.shapes_of(delta, spec))
-            for component, _ in self.component(step.component).refs.values():
-                self.component(component)
-        checks.check_steps(chain, specs, deltas)
-        self._check_there(chain)
-
-    def _check_there(self, chain: Chain) -> None:
-        wanted = {f"components/{s.component}" for s in chain.steps}
-        wanted |= {f"deltas/{d}" for s in chain.steps for d in s.deltas}
-        wanted |= {f"{kind}/{id_}" for kind, id_ in chain.folders}
-        for name in sorted(wanted):
-            kind, _, id_ = name.partition("/")
-            codec.check_id(id_)
-            if not self.storage.exists(name):
-                raise NotFoundError(
-                    f"{self.storage.location} has no {kind[:-1]} {id_}: it was removed or never added"
-                )
 
     def _pin_base(self, chain: Chain) -> Chain:
         if chain.base is None:
@@ -293,148 +238,6 @@ class Zoo(Objects):
                 raise NotFoundError(
                     f"{self.storage.location} has no model {chain.base}: it was removed"
                 )
-
-    # Models
-
-    def models(self) -> list[str]:
-        """Names under chains/, of models with an active version or without, sorted."""
-        return registry.models(self.storage)
-
-    def chains(self) -> list[str]:
-        """Names of the models that have an active version, sorted; one that cannot be read is left out."""
-        found = []
-        for name in self.models():
-            with contextlib.suppress(ZooError):
-                if registry.read(self.storage, name).active is not None:
-                    found.append(name)
-        return found
-
-    def model(self, name: str) -> registry.Model:
-        """The pointer of a model: its versions, which of them is active, its aliases and its history.
-
-        Raises:
-          NotFoundError: there never was one.
-          ZooError: it cannot be read.
-        """
-        model = registry.read(self.storage, name)
-        if model.next == 1:
-            known = ", ".join(self.chains()) or "none"
-            raise NotFoundError(f"no model {name!r} in {self.storage.location}; known: {known}")
-        return model
-
-    def versions(self, name: str) -> list[int]:
-        """Versions of a model, oldest first; empty when there is none."""
-        return sorted(registry.read(self.storage, name).versions)
-
-    def chain(self, name: str, version: int | str | None = None) -> Chain:
-        """One version of a model, by default the active one.
-
-        Args:
-          name: of the model, or NAME@VERSION.
-          version: its number, or an alias; None: the active one.
-
-        Raises:
-          NotFoundError: no such model or version (the known ones are named).
-          ZooError: a damaged record.
-        """
-        if version is None and "@" in name:
-            name, _, version = name.partition("@")
-        model = registry.read(self.storage, name)
-        number: int | None = None
-        with contextlib.suppress(NotFoundError):
-            number = model.active if version is None else registry.resolve(model, str(version))
-        if number is None:
-            raise self._unknown(model, version)
-        try:
-            found = registry.chain(self.storage, name, number)
-        except NotFoundError:
-            # Another process may remove it at any moment; what is still listed is lost.
-            model = registry.read(self.storage, name)
-            if number in model.versions:
-                raise DamagedError(
-                    f"{self.storage.location}/{registry.path_of(name, number)} is missing: the zoo is "
-                    "damaged; run fsck"
-                ) from None
-            raise self._unknown(model, version) from None
-        if model.versions[number] not in ("", found.digest):
-            raise DamagedError(
-                f"{name}@{number} has another digest than when it was published: its record was changed; "
-                "run 'fsck --repair' and convert the model again"
-            )
-        return found
-
-    def active(self, name: str) -> int:
-        """The active version of a model.
-
-        Raises:
-          NotFoundError: there is none.
-          ZooError: its record is damaged.
-        """
-        model = registry.read(self.storage, name)
-        if model.active is None:
-            raise self._unknown(model, None)
-        return model.active
-
-    def activate(self, name: str, version: int | str) -> registry.Model:
-        """Makes a version of a model the active one; returns the model as it is then.
-
-        Raises:
-          NotFoundError: no such model or version.
-        """
-        chain = self.chain(name, version)
-        self.check_chain(chain)
-        with self.changing(f"activating {name}@{version}") as changes:
-            model = registry.with_digests(self.storage, self.model(name))
-            if chain.version not in model.versions:
-                raise self._unknown(model, version)
-            if model.active == chain.version:
-                return model
-            return registry.activate(changes, model, chain.version)
-
-    def rollback(self, name: str) -> registry.Model:
-        """Makes the version active that was so before; returns the model as it is then.
-
-        Raises:
-          NotFoundError: no such model, or no earlier active version is left.
-        """
-        with self.changing(f"rolling {name} back") as changes:
-            model = registry.with_digests(self.storage, self.model(name))
-            version = model.before()
-            if version is None:
-                raise NotFoundError(
-                    f"{name} had no other active version that is still there: activate one of "
-                    f"{', '.join(map(str, sorted(model.versions))) or 'none'}"
-                )
-            self.check_chain(registry.chain(self.storage, name, version))
-            return registry.activate(changes, model, version, "rollback")
-
-    def alias(self, name: str, alias: str, version: int | str | None) -> registry.Model:
-        """Lets NAME@ALIAS stand for a version; None takes the alias away.
-
-        Raises:
-          NotFoundError: no such model, version or alias.
-        """
-        registry.check_alias(alias)
-        with self.changing(f"naming a version of {name}") as changes:
-            model = registry.with_digests(self.storage, self.model(name))
-            if version is None and alias not in model.aliases:
-                raise _unknown_alias(model, alias)
-            number = None if version is None else registry.resolve(model, str(version))
-            return registry.alias(changes, model, alias, number)
-
-    def _unknown(self, model: registry.Model, version: int | str | None) -> NotFoundError:
-        where = self.storage.location
-        if version is None and model.versions:
-            known = ", ".join(map(str, sorted(model.versions)))
-            return NotFoundError(
-                f"model {model.name!r} in {where} has no active version, but {known}: 'jblock convert "
-                f"activate {model.name}@{max(model.versions)}' makes one active"
-            )
-        if version is not None and model.versions:
-            return registry.unknown_version(model, str(version))
-        what = model.name if version is None else f"{model.name}@{version}"
-        known = ", ".join(self.chains()) or "none"
-        return NotFoundError(f"no model {what!r} in {where}; known: {known}")
 
     # Serving
 
@@ -504,14 +307,3 @@ class Zoo(Objects):
 def is_url(path: str | os.PathLike) -> bool:
     """Whether a zoo lies in a bucket: s3://, gs://, memory://."""
     return "://" in str(path)
-
-
-def _unknown_alias(model: registry.Model, alias: str) -> NotFoundError:
-    """The error for an alias that a model does not have."""
-    return NotFoundError(
-        f"model {model.name} has no alias {alias!r}; known: {', '.join(sorted(model.aliases)) or 'none'}"
-    )
-
-
-def _zoo_json() -> bytes:
-    return (canonical_json({"format": FORMAT}) + "\n").encode()

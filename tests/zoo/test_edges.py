@@ -266,6 +266,7 @@ def test_a_chain_without_a_policy_is_exact_and_keeps_its_version(zoo):
     data = json.loads(path.read_text())
     assert data.pop("policy") == "exact"
     path.write_text(json.dumps(data))
+    zoos.forget_records(zoo, "m")  # such records are older than their hashes
     assert zoo.chain("m").policy == "exact"
     assert zoo.publish(zoo.chain("m")).version == 1
     near = Chain.from_json(data | {"policy": "near", "version": 0})

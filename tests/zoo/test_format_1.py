@@ -10,6 +10,7 @@ import zoos
 from jblock.zoo import gc
 from jblock.zoo.fsck import fsck
 from jblock.zoo.inventory import inventory
+from jblock.zoo.listing import list_models
 from jblock.zoo.repair import repair
 from jblock.zoo.store import Zoo
 from jblock.zoo.transfer import copy
@@ -35,6 +36,11 @@ def test_it_is_read(old):
     ]
     row = next(r for r in inventory(old)["chains"] if (r["name"], r["version"]) == ("m", 2))
     assert row["active"]
+    assert [(r["name"], r["version"]) for r in list_models(old)["chains"]] == [
+        ("a", 1),
+        ("m", 1),
+        ("m", 2),
+    ]
     # A field that has another name now is covered by the id under its first one.
     specs = [old.component(i).spec for i in old.storage.names("components")]
     assert sum(getattr(spec, "transposed", False) for spec in specs) == 1

@@ -1,5 +1,6 @@
 """fsck: what is damaged is named; what a crash can leave is not called damage."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -9,7 +10,8 @@ import zoos
 
 from jblock.zoo import gc
 from jblock.zoo.fsck import fsck
-from jblock.zoo.records import ZooError
+from jblock.zoo.records import Chain, ZooError
+from jblock.zoo.repair import repair
 from jblock.zoo.store import Zoo
 
 
@@ -135,3 +137,71 @@ def test_what_a_crash_leaves_is_no_damage(zoo):
     gc.collect(zoo, dry_run=False)
     assert not (zoo.path / "chains/newer/1.json").exists()
     assert fsck(zoo) == []
+
+
+OTHER = {
+    "base": "m@9",
+    "base_digest": "0" * 64,
+    "tokenizer": None,
+    "tokenizer_files": "0" * 64,
+    "source_files": "0" * 64,
+    "bos_token_id": 3,
+    "eos_token_ids": [2],
+    "max_position": 17,
+    "policy": "near",
+    "family": "gpt2",
+}
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Chain)])
+def test_no_field_of_a_record_is_another_unseen(zoo, field):
+    """Whether the digest covers it or not; and what is made again is the version that it was."""
+    path = zoo.path / "chains/m/1.json"
+    data = json.loads(path.read_text())
+    value = data[field]
+    if isinstance(value, dict):
+        other = value | {"surprise": 1}
+    elif field in OTHER:
+        other = OTHER[field]
+    elif field == "steps":
+        other = [value[0], value[1] | {"deltas": []}, *value[2:]]
+    else:
+        other = value + 1 if isinstance(value, int) else value + "x"
+    assert other != value
+    edit(path, **{field: other})
+    assert fsck(zoo)
+    repair(zoo)
+    assert fsck(zoo) == []
+    assert (zoos.fill(zoo).version, zoo.versions("m")) == (1, [1])
+    assert fsck(zoo) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("digest", "0" * 64),
+        ("named", "0" * 16),
+        ("family", "gpt2"),
+        ("base", "n@1"),
+        ("made_from", "n@1"),
+        ("policy", "near"),
+        ("origin", {"license": "mit"}),
+    ],
+)
+def test_a_pointer_says_of_a_version_what_that_says_itself(zoo, field, value):
+    path = zoo.path / "chains/m/model.json"
+    (entry,) = json.loads(path.read_text())["versions"]
+    edit(path, versions=[entry | {field: value}])
+    (problem,) = fsck(zoo)
+    assert "says other things of version 1" in problem
+    assert "what they say themselves" in repair(zoo)[0]
+    assert fsck(zoo) == []
+    assert zoos.fill(zoo).version == 1
+
+
+def test_what_a_killed_writer_left_without_its_target_is_no_damage(zoo):
+    embedding = zoo.put_component(zoos.EMBEDDING, zoos.tensors(zoos.EMBEDDING, 9))
+    zoo.put_component(zoos.HEAD, {}, {"weight": (embedding, "weight")})
+    shutil.rmtree(zoo.path / "components" / embedding)
+    assert fsck(zoo) == []
+    assert len(gc.collect(zoo, dry_run=False)) == 1

@@ -15,6 +15,7 @@ from jblock.zoo.edge_records import Edge, Score
 from jblock.zoo.fsck import fsck
 from jblock.zoo.inventory import inventory
 from jblock.zoo.lease import LeaseLostError, LockedError
+from jblock.zoo.listing import list_models
 from jblock.zoo.object_storage import ObjectStorage
 from jblock.zoo.records import Step, ZooError
 from jblock.zoo.repair import repair
@@ -63,6 +64,7 @@ def test_models_are_added_read_and_removed(zoo, url):
     ).all()
     assert (again.tokenizer_path(first.tokenizer) / "merges.txt").read_bytes() == b"a b"
     assert again.rollback("m").active == 2
+    assert [row["active"] for row in list_models(again)["chains"]] == [False, True]
     row = inventory(again)["totals"]
     assert (row["chains"], row["components"]) == (2, 8)
     assert fsck(again) == []
