@@ -25,7 +25,7 @@ from jblock.zoo.store import Zoo
 
 Steps = tuple[Step, ...]
 _BATCH_TOKENS = 2048  # put through a layer at once
-_HEAD_TOKENS = 256  # whose logits are in memory at once
+_HEAD_TOKENS = 128  # whose logits, and those of the original, are in memory at once
 LIVE_BYTES = 512 << 20  # hidden rows of all chains that go through the layers together
 
 
