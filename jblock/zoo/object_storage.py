@@ -6,10 +6,6 @@ lock is in a folder zoo. Changing it is making the next number on the condition 
 bucket can do: two writers never overwrite each other, and one that was slow finds out.
 
 Components are copied into the user's own cache when they are read, and their hash is checked once then.
-
-Leases are small files, kept up by being written again; their age is told by the bucket's clock alone, but
-for a process of this host that has ended. A holder that lost the lock cannot publish, for pointers are
-conditional, and it looks at the lock before every change.
 """
 
 import contextlib
@@ -20,7 +16,6 @@ import os
 import secrets
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,13 +23,12 @@ from typing import Any
 
 from jblock.user_cache import UserCacheError, private_folder
 from jblock.zoo import codec, lease
-from jblock.zoo.lease import LeaseLostError, LockedError
+from jblock.zoo.lease import LeaseLostError
+from jblock.zoo.object_lease import BucketLease
 from jblock.zoo.records import DamagedError, NotFoundError, UnreadableError, ZooError
 from jblock.zoo.storage import QUARANTINE
 
 _FILES = "files.json"
-_HEARTBEATS = 6  # in the life of a lease
-_TELL_SECONDS = 2.0  # of waiting, before it is said for whom
 _EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}
 _AT_ONCE = 16
 
@@ -180,7 +174,7 @@ class ObjectStorage:
     def lease(self, purpose: str) -> Iterator[Path]:
         """See `Storage`."""
         scratch = Path(tempfile.mkdtemp(dir=self._scratch()))
-        holder = _Lease(self, scratch.name, purpose)
+        holder = BucketLease(self, scratch.name, purpose)
         try:
             with holder:
                 (scratch / "lease").write_text(holder.name)
@@ -191,7 +185,7 @@ class ObjectStorage:
     @contextlib.contextmanager
     def exclusive(self, purpose: str) -> Iterator["ObjectChanges"]:
         """See `Storage`."""
-        with _Lease(self, secrets.token_hex(8), purpose) as holder:
+        with BucketLease(self, secrets.token_hex(8), purpose) as holder:
             holder.acquire()
             yield ObjectChanges(self, holder)
 
@@ -346,7 +340,7 @@ class ObjectStorage:
 class ObjectChanges:
     """Changes in a bucket, each after a look at the lock; see `Changes`."""
 
-    def __init__(self, storage: ObjectStorage, holder: "_Lease"):
+    def __init__(self, storage: ObjectStorage, holder: BucketLease):
         self._storage, self._holder = storage, holder
 
     def put(self, name: str, data: bytes) -> None:
@@ -382,114 +376,3 @@ class ObjectChanges:
         flat = name.replace("/", "-")
         self._storage.move_aside(name, f"{QUARANTINE}/{flat}.{self._holder.name}")
         shutil.rmtree(self._storage.root / name, ignore_errors=True)
-
-
-class _Lease:
-    """A lease in a bucket, and the lock that it may hold."""
-
-    def __init__(self, storage: ObjectStorage, name: str, purpose: str):
-        self.name = name
-        self._storage, self._seen = storage, time.monotonic()
-        self._said = json.dumps(
-            {
-                "user": lease.user(),
-                "pid": os.getpid(),
-                "node": os.uname().nodename,
-                "space": lease.process_space(),
-                "purpose": purpose,
-            }
-        ).encode()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._heartbeat, daemon=True)
-        self._number = 0
-
-    def __enter__(self) -> "_Lease":
-        self._storage.write(f"tmp/{self.name}/lease", self._said)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        with contextlib.suppress(ZooError):
-            self._storage.delete(f"tmp/{self.name}")
-
-    def check(self) -> None:
-        """Raises LeaseLostError where the lease may have been broken, or the lock passed on."""
-        late = time.monotonic() - self._seen > lease.SECONDS / 2
-        numbers = self._storage.numbers("locks")
-        if late or max(numbers, default=0) != self._number:
-            raise LeaseLostError(
-                f"this process stood still for too long and lost its lease on {self._storage.location}: no "
-                "model was changed; run the same command again"
-            )
-
-    def acquire(self) -> None:
-        """Takes the exclusive lock, waiting for it if need be; as in lease.py."""
-        begin, told, wait = time.monotonic(), "", 0.05
-        while True:
-            number = max(self._storage.numbers("locks"), default=0)
-            holder = self._held(number) if number else ""
-            if holder:
-                waited = time.monotonic() - begin
-                if waited > lease.MAX_WAIT_SECONDS:
-                    raise LockedError(
-                        f"{self._storage.location} has been locked by {self._describe(holder)} for "
-                        f"{lease.MAX_WAIT_SECONDS:.0f} s: nothing was changed; run the same command again"
-                    )
-                if waited > _TELL_SECONDS and told != holder:
-                    left = lease.MAX_WAIT_SECONDS - waited
-                    lease.tell(f"waiting for {self._describe(holder)}, at most {left:.0f} s more")
-                    told = holder
-                time.sleep(wait)
-                wait = min(2 * wait, 1.0)
-                continue
-            if not self._storage.put_new(f"locks/{number + 1}", self.name.encode()):
-                continue
-            if max(self._storage.numbers("locks"), default=0) > number + 1:
-                continue
-            self._number = number + 1
-            for old in self._storage.numbers("locks"):
-                if old <= number:
-                    self._storage.delete(f"locks/{old}")
-            return
-
-    def _held(self, number: int) -> str:
-        try:
-            holder = self._storage.read(f"locks/{number}", 256).decode()
-            said = self._storage.read(f"tmp/{holder}/lease", 4096)
-        except NotFoundError:
-            return ""
-        if _of_ended(said) or self._storage.expired(holder, self._storage.now()):
-            self._storage.delete(f"tmp/{holder}")
-            return ""
-        return holder
-
-    def _describe(self, holder: str) -> str:
-        try:
-            said = json.loads(self._storage.read(f"tmp/{holder}/lease", 4096))
-            return f"process {said['pid']} of {said['user']} on {said['node']} ({said['purpose']})"
-        except (ZooError, ValueError, KeyError, TypeError):
-            return f"another process (lease {holder})"
-
-    def _heartbeat(self) -> None:
-        while not self._stop.wait(lease.SECONDS / _HEARTBEATS):
-            try:
-                self._storage.read(f"tmp/{self.name}/lease", 4096)
-                self._storage.write(f"tmp/{self.name}/lease", self._said)
-                self._seen = time.monotonic()
-            except NotFoundError:
-                self._seen = -1e9  # broken: `check` tells
-                return
-            except ZooError:
-                continue  # a network that comes back in time is no loss
-
-
-def _of_ended(said: bytes) -> bool:
-    """Whether a lease is of a process of this host that has ended."""
-    try:
-        found = json.loads(said)
-        here = found["space"] and found["space"] == lease.process_space()
-        return bool(here) and type(found["pid"]) is int and lease.has_ended(found["pid"])
-    except (ValueError, KeyError, TypeError):
-        return False  # of an older version

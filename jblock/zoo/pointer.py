@@ -197,10 +197,11 @@ def check_record(entry: Entry, chain: Chain, data: bytes) -> None:
     Raises:
       DamagedError: it is another.
     """
-    if entry.record:
-        what = "" if hashlib.sha256(data).hexdigest() == entry.record else "record"
-    else:
-        what = "" if entry.digest in ("", chain.digest) else "digest"
+    if entry.record and hashlib.sha256(data).hexdigest() == entry.record:
+        return
+    what = "record" if entry.record else ""
+    if entry.digest not in ("", chain.digest):
+        what = "digest"
     if what:
         raise DamagedError(
             f"{chain.name}@{chain.version} has another {what} than when it was published: its record was "
