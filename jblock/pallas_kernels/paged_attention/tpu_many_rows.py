@@ -38,6 +38,8 @@ _SUBLANES = 8
 _NONE_SEEN = (
     MASKED / 2
 )  # a row's best before it sees a key: so far over a masked score that its power is 0
+_ZEROS = 4  # of scores when the best is sought and when weights are made, of weights, and of sums
+_SUMMED = 40  # rows of the transposed sum that are added to at a time
 _ONES = 16  # a register tile of bfloat16
 _AHEAD = 1  # heads whose scores are made while the values of one are added; of more, registers are spilled
 
@@ -52,7 +54,8 @@ class ManyState:
     acc: Any
     scores: Any  # AHEAD + 1 of float32 [2, chunk, rows], of which the first half is used
     weights: Any  # as many of the products' dtype, likewise
-    zeros: Any  # int32 [3] in SMEM, 0: see `ManyRows._attend_keys`
+    zeros: Any  # int32 [ZEROS + kv_heads] in SMEM, 0: see `ManyRows._attend_keys`
+    tokens: Any  # int32 [1, 1, rows], each row's token of its tile
     queries: Any  # [q_tiles, kv_heads, rows, d], the item's without gaps
     keys: Any  # [kv_heads, block, d] widened; None: they need not be
     values: Any  # [kv_heads, d + ones, block], in the rows behind d ones
@@ -70,7 +73,8 @@ class ManyRows(FewRows):
             acc=form.state(d + _SUBLANES, form.rows),
             scores=[pltpu.VMEM((2, form.chunk, form.rows), jnp.float32)] * (_AHEAD + 1),
             weights=[pltpu.VMEM((2, form.chunk, form.rows), form.dtype)] * (_AHEAD + 1),
-            zeros=pltpu.SMEM((3,), jnp.int32),
+            zeros=pltpu.SMEM((_ZEROS + kv_heads,), jnp.int32),
+            tokens=pltpu.VMEM((1, 1, form.rows), jnp.int32),
             queries=pltpu.VMEM((form.blocks.q_tiles, kv_heads, form.rows, d), form.dtype),
             keys=pltpu.VMEM((kv_heads, block, d), form.dtype) if form.scaled else None,
             values=pltpu.VMEM((kv_heads, d + _ones(form), block), form.dtype),
@@ -87,6 +91,8 @@ class ManyRows(FewRows):
             self.state.zeros[i] = 0
         form, state, queries = self.form, self.state, self.walk.scratch.q
         tokens = form.blocks.q_tokens
+        row = lax.broadcasted_iota(jnp.int32, (1, form.rows), 1)
+        state.tokens[0] = lax.div(row, form.groups)
 
         @pl.loop(0, self.tiles(item))
         def lay(u):
@@ -171,25 +177,21 @@ class ManyRows(FewRows):
     def _attend_keys(self, u, slot, at, keys, masked, q_first, start) -> None:
         """One query tile over `keys` keys of the block (static) from `at`, all heads: the scores of a
         head are made before the values of the one before are added."""
-        seen = None
-        if masked:
-            shape = keys, self.form.rows
-            token = lax.div(lax.broadcasted_iota(jnp.int32, shape, 1), self.form.groups)
-            key = start + at + lax.broadcasted_iota(jnp.int32, shape, 0)
-            seen = self.form.seen(q_first + token, key)
+        ahead = q_first - start - at if masked else None
         # What is stored at 0 is loaded at indices that only the program knows. Else the compiler leaves
         # out the store and keeps all scores in registers, of which there are too few, from when they are
         # made, or from when they are loaded first, until they are needed last.
-        zero = [self.state.zeros[i] for i in range(3)]
+        zero = [self.state.zeros[i] for i in range(_ZEROS)]
         best: list[Any] = []
         for step in range(self.form.kv_heads + _AHEAD):
             if step < self.form.kv_heads:
-                best.append(self._score(u, slot, at, keys, seen, zero, step))
+                best.append(self._score(u, slot, at, keys, ahead, zero, step))
             if step >= _AHEAD:
-                self._add(u, at, keys, zero, step - _AHEAD, best[step - _AHEAD])
+                self._add(u, at, keys, masked, zero, step - _AHEAD, best[step - _AHEAD])
 
-    def _score(self, u, slot, at, keys, seen, zero, h: int) -> jax.Array:
-        """Leaves a head's scores in their buffer; returns each row's best so far [1, rows]."""
+    def _score(self, u, slot, at, keys, ahead, zero, h: int) -> jax.Array:
+        """Leaves a head's scores in their buffer; returns each row's best so far [1, rows]. ahead: tokens
+        from the first of these keys to the tile's first query, if they are to be masked, else None."""
         form, scratch, state = self.form, self.walk.scratch, self.state
         if state.keys is None:
             tiles = pl.ds(lax.div(at, form.tile), keys // form.tile)
@@ -199,18 +201,23 @@ class ManyRows(FewRows):
         products = dot(k, state.queries[u, h], 1, 1)
         buffer = state.scores[h % (_AHEAD + 1)]
         best = jnp.broadcast_to(state.best[u, h], (_SUBLANES, form.rows))
+        # Masks are made for each head anew: one for all would take registers all the while.
+        if ahead is not None:
+            mine = state.zeros[_ZEROS + h]
+            query = state.tokens[mine] + (ahead + mine)
         for begin in range(0, keys, _step(keys)):
             part = slice(begin, begin + _step(keys))
             scores = form.scores(products[part])
-            if seen is not None:
-                scores = jnp.where(seen[part], scores, MASKED)
+            if ahead is not None:
+                key = lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+                scores = jnp.where(form.seen(query - begin, key), scores, MASKED)
             buffer[0, part] = scores
         for begin in range(0, keys, _step(keys)):
             scores = buffer[zero[0], begin : begin + _step(keys)]
             best = jnp.maximum(best, scores.reshape(-1, _SUBLANES, form.rows).max(axis=0))
         return best.max(axis=0, keepdims=True)
 
-    def _add(self, u, at, keys, zero, h: int, best: jax.Array) -> None:
+    def _add(self, u, at, keys, masked, zero, h: int, best: jax.Array) -> None:
         """Adds the values of a head whose scores are in their buffer."""
         form, state = self.form, self.state
         scores, weights = (a[h % (_AHEAD + 1)] for a in (state.scores, state.weights))
@@ -226,10 +233,13 @@ class ManyRows(FewRows):
         state.best[u, h] = best
         values = state.values[h, :, pl.ds(at, keys)]
         added = dot(values, weights[zero[2], pl.ds(0, keys)], 1, 0)
-        if total is None:
-            state.acc[u, h] = state.acc[u, h] * keep + added[: d + _SUBLANES]
-        else:
-            state.acc[u, h, pl.ds(0, d)] = state.acc[u, h, pl.ds(0, d)] * keep + added
+        summed = d if total is not None else d + _SUBLANES
+        # A strip's sums are loaded when the head before has stored its own: not all of them at once.
+        few, old = (_SUMMED, h + zero[3]) if masked else (summed, h)
+        for begin in range(0, summed, few):
+            part = slice(begin, min(begin + few, summed))
+            state.acc[u, h, part] = state.acc[u, old, part] * keep + added[part]
+        if total is not None:
             state.acc[u, h, pl.ds(d, _SUBLANES)] = total
 
     def end(self, item: Item, rows_slot: Any) -> None:
