@@ -173,13 +173,19 @@ class MemoryZoo:
         return self._publish(name, tuple(steps))
 
     def add_adapter(
-        self, name: str, base: str, rank: int, targets: Sequence[str] = ("q", "k", "v", "o")
+        self,
+        name: str,
+        base: str,
+        rank: int,
+        targets: Sequence[str] = ("q", "k", "v", "o"),
+        first_layer: int = 0,
     ) -> Chain:
-        """LoRA of one rank on `targets` of every layer of the chain `base`."""
+        """LoRA of one rank on `targets` of every layer of the chain `base`, or of those from one on."""
         steps = []
-        for step in self.served[base].steps:
+        for at, step in enumerate(self.served[base].steps):
             spec = self._components[step.component].spec
-            mine = [t for t in targets if f"{t}.weight" in spec.tensors()]
+            adapted = at > 2 * first_layer
+            mine = [t for t in targets if adapted and f"{t}.weight" in spec.tensors()]
             deltas: tuple[str, ...] = ()
             if mine:
                 lora = LoraSpec(targets={t: LoraTarget(rank=rank, scale=0.5) for t in mine})

@@ -27,6 +27,8 @@ _GREEDY = {
     "zero_pages",
     "gather_pages",
     "scatter_pages",
+    "read_rows",
+    "write_rows",
     "write_pieces",
     "write_vectors",
 }

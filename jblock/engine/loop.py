@@ -118,7 +118,7 @@ class Loop:
         smaller pool does not hold the pages of running sequences, the youngest are preempted."""
         state, sequences = self.device.state, self._sequences
         for shape in [s for s in state.pool_shapes if s not in pools]:
-            if not any(shape in sequence.pages.layers for sequence in sequences):
+            if not any(sequence.pages.uses(shape) for sequence in sequences):
                 self.kv.remove(shape)
                 state.remove_pool(shape)
         sizes = {shape: pool.num_pages for shape, pool in state.pool_shapes.items()}
@@ -156,6 +156,7 @@ class Loop:
             widths |= route.widths
             for shape, digests in route.kv_digests.items():
                 layers[shape] = max(layers.get(shape, 0), len(digests))
+            layers |= {boundary.shape: 1 for boundary in route.boundaries}
         if old:
             order = visiting_order([*graph.routes.values(), *old])
         self._stepper.queues.reorder(order)
@@ -307,8 +308,7 @@ class Loop:
     def _enqueue(self) -> Step | None:
         """Plans a step and sends it to the device; None when there is nothing to do."""
         sequences = self._sequences
-        running = sequences.running.values()
-        budget = self.config.step_ms / 1e3 / self._pace.ratio
+        running, budget = sequences.running.values(), self.config.step_ms / 1e3 / self._pace.ratio
         # Nobody waits for the next token of a prompt: only streams need steps that end soon.
         streams = any(s.computed >= s.prefill for s in running)
         decoding = self._in_flight.decode_seconds if self._in_flight else 0.0

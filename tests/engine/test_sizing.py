@@ -132,9 +132,10 @@ def test_pools_take_what_is_free_and_no_more_than_can_be_used(zoo, monkeypatch):
 def test_an_explicit_size_wins(zoo, monkeypatch):
     monkeypatch.setattr(free_memory, "kv_budget", lambda devices: 1 / 0)
     agent = Agent.make(zoo, [MODEL], EngineConfig(max_model_len=96, kv_memory_mb=1))
-    ((kv, shape),) = agent.device.pool_shapes.items()
-    layers = agent.graph.kv_layers[kv]
-    most = layers * (10**6 // (layers * shape.page_bytes))
+    ((key, shape),) = agent.device.pool_shapes.items()
+    layers = agent.graph.kv_layers[key]
+    kv = 10**6 - 10**6 // sizing.ROWS_PART
+    most = layers * (kv // (layers * shape.page_bytes))
     assert shape.num_pages - 1 == sizing.round_down(most) > 0.93 * most
 
 

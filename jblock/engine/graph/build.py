@@ -15,6 +15,7 @@ from jblock.blocks.spec import (
 from jblock.engine.adapters import compose as slot_content
 from jblock.engine.adapters.slot_tables import Tables
 from jblock.engine.config import EngineConfig
+from jblock.engine.graph.boundaries import boundaries, partings
 from jblock.engine.graph.expert_parallel import ExpertGroup
 from jblock.engine.graph.graph import (
     BlockInstance,
@@ -27,7 +28,8 @@ from jblock.engine.graph.graph import (
 from jblock.engine.graph.order import visiting_order
 from jblock.engine.graph.segments import layer_runs, segments
 from jblock.engine.graph.stitches import check_widths, positions
-from jblock.engine.kv_cache.prefix_keys import layer_digests
+from jblock.engine.kv_cache.prefix_keys import layer_digests, step_digests
+from jblock.engine.kv_cache.sequence_pages import Boundary
 from jblock.engine.kv_cache.spec import KVShape
 from jblock.engine.signature import Signature, TableForm
 from jblock.engine.weights import params as parameters
@@ -161,6 +163,11 @@ class _Builder:
         served = {name: chains[name] for name in first.values()}
         plan = self.zoo.block_plan(served)
         self.plans[domain] = plan
+        digests = {
+            chain.name: self._keep(("digests", chain.steps), lambda c=chain: step_digests(c.steps))
+            for chain in chains.values()
+        }
+        parting = partings(digests.values())
         stages, parts = {}, {}
         for ids, name in first.items():
             specs = self._specs(ids)
@@ -168,12 +175,23 @@ class _Builder:
             parts[ids] = self._parts(domain, ids)
             stages[ids] = tuple(self._stage(domain, specs, b) for b in plan.blocks[name])
         return {
-            name: self._route(domain, chain, parts[of[name]], stages[of[name]])
+            name: self._route(
+                domain,
+                chain,
+                parts[of[name]],
+                stages[of[name]],
+                boundaries(stages[of[name]], digests[chain.name], parting),
+            )
             for name, chain in chains.items()
         }
 
     def _route(
-        self, domain: str, chain: Chain, parts: tuple[Part, ...], stages: tuple[Stage, ...]
+        self,
+        domain: str,
+        chain: Chain,
+        parts: tuple[Part, ...],
+        stages: tuple[Stage, ...],
+        parted: tuple[Boundary, ...],
     ) -> Route:
         """The route of a chain; the same one as before where all of it stayed as it was."""
         ids = tuple(part.component for part in parts)
@@ -183,7 +201,8 @@ class _Builder:
             members[found.owner if isinstance(found, Tied) else found] = None
         weights = self._keep(("weight set", domain, ids), lambda: WeightSet(tuple(members)))
         adapter = self._adapter(domain, chain)
-        key = ("route", domain, chain.name, tuple(id(s) for s in (*parts, *stages)))
+        places = tuple((b.stage, b.layer) for b in parted)
+        key = ("route", domain, chain.name, tuple(id(s) for s in (*parts, *stages)), places)
         route = self._before.get(key)
         if route is None or route.chain != chain:
             route = Route(
@@ -191,6 +210,7 @@ class _Builder:
                 stages=stages,
                 kv_digests=_kv_digests(chain, parts),
                 virtual_tokens=self._virtual.get(chain.name, 0),
+                boundaries=parted,
             )
         self.cache[key] = route
         return route

@@ -10,8 +10,8 @@ from typing import Any
 from jblock.blocks.spec import ComponentSpec
 from jblock.engine.adapters.slot_tables import Tables
 from jblock.engine.graph.expert_parallel import ExpertGroup
-from jblock.engine.kv_cache.sequence_pages import LayerDigests
-from jblock.engine.kv_cache.spec import KVShape
+from jblock.engine.kv_cache.sequence_pages import Boundary, LayerDigests
+from jblock.engine.kv_cache.spec import KVShape, PageShape
 from jblock.engine.signature import Signature
 from jblock.engine.weights import params as parameters
 from jblock.engine.weights.needs import Needs, ResidentSet
@@ -139,12 +139,14 @@ class Route:
       stages: the blocks a row of it visits, in order.
       kv_digests: of each KV shape, what names the content of its attentions' pages.
       virtual_tokens: how many its sequences begin with (prompt or prefix tuning).
+      boundaries: where chains leave it, the lowest first.
     """
 
     needs: Needs
     stages: tuple[Stage, ...]
     kv_digests: LayerDigests
     virtual_tokens: int = 0
+    boundaries: tuple[Boundary, ...] = ()
 
     @property
     def chain(self) -> Chain:
@@ -230,10 +232,12 @@ class ServingGraph:
         return {w for i in self.instances for layer in i.layers for w in layer.signature.widths}
 
     @functools.cached_property
-    def kv_layers(self) -> dict[KVShape, int]:
-        """Of each KV shape, how many attentions the deepest chain has."""
+    def kv_layers(self) -> dict[PageShape, int]:
+        """Of each KV shape, how many attentions the deepest chain has; and the shapes of rows that are kept
+        where chains part, with 1."""
         most: dict[KVShape, int] = {}
         for route in self.routes.values():
             for shape, digests in route.kv_digests.items():
                 most[shape] = max(len(digests), most.get(shape, 0))
-        return dict(sorted(most.items()))
+        rows = {b.shape for route in self.routes.values() for b in route.boundaries}
+        return {**dict(sorted(most.items())), **dict.fromkeys(sorted(rows), 1)}

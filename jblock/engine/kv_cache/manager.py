@@ -1,15 +1,16 @@
-"""The KV pages of sequences: prefix reuse on admission, growth while decoding, return at the end."""
+"""The pages of sequences: prefix reuse on admission, growth while decoding, return at the end."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from jblock.engine.kv_cache.host_offload import HostCopy, HostPool
 from jblock.engine.kv_cache.page_pool import PagePool
 from jblock.engine.kv_cache.prefix_keys import token_hashes, token_root
-from jblock.engine.kv_cache.sequence_pages import SequencePages
-from jblock.engine.kv_cache.spec import KVShape, PoolShape
+from jblock.engine.kv_cache.row_cache import RowCache
+from jblock.engine.kv_cache.sequence_pages import Entry, SequencePages
+from jblock.engine.kv_cache.spec import KVShape, PageShape, Pool
 
 # Cached pages that a pool keeps when its size changes: a second's worth of copying, at most.
 RESIZE_BYTES = 256 * 10**6
@@ -18,37 +19,57 @@ RESIZE_BYTES = 256 * 10**6
 class PageStore(Protocol):
     """Where the pages are: the device."""
 
-    def zero_pages(self, shape: KVShape, pages: Sequence[int]) -> None:
+    def zero_pages(self, shape: PageShape, pages: Sequence[int]) -> None:
         """Zeroes pages."""
         ...
 
-    def copy_out(self, shape: KVShape, pages: Sequence[int]) -> Sequence[Any]:
+    def copy_out(self, shape: PageShape, pages: Sequence[int]) -> Sequence[Any]:
         """Begins to copy pages to the host."""
         ...
 
     def copy_in(
-        self, shape: KVShape, pages: Sequence[int], copies: Sequence[Any], skip: int = 0
+        self, shape: PageShape, pages: Sequence[int], copies: Sequence[Any], skip: int = 0
     ) -> None:
         """Overwrites all pages but the first `skip` with their copies."""
         ...
 
 
-class KVCacheManager:
-    """Pages of all KV shapes of an agent. A sequence holds the same number of pages in each of its
-    attention layers, so a prefix counts as cached only where all of them have it.
+class Span(NamedTuple):
+    """Pages of a prompt, `first` to before `end`, that are cached in the layers below a place in its chain.
 
     Attributes:
-      pools: by KV shape.
-      tables: by KV shape, int32 [layers, max_num_seqs + 1, max_pages]: the pages of the sequence in each
-        slot, layer by layer of its chain; 0, the null page, elsewhere, and in the last row, which stands
-        for padding.
+      first: where the one above it ends.
+      end: the first page that is not cached there.
+      most: pages that may be found there.
+      below: of each KV shape, how many layers.
+      number: of the boundary; None: the whole chain.
+    """
+
+    first: int
+    end: int
+    most: int
+    below: Mapping[KVShape, int]
+    number: int | None = None
+
+
+class KVCacheManager:
+    """Pages of an agent. A sequence holds the same number of KV pages in each of its attention layers, so a
+    prefix counts as cached where all of them have it. Behind that, tokens whose trunk alone is cached, KV
+    and the rows that leave it, enter the chain at the boundary above.
+    Attributes:
+      pools: by shape.
+      tables: by shape, int32 [layers or boundaries, max_num_seqs + 1, max_pages]: the pages of the sequence
+        in each slot, layer by layer of its chain; 0, the null page, elsewhere, and in the last row, which
+        stands for padding.
       host: host-memory copies of the pages of preempted sequences.
+      rows: what is kept where chains part.
       hit_tokens: prompt tokens found in the cache instead of computed.
+      trunk_tokens: those of which the trunk was found.
     """
 
     def __init__(
         self,
-        shapes: Mapping[KVShape, PoolShape],
+        shapes: Mapping[PageShape, Pool],
         page_size: int,
         max_num_seqs: int,
         max_pages: int,
@@ -65,20 +86,22 @@ class KVCacheManager:
           store: zeroes or overwrites pages whenever they change hands.
           host: memory for copies; None keeps none.
         """
-        self.pools = {shape: PagePool(s.num_pages - 1) for shape, s in shapes.items()}
-        self.tables: dict[KVShape, np.ndarray] = {}
-        self.hit_tokens = 0
+        self.pools: dict[PageShape, PagePool] = {}
+        self.pools |= {shape: PagePool(s.num_pages - 1) for shape, s in shapes.items()}
+        self.tables: dict[PageShape, np.ndarray] = {}
+        self.hit_tokens = self.trunk_tokens = 0
         self.host = host or HostPool(0, 0)
         self._page_bytes = {shape: s.page_bytes for shape, s in shapes.items()}
         self._page_size, self._max_num_seqs, self._max_pages = page_size, max_num_seqs, max_pages
         self._store = store
-        # Pages that running sequences are about to compute, by content, and by whom.
-        self._computing: dict[tuple[bytes, bytes], SequencePages] = {}
+        # What running sequences are about to compute, KV of a whole chain or rows, and who.
+        self._computing: dict[tuple[bytes, PageShape, bytes], SequencePages] = {}
+        self.rows = RowCache(self.pools, self.table, page_size)
 
     def prefix_in_flight(self, pages: SequencePages, tokens: Sequence[int], limit: int) -> bool:
-        """Whether another sequence is about to compute the page this one would compute first: samples
-        of one prompt, or requests with a long beginning in common, that come at once. It is worth
-        waiting for.
+        """Whether another sequence is about to compute the page this one would compute first, or its trunk:
+        samples of one prompt, requests with a long beginning in common, or one prompt asked of several
+        fine-tunes, that come at once. It is worth waiting for.
 
         Args:
           pages: of a sequence that has none.
@@ -87,8 +110,12 @@ class KVCacheManager:
         """
         if pages.host_copy is not None or not self._computing or not pages.layers:
             return False
-        hits, limit = self._hits(pages, tokens, limit), limit // self._page_size
-        return hits < limit and self._last(pages, pages.hashes[hits]) in self._computing
+        names = self._names(pages)
+        return any(
+            span.end < span.most
+            and (pages.hashes[span.end], *names[span.number]) in self._computing
+            for span in self._spans(pages, tokens, limit)
+        )
 
     def cached_tokens(self, pages: SequencePages, tokens: Sequence[int], limit: int) -> int:
         """How many leading tokens a sequence without pages would find now; `admit` finds them."""
@@ -98,7 +125,7 @@ class KVCacheManager:
         self, pages: SequencePages, slot: int, tokens: Sequence[int], limit: int
     ) -> int | None:
         """Gives a sequence pages for all its tokens and one more: cached ones first, then those copied to
-        the host, then zeroed ones.
+        the host, then zeroed ones. Says in `pages.entries` where tokens enter that are to be computed.
 
         Args:
           pages: of a sequence that has none.
@@ -110,35 +137,51 @@ class KVCacheManager:
           How many tokens need no computing; None: not enough pages, nothing changed.
         """
         copy = pages.host_copy
-        hits = self._hits(pages, tokens, limit)
-        count = self._pages_for(len(tokens) + 1)
-        found = self._found(pages, hits)
-        for shape, ids in found.items():
+        spans = self._spans(pages, tokens, limit)[: 1 if copy else None]
+        count, hits = self._pages_for(len(tokens) + 1), spans[0].end
+        wanted = {shape: count * len(digests) for shape, digests in pages.layers.items()}
+        found = [
+            (span, shape, self._found(pages, span, shape)) for span in spans for shape in wanted
+        ]
+        for _, shape, ids in found:
             self.pools[shape].add_owner(ids)
-        if any(self.pools[s].num_free < (count - hits) * len(d) for s, d in pages.layers.items()):
-            for shape, ids in found.items():
+            wanted[shape] -= len(ids)
+        if any(self.pools[shape].num_free < number for shape, number in wanted.items()):
+            for _, shape, ids in found:
                 self.pools[shape].free(ids)
             return None
         pages.slot = slot
-        for shape, ids in found.items():
-            self._fill(pages, shape, 0, ids)
-        pages.count = hits
-        computed = hits * self._page_size
+        for span, shape, ids in found:
+            self._fill(pages, shape, range(span.below.get(shape, 0)), span.first, ids)
+        pages.count, computed = hits, hits * self._page_size
         if copy and self._pages_for(copy.tokens) > hits:
             self._extend(pages, self._pages_for(copy.tokens), overwritten=True)
             for shape, digests in pages.layers.items():
                 ids = self._ids(pages, shape, pages.count)
                 self._store.copy_in(shape, ids, copy.parts[shape], hits * len(digests))
+        for span in spans[1:]:
+            self._extend(pages, span.end, span.below)
+            if span.number is not None:
+                self.rows.hold(pages, span.number, span.first, span.end)
         self._extend(pages, count)
         pages.cached = hits
+        pages.entries = [
+            Entry(s.end * self._page_size, s.number)
+            for s in spans
+            if s.number is not None and s.end > s.first
+        ]
         if copy:
             computed = max(computed, copy.tokens)
             self.cache(pages, tokens, computed)
             self.drop_copy(pages)
         else:
             self.hit_tokens += computed
-        for tokens_hash in self._hashes(pages, tokens)[computed // self._page_size :]:
-            self._computing.setdefault(self._last(pages, tokens_hash), pages)
+            self.trunk_tokens += spans[-1].end * self._page_size - computed
+        ends = {span.number: span.end for span in spans}
+        for number, name in self._names(pages).items():
+            begin = max(ends.get(number, 0), computed // self._page_size)
+            for tokens_hash in self._hashes(pages, tokens)[begin:]:
+                self._computing.setdefault((tokens_hash, *name), pages)
         return computed
 
     def copy_bytes(self, pages: SequencePages, num_tokens: int) -> int:
@@ -183,11 +226,14 @@ class KVCacheManager:
         computing, be found by others."""
         full = num_tokens // self._page_size
         hashes = self._hashes(pages, tokens)
+        names = self._names(pages)
         for i in range(pages.cached, full):
             for shape, digests in pages.layers.items():
                 ids = self.tables[shape][: len(digests), pages.slot, i].tolist()
                 self.pools[shape].cache(hashes[i], digests, ids)
-            self._computing.pop(self._last(pages, hashes[i]), None)
+            self.rows.cache(pages, i)
+            for name in names.values():
+                self._computing.pop((hashes[i], *name), None)
         pages.cached = max(pages.cached, full)
 
     def invalidate(self, pages: SequencePages) -> None:
@@ -196,19 +242,22 @@ class KVCacheManager:
         for tokens_hash in pages.hashes:
             for shape, digests in pages.layers.items():
                 self.pools[shape].invalidate(tokens_hash, digests)
+        self.rows.invalidate(pages)
 
     def release(self, pages: SequencePages) -> None:
         """Gives back all pages."""
-        for tokens_hash in pages.hashes:
-            last = self._last(pages, tokens_hash)
-            if self._computing.get(last) is pages:
-                del self._computing[last]
+        for name in self._names(pages).values():
+            for tokens_hash in pages.hashes:
+                if self._computing.get((tokens_hash, *name)) is pages:
+                    del self._computing[tokens_hash, *name]
         for shape, digests in pages.layers.items():
             self.pools[shape].free(self._ids(pages, shape, pages.count))
             self.tables[shape][: len(digests), pages.slot, : pages.count] = 0
+        self.rows.release(pages)
+        pages.entries = []
         pages.slot, pages.count, pages.cached = -1, 0, 0
 
-    def resize(self, shape: KVShape, pool: PoolShape) -> tuple[list[int], list[int]]:
+    def resize(self, shape: PageShape, pool: Pool) -> tuple[list[int], list[int]]:
         """Changes the number of pages of a shape, or adds a shape. What is cached is kept up to
         RESIZE_BYTES, for moving it takes time.
 
@@ -228,48 +277,86 @@ class KVCacheManager:
         kept = np.flatnonzero(new_id)
         return kept.tolist(), new_id[kept].tolist()
 
-    def remove(self, shape: KVShape) -> None:
+    def remove(self, shape: PageShape) -> None:
         """Forgets a shape that no sequence holds pages of."""
         self.pools.pop(shape, None)
         self.tables.pop(shape, None)
 
-    def _hits(self, pages: SequencePages, tokens: Sequence[int], limit: int) -> int:
-        """How many leading pages, of the first `limit` tokens, are cached in every layer."""
-        most = limit // self._page_size
-        for i, tokens_hash in enumerate(self._hashes(pages, tokens)[:most]):
-            for shape, digests in pages.layers.items():
-                if self.pools[shape].lookup(tokens_hash, digests) is None:
-                    return i
-        return most if pages.layers else 0
+    def _spans(self, pages: SequencePages, tokens: Sequence[int], limit: int) -> list[Span]:
+        """What is cached of a sequence: its first pages in every layer, those behind them below its highest
+        boundary, and so on. A trunk may be found of all tokens, if the last one's layers above it are
+        computed."""
+        hashes = self._hashes(pages, tokens)
+        most, full = limit // self._page_size, len(hashes) if limit else 0
+        layers = {shape: len(digests) for shape, digests in pages.layers.items()}
+        end = self._cached_until(pages, 0, most, layers) if layers else 0
+        spans = [Span(0, end, most, layers)]
+        for number, boundary in reversed(list(enumerate(pages.boundaries))):
+            if boundary.shape in self.pools:
+                below, first = boundary.below, spans[-1].end
+                end = self._cached_until(pages, first, full, below, number)
+                spans.append(Span(first, end, full, below, number))
+        return spans
 
-    def _found(self, pages: SequencePages, hits: int) -> dict[KVShape, list[int]]:
-        """The cached pages among a sequence's first `hits`, page by page."""
-        out: dict[KVShape, list[int]] = {}
-        for shape, digests in pages.layers.items():
-            pool, ids = self.pools[shape], out.setdefault(shape, [])
-            for tokens_hash in pages.hashes[:hits]:
-                ids += pool.lookup(tokens_hash, digests) or ()
-        return out
+    def _cached_until(
+        self,
+        pages: SequencePages,
+        first: int,
+        most: int,
+        below: Mapping[KVShape, int],
+        number: int | None = None,
+    ) -> int:
+        """The first page, from `first` to `most`, that is not cached in the layers below a boundary or whose
+        rows are not."""
+        wanted: list[tuple[PageShape, Sequence[bytes]]] = [
+            (shape, pages.layers[shape][:count]) for shape, count in below.items()
+        ]
+        if number is not None:
+            wanted.append((pages.boundaries[number].shape, [pages.boundaries[number].digest]))
+        for i in range(first, most):
+            if any(self.pools[s].lookup(pages.hashes[i], digests) is None for s, digests in wanted):
+                return i
+        return max(first, most)
 
-    def _extend(self, pages: SequencePages, count: int, overwritten: bool = False) -> None:
-        """Allocates pages up to `count` in each layer, zeroed unless the caller overwrites them whole."""
+    def _found(self, pages: SequencePages, span: Span, shape: KVShape) -> list[int]:
+        """The cached pages of a span, page by page."""
+        digests = pages.layers[shape][: span.below.get(shape, 0)]
+        ids: list[int] = []
+        for tokens_hash in pages.hashes[span.first : span.end]:
+            ids += self.pools[shape].lookup(tokens_hash, digests) or ()
+        return ids
+
+    def _extend(
+        self,
+        pages: SequencePages,
+        count: int,
+        above: Mapping[KVShape, int] | None = None,
+        overwritten: bool = False,
+    ) -> None:
+        """Allocates pages up to `count` in each layer, or in those above so many of each shape, zeroed unless
+        the caller overwrites them whole."""
         more = count - pages.count
         if more <= 0:
             return
         for shape, digests in pages.layers.items():
-            ids = self.pools[shape].allocate(more * len(digests))
+            layers = range((above or {}).get(shape, 0), len(digests))
+            ids = self.pools[shape].allocate(more * len(layers))
             if not overwritten:
                 self._store.zero_pages(shape, ids)
-            self._fill(pages, shape, pages.count, ids)
+            self._fill(pages, shape, layers, pages.count, ids)
         pages.count = count
 
-    def _fill(self, pages: SequencePages, shape: KVShape, first: int, ids: Sequence[int]) -> None:
-        """Enters pages into a sequence's row of a table, page by page from `first` on."""
-        layers = len(pages.layers[shape])
-        new = np.array(ids, np.int32).reshape(-1, layers).T
-        self.table(shape, layers)[:layers, pages.slot, first : first + new.shape[1]] = new
+    def _fill(
+        self, pages: SequencePages, shape: KVShape, layers: range, first: int, ids: Sequence[int]
+    ) -> None:
+        """Enters pages of some layers into a sequence's row of a table, page by page from `first` on."""
+        if not ids:
+            return
+        new = np.array(ids, np.int32).reshape(-1, len(layers)).T
+        table = self.table(shape, len(pages.layers[shape]))
+        table[layers.start : layers.stop, pages.slot, first : first + new.shape[1]] = new
 
-    def table(self, shape: KVShape, layers: int) -> np.ndarray:
+    def table(self, shape: PageShape, layers: int) -> np.ndarray:
         """The table of a shape, with rows for so many layers at least."""
         table = self.tables.get(shape)
         if table is None or len(table) < layers:
@@ -299,7 +386,14 @@ class KVCacheManager:
             hashes.extend(token_hashes(parent, tokens[begin:], self._page_size))
         return hashes[:full]
 
-    @staticmethod
-    def _last(pages: SequencePages, tokens_hash: bytes) -> tuple[bytes, bytes]:
-        """What names a page of a whole chain: its tokens and the chain's last attention."""
-        return tokens_hash, list(pages.layers.values())[-1][-1]
+    def _names(self, pages: SequencePages) -> dict[int | None, tuple[PageShape, bytes]]:
+        """What names, beside its tokens, a page of a whole chain (None), by the last attention, and one of
+        the rows at each boundary that has some."""
+        names: dict[int | None, tuple[PageShape, bytes]] = {}
+        if pages.layers:
+            shape, digests = list(pages.layers.items())[-1]
+            names[None] = (shape, digests[-1])
+        for number, boundary in enumerate(pages.boundaries):
+            if boundary.shape in self.pools:
+                names[number] = (boundary.shape, boundary.digest)
+        return names

@@ -22,13 +22,17 @@ def layer_digests(steps: Sequence[Step], attentions: Iterable[int]) -> list[byte
       steps: of the chain.
       attentions: indices of the steps that are attentions, ascending.
     """
-    wanted = set(attentions)
+    digests = step_digests(steps)
+    return [digests[i + 1] for i in attentions]
+
+
+def step_digests(steps: Sequence[Step]) -> list[bytes]:
+    """What names the first 0, 1, ... steps of a chain; one more than it has steps."""
     digest = hashlib.sha256()
-    digests = []
-    for i, step in enumerate(steps):
+    digests = [digest.digest()]
+    for step in steps:
         digest.update(b"\0".join(s.encode() for s in (step.component, *step.deltas)) + b"\1")
-        if i in wanted:
-            digests.append(digest.digest())
+        digests.append(digest.digest())
     return digests
 
 

@@ -1,24 +1,28 @@
 """How many pages the KV pools have."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from jblock.engine.config import EngineConfig
-from jblock.engine.kv_cache.spec import KVShape, PoolShape
+from jblock.engine.kv_cache.spec import KVShape, PageShape, Pool, PoolShape, RowPool, RowShape
 from jblock.pallas_kernels.paged_attention.api import backend_of
 from jblock.parallel.placement import Placement
 from jblock.parallel.spread import kv_heads
 
+# Of the budget for rows where chains part, whether they do or not: so a model that comes and shares a
+# trunk changes no pool of KV.
+ROWS_PART = 16
+
 
 def pool_shapes(
-    layers: Mapping[KVShape, int], budget: int, config: EngineConfig, placement: Placement
-) -> dict[KVShape, PoolShape]:
-    """A pool for each KV shape. Together they take `budget` bytes on all devices, shared out so that the
-    deepest chain of each shape has room for as many tokens; none is larger than max_num_seqs sequences can
-    fill.
+    layers: Mapping[PageShape, int], budget: int, config: EngineConfig, placement: Placement
+) -> dict[PageShape, Pool]:
+    """A pool for each shape. Together they take `budget` bytes on all devices. That of KV is shared out so
+    that the deepest chain of each shape has room for as many tokens; no pool is larger than max_num_seqs
+    sequences can fill. Rows get their part where KV then still holds a sequence of the longest length.
 
     Args:
-      layers: of each shape, how many attention layers the deepest chain has.
+      layers: of each KV shape, how many attention layers the deepest chain has; shapes of rows.
       budget: bytes of all pools, their null pages apart.
       config: of the agent.
       placement: the devices.
@@ -27,15 +31,38 @@ def pool_shapes(
       ValueError: a pool does not hold one sequence of the longest length where the memory was given, or
         not one page of each layer.
     """
-    empty = {shape: _empty_pool(shape, config, placement) for shape in layers}
+    empty = {s: _empty_pool(s, config, placement) for s in layers if isinstance(s, KVShape)}
     token_page = {shape: layers[shape] * pool.page_bytes for shape, pool in empty.items()}
     total = sum(token_page.values())
-    return {
+    room = budget // ROWS_PART
+    if budget - room < config.max_pages * total:
+        room = 0
+    kv = {
         shape: dataclasses.replace(
-            pool, num_pages=1 + _num_pages(budget, layers[shape], total, config)
+            pool, num_pages=1 + _num_pages(budget - room, layers[shape], total, config)
         )
         for shape, pool in empty.items()
     }
+    return kv | _row_pools([s for s in layers if isinstance(s, RowShape)], room, config, placement)
+
+
+def _row_pools(
+    shapes: Sequence[RowShape], budget: int, config: EngineConfig, placement: Placement
+) -> dict[RowShape, RowPool]:
+    """Pools of rows that hold a page at least."""
+    most = min(config.max_num_seqs * config.max_pages, config.kv_pages)
+    pools = {}
+    for shape in shapes:
+        pool = RowPool(
+            num_pages=1,
+            page_size=config.page_size,
+            width=shape.width,
+            copies=placement.rules.ways("heads"),
+        )
+        pages = min(round_down(budget // len(shapes) // pool.page_bytes), most)
+        if pages:
+            pools[shape] = dataclasses.replace(pool, num_pages=1 + pages)
+    return pools
 
 
 def _empty_pool(shape: KVShape, config: EngineConfig, placement: Placement) -> PoolShape:

@@ -1,13 +1,15 @@
-"""The shapes of KV pages.
+"""The shapes of pages: of KV, and of the rows where chains part.
 
 A page holds the keys and values of `page_size` tokens in one attention layer. Layers of one shape, of
 whatever model and depth, take their pages from one pool, so how chains are cut into blocks decides
-nothing about where KV lies: a cut moves no page.
+nothing about where KV lies: a cut moves no page. Rows that leave a trunk which several chains share lie
+in pages of their own, of as many tokens.
 """
 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from jblock.blocks.spec import AttentionSpec
 from jblock.pallas_kernels.paged_attention.api import abstract_pages, backend_of
@@ -86,3 +88,46 @@ class PoolShape:
         """Bytes of one page, on all devices of a dp group."""
         arrays = self.abstract_arrays()
         return sum(a.size // self.num_pages * a.dtype.itemsize for a in arrays)
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class RowShape:
+    """What decides the shape of a page of rows.
+
+    Attributes:
+      width: of the register they come from.
+    """
+
+    width: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowPool:
+    """The pages of rows of one width, float32 as registers are.
+
+    Attributes:
+      num_pages: pages of one dp group, page 0 (the null page) included.
+      page_size: rows of a page, one a token.
+      width: of a row.
+      copies: devices of a dp group, each of which holds all of it.
+    """
+
+    num_pages: int
+    page_size: int
+    width: int
+    copies: int = 1
+
+    def abstract_arrays(self, placement: Placement = SINGLE) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shape, dtype and sharding of the pool's array."""
+        pages = self.num_pages * placement.rules.ways("rows")
+        shape = (pages, self.page_size, self.width)
+        return (placement.struct(shape, jnp.float32, "rows", None, None),)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page, on all devices of a dp group."""
+        return 4 * self.page_size * self.width * self.copies
+
+
+PageShape = KVShape | RowShape
+Pool = PoolShape | RowPool

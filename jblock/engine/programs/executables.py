@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,7 +18,7 @@ from jblock.engine.adapters.slot_layout import (
 )
 from jblock.engine.adapters.slot_tables import update_program
 from jblock.engine.config import Bucket
-from jblock.engine.kv_cache.spec import PoolShape
+from jblock.engine.kv_cache.spec import Pool, PoolShape
 from jblock.engine.programs import forward, logprobs, page_ops, penalties, sampling
 from jblock.engine.programs.executable_cache import ExecutableCache
 from jblock.engine.programs.keys import WRITING, Geometry, ProgramKey
@@ -149,6 +150,8 @@ class Executables:
         meta = struct((s, forward.INDEX_COLUMNS), i32, "rows")
         last_tokens = struct((slots,), i32, "rows")
         logits = struct((s, key.vocab_size), f32, "rows")
+        if key.kind in ("read_rows", "write_rows") and key.pool:
+            return self._describe_rows(key.kind, key.pool, bucket, index)
         if key.pool and not key.signatures:
             return self._describe_pages(key.kind, key.pool)
         counts = struct((slots, key.vocab_size), i32, "rows")
@@ -225,7 +228,7 @@ class Executables:
         pool: tuple = ()
         page_tables: tuple | jax.ShapeDtypeStruct = ()
         backend = backend_of(platform.name)
-        if count and key.pool:
+        if count and isinstance(key.pool, PoolShape):
             backend, pool = key.pool.backend, key.pool.abstract_arrays(self.placement)
             page_tables = struct((count, s, geometry.max_pages), i32, None, "rows")
         params = tuple(self._params(s) for s in key.signatures)
@@ -236,8 +239,25 @@ class Executables:
             (by_rows, self._specs(pool)),
         )
 
+    def _describe_rows(
+        self, kind: str, shape: Pool, bucket: Bucket, index: jax.ShapeDtypeStruct
+    ) -> tuple[Callable[..., Any], tuple[int, ...], tuple, Any]:
+        """The same of what moves rows between registers and pages."""
+        geometry, struct = self.geometry, self.placement.struct
+        pool = shape.abstract_arrays(self.placement)
+        width = pool[0].shape[-1]
+        count = geometry.num_rows * self.placement.rules.ways("rows")
+        registers = struct((count, width), jnp.float32, "rows")
+        pages = struct((index.shape[0], geometry.max_pages), jnp.int32, "rows")
+        if kind == "write_rows":
+            write = functools.partial(page_ops.write_rows, bucket=bucket)
+            return _copy(write), (0,), (pool, registers, index, pages), self._specs(pool)
+        read = functools.partial(page_ops.read_rows, bucket=bucket)
+        by_rows = self.placement.spec("rows")
+        return _copy(read), (0,), (registers, pool, index, pages), by_rows
+
     def _describe_pages(
-        self, kind: str, shape: PoolShape
+        self, kind: str, shape: Pool
     ) -> tuple[Callable[..., Any], tuple[int, ...], tuple, Any]:
         """The same of what works on the pages of a pool."""
         groups = self.placement.rules.ways("rows")

@@ -4,7 +4,7 @@ import dataclasses
 
 from jblock.blocks.spec import UnembeddingSpec
 from jblock.engine.config import Bucket
-from jblock.engine.kv_cache.spec import PoolShape
+from jblock.engine.kv_cache.spec import Pool
 from jblock.engine.signature import Signature
 
 WRITING = ("write_pieces", "write_vectors")
@@ -33,7 +33,7 @@ class ProgramKey:
     Attributes:
       kind: "embedding", "layer" (one, or a segment of them), "stitch", "head", "prompt_logprobs", "adjust",
         "greedy", "sampled", "top_logprobs", "set_counts", "zero_pages", "gather_pages",
-        "scatter_pages", "write_pieces" or "write_vectors".
+        "scatter_pages", "read_rows", "write_rows", "write_pieces" or "write_vectors".
       bucket: grid of the batch; what works on logits ignores its q_len, and carries 1; of write_pieces
         the number of pieces is in num_seqs.
       signatures: of an embedding, a head or prompt_logprobs, of the layers of a segment in order, or of
@@ -45,7 +45,7 @@ class ProgramKey:
     kind: str
     bucket: Bucket = dataclasses.field(default=_ANY)
     signatures: tuple[Signature, ...] = ()
-    pool: PoolShape | None = None
+    pool: Pool | None = None
     vocab_size: int = 0
 
     @property

@@ -7,11 +7,11 @@ from jblock.engine.adapters.slot_layout import piece_widths, slot_tables
 from jblock.engine.adapters.slot_tables import WRITE_SIZES
 from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.graph.graph import Layer, ServingGraph
-from jblock.engine.kv_cache.spec import KVShape, PoolShape
+from jblock.engine.kv_cache.spec import PageShape, Pool, RowPool
 from jblock.engine.programs.keys import ProgramKey, vocab_size
 from jblock.engine.signature import Signature, TableForm
 
-Pools = Mapping[KVShape, PoolShape]
+Pools = Mapping[PageShape, Pool]
 
 
 def program_keys(
@@ -40,6 +40,12 @@ def program_keys(
         for vocab in vocabs:
             yield ProgramKey(kind="set_counts", vocab_size=vocab)
     for pool in pools.values():
+        if isinstance(pool, RowPool):
+            for bucket in buckets:
+                if bucket.q_len > 1:
+                    yield ProgramKey(kind="read_rows", bucket=bucket, pool=pool)
+                    yield ProgramKey(kind="write_rows", bucket=bucket, pool=pool)
+            continue
         yield ProgramKey(kind="zero_pages", pool=pool)
         if config.host_kv_memory_mb:
             yield ProgramKey(kind="gather_pages", pool=pool)

@@ -1,12 +1,14 @@
 """From items to the static grids and index arrays programs take."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from jblock.engine.config import Bucket
 from jblock.engine.graph.graph import Segment
+from jblock.engine.kv_cache.spec import PageShape, RowShape
 from jblock.engine.programs.forward import INDEX_COLUMNS
 from jblock.engine.programs.penalties import BIAS_COLUMNS, CONTROL_COLUMNS, FIXED_COLUMNS
 from jblock.engine.programs.sampling import OPTION_COLUMNS
@@ -32,13 +34,19 @@ class Batch:
         """Real rows, padding not counted."""
         return sum(item.q_len for item in self.items)
 
+    @property
+    def first_layer(self) -> int:
+        """Of the block its items stand at, the layer they begin with."""
+        return self.items[0].first_layer if self.items else 0
+
 
 def batches(
     items: Iterable[WorkItem],
     buckets: Sequence[Bucket],
     cover: Callable[[int, int], Sequence[int]] | None = None,
 ) -> Iterator[Batch]:
-    """Groups items by chunk length, decoding first, and cuts each group to the buckets.
+    """Groups items by chunk length and by the layer they begin with, decoding first, and cuts each group to
+    the buckets.
 
     Args:
       items: of one block.
@@ -46,11 +54,10 @@ def batches(
       cover: (chunk, count) -> the sizes of the calls that carry so many items; without it a group takes
         the smallest bucket that holds what is left of it, or the largest there is.
     """
-    by_chunk: dict[int, list[WorkItem]] = {}
+    groups: dict[tuple[int, int], list[WorkItem]] = {}
     for item in items:
-        by_chunk.setdefault(item.chunk, []).append(item)
-    for chunk in sorted(by_chunk):
-        group = by_chunk[chunk]
+        groups.setdefault((item.chunk, item.first_layer), []).append(item)
+    for (chunk, _), group in sorted(groups.items(), key=lambda g: g[0]):
         sizes = sorted(b.num_seqs for b in buckets if b.q_len == chunk)
         for size in (cover or _smallest(sizes))(chunk, len(group)):
             # Those of one adapter lie together, for kernels that read an adapter once a run of rows.
@@ -110,6 +117,48 @@ def page_tables(
     at = np.zeros(size, np.intp)
     at[: len(firsts)] = firsts
     return table[at + segment.kv_first + np.arange(layers)[:, None], slots]
+
+
+class RowMove(NamedTuple):
+    """Rows of a batch that prompts leave, or find, where chains part.
+
+    Attributes:
+      shape: of the pages.
+      kind: "read_rows" or "write_rows".
+      pages: int32 [S, columns]: of its sequences; 0 where the rows of one stay where they are.
+    """
+
+    shape: RowShape
+    kind: str
+    pages: np.ndarray
+
+
+def row_moves(
+    batch: Batch, tables: Mapping[PageShape, np.ndarray], columns: int
+) -> dict[int, list[RowMove]]:
+    """What is read or written in front of each layer of a block.
+
+    Args:
+      batch: whose items stand at the block.
+      tables: `KVCacheManager.tables`.
+      columns: pages of the longest sequence.
+    """
+    found: dict[tuple[int, RowShape, str], np.ndarray] = {}
+    for i, item in enumerate(batch.items if batch.bucket.q_len > 1 else ()):
+        for number, boundary in enumerate(item.sequence.route.boundaries):
+            table = tables.get(boundary.shape)
+            if boundary.stage != item.at or boundary.layer < item.first_layer or table is None:
+                continue
+            pages = table[number, item.sequence.seq_slot]
+            if pages.any():
+                what = "read_rows" if item.entry is boundary else "write_rows"
+                key = (boundary.layer, boundary.shape, what)
+                zeros = np.zeros((batch.bucket.num_seqs, columns), np.int32)
+                found.setdefault(key, zeros)[i] = pages
+    moves: dict[int, list[RowMove]] = {}
+    for (layer, shape, kind), array in found.items():
+        moves.setdefault(layer, []).append(RowMove(shape, kind, array))
+    return moves
 
 
 def stitch_positions(batch: Batch, segment: Segment) -> np.ndarray:

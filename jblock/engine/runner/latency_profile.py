@@ -216,14 +216,18 @@ class Profile:
                 seconds.append(max([known, 1e-9, *seconds]))
         return Times(tuple(sizes), tuple(seconds)) if sizes else None
 
-    def chunk_seconds(self, instances: Sequence[BlockInstance], chunk: int) -> float | None:
-        """Seconds of one chunk of a prompt through these blocks by itself; None if not measured."""
+    def chunk_seconds(
+        self, instances: Sequence[BlockInstance], chunk: int, layer: int = 0
+    ) -> float | None:
+        """Seconds of one chunk of a prompt through these blocks by itself, from a layer of the first one on;
+        None if not measured."""
         total = 0.0
         for instance in instances:
             known = self.block_seconds(instance, self._smallest(chunk))
             if known is None:
                 return None
-            total += known
+            total += known * (1 - layer / len(instance.layers))
+            layer = 0
         return total
 
     def token_seconds(self, instances: Sequence[BlockInstance]) -> float | None:

@@ -15,20 +15,20 @@ from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.graph.graph import BlockInstance, Layer, Route, Segment, ServingGraph
 from jblock.engine.kv_cache import free_memory, sizing
 from jblock.engine.kv_cache.host_offload import Rates
-from jblock.engine.kv_cache.spec import KVShape, PoolShape
+from jblock.engine.kv_cache.spec import KVShape, PageShape, Pool
 from jblock.engine.programs import needed
 from jblock.engine.programs.executable_cache import ExecutableCache
 from jblock.engine.programs.executables import Executables
 from jblock.engine.programs.keys import Geometry, ProgramKey
 from jblock.engine.runner import batch as batching
 from jblock.engine.runner import tracing
-from jblock.engine.runner.batch import Batch
+from jblock.engine.runner.batch import Batch, RowMove
 from jblock.engine.runner.sampler import Sampled, Sampler
 from jblock.engine.runner.state import DeviceState
 from jblock.engine.signature import TableForm
 from jblock.parallel.placement import Placement
 
-Tables = Mapping[KVShape, np.ndarray]
+Tables = Mapping[PageShape, np.ndarray]
 """`KVCacheManager.tables`."""
 Calls = Sequence[tuple[Segment, Any]]
 _UNTRACED = contextlib.nullcontext()
@@ -48,8 +48,7 @@ class Runner:
     Attributes:
       num_rows: rows of each register.
       kv_bytes: that all pools together may take.
-      kv_layers: what the pools there are were sized for: of each KV shape, the attentions of the deepest
-        chain.
+      kv_layers: what the pools there are were sized for: as `ServingGraph.kv_layers`.
       pools_held: a change is being prepared; pools keep their sizes until it is there.
       weight_room: bytes of weights beside which all of kv_bytes is free.
       executables: the compiled programs.
@@ -97,7 +96,7 @@ class Runner:
         self.kv_bytes = config.kv_memory_mb * 10**6 or ways * free_memory.kv_budget(
             self.placement.devices
         )
-        self.kv_layers: Mapping[KVShape, int] = graph.kv_layers
+        self.kv_layers: Mapping[PageShape, int] = graph.kv_layers
         self.pools_held = False
         self.weight_room = 2**63
         pools = self.pools_for(graph)
@@ -114,8 +113,8 @@ class Runner:
         self._calls_version = -1
 
     def pools_for(
-        self, graph: ServingGraph, also: Mapping[KVShape, int] | None = None
-    ) -> dict[KVShape, PoolShape]:
+        self, graph: ServingGraph, also: Mapping[PageShape, int] | None = None
+    ) -> dict[PageShape, Pool]:
         """The pools that a graph is served with, while chains of other layers run too.
 
         Raises:
@@ -153,7 +152,7 @@ class Runner:
                 )
 
     @property
-    def pool_shapes(self) -> dict[KVShape, PoolShape]:
+    def pool_shapes(self) -> dict[PageShape, Pool]:
         """The pools there are."""
         return self.state.pool_shapes
 
@@ -178,7 +177,8 @@ class Runner:
     def longest_bytes(self, graph: ServingGraph, pools: needed.Pools | None = None) -> int:
         """Bytes of the pages of the longest sequence of any chain, at most."""
         pools = self.pool_shapes if pools is None else pools
-        each = sum(pools[shape].page_bytes * layers for shape, layers in graph.kv_layers.items())
+        layers = {s: n for s, n in graph.kv_layers.items() if isinstance(s, KVShape)}
+        each = sum(pools[shape].page_bytes * count for shape, count in layers.items())
         return self.config.max_pages * each
 
     def max_model_len(self, route: Route, pools: needed.Pools | None = None) -> int:
@@ -246,7 +246,9 @@ class Runner:
         program = self.executables.get(self.layer_key(layer, bucket))
         width, kind = layer.width, layer.kind
         segment = Segment((layer,), layer.kv_shape, 0, len(layer.signature.attentions))
-        jax.block_until_ready((index, state.registers[width], state.last_tokens, state.pools))
+        jax.block_until_ready(
+            (index, state.registers[width], state.last_tokens, [*state.pools.values()])
+        )
         begin = time.perf_counter()
         if kind in ("layer", "stitch"):
             self._run_segment(segment, program, index, batch, {})
@@ -284,7 +286,12 @@ class Runner:
         with tracing.block(instance.name, batch) if traced else _UNTRACED:
             calls = self._calls_of(instance, batch.bucket)
             if instance.kind in ("layer", "stitch"):
-                for segment, program in calls[first:last]:
+                columns = self.executables.geometry.max_pages
+                moves = batching.row_moves(batch, tables, columns)
+                # Prompts run layer by layer: a call is a layer.
+                for at, (segment, program) in enumerate(calls[first:last], first):
+                    for move in moves.get(at, ()):
+                        self._move_rows(move, batch.bucket, index)
                     self._run_segment(segment, program, index, batch, tables)
                 return None
             ((segment, program),) = calls
@@ -360,6 +367,17 @@ class Runner:
         if shape is not None:
             state.pools[shape] = pool
 
+    def _move_rows(self, move: RowMove, bucket: Bucket, index: Any) -> None:
+        """Enqueues copying rows of a batch from pages to registers or the other way."""
+        state, shape, pages = self.state, move.shape, self.state.put(move.pages)
+        pool, registers = state.pools[shape], state.registers[shape.width]
+        key = ProgramKey(kind=move.kind, bucket=bucket, pool=state.pool_shapes[shape])
+        if move.kind == "read_rows":
+            registers = self.executables.get(key)(registers, pool, index, pages)
+            state.registers[shape.width] = registers
+        else:
+            state.pools[shape] = self.executables.get(key)(pool, registers, index, pages)
+
     def _run_stitch(self, segment: Segment, program: Any, index: Any, batch: Batch) -> None:
         (layer,), state = segment.layers, self.state
         positions = state.put(batching.stitch_positions(batch, segment))
@@ -376,6 +394,6 @@ class Runner:
         return self._indices[key]
 
 
-def _most(one: Mapping[KVShape, int], two: Mapping[KVShape, int]) -> dict[KVShape, int]:
-    shapes = sorted(one.keys() | two.keys())
+def _most(one: Mapping[PageShape, int], two: Mapping[PageShape, int]) -> dict[PageShape, int]:
+    shapes = sorted(one.keys() | two.keys(), key=str)
     return {shape: max(one.get(shape, 0), two.get(shape, 0)) for shape in shapes}

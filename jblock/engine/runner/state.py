@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jblock.engine.kv_cache.spec import KVShape, PoolShape
+from jblock.engine.kv_cache.spec import PageShape, Pool
 from jblock.engine.programs.executables import Executables
 from jblock.engine.programs.keys import ProgramKey
 from jblock.engine.programs.page_ops import COPY_PAGES, ZERO_PAGES
@@ -21,20 +21,20 @@ class DeviceState:
 
     Attributes:
       pool_shapes: of the pools.
-      pools: page arrays by KV shape.
+      pools: page arrays by shape.
       registers: float32 [num_rows, width] by width.
       last_tokens: int32 [max_num_seqs], by sequence slot.
       counts: int32 [max_num_seqs, vocab] by vocabulary size, once a request has penalties.
     """
 
-    def __init__(self, executables: Executables, pools: Mapping[KVShape, PoolShape]):
+    def __init__(self, executables: Executables, pools: Mapping[PageShape, Pool]):
         """Allocates pools and last tokens; registers come with `add_registers`."""
         self._executables = executables
         self._placement: Placement = executables.placement
         self._on_host = not self._placement.devices and jax.default_backend() == "cpu"
-        self._unclean: dict[KVShape, list[int]] = {}
-        self.pool_shapes: dict[KVShape, PoolShape] = {}
-        self.pools: dict[KVShape, KvPages] = {}
+        self._unclean: dict[PageShape, list[int]] = {}
+        self.pool_shapes: dict[PageShape, Pool] = {}
+        self.pools: dict[PageShape, KvPages] = {}
         self.registers: dict[int, jax.Array] = {}
         self.counts: dict[int, jax.Array] = {}
         self.last_tokens = self.zeros((executables.geometry.max_num_seqs,), jnp.int32)
@@ -63,19 +63,19 @@ class DeviceState:
         for width in widths - set(self.registers):
             self.registers[width] = self.zeros((rows, width), jnp.float32)
 
-    def add_pool(self, shape: KVShape, pool: PoolShape) -> None:
+    def add_pool(self, shape: PageShape, pool: Pool) -> None:
         """Allocates an empty pool."""
         self.pool_shapes[shape] = pool
         arrays = pool.abstract_arrays(self._placement)
         self.pools[shape] = tuple(self._placement.zeros(a) for a in arrays)
 
-    def remove_pool(self, shape: KVShape) -> None:
+    def remove_pool(self, shape: PageShape) -> None:
         """Frees a pool that no sequence has pages of."""
         del self.pool_shapes[shape], self.pools[shape]
         self._unclean.pop(shape, None)
 
     def resize_pool(
-        self, shape: KVShape, pool: PoolShape, moves: tuple[Sequence[int], Sequence[int]]
+        self, shape: PageShape, pool: Pool, moves: tuple[Sequence[int], Sequence[int]]
     ) -> None:
         """Gives a pool another size. Its pages go by way of the host, so that both pools are never on the
         device at once. Blocks until it is done.
@@ -91,7 +91,7 @@ class DeviceState:
         self.add_pool(shape, pool)
         self.copy_in(shape, new, kept)
 
-    def zero_pages(self, shape: KVShape, pages: Sequence[int]) -> None:
+    def zero_pages(self, shape: PageShape, pages: Sequence[int]) -> None:
         """Has pages zeroed that were just handed to a new owner, before anything else is done to pages: many
         in a call, for a burst of requests takes a page or two each."""
         self._unclean.setdefault(shape, []).extend(pages)
@@ -105,7 +105,7 @@ class DeviceState:
                 self.pools[shape] = program(self.pools[shape], self.put(ids))
         self._unclean.clear()
 
-    def copy_out(self, shape: KVShape, pages: Sequence[int]) -> list[Any]:
+    def copy_out(self, shape: PageShape, pages: Sequence[int]) -> list[Any]:
         """Begins to copy pages to the host. What comes back is for `copy_in`, as it is or with its
         arrays taken to the host."""
         self.clean()
@@ -120,7 +120,7 @@ class DeviceState:
         return copies
 
     def copy_in(
-        self, shape: KVShape, pages: Sequence[int], copies: Sequence[Any], skip: int = 0
+        self, shape: PageShape, pages: Sequence[int], copies: Sequence[Any], skip: int = 0
     ) -> None:
         """Overwrites pages with the copies of as many pages; the first `skip` stay as they are."""
         self.clean()
@@ -134,9 +134,9 @@ class DeviceState:
 
     def wait(self) -> None:
         """Blocks until all that was enqueued is done."""
-        jax.block_until_ready((self.registers, self.pools, self.last_tokens))
+        jax.block_until_ready((self.registers, [*self.pools.values()], self.last_tokens))
 
-    def _program(self, kind: str, shape: KVShape) -> Any:
+    def _program(self, kind: str, shape: PageShape) -> Any:
         return self._executables.get(ProgramKey(kind=kind, pool=self.pool_shapes[shape]))
 
 

@@ -176,7 +176,7 @@ class Stepper:
         self._hold(queue, [item for item in chunks if not (free and item.allowance > 0)])
         for batch in batches(going, buckets, cover):
             if queue.partial is None:
-                self._walk(instance, queue, PartialBatch(batch, 0))
+                self._walk(instance, queue, PartialBatch(batch, batch.first_layer))
             else:
                 self._hold(queue, batch.items)
 
@@ -208,8 +208,9 @@ class Stepper:
     ) -> float:
         """Enqueues a batch, or a part of its calls; returns the seconds it should take."""
         result = self._device.run(instance, batch, self._kv.tables, first, last)
-        self.counters.block_calls += first == 0
-        self.counters.block_rows += batch.num_rows if first == 0 else 0
+        if first == batch.first_layer:
+            self.counters.block_calls += 1
+            self.counters.block_rows += batch.num_rows
         if result is not None:
             self._sampled.append(result)
         seconds = self._profile.block_seconds(instance, batch.bucket) or 0.0

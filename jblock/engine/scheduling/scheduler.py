@@ -7,7 +7,7 @@ from jblock.engine.config import EngineConfig
 from jblock.engine.kv_cache.host_offload import Rates
 from jblock.engine.kv_cache.manager import KVCacheManager
 from jblock.engine.kv_cache.page_pool import IdAllocator
-from jblock.engine.kv_cache.spec import KVShape
+from jblock.engine.kv_cache.spec import KVShape, PageShape
 from jblock.engine.scheduling.fairness import VirtualTokenCounter
 from jblock.engine.scheduling.machine import Machine
 from jblock.engine.scheduling.sequence import SequenceState, WorkItem, chunk_for
@@ -239,36 +239,42 @@ class Scheduler:
             if sequence.seq_slot < 0:
                 continue
             start = sequence.computed
-            length, chunk = chunk_for(sequence.prefill - start, tuple(machine.chunks))
+            entry = sequence.pages.entry(start)
+            boundary = sequence.route.boundaries[entry.number] if entry else None
+            end = entry.until if entry else sequence.prefill
+            length, chunk = chunk_for(end - start, tuple(machine.chunks))
             if start >= sequence.prompt_len and sequence.prefill - start == 1:
                 # What an offload leaves to compute: the token it was about to decode, on the same grid.
                 length = chunk = 1
             if room <= 0 or length - 1 > self.rows.num_free:
                 break
-            seconds = machine.chunk_seconds(sequence.route, chunk) or 0.0
+            seconds = machine.chunk_seconds(sequence.route, chunk, boundary) or 0.0
             room -= seconds
             sequence.prompt_work += seconds
             own = sequence.request
             clock = self._prompt_clocks.get(own.tenant, 0.0)
             self._prompt_clocks[own.tenant] = clock + seconds / own.weight
-            items.append(self._chunk(sequence, length, chunk, seconds))
+            item = self._chunk(sequence, length, chunk)
+            item.seconds_left = seconds
+            if boundary is not None:
+                item.entry, item.at = boundary, boundary.stage
+            items.append(item)
         return items
 
     def _prompt_turn(self, sequence: SequenceState) -> tuple[int, float, float]:
         clock = self._prompt_clocks.get(sequence.request.tenant, 0.0)
         return sequence.request.priority, clock, sequence.prompt_work
 
-    def _chunk(self, sequence: SequenceState, length: int, chunk: int, seconds: float) -> WorkItem:
+    def _chunk(self, sequence: SequenceState, length: int, chunk: int) -> WorkItem:
         start = sequence.computed
+        self.kv.rows.reserve(sequence.pages, start, start + length)
         rows = [sequence.row, *self.rows.allocate(length - 1)]
         tokens = sequence.all_token_ids[start : start + length]
         sequence.computed += length
         samples = sequence.computed == sequence.prefill
         sequence.sampled += samples
         scores = sequence.scores_prompt
-        item = WorkItem(sequence, start, length, chunk, rows, tokens, samples, scores)
-        item.seconds_left = seconds
-        return item
+        return WorkItem(sequence, start, length, chunk, rows, tokens, samples, scores)
 
     def make_room(self, sequence: SequenceState, num_tokens: int) -> bool:
         """Pages for one more token of a sequence; under pressure the youngest sequences of the tenant that
@@ -283,11 +289,11 @@ class Scheduler:
                 return False
         return True
 
-    def free_pages(self, shape: KVShape, count: int) -> None:
+    def free_pages(self, shape: PageShape, count: int) -> None:
         """Preempts sequences until a pool would do with so many pages."""
         pool = self.kv.pools.get(shape)
         while pool is not None and pool.total - pool.num_free > count:
-            rivals = [s for s in self.running.values() if shape in s.pages.layers]
+            rivals = [s for s in self.running.values() if s.pages.uses(shape)]
             self.preempt(self._most_served(rivals))
 
     def end(self, sequence: SequenceState, *, poisoned: bool) -> None:

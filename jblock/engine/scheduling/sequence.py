@@ -7,7 +7,7 @@ import numpy as np
 
 from jblock.engine.api import Request
 from jblock.engine.graph.graph import Route, Stage
-from jblock.engine.kv_cache.sequence_pages import SequencePages
+from jblock.engine.kv_cache.sequence_pages import Boundary, SequencePages
 from jblock.engine.weights.lease import Lease
 
 
@@ -72,7 +72,10 @@ class SequenceState:
     finished: bool = False
 
     def __post_init__(self):
-        self.pages = SequencePages(self.route.kv_digests, self.request.cache_salt)
+        route = self.route
+        self.pages = SequencePages(
+            route.kv_digests, self.request.cache_salt, boundaries=route.boundaries
+        )
         wanted = self.request.sampling
         penalties = (
             wanted.repetition_penalty,
@@ -89,7 +92,7 @@ class SequenceState:
     def bind(self, route: Route) -> None:
         """Takes another route of the same chain, while it waits."""
         self.route = route
-        self.pages.layers = route.kv_digests
+        self.pages.layers, self.pages.boundaries = route.kv_digests, route.boundaries
 
     @property
     def virtual(self) -> int:
@@ -168,6 +171,7 @@ class WorkItem:
       samples: its last token's logits are wanted.
       scores: the log-probabilities of its prompt tokens are wanted.
       at: index of the stage of its route it is at.
+      entry: the boundary at which it enters its chain, its rows found there; None: at the embedding.
       seconds_left: of a chunk of a prompt: what it is expected to take from here; 0 if not known.
       allowance: how many of them it may use in this step.
     """
@@ -181,6 +185,7 @@ class WorkItem:
     samples: bool
     scores: bool = False
     at: int = 0
+    entry: Boundary | None = None
     seconds_left: float = 0.0
     allowance: float = math.inf
 
@@ -188,6 +193,11 @@ class WorkItem:
     def stage(self) -> Stage:
         """The block it is at."""
         return self.sequence.route.stages[self.at]
+
+    @property
+    def first_layer(self) -> int:
+        """Of the block it is at, the layer it begins with."""
+        return self.entry.layer if self.entry and self.entry.stage == self.at else 0
 
     @property
     def of_prompt(self) -> bool:
