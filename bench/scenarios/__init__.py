@@ -40,6 +40,9 @@ _ALL = (
     Scenario("sharing", "eight fine-tunes from shared blocks over one whole model each"),
     Scenario("lora", "64 adapters of three ranks in one batch over the base alone"),
     Scenario("prefix", "time to first token behind a prefix that was seen before"),
+    Scenario(
+        "trunk", "time to first token of a prompt that another fine-tune of the trunk has had"
+    ),
     Scenario("overlap", "the device's idle share while decoding, from a trace of XLA's profiler"),
     Scenario("stalls", "gaps between the tokens of streams while long prompts arrive"),
     Scenario("hotswap", "gaps between tokens while chains, weights and programs are swapped"),

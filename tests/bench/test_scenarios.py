@@ -27,6 +27,7 @@ KEYS = {
     },
     "lora": {"tokens_per_second_ratio", "registered_1000_ratio"},
     "prefix": {"ttft_ratio"},
+    "trunk": {"ttft_ratio", "prefill_flops_ratio", "identical"},
     "overlap": {"b8_idle", "b32_idle"},
     "stalls": {"gap_max_ms", "gap_max_ratio", "gap_p99_ratio", "prompt_ratio"},
     "hotswap": {"failed", "gap_ratio"},
