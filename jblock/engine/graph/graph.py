@@ -235,9 +235,9 @@ class ServingGraph:
     def kv_layers(self) -> dict[PageShape, int]:
         """Of each KV shape, how many attentions the deepest chain has; and the shapes of rows that are kept
         where chains part, with 1."""
-        most: dict[KVShape, int] = {}
+        most: dict[PageShape, int] = {}
         for route in self.routes.values():
             for shape, digests in route.kv_digests.items():
                 most[shape] = max(len(digests), most.get(shape, 0))
-        rows = {b.shape for route in self.routes.values() for b in route.boundaries}
-        return {**dict(sorted(most.items())), **dict.fromkeys(sorted(rows), 1)}
+            most |= {boundary.shape: 1 for boundary in route.boundaries}
+        return dict(sorted(most.items()))

@@ -7,6 +7,7 @@ in pages of their own, of as many tokens.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -90,15 +91,19 @@ class PoolShape:
         return sum(a.size // self.num_pages * a.dtype.itemsize for a in arrays)
 
 
-@dataclasses.dataclass(frozen=True, order=True)
+@functools.total_ordering
+@dataclasses.dataclass(frozen=True)
 class RowShape:
-    """What decides the shape of a page of rows.
+    """What decides the shape of a page of rows. All come behind the shapes of KV.
 
     Attributes:
       width: of the register they come from.
     """
 
     width: int
+
+    def __lt__(self, other: object) -> bool:
+        return isinstance(other, RowShape) and self.width < other.width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

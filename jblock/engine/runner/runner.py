@@ -246,9 +246,7 @@ class Runner:
         program = self.executables.get(self.layer_key(layer, bucket))
         width, kind = layer.width, layer.kind
         segment = Segment((layer,), layer.kv_shape, 0, len(layer.signature.attentions))
-        jax.block_until_ready(
-            (index, state.registers[width], state.last_tokens, [*state.pools.values()])
-        )
+        jax.block_until_ready((index, state.registers[width], state.last_tokens, state.pools))
         begin = time.perf_counter()
         if kind in ("layer", "stitch"):
             self._run_segment(segment, program, index, batch, {})
@@ -395,5 +393,5 @@ class Runner:
 
 
 def _most(one: Mapping[PageShape, int], two: Mapping[PageShape, int]) -> dict[PageShape, int]:
-    shapes = sorted(one.keys() | two.keys(), key=str)
+    shapes = sorted(one.keys() | two.keys())
     return {shape: max(one.get(shape, 0), two.get(shape, 0)) for shape in shapes}

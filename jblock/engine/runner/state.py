@@ -134,7 +134,7 @@ class DeviceState:
 
     def wait(self) -> None:
         """Blocks until all that was enqueued is done."""
-        jax.block_until_ready((self.registers, [*self.pools.values()], self.last_tokens))
+        jax.block_until_ready((self.registers, self.pools, self.last_tokens))
 
     def _program(self, kind: str, shape: PageShape) -> Any:
         return self._executables.get(ProgramKey(kind=kind, pool=self.pool_shapes[shape]))
