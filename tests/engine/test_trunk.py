@@ -124,7 +124,7 @@ def test_a_single_chain_keeps_no_rows(cache):
     assert not any(isinstance(shape, RowShape) for shape in alone.device.pool_shapes)
 
 
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 100])
+@pytest.mark.parametrize("length", [1, 16, 17, 63, 64, 100])
 def test_what_another_fine_tune_left_is_found_and_changes_no_bit(agent, length):
     asked = prompt(length, length)
     wanted = {model: agent.alone(model, asked, max_tokens=5) for model in UPPER}
@@ -232,7 +232,7 @@ def known() -> dict:
 
 
 @settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

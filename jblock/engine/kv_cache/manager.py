@@ -118,8 +118,8 @@ class KVCacheManager:
         )
 
     def cached_tokens(self, pages: SequencePages, tokens: Sequence[int], limit: int) -> int:
-        """How many leading tokens a sequence without pages would find now; `admit` finds them."""
-        return self._hits(pages, tokens, limit) * self._page_size
+        """How many leading tokens a sequence without pages would find now, if only their trunk."""
+        return self._spans(pages, tokens, limit)[-1].end * self._page_size
 
     def admit(
         self, pages: SequencePages, slot: int, tokens: Sequence[int], limit: int
