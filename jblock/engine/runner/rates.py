@@ -9,6 +9,7 @@ import numpy as np
 
 from jblock.engine.graph.graph import ServingGraph
 from jblock.engine.kv_cache.host_offload import Rates
+from jblock.engine.kv_cache.spec import KVShape
 from jblock.engine.programs.page_ops import COPY_PAGES
 from jblock.engine.runner.batch import Batch
 from jblock.engine.runner.runner import Runner
@@ -17,7 +18,8 @@ from jblock.engine.runner.runner import Runner
 def measure_rates(runner: Runner, graph: ServingGraph) -> Rates:
     """Times copies of pages nobody owns yet, and a chunk of prefill without real rows: its matmuls
     are the same. For an idle agent at its start."""
-    shape, pool = max(runner.pool_shapes.items(), key=lambda kv: kv[1].page_bytes)
+    pools = {s: pool for s, pool in runner.pool_shapes.items() if isinstance(s, KVShape)}
+    shape, pool = max(pools.items(), key=lambda kv: kv[1].page_bytes)
     pages = list(range(1, pool.num_pages))[:COPY_PAGES]
     out = _seconds(lambda: jax.tree.map(np.asarray, runner.state.copy_out(shape, pages)))
     copies = jax.tree.map(np.asarray, runner.state.copy_out(shape, pages))
