@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from jblock.engine.api import EngineStats, Output, TenantStats
 from jblock.engine.graph.graph import ServingGraph
+from jblock.engine.kv_cache.spec import KVShape
 from jblock.engine.runner.runner import Runner
 from jblock.engine.runner.step import Counters
 from jblock.engine.scheduling.scheduler import Scheduler
@@ -60,6 +61,7 @@ def collect_stats(
     """What the parts of a loop say, on the thread that owns them."""
     executables, kv, weight_cache = device.executables, sequences.kv, loads.weight_cache
     counts = weight_cache.counts
+    kv_pools = [pool for shape, pool in kv.pools.items() if isinstance(shape, KVShape)]
     return EngineStats(
         steps=ran.steps,
         block_calls=ran.block_calls,
@@ -70,8 +72,8 @@ def collect_stats(
         compiles_in_background=executables.compiles_in_background,
         running=len(sequences.running),
         waiting=len(sequences.waiting),
-        pages_free=sum(p.num_free for p in kv.pools.values()),
-        pages_total=sum(p.total for p in kv.pools.values()),
+        pages_free=sum(p.num_free for p in kv_pools),
+        pages_total=sum(p.total for p in kv_pools),
         rows_free=sequences.rows.num_free,
         rows_total=sequences.rows.total,
         resident_bytes=weight_cache.weight_bytes + graph.table_bytes,
