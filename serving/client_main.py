@@ -44,6 +44,11 @@ def parser(name: str) -> argparse.ArgumentParser:
     generate.add_argument("--model", required=True)
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="text; '-' reads standard input")
+    prompt.add_argument("--prompt_file", help="file with the text")
+    prompt.add_argument(
+        "--prompts_file",
+        help="file with a text a line, '-' reads standard input; prints a JSON line each",
+    )
     prompt.add_argument("--token_ids", type=_ids, help="ids instead of text: 1,2,3")
     generate.add_argument("--stream", action="store_true", help="print text as it comes")
     generate.add_argument(
@@ -62,6 +67,7 @@ def parser(name: str) -> argparse.ArgumentParser:
     chat.add_argument(
         "--prompt", help="ask once; '-' reads standard input; default: a conversation"
     )
+    chat.add_argument("--prompt_file", help="ask once, with the text of a file")
     chat.add_argument("--system", help="what the model is told before")
     for name, kind in _SAMPLING.items():
         if name not in ("n", "top_logprobs"):
@@ -149,9 +155,10 @@ def _key(path: str | None) -> str | None:
 def _generate(client: Client, args: argparse.Namespace) -> int:
     sampling: Any = {name: getattr(args, name) for name in _SAMPLING if hasattr(args, name)}
     sampling |= {name: getattr(args, name) for name in _FLAGS}
-    prompt = args.token_ids if args.prompt is None else args.prompt
-    if prompt == "-":
-        prompt = sys.stdin.read()
+    if args.prompts_file is not None:
+        return _generate_each(client, args, sampling)
+    text = _text(args)
+    prompt = args.token_ids if text is None else text
     if isinstance(prompt, str):
         _note(client, args.model)
     if args.stream and sampling.get("n", 1) > 1 and not args.json:
@@ -166,6 +173,23 @@ def _generate(client: Client, args: argparse.Namespace) -> int:
     else:
         _show(client.generate(args.model, prompt, **sampling), args.json, end="\n")
     return 0
+
+
+def _generate_each(client: Client, args: argparse.Namespace, sampling: Any) -> int:
+    """One answer to each line of a file."""
+    with open(args.prompts_file) if args.prompts_file != "-" else sys.stdin as file:
+        for line in file:
+            if prompt := line.rstrip("\n"):
+                _show(client.generate(args.model, prompt, **sampling), True, end="\n")
+    return 0
+
+
+def _text(args: argparse.Namespace) -> str | None:
+    """The prompt that is a text: of the command line, a file, or standard input."""
+    if args.prompt_file is not None:
+        with open(args.prompt_file) as file:
+            return file.read()
+    return sys.stdin.read() if args.prompt == "-" else args.prompt
 
 
 def _note(client: Client, model: str) -> None:
@@ -186,7 +210,7 @@ def _chat(client: Client, args: argparse.Namespace) -> int:
     messages: list[dict[str, Any]] = []
     if args.system:
         messages.append({"role": "system", "content": args.system})
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = _text(args)
     alone = prompt is not None
     while True:
         if prompt is None:

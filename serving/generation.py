@@ -180,6 +180,9 @@ class Generator:
         for ticket in tickets:
             admitted.enter_context(ticket)
             held.callback(self._dispatcher.leave, ticket)
+        if info.base:
+            self._metrics.adapters[info.name] += len(tickets)
+            admitted.callback(self._metrics.adapters.subtract, {info.name: len(tickets)})
         quotas = self._dispatcher.quotas
         quotas.request(tenant)
         answers: list[Answer] = []

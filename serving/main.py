@@ -14,7 +14,7 @@ from jblock.engine import api
 from jblock.engine.process.client import ProcessEngine
 from jblock.engine.process.server import load_factory
 from jblock.engine.process.supervisor import SupervisedEngine
-from serving import addresses
+from serving import addresses, config_file
 from serving.engine_flags import engine_kwargs
 from serving.server import Server, ServerConfig, serve
 from serving.tenants import EVERYBODY
@@ -69,6 +69,15 @@ _HEARTBEAT = flags.DEFINE_float(
     10.0,
     "An engine process that is silent for longer is frozen, and is replaced; 0: never.",
     lower_bound=0.0,
+)
+_METRICS_NAMES = flags.DEFINE_enum(
+    "metrics_names",
+    "jblock",
+    ["jblock", "vllm"],
+    "Prefix of the metrics that vLLM has too: jblock_, or vllm: for tools that know no other.",
+)
+_CONFIG = flags.DEFINE_string(
+    "config", None, "TOML file of these flags by their names; flags given here override it."
 )
 _PROFILER_PORT = flags.DEFINE_integer(
     "profiler_port",
@@ -143,6 +152,8 @@ def main(argv: list[str]) -> int:
     try:
         if len(argv) > 1:
             raise ValueError(f"arguments: {argv[1:]} are not understood; all options are flags")
+        if _CONFIG.value:
+            print(config_file.listed(flags.FLAGS), file=sys.stderr)
         config = ServerConfig(
             host=_HOST.value,
             port=_PORT.value,
@@ -150,6 +161,7 @@ def main(argv: list[str]) -> int:
             max_queue=_MAX_QUEUE.value,
             metrics_host=_METRICS_HOST.value,
             metrics_port=_METRICS_PORT.value,
+            metrics_names=_METRICS_NAMES.value,
             drain_seconds=_DRAIN_SECONDS.value,
             tenants=TenantsFile(_AUTH_FILE.value) if _AUTH_FILE.value else EVERYBODY,
             open_health=_OPEN_HEALTH.value,
@@ -179,8 +191,8 @@ def main(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> list[str]:
     """The arguments that are no flags; ends with 2, as any bad configuration, on a bad flag."""
     try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
+        return flags.FLAGS(config_file.expanded(argv, flags.FLAGS))
+    except (flags.Error, ValueError) as error:
         print(f"jblock-serve: {error}; --help lists the flags", file=sys.stderr)
         sys.exit(2)
 

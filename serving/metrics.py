@@ -1,5 +1,6 @@
 """What a server tells Prometheus: its requests, and the engine's counters and gauges."""
 
+import collections
 import dataclasses
 import ssl
 from collections.abc import Callable, Iterable, Sequence
@@ -11,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from jblock.engine import api
+from serving import gateway_metrics
 from serving.errors import RequestError
 from serving.reloading import ReloadedFiles
 from serving.tenants import ANONYMOUS, Tenant, Tenants
@@ -74,20 +76,31 @@ class Metrics:
       tokens: prompt and completion tokens of requests that succeeded, by model and kind.
       tenant_requests: ended requests by tenant and status code.
       tenant_tokens: prompt and completion tokens of requests that succeeded, by tenant and kind.
+      adapters: open requests by adapter; for gateways, which send a request where its adapter is.
     """
 
     def __init__(
-        self, stats: Callable[[], api.EngineStats], num_open: Callable[[], int], up: Callable
+        self,
+        stats: Callable[[], api.EngineStats],
+        num_open: Callable[[], int],
+        up: Callable,
+        names: str = "jblock",
     ):
-        """Reads the engine's `stats`, the open requests and whether it is `up` at each scrape."""
+        """Reads the engine's `stats`, the open requests and whether it is `up` at each scrape. `names` is one
+        of gateway_metrics.PREFIXES: how that is called which vLLM measures too."""
         self.registry = prom.CollectorRegistry()
+        self.adapters: collections.Counter[str] = collections.Counter()
+        prefix = gateway_metrics.PREFIXES[names]
         self.requests = prom.Counter(
             "jblock_requests", "Ended requests.", ["model", "code"], registry=self.registry
         )
         self.time_to_first_token = self._histogram(
-            "time_to_first_token", "Seconds from arrival to the first token."
+            f"{prefix}time_to_first_token", "Seconds from arrival to the first token."
         )
-        self.request_time = self._histogram("request_time", "Seconds from arrival to the end.")
+        request_time = "e2e_request_latency" if names == "vllm" else "request_time"
+        self.request_time = self._histogram(
+            prefix + request_time, "Seconds from arrival to the end."
+        )
         self.tokens = prom.Counter(
             "jblock_tokens",
             "Tokens of requests that succeeded.",
@@ -113,6 +126,8 @@ class Metrics:
         self._gauge("requests_open", "Requests admitted and not yet over.", num_open)
         self._gauge("engine_up", "1 while the engine serves.", up)
         self.registry.register(_EngineCollector(stats))
+        collector = gateway_metrics.GatewayCollector(prefix, stats, self.adapters)
+        self.registry.register(collector)
 
     def watch(self, files: Sequence[ReloadedFiles]) -> None:
         """Reads at each scrape how often files were read again."""
@@ -180,7 +195,7 @@ class Metrics:
 
     def _histogram(self, name: str, text: str) -> prom.Histogram:
         return prom.Histogram(
-            f"jblock_{name}_seconds", text, ["model"], buckets=_SECONDS, registry=self.registry
+            f"{name}_seconds", text, ["model"], buckets=_SECONDS, registry=self.registry
         )
 
     def _gauge(self, name: str, text: str, function: Callable) -> None:

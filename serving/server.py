@@ -51,6 +51,7 @@ class ServerConfig:
       http_port: where the OpenAI-compatible API listens, on the same host; None: nowhere; 0 picks a free one.
       max_queue: most requests open at once; more are refused.
       metrics_host: address for Prometheus.
+      metrics_names: "vllm" calls what vLLM measures too as vLLM does.
       metrics_port: None: no metrics; 0 picks a free one.
       drain_seconds: how long open requests may go on after the server is told to stop.
       tenants: who may call; everybody when it is empty.
@@ -67,6 +68,7 @@ class ServerConfig:
     max_queue: int = 256
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = None
+    metrics_names: str = "jblock"
     drain_seconds: float = 30.0
     tenants: Tenants = EVERYBODY
     open_health: bool = False
@@ -126,7 +128,10 @@ class Server:
         self._dispatcher = Dispatcher(engine, config.max_queue)
         self._changes = Changes(self._dispatcher)
         self._metrics = Metrics(
-            engine.stats, lambda: self._dispatcher.num_open, lambda: int(self.is_serving)
+            engine.stats,
+            lambda: self._dispatcher.num_open,
+            lambda: int(self.is_serving),
+            config.metrics_names,
         )
         self._stop_metrics: Callable[[], None] = lambda: None
         self._renderer = Renderer()
@@ -138,7 +143,7 @@ class Server:
         if config.mtls_port is not None:
             self._mutual_server = _grpc_server(PeerAuthentication(config.tenants, refused))
         calls = Calls(self._dispatcher, self._generator, config.tenants, self._metrics)
-        app = make_app(calls, self._renderer, config.open_health)
+        app = make_app(calls, self._renderer, self._changes, config.open_health)
         self._http = self._listener(app, config.http_port, mutual=False)
         self._http_mutual = self._listener(app, config.http_mtls_port, mutual=True)
         files = (config.tenants.files, config.tls.files if config.tls else None)

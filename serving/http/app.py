@@ -7,7 +7,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Mount, Route
 
+from serving.changes import Changes
 from serving.chat.renderer import Renderer
+from serving.http.adapters import Adapters
 from serving.http.calls import Calls, Handler
 from serving.http.chat import ChatCompletions
 from serving.http.completions import Completions
@@ -15,15 +17,17 @@ from serving.http.errors import HTTPError, body_of
 from serving.http.models import Models
 
 
-def make_app(calls: Calls, renderer: Renderer, open_health: bool) -> Starlette:
+def make_app(calls: Calls, renderer: Renderer, changes: Changes, open_health: bool) -> Starlette:
     """The application.
 
     Args:
       calls: what generations go through.
       renderer: of chat templates.
+      changes: of what is served.
       open_health: health checks need no key.
     """
     models = Models(calls.dispatcher, renderer)
+    adapters = Adapters(changes)
 
     def get(path: str, handler: Handler, open_: bool = False) -> Route:
         endpoint = calls.endpoint(handler, counted=False, open_=open_)
@@ -46,6 +50,8 @@ def make_app(calls: Calls, renderer: Renderer, open_health: bool) -> Starlette:
     return Starlette(
         routes=[
             *routes,
+            post("/v1/load_lora_adapter", adapters.load),
+            post("/v1/unload_lora_adapter", adapters.unload),
             # Not under a model: its own name would be in the way.
             get("/v1/models/{model:path}", models.get),
             Mount("/m/{model}", routes=routes),
