@@ -1,6 +1,10 @@
 """A trunk that chains share is prefilled once: with what it left and without, every bit is the same."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from harness import request
@@ -295,3 +299,28 @@ def test_with_a_cache_as_without(agent, small, known, arrivals, events, step_ms,
         got = [p for o in outputs[id_] for p in zip(o.token_ids, o.logprobs, strict=True)]
         assert not outputs[id_][-1].error_message
         assert got == (expected[: len(got)] if id_ in left else expected)
+
+
+TWO_DEVICES = """
+import sys
+from pathlib import Path
+import test_trunk as t
+
+config = t.dataclasses.replace(t.CONFIG, mesh="tp=2")
+cache = t.ExecutableCache(Path(sys.argv[1]))
+agent = t.Agent(cache, config=config, models=["base", "tune", "upper-lora"])
+asked = t.prompt(1, 100)
+wanted = {m: agent.alone(m, asked, max_tokens=4) for m in agent.graph.routes}
+assert {m: agent.ask(m, asked, max_tokens=4) for m in agent.graph.routes} == wanted
+print(agent.trunk_tokens, len(agent.device.placement.devices))
+"""
+
+
+@pytest.mark.long
+def test_over_two_devices(tmp_path):
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-c", TWO_DEVICES, str(tmp_path / "programs")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.split() == [str(2 * 96), "2"]
