@@ -24,6 +24,9 @@ COMMANDS = {
     "serve": Command("serving.main", "serve the models of a zoo over gRPC"),
     "client": Command("serving.client_main", "ask a server"),
     "compile": Command("serving.compile_main", "build programs ahead, for devices not here too"),
+    "placement": Command(
+        "jblock.tools.placement", "where blocks would lie on several agents, and why"
+    ),
     "bench": Command("bench.__main__", "measure this machine"),
     "doctor": Command("jblock.tools.doctor", "check environment, device, zoo, cache and ports"),
     "completion": Command("jblock.tools.completion", "print a shell's completion script"),
