@@ -86,3 +86,10 @@ class Tuning(Generic[B]):
 @functools.cache
 def _read(path: Path) -> Mapping[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def matrix_unit(device_kind: str | None) -> int:
+    """Columns that a matrix unit of a TPU (None: of the first device) multiplies by: 256 from v6e on."""
+    kind = jax.devices()[0].device_kind if device_kind is None else device_kind
+    generation = re.match(r"TPU ?v?(\d+)", kind)
+    return 256 if generation and int(generation[1]) >= 6 else 128

@@ -214,6 +214,11 @@ class _Walk:
         ref.data[index] = _known(eqn, value)
         return [old]
 
+    def _masked_swap(self, eqn: Any, values: list[Any]) -> list[Any]:
+        if values[0].data is not None:
+            raise NotImplementedError("masked stores of integers are not followed")
+        return [self._unknown(eqn.outvars[0])]
+
     @staticmethod
     def _index(eqn: Any, ref: _Ref, flat: list[Any]) -> Any:
         transforms = jax.tree.unflatten(eqn.params["tree"], flat)

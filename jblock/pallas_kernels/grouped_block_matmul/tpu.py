@@ -13,6 +13,7 @@ of rows, unless all inputs are one block of it too. Weights of their own arrays 
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,11 +23,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jblock.pallas_kernels.groups import choose, even_windows, for_window, items
-from jblock.pallas_kernels.tuning import Tuning
+from jblock.pallas_kernels.tuning import Tuning, matrix_unit
 
 LANES = 128
 PART = 16
 """Rows that are multiplied at least: a register tile of bfloat16."""
+
+_INPUTS = 512
+"""Of a product: what the matrix units of a core, 4 of 128 or 2 of 256, take together."""
+_SUMMED = 32
+"""Rows of a product that are added to those before at a time."""
 
 _VMEM_BYTES = 64 * 2**20
 
@@ -109,6 +115,7 @@ def grouped_block_matmul(
     padded = -(-rows // PART) * PART
     size = min(size, padded)
     columns = dividing(out, blocks.columns)
+    unit = dividing(columns, matrix_unit(device_kind))
 
     # What is behind the last variant's rows is a variant without a weight, whose result is zeros.
     rest = rows - jnp.sum(group_sizes, dtype=jnp.int32)
@@ -131,6 +138,8 @@ def grouped_block_matmul(
                 pltpu.VMEM((2, columns, width), dtype),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SMEM((1,), jnp.int32),
+                pltpu.VMEM((size, unit), jnp.float32),
+                pltpu.SMEM((1 + columns // unit,), jnp.int32),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((padded, out), jnp.float32),
@@ -166,7 +175,7 @@ def dividing(out: int, most: int) -> int:
 
 def _kernel(block, group, first, last, opens, begins, following, x, *refs: Any, variants: int):
     """One item by some columns. refs: weights in HBM; out [rows, columns]; scratch."""
-    weights, (out, buffer, sems, begun) = refs[:variants], refs[variants:]
+    weights, (out, buffer, sems, begun, total, zeros) = refs[:variants], refs[variants:]
     n, i = pl.program_id(0), pl.program_id(1)
     size, columns = out.shape
 
@@ -180,6 +189,8 @@ def _kernel(block, group, first, last, opens, begins, following, x, *refs: Any, 
     @pl.when((n == 0) & (i == 0))
     def _first() -> None:
         begun[0] = 0
+        for z in range(zeros.shape[0]):
+            zeros[z] = 0
 
     @pl.when(begins[i] == 1)
     def _begin() -> None:
@@ -199,19 +210,56 @@ def _kernel(block, group, first, last, opens, begins, following, x, *refs: Any, 
 
     slot = lax.rem(begun[0] + 1, 2)
 
+    def mine(begin: Any, shape: tuple[int, ...]) -> jax.Array:
+        # first <= row < last by one comparison: there are few registers of such results.
+        low, high = first[i] - begin, last[i] - begin
+        row = lax.broadcasted_iota(jnp.int32, shape, 0)
+        return jnp.abs(2 * row - (low + high - 1)) < high - low
+
     def multiply(begin: Any, rows: int) -> None:
-        part = pl.ds(begin, rows)
-        row = begin + lax.broadcasted_iota(jnp.int32, (rows, columns), 0)
-        product = lax.dot_general(
-            x[part],
-            buffer[slot],
-            (((1,), (1,)), ((), ())),
-            precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-            preferred_element_type=jnp.float32,
-        )
-        mine = (row >= first[i]) & (row < last[i])
-        out[part] = jnp.where(mine, product, out[part])
+        _multiply(x, buffer.at[slot], out, total, zeros, begin, rows, mine)
 
     @pl.when(group[i] < variants)
-    def _multiply() -> None:
+    def _rows_of_a_variant() -> None:
         for_window(first[i], last[i], even_windows(size, PART), PART, multiply)
+
+
+def _multiply(
+    x: Any,
+    weight: Any,
+    out: Any,
+    total: Any,
+    zeros: Any,
+    begin: Any,
+    rows: int,
+    mine: Callable[[Any, tuple[int, ...]], jax.Array],
+) -> None:
+    """Rows begin .. begin + rows - 1 of x [size, width] by a weight [columns, width]; of the product goes
+    into out [size, columns] what mine(first row, shape of a part) says.
+
+    No register is spilled, because sums are added up in vector memory, a few rows at a time, and x is
+    loaded anew for each columns. What is stored at 0 is loaded at zeros that only the program knows:
+    else the compiler would keep all of it in registers."""
+    (columns, width), unit = weight.shape, total.shape[1]
+    zero = [pl.multiple_of(zeros[n], PART) for n in range(1 + columns // unit)]
+    for n, column in enumerate(range(0, columns, unit)):
+        at = pl.ds(column, unit)
+        for k in range(0, width, _INPUTS):
+            inputs = pl.ds(k, min(_INPUTS, width - k))
+            product = lax.dot_general(
+                x[pl.ds(begin + zero[1 + n], rows), inputs],
+                weight[at, inputs],
+                (((1,), (1,)), ((), ())),
+                precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+                preferred_element_type=jnp.float32,
+            )
+            for r in range(0, rows, _SUMMED):
+                number = min(_SUMMED, rows - r)
+                part = product[r : r + number]
+                if k > 0:
+                    part += total[pl.ds(zero[0] + r, number)]
+                if k + _INPUTS < width:
+                    total[pl.ds(r, number)] = part
+                    continue
+                mask = mine(begin + r, part.shape)
+                pltpu.store(out.at[pl.ds(begin + r, number), at], part, mask=mask)
