@@ -104,12 +104,14 @@ class Client:
         tools: Sequence[Mapping[str, Any]] = (),
         continue_final_message: bool = False,
         template_variables: Mapping[str, Any] | None = None,
+        tool_choice: str = "",
         timeout: float | None = None,
         **sampling: Unpack[Sampling],
     ) -> Chunk:
         """What an instruct model says next; a text is what its user says. Messages are mappings of
-        role and content. Without max_tokens it may go on to the model's length."""
-        chat = to_chat(messages, tools, continue_final_message, template_variables)
+        role and content. Without max_tokens it may go on to the model's length. `tool_choice` is
+        "auto", "none", "required", or the name of the tool that is called."""
+        chat = to_chat(messages, tools, continue_final_message, template_variables, tool_choice)
         request = to_request(model, chat, sampling)
         with _translated():
             return to_chunk(self._inference.Generate(request, **self._options(timeout)))
@@ -122,11 +124,12 @@ class Client:
         tools: Sequence[Mapping[str, Any]] = (),
         continue_final_message: bool = False,
         template_variables: Mapping[str, Any] | None = None,
+        tool_choice: str = "",
         timeout: float | None = None,
         **sampling: Unpack[Sampling],
     ) -> Iterator[Chunk]:
         """The same as it comes. Closing the iterator cancels the request."""
-        chat = to_chat(messages, tools, continue_final_message, template_variables)
+        chat = to_chat(messages, tools, continue_final_message, template_variables, tool_choice)
         request = to_request(model, chat, sampling)
         return self._stream(request, **self._options(timeout))
 
@@ -239,11 +242,12 @@ class AsyncClient:
         tools: Sequence[Mapping[str, Any]] = (),
         continue_final_message: bool = False,
         template_variables: Mapping[str, Any] | None = None,
+        tool_choice: str = "",
         timeout: float | None = None,
         **sampling: Unpack[Sampling],
     ) -> Chunk:
         """As `Client.chat`."""
-        chat = to_chat(messages, tools, continue_final_message, template_variables)
+        chat = to_chat(messages, tools, continue_final_message, template_variables, tool_choice)
         request = to_request(model, chat, sampling)
         with _translated():
             return to_chunk(await self._inference.Generate(request, **self._options(timeout)))
@@ -256,11 +260,12 @@ class AsyncClient:
         tools: Sequence[Mapping[str, Any]] = (),
         continue_final_message: bool = False,
         template_variables: Mapping[str, Any] | None = None,
+        tool_choice: str = "",
         timeout: float | None = None,
         **sampling: Unpack[Sampling],
     ) -> AsyncIterator[Chunk]:
         """As `Client.chat_stream`."""
-        chat = to_chat(messages, tools, continue_final_message, template_variables)
+        chat = to_chat(messages, tools, continue_final_message, template_variables, tool_choice)
         request = to_request(model, chat, sampling)
         async for chunk in self._stream(request, **self._options(timeout)):
             yield chunk

@@ -19,9 +19,11 @@ from serving.chat.prompts import chat_ids
 from serving.chat.renderer import Renderer
 from serving.chat.tool_calls import Parser, ToolCall, parser_of
 from serving.dispatcher import Arrivals, Dispatcher, Ticket
-from serving.errors import RequestError
+from serving.errors import RequestError, invalid
 from serving.metrics import Metrics
 from serving.served_models import ServedModel
+from serving.structured.forced_calls import ForcedParser
+from serving.structured.grammars import Grammars
 from serving.tenants import Tenant
 from serving.text import TextStream
 from serving.v1 import jblock_pb2 as pb
@@ -46,6 +48,8 @@ class Ask:
     Attributes:
       request: sampling, and the prompt as text or ids.
       conversation: the prompt where it is a chat.
+      grammar_field: of the request that asks for `request.structured_output`, for errors.
+      forced_call: it is one of `serving.structured.forced_calls`.
       default_max_tokens: most tokens where the request names no limit, less where the model's length
         ends; None: the engine's own.
       deadline: seconds from the call's arrival by which the answer must be complete; None: no matter.
@@ -53,6 +57,8 @@ class Ask:
 
     request: pb.GenerateRequest
     conversation: Conversation | None = None
+    grammar_field: str = "structured_output"
+    forced_call: bool = False
     default_max_tokens: int | None = None
     deadline: float | None = None
 
@@ -110,10 +116,15 @@ class Generator:
     """Runs the generations of one server."""
 
     def __init__(
-        self, dispatcher: Dispatcher, changes: Changes, renderer: Renderer, metrics: Metrics
+        self,
+        dispatcher: Dispatcher,
+        changes: Changes,
+        renderer: Renderer,
+        grammars: Grammars,
+        metrics: Metrics,
     ):
         self._dispatcher, self._changes = dispatcher, changes
-        self._renderer, self._metrics = renderer, metrics
+        self._renderer, self._grammars, self._metrics = renderer, grammars, metrics
 
     async def parts(
         self,
@@ -193,6 +204,9 @@ class Generator:
             prompt = await self._prompt(ask, model)
             usage.prompt_tokens += len(prompt)
             sampling = sampling_params(ask.request, model, len(prompt), ask.default_max_tokens)
+            sampling = dataclasses.replace(
+                sampling, grammar=await self._grammar(ask, model, tenant)
+            )
             sampling = within_limits(ask.request, sampling, len(prompt), tenant)
             output += count * sampling.max_tokens
             stops = stop_strings(ask.request, model)
@@ -202,6 +216,8 @@ class Generator:
                 deadline = begin + ask.deadline - time.monotonic()
             has_tools = ask.conversation is not None and ask.conversation.tools is not None
             new_parser = parser_of(model) if has_tools else Parser
+            if ask.forced_call:
+                new_parser = ForcedParser
             for sample_index in range(count):
                 index = len(answers)
                 ticket = tickets[index]
@@ -236,6 +252,13 @@ class Generator:
         if ask.conversation is not None:
             return await chat_ids(model, ask.conversation, self._renderer)
         return await prompt_ids(ask.request, model)
+
+    async def _grammar(self, ask: Ask, model: ServedModel, tenant: Tenant) -> str:
+        """What an answer keeps to."""
+        wanted, field = ask.request.structured_output, ask.grammar_field
+        if wanted.WhichOneof("kind") is not None and model.codec is None:
+            raise invalid(f"{field}: {model.info.name} has no tokenizer; leave it out")
+        return await self._grammars.find(wanted, tenant, field)
 
     def _count(self, model: str, usage: Usage, tenant: Tenant) -> None:
         self._metrics.tokens.labels(model, "prompt").inc(usage.prompt_tokens)

@@ -21,13 +21,14 @@ from rich.progress import Progress
 from jblock.engine import api
 from jblock.engine.process.server import load_factory
 from serving.changes import Changes
-from serving.chat.messages import conversation_of
 from serving.chat.renderer import Renderer
 from serving.dispatcher import Dispatcher
 from serving.errors import RequestError
-from serving.generation import NO_LIMIT, Ask, Generator
+from serving.generation import Ask, Generator
 from serving.messages import collect
 from serving.metrics import Metrics
+from serving.service import ask_of
+from serving.structured.grammars import Grammars
 from serving.tenants import ANONYMOUS
 from serving.v1 import jblock_pb2 as pb
 from serving.values import Chunk, ClientError, Message, Sampling, to_chat, to_chunk, to_request
@@ -100,6 +101,7 @@ class LLM:
         model: str | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         template_variables: Mapping[str, Any] | None = None,
+        tool_choice: str = "",
         progress: bool | None = None,
         **sampling: Unpack[Sampling],
     ) -> list[Chunk]:
@@ -110,11 +112,11 @@ class LLM:
         name = self._name(model)
         asks = []
         for conversation in _conversations(conversations):
-            chat = to_chat(conversation, tools, template_variables=template_variables)
-            request = to_request(name, chat, sampling)
+            chat = to_chat(
+                conversation, tools, template_variables=template_variables, tool_choice=tool_choice
+            )
             with _translated(""):
-                found = conversation_of(request.chat)
-            asks.append(Ask(request=request, conversation=found, default_max_tokens=NO_LIMIT))
+                asks.append(ask_of(to_request(name, chat, sampling)))
         return self._answer(asks, progress)
 
     def close(self) -> None:
@@ -122,6 +124,7 @@ class LLM:
         if self._loop.is_closed():
             return
         self._run(self._renderer.close())
+        self._run(self._grammars.close())
         self._run(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -146,9 +149,11 @@ class LLM:
 
     async def _start(self, engine: api.Engine) -> None:
         self._dispatcher = dispatcher = Dispatcher(engine, _AT_ONCE * _MOST_SAMPLES)
-        self._renderer = Renderer()
+        self._renderer, self._grammars = Renderer(), Grammars()
         metrics = Metrics(engine.stats, lambda: 0, lambda: 1)
-        self._generator = Generator(dispatcher, Changes(dispatcher), self._renderer, metrics)
+        self._generator = Generator(
+            dispatcher, Changes(dispatcher), self._renderer, self._grammars, metrics
+        )
         dispatcher.start()
         ready, dead = (asyncio.ensure_future(e.wait()) for e in (dispatcher.ready, dispatcher.dead))
         await asyncio.wait((ready, dead), return_when=asyncio.FIRST_COMPLETED)

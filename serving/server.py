@@ -29,6 +29,7 @@ from serving.metrics import Metrics
 from serving.models_service import Models
 from serving.reloading import keep_fresh
 from serving.service import Inference
+from serving.structured.grammars import Grammars
 from serving.tenants import EVERYBODY, Tenants
 from serving.tls import Certificates
 from serving.v1 import jblock_pb2, jblock_pb2_grpc
@@ -135,7 +136,10 @@ class Server:
         )
         self._stop_metrics: Callable[[], None] = lambda: None
         self._renderer = Renderer()
-        self._generator = Generator(self._dispatcher, self._changes, self._renderer, self._metrics)
+        self._grammars = Grammars()
+        self._generator = Generator(
+            self._dispatcher, self._changes, self._renderer, self._grammars, self._metrics
+        )
         self._health = Health(_SERVICES)
         refused = self._metrics.refused.inc
         self._server = _grpc_server(Authentication(config.tenants, config.open_health, refused))
@@ -251,6 +255,7 @@ class Server:
             *(one.stop() for one in listeners),
         )
         await self._renderer.close()
+        await self._grammars.close()
         self._dispatcher.close()
         self._stop_metrics()
         return not cut

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import AsyncIterator
 
@@ -12,10 +13,11 @@ from serving import tokenizing
 from serving.authentication import caller
 from serving.chat.messages import conversation_of
 from serving.dispatcher import Dispatcher
-from serving.errors import RequestError, abort
+from serving.errors import RequestError, abort, invalid
 from serving.generation import NO_LIMIT, Ask, Generator, Part
 from serving.messages import collect, to_bytes, to_score
 from serving.metrics import Metrics
+from serving.structured.forced_calls import forced_calls
 from serving.v1 import jblock_pb2 as pb
 from serving.v1 import jblock_pb2_grpc
 
@@ -61,7 +63,8 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
             # in memory. grpc calls back once its client has taken all.
             held = contextlib.ExitStack()
             context.add_done_callback(lambda _: held.close())
-            generation = self._generator.parts([_ask(request, context)], caller(), begin, held)
+            ask = ask_of(request, context.time_remaining())
+            generation = self._generator.parts([ask], caller(), begin, held)
             async with contextlib.aclosing(generation) as parts:
                 yield parts
         except RequestError as error:
@@ -126,14 +129,26 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
         return pb.DetokenizeResponse(text=text)
 
 
-def _ask(request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> Ask:
+def ask_of(request: pb.GenerateRequest, deadline: float | None = None) -> Ask:
     """What the generator is asked. A chat without a limit goes on to the model's length."""
-    deadline = context.time_remaining()
     if not request.HasField("chat"):
         return Ask(request=request, deadline=deadline)
+    conversation = conversation_of(request.chat)
+    choice, forced = request.chat.tool_choice, False
+    if choice == "none":
+        conversation = dataclasses.replace(conversation, tools=None)
+    elif choice not in ("", "auto"):
+        if request.HasField("structured_output"):
+            raise invalid("structured_output: cannot go with a call that chat.tool_choice demands")
+        name = None if choice == "required" else choice
+        wanted = forced_calls(conversation.tools, name, "chat.tool_choice")
+        request.structured_output.CopyFrom(wanted)
+        forced = True
     return Ask(
         request=request,
-        conversation=conversation_of(request.chat),
+        conversation=conversation,
+        grammar_field="chat.tool_choice" if forced else "structured_output",
+        forced_call=forced,
         default_max_tokens=NO_LIMIT,
         deadline=deadline,
     )

@@ -52,6 +52,10 @@ class Sampling(TypedDict, total=False):
     prompt_logprobs: bool
     n: int
     priority: int
+    json_schema: Mapping[str, Any] | str
+    regex: str
+    choice: Sequence[str]
+    lark: str
     policy: Literal["exact", "near", "adaptive"]
 
 
@@ -161,6 +165,7 @@ def to_chat(
     tools: Sequence[Mapping[str, Any]] = (),
     continue_final_message: bool = False,
     template_variables: Mapping[str, Any] | None = None,
+    tool_choice: str = "",
 ) -> pb.Chat:
     """The message of a conversation; a string is what the user says.
 
@@ -174,6 +179,7 @@ def to_chat(
             messages=[_message(m) for m in messages],
             tools=[_function(t) for t in tools],
             continue_final_message=continue_final_message,
+            tool_choice=tool_choice,
             template_variables={n: json.dumps(v) for n, v in (template_variables or {}).items()},
         )
     except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -208,6 +214,9 @@ def to_request(
     """
     try:
         fields: dict[str, Any] = dict(sampling)
+        structured = {n: fields.pop(n) for n in _STRUCTURED if n in fields}
+        if structured:
+            fields["structured_output"] = _structured_output(structured)
         if "policy" in fields:
             fields["policy"] = pb.Policy.Value(f"POLICY_{str(fields['policy']).upper()}")
         request = pb.GenerateRequest(model=model, **fields)
@@ -221,6 +230,21 @@ def to_request(
     except (TypeError, ValueError) as error:
         raise ValueError(f"request: {error}; see serving.values.Sampling for the fields") from error
     return request
+
+
+_STRUCTURED = ("json_schema", "regex", "choice", "lark")
+
+
+def _structured_output(fields: Mapping[str, Any]) -> pb.StructuredOutput:
+    """What an answer keeps to; exactly one field may be there."""
+    if len(fields) > 1:
+        raise ValueError(f"{' and '.join(fields)} cannot go together, send one of them")
+    ((name, value),) = fields.items()
+    if name == "choice":
+        return pb.StructuredOutput(choice=pb.Choices(texts=value))
+    if name == "json_schema" and not isinstance(value, str):
+        value = json.dumps(value)
+    return pb.StructuredOutput(**{name: value})
 
 
 def to_load(name: str, version: int) -> pb.LoadModelRequest:

@@ -11,14 +11,14 @@ PACKAGES = ("jblock", "serving", "checkpoints")
 # Lowest first: what stands in a line may import what stands above it, and its own room.
 ENGINE = (
     ("api", "config", "signature"),
-    ("kv_cache",),
+    ("kv_cache", "structured_output"),
     ("adapters",),
     ("weights",),
     ("graph",),
     ("programs",),
     ("scheduling",),
     ("runner",),
-    ("stats", "model_infos", "watchdog"),
+    ("stats", "model_infos", "watchdog", "constrained"),
     ("loop", "compile_tiers"),
     ("model_updates",),
     ("engine",),

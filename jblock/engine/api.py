@@ -42,6 +42,8 @@ class SamplingParams:
       top_logprobs: return so many of the best tokens at each generated one, at most MAX_TOP_LOGPROBS.
       prompt_logprobs: return the log-probability of each prompt token given those before it; the
         prefix cache is not read for such a request.
+      grammar: that the answer keeps to, as llguidance writes it, of a model with a tokenizer; "" is none. The
+        answer ends where nothing may follow, before min_tokens too.
     """
 
     temperature: float = 0.0
@@ -60,6 +62,7 @@ class SamplingParams:
     logprobs: bool = False
     top_logprobs: int = 0
     prompt_logprobs: bool = False
+    grammar: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -44,14 +44,12 @@ from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
 
 T = TypeVar("T")
-
 # Between looks at what is waiting, when nothing runs.
 _STALL_SECONDS = 0.01
 # A step of a working engine takes a fraction of a second, a few where a machine swaps.
 _STUCK_SECONDS = 300.0
 
-# What the loop's thread is told: a request, the id of one to cancel, something to do between two steps,
-# or None to end.
+# What the loop's thread is told: a request, an id to cancel, something to do between steps, None to end.
 Message = Request | str | Callable[[Loop], object] | None
 
 
@@ -118,6 +116,7 @@ class ThreadEngine(Engine):
         self._measured = threading.Event()
         self._stats = StatsSnapshot(self._loop.stats)
         loads.background, loads.widen_tables = self._in_background, self._widen
+        self._loop.constrained.grammars.notify = lambda: self._inbox.put(lambda loop: None)
         self._thread = threading.Thread(target=self._run, name="jblock-engine", daemon=True)
         self._thread.start()
         self._tiers.start()
@@ -165,6 +164,7 @@ class ThreadEngine(Engine):
         self._readers.close()
         self._inbox.put(None)
         self._thread.join()
+        self._loop.constrained.grammars.close()
         self._tiers.close()
 
     def serve(

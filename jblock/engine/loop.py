@@ -5,7 +5,6 @@ import functools
 import math
 import secrets
 import time
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,12 +13,12 @@ from jax.profiler import TraceAnnotation
 
 from jblock.engine.api import EngineStats, Output, ReportRunning, Request
 from jblock.engine.config import EngineConfig
+from jblock.engine.constrained import ConstrainedSampling
 from jblock.engine.graph.build import assemble
 from jblock.engine.graph.graph import ServingGraph
 from jblock.engine.graph.order import visiting_order
 from jblock.engine.kv_cache.host_offload import HostPool
 from jblock.engine.kv_cache.manager import KVCacheManager
-from jblock.engine.programs.logprobs import best_tokens
 from jblock.engine.programs.needed import Pools
 from jblock.engine.runner.latency_profile import Pace, Profile
 from jblock.engine.runner.machine import machine_of
@@ -30,19 +29,11 @@ from jblock.engine.scheduling.deadlines import deadline_problem, set_deadline
 from jblock.engine.scheduling.fairness import VirtualTokenCounter
 from jblock.engine.scheduling.request_checks import request_problem
 from jblock.engine.scheduling.scheduler import Scheduler
-from jblock.engine.scheduling.sequence import SequenceState
+from jblock.engine.scheduling.sequence import Picked, SequenceState
 from jblock.engine.scheduling.step_budget import PROMPT_SHARE
 from jblock.engine.stats import collect_stats
 from jblock.engine.weights.loader import Loads, Targets
 from jblock.engine.weights.residents import Adapter
-
-
-class Picked(NamedTuple):
-    """One row a sampler returned: token, its log-probability, whether all its logits were finite."""
-
-    token: int
-    logprob: float
-    finite: bool
 
 
 class Loop:
@@ -75,6 +66,7 @@ class Loop:
         self.profile = Profile(device)
         self._stepper = Stepper(device, self.profile, queues, self._sequences.rows, self.kv)
         self._pace = Pace()
+        self.constrained = ConstrainedSampling(device, self._sequences, self._finish)
         self._outputs: list[Output] = []
         self._in_flight: Step | None = None
         self._generated_tokens = 0
@@ -207,6 +199,7 @@ class Loop:
             seed=secrets.randbits(32) if sampling.seed is None else sampling.seed,
             lease=self.weight_cache.acquire(route.needs),
             generated=list(request.generated),
+            constraint=self.constrained.begin(request, route, self.graph.zoo),
         )
         if request.deadline is not None:
             set_deadline(sequence, machine_of(self.device, self.profile), self.kv)
@@ -228,6 +221,7 @@ class Loop:
             fields = {"error_code": sequence.lease.error_code}
             self._finish(sequence, "error", error_message=sequence.lease.error, **fields)
         self._refuse_late()
+        self.constrained.end_over()
         with TraceAnnotation("admit"):
             self._sequences.admit(machine_of(self.device, self.profile))
         self._report_running()
@@ -256,7 +250,7 @@ class Loop:
             with TraceAnnotation("read_tokens"):
                 self._collect(before)
             self._pace.note(before.enqueued, before.seconds, bool(before.sampled))
-        self._in_flight = enqueued
+        self._in_flight = self.constrained.sample(enqueued, idle=enqueued is before is None)
         if self.kv.host.used:
             self.kv.host.land()
         self._sequences.note_step()
@@ -360,7 +354,7 @@ class Loop:
                     self._token(item.sequence, picked, best)
 
     def _token(self, sequence: SequenceState, picked: Picked, top: np.ndarray | None) -> None:
-        request, chain = sequence.request, sequence.route.chain
+        chain = sequence.route.chain
         if not picked.finite:
             self._finish(
                 sequence,
@@ -372,24 +366,14 @@ class Loop:
                 ),
             )
             return
-        fields: dict[str, Any] = {}
-        if sequence.scores_prompt:
-            fields["prompt_logprobs"] = tuple(sequence.prompt_logprobs)
-            fields["prompt_top_logprobs"] = tuple((best,) for best in sequence.prompt_best)
-        if picked.token in sequence.end_ids:
-            self._finish(sequence, "stop", **fields)
+        reason, fields = sequence.take(picked, top)
+        self._generated_tokens += "token_ids" in fields
+        if reason is not None:
+            self._finish(sequence, reason, **fields)
             return
-        sequence.generated.append(picked.token)
-        self._generated_tokens += 1
-        fields["token_ids"] = (picked.token,)
-        if request.sampling.logprobs:
-            fields["logprobs"] = (picked.logprob,)
-        if request.sampling.top_logprobs and top is not None:
-            fields["top_logprobs"] = (best_tokens(top, request.sampling.top_logprobs),)
-        if len(sequence.generated) >= sequence.max_tokens:
-            self._finish(sequence, "length", **fields)
-        else:
-            self._outputs.append(Output(request_id=request.request_id, **fields))
+        if sequence.constraint is not None:
+            self.constrained.take(sequence.constraint, picked.token)
+        self._outputs.append(Output(request_id=sequence.request.request_id, **fields))
 
     def _finish(self, sequence: SequenceState, reason: str, **fields) -> None:
         """Sends the last output and gives back all the sequence held."""
@@ -398,3 +382,5 @@ class Loop:
         self._outputs.append(last)
         self._sequences.end(sequence, poisoned=reason == "error")
         self.weight_cache.release(sequence.lease)
+        if sequence.constraint is not None:
+            self.constrained.grammars.end(sequence.constraint)

@@ -4,23 +4,16 @@ Templates come with checkpoints, so they are code of others: one that loops for 
 stopped with its process, by the limits below or by the parent.
 """
 
-import json
-import os
-import resource
-import signal
-import struct
-import sys
-from typing import Any, BinaryIO
+from typing import Any
 
 import jinja2
 
 from jblock.chat import control_tokens, environment
 from jblock.chat.render import ChatError, Conversation, render
+from serving.limited_child import serve
 
-MAX_MEMORY_BYTES = 512 * 10**6
 # Characters of a rendered conversation.
 MAX_TEXT = 16 * 10**6
-_HEAD = struct.Struct(">I")
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -82,36 +75,5 @@ def _error(kind: str, message: str) -> dict[str, Any]:
     return {"kind": kind, "error": control_tokens.unmarked(message)[:2000]}
 
 
-def _limit() -> None:
-    """Takes away what no template needs."""
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _read(stream: BinaryIO) -> bytes | None:
-    head = stream.read(_HEAD.size)
-    if len(head) < _HEAD.size:
-        return None
-    size = _HEAD.unpack(head)[0]
-    data = stream.read(size)
-    return data if len(data) == size else None
-
-
-def main() -> None:
-    """Answers until its parent closes the pipe. Its argument is the seconds of CPU time that one answer may
-    take: SIGPROF ends the process then, wherever in C the template is."""
-    _limit()
-    seconds = float(sys.argv[1])
-    given, taken = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # What anything prints goes to the log.
-    while (data := _read(given)) is not None:
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-        reply = json.dumps(answer(json.loads(data))).encode()
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        taken.write(_HEAD.pack(len(reply)) + reply)
-        taken.flush()
-
-
 if __name__ == "__main__":
-    main()
+    serve(answer)

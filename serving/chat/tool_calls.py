@@ -91,7 +91,7 @@ class HermesParser(Parser):
         return "".join(shown), calls
 
     def _take(self, inside: str, close: str, shown: list[str], calls: list[ToolCall]) -> None:
-        call = _call(_json(inside), ("arguments", "parameters"))
+        call = call_of(_json(inside), ("arguments", "parameters"))
         if call is None:
             shown.append(self._OPEN + inside + close)
         else:
@@ -152,7 +152,7 @@ class LlamaParser(WholeParser):
                 value, end = _DECODER.raw_decode(rest)
             except (ValueError, RecursionError):
                 return None
-            call = _call(value, ("parameters", "arguments"))
+            call = call_of(value, ("parameters", "arguments"))
             if call is None:
                 return None
             found.append(call)
@@ -177,7 +177,7 @@ class MistralParser(WholeParser):
         if rest.startswith("["):
             value = _json(rest)
             items = value if isinstance(value, list) else [None]
-            found = [_call(v, ("arguments", "parameters"), _short_id()) for v in items]
+            found = [call_of(v, ("arguments", "parameters"), _short_id()) for v in items]
             return [c for c in found if c is not None] if found and all(found) else None
         calls: list[ToolCall] = []
         while rest:
@@ -214,7 +214,7 @@ def _json(text: str) -> Any:
         return None
 
 
-def _call(value: Any, names: tuple[str, ...], call_id: str = "") -> ToolCall | None:
+def call_of(value: Any, names: tuple[str, ...], call_id: str = "") -> ToolCall | None:
     """The call that an object describes, its arguments under the first of these names; None: it is none."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         return None

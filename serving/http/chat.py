@@ -11,13 +11,14 @@ from serving.chat.tool_calls import ToolCall
 from serving.errors import invalid
 from serving.generation import NO_LIMIT, Ask, Part, Usage
 from serving.http.calls import Call, Calls
-from serving.http.chat_fields import ChatRequest, conversation_of
+from serving.http.chat_fields import ChatRequest, NamedTool, conversation_of, forces_call
 from serving.http.events import TEXT, Prepared, event
 from serving.http.exchange import decode
-from serving.http.fields import fill
+from serving.http.fields import fill, structure
 from serving.http.logprobs import TokenTexts, chat_logprobs
 from serving.http.usage import usage_of
 from serving.served_models import ServedModel
+from serving.structured.forced_calls import forced_calls
 from serving.v1 import jblock_pb2 as pb
 
 
@@ -33,11 +34,7 @@ class ChatCompletions:
         name = call.name(fields.model)
         model = self._calls.dispatcher.find("model", name, call.tenant)
         conversation = conversation_of(fields)
-        ask = Ask(
-            request=_request(name, fields),
-            conversation=conversation,
-            default_max_tokens=NO_LIMIT,
-        )
+        ask = _ask(name, fields, conversation)
         answer = _Answer(call, fields, model, conversation)
         if fields.stream:
             await self._calls.stream(call, [ask], answer.events)
@@ -48,6 +45,31 @@ class ChatCompletions:
             async for part in parts:
                 answer.add(part)
         await call.sender.json(answer.whole())
+
+
+def _ask(name: str, fields: ChatRequest, conversation: Conversation) -> Ask:
+    """What the generator is asked."""
+    request = _request(name, fields)
+    field, forced = structure(request, fields), forces_call(fields)
+    if forced:
+        if request.structured_output.WhichOneof("kind") is not None:
+            raise invalid(
+                f"tool_choice: demands a call, which cannot go with {field}; send one of them"
+            )
+        named = (
+            fields.tool_choice.function.name if isinstance(fields.tool_choice, NamedTool) else None
+        )
+        single = fields.parallel_tool_calls is False
+        field = "tool_choice"
+        wanted = forced_calls(conversation.tools, named, field, single)
+        request.structured_output.CopyFrom(wanted)
+    return Ask(
+        request=request,
+        conversation=conversation,
+        grammar_field=field,
+        forced_call=forced,
+        default_max_tokens=NO_LIMIT,
+    )
 
 
 def _request(name: str, fields: ChatRequest) -> pb.GenerateRequest:

@@ -47,10 +47,17 @@ class Tool(msgspec.Struct, forbid_unknown_fields=True):
     function: Function
 
 
-class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
-    """The form of the answer: text is all there is yet."""
+class NamedFunction(msgspec.Struct, forbid_unknown_fields=True):
+    """The name of a function."""
 
-    type: Literal["text"]
+    name: str
+
+
+class NamedTool(msgspec.Struct, forbid_unknown_fields=True):
+    """A function that has to be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class ChatRequest(Common, forbid_unknown_fields=True, kw_only=True):
@@ -61,9 +68,8 @@ class ChatRequest(Common, forbid_unknown_fields=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
     store: bool | None = None
     service_tier: Literal["auto", "default"] | None = None
     modalities: list[Literal["text"]] | None = None
@@ -81,6 +87,11 @@ def wants_tools(fields: ChatRequest) -> bool:
     return bool(fields.tools) and fields.tool_choice != "none"
 
 
+def forces_call(fields: ChatRequest) -> bool:
+    """Whether a tool has to be called."""
+    return isinstance(fields.tool_choice, NamedTool) or fields.tool_choice == "required"
+
+
 def conversation_of(fields: ChatRequest) -> Conversation:
     """The conversation of a body.
 
@@ -90,8 +101,10 @@ def conversation_of(fields: ChatRequest) -> Conversation:
     only(fields, "add_special_tokens", False)
     if not fields.messages:
         raise invalid("messages: is empty; send at least one message")
-    if fields.parallel_tool_calls is False and wants_tools(fields):
-        raise invalid("parallel_tool_calls: false cannot be promised; leave it out")
+    if fields.parallel_tool_calls is False and wants_tools(fields) and not forces_call(fields):
+        raise invalid(
+            'parallel_tool_calls: false can be promised with tool_choice "required" only; leave it out'
+        )
     begin = fields.add_generation_prompt
     goes_on = bool(fields.continue_final_message)
     if goes_on and begin:

@@ -11,7 +11,7 @@ from serving.generation import Ask, Part, Usage
 from serving.http.calls import Call, Calls
 from serving.http.events import TEXT, Prepared, event
 from serving.http.exchange import decode
-from serving.http.fields import Common, fill, only, set_ids
+from serving.http.fields import Common, fill, only, set_ids, structure
 from serving.http.logprobs import CompletionLogprobs, TokenTexts
 from serving.http.usage import usage_of
 from serving.v1 import jblock_pb2 as pb
@@ -62,6 +62,7 @@ class Completions:
         request = pb.GenerateRequest(model=name)
         fill(request, fields)
         only(fields, "add_special_tokens", True)
+        grammar_field = structure(request, fields)
         if fields.max_tokens == 0 and fields.echo:
             request.max_tokens = 1  # To score the prompt; the token is not shown.
         if fields.logprobs is not None:
@@ -74,7 +75,7 @@ class Completions:
             request.text = prompt
         else:
             set_ids(request, prompt)
-        return Ask(request=request, default_max_tokens=_MAX_TOKENS)
+        return Ask(request=request, grammar_field=grammar_field, default_max_tokens=_MAX_TOKENS)
 
 
 def _prompts(fields: CompletionRequest) -> list[str] | list[list[int]]:

@@ -20,6 +20,32 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_obfuscation: bool | None = None
 
 
+class JsonSchema(msgspec.Struct, forbid_unknown_fields=True):
+    """A schema that the answer keeps to, `strict` or not."""
+
+    name: str
+    schema: dict[str, Any] | bool | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
+    """The form of the answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
+    """vLLM's: one of these is what the answer keeps to."""
+
+    json: Any = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
 class Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What both kinds of completion have."""
 
@@ -50,6 +76,8 @@ class Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     use_beam_search: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
+    response_format: ResponseFormat | None = None
     # Ours.
     policy: Literal["exact", "near", "adaptive"] | None = None
 
@@ -104,6 +132,54 @@ def fill(request: pb.GenerateRequest, fields: Common) -> None:
         request.logit_bias[int(token)] = bias
     if fields.policy is not None:
         request.policy = pb.Policy.Value(f"POLICY_{fields.policy.upper()}")
+
+
+def structure(request: pb.GenerateRequest, fields: Common) -> str:
+    """Puts what the answer is to keep to into a request; the field that says so.
+
+    Raises:
+      RequestError: there are several, or one is incomplete.
+    """
+    wanted, form, other = (
+        request.structured_output,
+        fields.response_format,
+        fields.structured_outputs,
+    )
+    if form is not None and form.type == "json_schema":
+        if form.json_schema is None or form.json_schema.schema is None:
+            raise invalid("response_format.json_schema.schema: is missing; send a schema")
+        wanted.json_schema = _json(form.json_schema.schema)
+    elif form is not None and form.json_schema is not None:
+        raise invalid('response_format.json_schema: goes with the type "json_schema" only')
+    elif form is not None and form.type == "json_object":
+        wanted.json_schema = _ANY_OBJECT
+    if other is None:
+        return "response_format"
+    given = {n: v for n in other.__struct_fields__ if (v := getattr(other, n)) not in (None, False)}
+    if len(given) != 1:
+        names = ", ".join(other.__struct_fields__)
+        raise invalid(f"structured_outputs: has {len(given)} of {names}; send exactly one")
+    if wanted.WhichOneof("kind") is not None:
+        raise invalid("structured_outputs: cannot go with response_format; send one of them")
+    ((kind, value),) = given.items()
+    if kind == "json":
+        wanted.json_schema = value if isinstance(value, str) else _json(value)
+    elif kind == "json_object":
+        wanted.json_schema = _ANY_OBJECT
+    elif kind == "choice":
+        wanted.choice.texts.extend(value)
+    elif kind == "regex":
+        wanted.regex = value
+    else:
+        wanted.lark = value
+    return f"structured_outputs.{kind}"
+
+
+_ANY_OBJECT = '{"type": "object"}'
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
 
 
 def set_ids(request: pb.GenerateRequest, ids: list[int]) -> None:

@@ -62,9 +62,9 @@ class LogitsRunner(Runner):
         self.seen: list = []
         sample = self._sampler.sample
 
-        def watched(logits, meta, batch):
+        def watched(logits, meta, batch, **options):
             self.seen.append((batch, np.asarray(logits)))
-            return sample(logits, meta, batch)
+            return sample(logits, meta, batch, **options)
 
         self._sampler.sample = watched  # type: ignore[method-assign]
 

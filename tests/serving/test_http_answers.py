@@ -255,8 +255,8 @@ BAD_CHATS = {
         "messages[0].color",
         "is no field of a message",
     ),
-    "format": ({"response_format": {"type": "json_object"}}, "response_format.type", "json_object"),
-    "forced tool": ({"tool_choice": "required"}, "tool_choice", "required"),
+    "format": ({"response_format": {"type": "xml"}}, "response_format.type", "xml"),
+    "forced tool": ({"tool_choice": "required"}, "tool_choice", "no tools"),
     "variables": ({"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs.x", "it reads tone"),
     "messages variable": (
         {"chat_template_kwargs": {"messages": []}},

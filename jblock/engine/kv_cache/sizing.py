@@ -100,3 +100,9 @@ def round_down(pages: int) -> int:
     less of free memory then finds the programs of the last start, at most 6% of the memory unused."""
     shift = max(pages.bit_length() - 5, 0)
     return pages >> shift << shift
+
+
+def most_layers(one: Mapping[PageShape, int], two: Mapping[PageShape, int]) -> dict[PageShape, int]:
+    """Of each shape, those of whichever has more."""
+    shapes = sorted(one.keys() | two.keys())
+    return {shape: max(one.get(shape, 0), two.get(shape, 0)) for shape in shapes}

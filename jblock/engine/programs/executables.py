@@ -19,7 +19,14 @@ from jblock.engine.adapters.slot_layout import (
 from jblock.engine.adapters.slot_tables import update_program
 from jblock.engine.config import Bucket
 from jblock.engine.kv_cache.spec import Pool, PoolShape
-from jblock.engine.programs import forward, logprobs, page_ops, penalties, sampling
+from jblock.engine.programs import (
+    constraints,
+    forward,
+    logprobs,
+    page_ops,
+    penalties,
+    sampling,
+)
 from jblock.engine.programs.executable_cache import ExecutableCache
 from jblock.engine.programs.keys import WRITING, Geometry, ProgramKey
 from jblock.engine.signature import Signature
@@ -163,6 +170,9 @@ class Executables:
             controls = struct((s, penalties.CONTROL_COLUMNS), i32, "rows")
             arguments = (logits, counts, last_tokens, meta, controls)
             return _copy(penalties.adjust), (1,), arguments, by_rows
+        if key.kind == "constrain":
+            masks = struct((s, 1 + constraints.mask_words(key.vocab_size)), i32, "rows")
+            return _copy(constraints.constrain), (), (logits, meta, masks), by_rows
         if key.kind == "greedy":
             return _copy(sampling.greedy), (2,), (logits, logits, last_tokens, meta), by_rows
         if key.kind == "sampled":

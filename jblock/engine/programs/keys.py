@@ -32,7 +32,7 @@ class ProgramKey:
 
     Attributes:
       kind: "embedding", "layer" (one, or a segment of them), "stitch", "head", "prompt_logprobs", "adjust",
-        "greedy", "sampled", "top_logprobs", "set_counts", "zero_pages", "gather_pages",
+        "constrain", "greedy", "sampled", "top_logprobs", "set_counts", "zero_pages", "gather_pages",
         "scatter_pages", "read_rows", "write_rows", "write_pieces" or "write_vectors".
       bucket: grid of the batch; what works on logits ignores its q_len, and carries 1; of write_pieces
         the number of pieces is in num_seqs.

@@ -26,7 +26,9 @@ def program_keys(
     requests that want nothing else."""
     layers = [layer for i in graph.instances for layer in i.layers]
     vocabs = {vocab_size(u.signature) for u in layers if u.signature.kind == "head"}
-    kinds = ("greedy",) if greedy_only else ("greedy", "sampled", "adjust", "top_logprobs")
+    kinds = (
+        ("greedy",) if greedy_only else ("greedy", "sampled", "adjust", "constrain", "top_logprobs")
+    )
     for bucket in buckets:
         for layer in layers:
             yield layer_key((layer,), bucket, pools)

@@ -119,8 +119,8 @@ def _draw_candidates(logits, top_k, top_p, min_p, seeds, positions):
     floor = values[:, -1:]
 
     def inside(threshold):
-        # Tokens equal to the last candidate may have been left out.
-        return (threshold > floor)[:, 0] | all_there
+        # Tokens equal to the last candidate may have been left out, but where they are forbidden.
+        return ((threshold > floor) | jnp.isneginf(floor))[:, 0] | all_there
 
     def at(index):
         return jnp.take_along_axis(values, index[:, None], axis=1)

@@ -9,6 +9,7 @@ import numpy as np
 from jblock.engine.config import Bucket
 from jblock.engine.graph.graph import Segment
 from jblock.engine.kv_cache.spec import PageShape, RowShape
+from jblock.engine.programs.constraints import mask_words
 from jblock.engine.programs.forward import INDEX_COLUMNS
 from jblock.engine.programs.penalties import BIAS_COLUMNS, CONTROL_COLUMNS, FIXED_COLUMNS
 from jblock.engine.programs.sampling import OPTION_COLUMNS
@@ -28,6 +29,11 @@ class Batch:
 
     bucket: Bucket
     items: tuple[WorkItem, ...]
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether a row that samples keeps to a grammar."""
+        return any(i.samples and i.sequence.constraint is not None for i in self.items)
 
     @property
     def num_rows(self) -> int:
@@ -210,6 +216,24 @@ def control_array(batch: Batch) -> np.ndarray:
             controls[i, column] = token
             floats[i, column + BIAS_COLUMNS] = value
     return controls
+
+
+def mask_array(batch: Batch, vocab_size: int) -> np.ndarray:
+    """int32 [S, 1 + W] as constraints.constrain describes. Rows that are not to sample, and those of
+    sequences that are over, sit out."""
+    words = mask_words(vocab_size)
+    masks = np.full((batch.bucket.num_seqs, 1 + words), -1, np.int32)
+    masks[:, 0] = 0
+    for i, item in enumerate(batch.items):
+        constraint = item.sequence.constraint
+        if constraint is None:
+            continue
+        mask = constraint.mask
+        if mask is None or not item.samples or item.sequence.finished:
+            masks[i, 0] = 1
+        else:
+            masks[i, 1:].view(np.uint32)[:] = mask[:words]
+    return masks
 
 
 def target_array(batch: Batch) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Runs batches through blocks on one agent's devices."""
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.profiler import TraceAnnotation
 
 from jblock.blocks.spec import ComponentSpec
 from jblock.engine.config import Bucket, EngineConfig
@@ -23,7 +21,7 @@ from jblock.engine.programs.keys import Geometry, ProgramKey
 from jblock.engine.runner import batch as batching
 from jblock.engine.runner import tracing
 from jblock.engine.runner.batch import Batch, RowMove
-from jblock.engine.runner.sampler import Sampled, Sampler
+from jblock.engine.runner.sampler import Logits, Sampled, Sampler
 from jblock.engine.runner.state import DeviceState
 from jblock.engine.signature import TableForm
 from jblock.parallel.placement import Placement
@@ -31,7 +29,6 @@ from jblock.parallel.placement import Placement
 Tables = Mapping[PageShape, np.ndarray]
 """`KVCacheManager.tables`."""
 Calls = Sequence[tuple[Segment, Any]]
-_UNTRACED = contextlib.nullcontext()
 
 
 class PoolPlan(NamedTuple):
@@ -120,7 +117,7 @@ class Runner:
         Raises:
           ValueError: the memory does not hold them.
         """
-        layers = _most(graph.kv_layers, also or {})
+        layers = sizing.most_layers(graph.kv_layers, also or {})
         weights = graph.weight_bytes
         if self.config.weights_memory_mb:
             weights = min(weights, self.config.weights_memory_mb * 10**6)
@@ -267,9 +264,9 @@ class Runner:
         tables: Tables,
         first: int = 0,
         last: int | None = None,
-    ) -> Sampled | None:
+    ) -> Sampled | Logits | None:
         """Enqueues one batch through a block, or through its calls `first` to `last` alone; a head
-        samples too and returns its tokens.
+        samples too and returns its tokens, or what is to be given to `sample`.
 
         Args:
           instance: the block.
@@ -280,8 +277,7 @@ class Runner:
         """
         self.state.clean()
         index = self._index(batch)
-        traced = TraceAnnotation.is_enabled()
-        with tracing.block(instance.name, batch) if traced else _UNTRACED:
+        with tracing.block(instance.name, batch):
             calls = self._calls_of(instance, batch.bucket)
             if instance.kind in ("layer", "stitch"):
                 columns = self.executables.geometry.max_pages
@@ -299,13 +295,22 @@ class Runner:
                 return None
             registers = self.state.registers[layer.width]
             logits, meta = program(layer.params, layer.tables, registers, index)
-            sampled = self._sampler.sample(logits, meta, batch)
+            sampled: Sampled | Logits = Logits(batch, logits, meta)
+            if not batch.is_constrained:
+                sampled = self._sampler.sample(logits, meta, batch)
             if any(item.scores for item in batch.items):
                 program = self.executables.get(needed.scoring_key(layer, batch.bucket))
                 targets = self.state.put(batching.target_array(batch))
                 scores = program(layer.params, layer.tables, registers, index, targets)
                 sampled = dataclasses.replace(sampled, scores=scores)
             return sampled
+
+    def sample(self, waiting: Logits) -> Sampled:
+        """Enqueues sampling of a batch with grammars; rows whose mask is not there sit out."""
+        sampled = self._sampler.sample(
+            waiting.logits, waiting.meta, waiting.batch, constrained=True
+        )
+        return dataclasses.replace(sampled, scores=waiting.scores)
 
     def _calls_of(self, instance: BlockInstance, bucket: Bucket) -> Calls:
         """The programs of a block on a grid: whole segments where they are compiled, else layer by
@@ -390,8 +395,3 @@ class Runner:
         if key not in self._indices:
             self._indices[key] = self.state.put(batching.index_array(batch, self.num_rows))
         return self._indices[key]
-
-
-def _most(one: Mapping[PageShape, int], two: Mapping[PageShape, int]) -> dict[PageShape, int]:
-    shapes = sorted(one.keys() | two.keys())
-    return {shape: max(one.get(shape, 0), two.get(shape, 0)) for shape in shapes}

@@ -33,6 +33,23 @@ class Sampled:
     scores: jax.Array | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """Of a batch with rows that keep to grammars, to be sampled once it is known what each may go on with.
+
+    Attributes:
+      batch: whose.
+      logits: float32 [S, vocab].
+      meta: int32 [S, 4], the leading columns of the batch's index array.
+      scores: as of `Sampled`.
+    """
+
+    batch: Batch
+    logits: jax.Array
+    meta: jax.Array
+    scores: jax.Array | None = None
+
+
 class Sampler:
     """Picks tokens; what no row of a batch asks for is not run."""
 
@@ -41,19 +58,25 @@ class Sampler:
         self._programs: dict[tuple[str, int, int], Any] = {}
         self._version = -1
 
-    def sample(self, logits: jax.Array, meta: jax.Array, batch: Batch) -> Sampled:
+    def sample(
+        self, logits: jax.Array, meta: jax.Array, batch: Batch, constrained: bool = False
+    ) -> Sampled:
         """Enqueues sampling of one token a sequence.
 
         Args:
           logits: float32 [S, vocab].
           meta: int32 [S, 4], the leading columns of the batch's index array.
           batch: whose.
+          constrained: some rows keep to grammars, whose masks are there.
         """
         state = self._state
         wanted = [i.sequence.request.sampling for i in batch.items]
         adjusted = logits
+        if constrained:
+            masks = state.put(batching.mask_array(batch, logits.shape[1]))
+            adjusted, meta = self.program("constrain", logits)(logits, meta, masks)
         if any(i.sequence.adjusts_logits for i in batch.items):
-            adjusted = self._adjust(logits, meta, batch)
+            adjusted = self._adjust(adjusted, meta, batch)
         greedy = all(w.temperature == 0 for w in wanted)
         program = self.program("greedy" if greedy else "sampled", logits)
         options = () if greedy else (state.put(batching.option_array(batch)),)

@@ -15,7 +15,7 @@ from jblock.engine.runner.batch import Batch, batches
 from jblock.engine.runner.latency_profile import Profile
 from jblock.engine.runner.queues import BlockQueue, BlockQueues, PartialBatch
 from jblock.engine.runner.runner import Runner
-from jblock.engine.runner.sampler import Sampled
+from jblock.engine.runner.sampler import Logits, Sampled
 from jblock.engine.runner.tracing import STEP
 from jblock.engine.scheduling import step_budget
 from jblock.engine.scheduling.sequence import WorkItem
@@ -55,12 +55,14 @@ class Step:
 
     Attributes:
       sampled: the tokens it will bring.
+      waiting: logits to be sampled before the next step, once the tokens of the step before are read.
       seconds: what it should take by the profile; 0 if not known.
       decode_seconds: the part of that for decoding.
       enqueued: clock when it began to be enqueued.
     """
 
     sampled: tuple[Sampled, ...]
+    waiting: tuple[Logits, ...]
     seconds: float
     decode_seconds: float
     enqueued: float
@@ -88,6 +90,7 @@ class Stepper:
         self.queues = queues
         self._device, self._profile, self._rows, self._kv = device, profile, rows, kv
         self._sampled: list[Sampled] = []
+        self._waiting: list[Logits] = []
         self._seconds = self._decode_seconds = 0.0
 
     def run(
@@ -114,7 +117,8 @@ class Stepper:
         for item in items:
             item.sequence.item = item
         self._grant([*in_flight, *(item for item in items if item.chunk > 1)], prompt_seconds)
-        self._sampled, self._seconds, self._decode_seconds = [], 0.0, 0.0
+        self._sampled, self._waiting = [], []
+        self._seconds = self._decode_seconds = 0.0
         with jax.profiler.StepTraceAnnotation(STEP, step_num=self.counters.steps):
             for _, queue in self.queues:
                 queue.ready.extend(queue.held)
@@ -124,7 +128,13 @@ class Stepper:
         self.counters.steps += 1
         if self.counters.steps % _ADAPT_STEPS == 0:
             self._adapt(budget)
-        return Step(tuple(self._sampled), self._seconds, self._decode_seconds, enqueued)
+        return Step(
+            tuple(self._sampled),
+            tuple(self._waiting),
+            self._seconds,
+            self._decode_seconds,
+            enqueued,
+        )
 
     @staticmethod
     def _grant(chunks: Sequence[WorkItem], prompt_seconds: float) -> None:
@@ -211,7 +221,9 @@ class Stepper:
         if first == batch.first_layer:
             self.counters.block_calls += 1
             self.counters.block_rows += batch.num_rows
-        if result is not None:
+        if isinstance(result, Logits):
+            self._waiting.append(result)
+        elif result is not None:
             self._sampled.append(result)
         seconds = self._profile.block_seconds(instance, batch.bucket) or 0.0
         if last is not None:

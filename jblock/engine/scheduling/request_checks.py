@@ -115,6 +115,8 @@ def request_problem(request: Request, chain: "Chain", limit: int, remedy: str) -
         wrong = next((t for t in getattr(request, field) if not 0 <= t < vocab), None)
         if wrong is not None:
             return f"{field} has {wrong}; ids of {request.model!r} go from 0 to {vocab - 1}"
+    if request.sampling.grammar and chain.tokenizer is None:
+        return f"grammar needs a tokenizer, which {request.model!r} has not; leave it out"
     return sampling_problem(request.sampling, chain)
 
 

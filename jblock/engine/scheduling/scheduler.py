@@ -103,6 +103,8 @@ class Scheduler:
                 continue
             if not sequence.lease.ready or (machine.greedy_only and not sequence.greedy_only):
                 continue
+            if sequence.constraint is not None and not sequence.constraint.ready:
+                continue
             tokens, limit = sequence.all_token_ids, sequence.shareable_tokens
             if self.kv.prefix_in_flight(sequence.pages, tokens, limit):
                 continue
@@ -219,7 +221,7 @@ class Scheduler:
         for sequence in list(self.running.values()):
             if sequence.seq_slot < 0:
                 continue  # preempted a moment ago
-            if sequence.item is not None:
+            if sequence.item is not None or sequence.sits_out:
                 continue
             if sequence.computed < sequence.prefill:
                 prefilling.append(sequence)

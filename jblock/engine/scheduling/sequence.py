@@ -2,13 +2,24 @@
 
 import dataclasses
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jblock.engine.api import Request
 from jblock.engine.graph.graph import Route, Stage
 from jblock.engine.kv_cache.sequence_pages import Boundary, SequencePages
+from jblock.engine.programs.logprobs import best_tokens
+from jblock.engine.structured_output.grammars import Constraint
 from jblock.engine.weights.lease import Lease
+
+
+class Picked(NamedTuple):
+    """One row a sampler returned: token, its log-probability, whether all its logits were finite."""
+
+    token: int
+    logprob: float
+    finite: bool
 
 
 @dataclasses.dataclass(eq=False)
@@ -41,6 +52,7 @@ class SequenceState:
       was_preempted: it goes before others of its tenant.
       charged: how many of its first tokens its tenant was charged for.
       token_seconds: what it is charged for one more.
+      constraint: the grammar that its answer keeps to; None without one.
       item: what is on its way through the blocks; None between steps, unless a step ended before it.
       finished: its last output has been sent.
     """
@@ -68,6 +80,7 @@ class SequenceState:
     was_preempted: bool = False
     charged: int = 0
     token_seconds: float = 0.0
+    constraint: Constraint | None = None
     item: "WorkItem | None" = None
     finished: bool = False
 
@@ -115,7 +128,44 @@ class SequenceState:
             and not self.adjusts_logits
             and not sampling.top_logprobs
             and not self.scores_prompt
+            and self.constraint is None
         )
+
+    @property
+    def sits_out(self) -> bool:
+        """All its tokens are read, and what its grammar lets it go on with is not known yet."""
+        constraint = self.constraint
+        return (
+            constraint is not None and not constraint.ready and self.sampled == len(self.generated)
+        )
+
+    def take_back(self, item: "WorkItem") -> None:
+        """Nothing was sampled for an item, which has to be computed once more."""
+        item.samples = False
+        self.sampled -= 1
+        if item.tokens:
+            self.computed = item.start
+
+    def take(self, picked: Picked, best: np.ndarray | None) -> tuple[str | None, dict[str, Any]]:
+        """Takes a token that was read, and the best ones beside it, as a row of `top_logprobs`.
+
+        Returns:
+          why it ends with it, or None, and what its output has.
+        """
+        fields: dict[str, Any] = {}
+        sampling = self.request.sampling
+        if self.scores_prompt:
+            fields["prompt_logprobs"] = tuple(self.prompt_logprobs)
+            fields["prompt_top_logprobs"] = tuple((best,) for best in self.prompt_best)
+        if picked.token in self.end_ids:
+            return "stop", fields
+        self.generated.append(picked.token)
+        fields["token_ids"] = (picked.token,)
+        if sampling.logprobs:
+            fields["logprobs"] = (picked.logprob,)
+        if sampling.top_logprobs and best is not None:
+            fields["top_logprobs"] = (best_tokens(best, sampling.top_logprobs),)
+        return "length" if len(self.generated) >= self.max_tokens else None, fields
 
     @property
     def scores_prompt(self) -> bool:
