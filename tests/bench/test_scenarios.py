@@ -52,6 +52,13 @@ KEYS = {
     "deltas": {"accuracy_change_at_8x"},
     "adapt": {"measure", "compress", "quantize", "surrogate", "equivalence"},
     "registry": {"publish_s", "list_s", "inodes_per_component"},
+    "front": {
+        "grpc_over_engine",
+        "http_over_engine",
+        "ttfb_ms",
+        "http_over_bare",
+        "grpc_over_bare",
+    },
     "restart": {"restart"},
     "cycles": {"cycles"},
 }
@@ -95,10 +102,11 @@ _NO_SERVING = {
     "adapt",
     "registry",
     "restart",
+    "front",
     "cycles",
 }
 # Start processes that compile everything, or several engines.
-_LONG = {"coldstart", "kv", "peers", "stalls", "registry", "restart"}
+_LONG = {"coldstart", "kv", "peers", "stalls", "registry", "restart", "front"}
 _MARKS = {name: pytest.mark.long for name in _LONG} | {"cycles": pytest.mark.compilers}
 
 
@@ -112,7 +120,7 @@ def test_quick_run(name, quick):
     assert KEYS[name] <= set(figures)
     if name in ("peers", "kernels", "gpu", "kv"):
         return  # One object an engine, which test_peers.py knows, an op or a dtype: see below.
-    signed = ("accuracy_delta", "accuracy_change_at_8x")
+    signed = ("accuracy_delta", "accuracy_change_at_8x", "ttfb_ms")
     assert all(value >= 0 for key, value in figures.items() if key not in signed)
     if name in ("block_tax", "roofline", "lora"):
         assert all(0.0001 < value < 1000 for value in figures.values())
