@@ -57,11 +57,12 @@ def test_every_kernel_keeps_its_bound(chip):
     assert got["partial_over_whole"] <= 1.1
 
 
-# Not met yet. Grouped matmuls spill near their peak, and a cut of their products that spills nothing takes
-# 1.8 of the time; on v5e prefill spills 15 registers in each of its loops over masked strips.
-@pytest.mark.xfail(strict=True, reason="grouped matmuls spill on both chips, prefill on v5e")
+# Not met yet on v6e, where one window of the grouped matmul spills 3 registers of its mask.
 @pytest.mark.compilers
-@pytest.mark.parametrize("chip", OVER_JAX)
+@pytest.mark.parametrize(
+    "chip",
+    ["v5e", pytest.param("v6e", marks=pytest.mark.xfail(strict=True, reason="a grouped window"))],
+)
 def test_no_register_is_spilled(chip):
     got = figures(chip)
     assert got["spilled"] and got["spills"] == 0
