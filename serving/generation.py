@@ -50,6 +50,7 @@ class Ask:
       conversation: the prompt where it is a chat.
       grammar_field: of the request that asks for `request.structured_output`, for errors.
       forced_call: it is one of `serving.structured.forced_calls`.
+      pooling: as of `api.Request`; then no token is wanted.
       default_max_tokens: most tokens where the request names no limit, less where the model's length
         ends; None: the engine's own.
       deadline: seconds from the call's arrival by which the answer must be complete; None: no matter.
@@ -59,6 +60,7 @@ class Ask:
     conversation: Conversation | None = None
     grammar_field: str = "structured_output"
     forced_call: bool = False
+    pooling: str = ""
     default_max_tokens: int | None = None
     deadline: float | None = None
 
@@ -228,6 +230,7 @@ class Generator:
                         token_ids=prompt,
                         sampling=sample(sampling, sample_index),
                         cache_salt=tenant.cache_salt,
+                        pooling=ask.pooling,
                         version=info.version,
                         tenant=tenant.name,
                         weight=tenant.weight,

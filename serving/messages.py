@@ -3,7 +3,7 @@
 import collections
 import functools
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from serving.generation import Part
 from serving.v1 import jblock_pb2 as pb
@@ -138,3 +138,21 @@ def _choice(answer: pb.GenerateResponse) -> pb.Choice:
 
 def _top(tokens: tuple[tuple[int, float], ...]) -> pb.TopLogprobs:
     return pb.TopLogprobs(tokens=[pb.TokenLogprob(token_id=i, logprob=p) for i, p in tokens])
+
+
+def to_embedding(part: Part, scaled: bool) -> pb.EmbedResponse:
+    """The vector that a part brought; of length 1 if `scaled`."""
+    vector = part.output.embedding
+    return pb.EmbedResponse(
+        embedding=unit(vector) if scaled else vector,
+        prompt_tokens=part.usage.prompt_tokens,
+        policy=_POLICIES[part.model.policy],
+        model=part.model.name,
+        model_version=part.model.version,
+    )
+
+
+def unit(vector: Sequence[float]) -> list[float]:
+    """A vector at length 1; one of length 0 as it is."""
+    length = math.hypot(*vector)
+    return [value / length for value in vector] if length else list(vector)

@@ -15,7 +15,7 @@ from serving.chat.messages import conversation_of
 from serving.dispatcher import Dispatcher
 from serving.errors import RequestError, abort, invalid
 from serving.generation import NO_LIMIT, Ask, Generator, Part
-from serving.messages import collect, to_bytes, to_score
+from serving.messages import collect, to_bytes, to_embedding, to_score
 from serving.metrics import Metrics
 from serving.structured.forced_calls import forced_calls
 from serving.v1 import jblock_pb2 as pb
@@ -52,7 +52,7 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
 
     @contextlib.asynccontextmanager
     async def _answering(
-        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext, pooling: str = ""
     ) -> AsyncIterator[AsyncIterator[Part]]:
         """The parts of the answer; whatever ends it becomes a status and a count."""
         refusal: RequestError | None = None
@@ -64,6 +64,7 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
             held = contextlib.ExitStack()
             context.add_done_callback(lambda _: held.close())
             ask = ask_of(request, context.time_remaining())
+            ask = dataclasses.replace(ask, pooling=pooling)
             generation = self._generator.parts([ask], caller(), begin, held)
             async with contextlib.aclosing(generation) as parts:
                 yield parts
@@ -92,17 +93,24 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
         generate = pb.GenerateRequest(
             model=request.model, policy=request.policy, max_tokens=1, prompt_logprobs=True
         )
-        match request.WhichOneof("prompt"):
-            case "text":
-                generate.text = request.text
-            case "token_ids":
-                generate.token_ids.CopyFrom(request.token_ids)
-            case "chat":
-                generate.chat.CopyFrom(request.chat)
+        _copy_prompt(request, generate)
         response = pb.ScoreResponse()
         async with self._answering(generate, context) as parts:
             async for part in parts:
                 response = to_score(part)
+        return response
+
+    async def Embed(
+        self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext
+    ) -> pb.EmbedResponse:
+        """The last hidden state of a prompt, pooled."""
+        generate = pb.GenerateRequest(model=request.model, policy=request.policy, max_tokens=1)
+        _copy_prompt(request, generate)
+        response = pb.EmbedResponse()
+        pooling = "mean" if request.pooling == pb.POOLING_MEAN else "last"
+        async with self._answering(generate, context, pooling) as parts:
+            async for part in parts:
+                response = to_embedding(part, scaled=not request.as_computed)
         return response
 
     async def Tokenize(
@@ -127,6 +135,16 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
             special = not request.skip_special_tokens
             text = tokenizing.decode("token_ids", model, request.token_ids, special)
         return pb.DetokenizeResponse(text=text)
+
+
+def _copy_prompt(request: pb.ScoreRequest | pb.EmbedRequest, generate: pb.GenerateRequest) -> None:
+    match request.WhichOneof("prompt"):
+        case "text":
+            generate.text = request.text
+        case "token_ids":
+            generate.token_ids.CopyFrom(request.token_ids)
+        case "chat":
+            generate.chat.CopyFrom(request.chat)
 
 
 def ask_of(request: pb.GenerateRequest, deadline: float | None = None) -> Ask:

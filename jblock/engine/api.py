@@ -14,6 +14,7 @@ MAX_LOGIT_BIAS = 64
 # A model's own eos ids, and the stop ids of a request, when min_tokens forbids them.
 MAX_END_IDS = 80
 MAX_TOP_LOGPROBS = 20
+POOLINGS = ("mean", "last")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,8 @@ class Request:
       token_ids: the prompt.
       sampling: how tokens are picked.
       cache_salt: cached prompts are shared between requests of equal salt only; a tenant's own.
+      pooling: "mean" or "last": what is wanted is the last hidden state behind the final norm, over all
+        tokens of the prompt or of its last one, and no token; "" generates.
       version: of the chain the prompt was made for; refused with ABORTED where another version is
         served by now. 0 takes whichever is.
       generated: tokens that an engine before this one generated and delivered. The request goes on after
@@ -92,6 +95,7 @@ class Request:
     token_ids: tuple[int, ...]
     sampling: SamplingParams = SamplingParams()
     cache_salt: str = ""
+    pooling: str = ""
     version: int = 0
     generated: tuple[int, ...] = ()
     tenant: str = ""
@@ -112,6 +116,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         from the prompt, when asked for.
       prompt_top_logprobs: beside each of prompt_logprobs the best token there, as top_logprobs has it, from
         the same logits.
+      embedding: what was pooled, when asked for.
       finish_reason: None while running; "stop" (eos or stop id), "length", "cancelled", "error".
       error_code: name of a gRPC status code when finish_reason is "error" ("NOT_FOUND", ...).
       error_message: what was given, what was expected and what to do.
@@ -123,6 +128,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
     prompt_logprobs: tuple[float, ...] = ()
     prompt_top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    embedding: tuple[float, ...] = ()
     finish_reason: str | None = None
     error_code: str = ""
     error_message: str = ""

@@ -342,12 +342,15 @@ class Loop:
             logprobs = packed[:, 1].view(np.float32)
             top = None if sampled.top is None else np.asarray(sampled.top)
             scores = None if sampled.scores is None else np.asarray(sampled.scores)
+            pooled = None if sampled.pooled is None else np.asarray(sampled.pooled)
             for i, item in enumerate(sampled.batch.items):
                 # A sequence that ended a step ago still had this row in flight.
                 if item.sequence.finished:
                     continue
                 if item.scores and scores is not None:
                     item.sequence.take_scores(item.start, scores[i, : item.q_len])
+                if item.pools and pooled is not None:
+                    item.sequence.take_pooled(item.start, pooled[i])
                 if item.samples:
                     picked = Picked(int(packed[i, 0]), float(logprobs[i]), bool(packed[i, 2]))
                     best = None if top is None else top[i]
@@ -365,6 +368,9 @@ class Loop:
                     "request; check its weights with `jblock convert fsck`, other models go on"
                 ),
             )
+            return
+        if sequence.request.pooling:
+            self._finish(sequence, "stop", embedding=sequence.embedding)
             return
         reason, fields = sequence.take(picked, top)
         self._generated_tokens += "token_ids" in fields

@@ -13,6 +13,7 @@ from serving.http.adapters import Adapters
 from serving.http.calls import Calls, Handler
 from serving.http.chat import ChatCompletions
 from serving.http.completions import Completions
+from serving.http.embeddings import Embeddings
 from serving.http.errors import HTTPError, body_of
 from serving.http.models import Models
 
@@ -39,6 +40,7 @@ def make_app(calls: Calls, renderer: Renderer, changes: Changes, open_health: bo
     routes = [
         post("/v1/completions", Completions(calls), counted=True),
         post("/v1/chat/completions", ChatCompletions(calls), counted=True),
+        post("/v1/embeddings", Embeddings(calls), counted=True),
         get("/v1/models", models.list),
         post("/tokenize", models.tokenize),
         post("/detokenize", models.detokenize),

@@ -279,6 +279,9 @@ class MockEngine(api.Engine):
                 ((token, -0.25) if at % 2 else ((token + 1) % model.info.vocab_size, -0.125),)
                 for at, token in enumerate(prompt[1:])
             )
+        if request.pooling:
+            self._end(name, "stop", embedding=(3.0, -4.0, float(len(prompt))))
+            return
         if token in ends and running.generated >= sampling.min_tokens:
             self._end(name, "stop", **fields)
             return

@@ -25,6 +25,7 @@ from jblock.engine.programs import (
     logprobs,
     page_ops,
     penalties,
+    pooling,
     sampling,
 )
 from jblock.engine.programs.executable_cache import ExecutableCache
@@ -230,6 +231,14 @@ class Executables:
                 logprobs.prompt_logprobs_program(signature, bucket, platform),
                 (),
                 (self._params(signature), tables[0], registers, index, targets),
+                by_rows,
+            )
+        if key.kind == "pooling":
+            firsts = struct((s,), i32, "rows")
+            return (
+                pooling.pooling_program(signature, bucket, platform),
+                (),
+                (self._params(signature), tables[0], registers, index, firsts),
                 by_rows,
             )
         count = sum(len(s.attentions) for s in key.signatures)

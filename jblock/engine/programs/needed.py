@@ -34,6 +34,7 @@ def program_keys(
             yield layer_key((layer,), bucket, pools)
             if layer.signature.kind == "head" and bucket.q_len > 1 and not greedy_only:
                 yield scoring_key(layer, bucket)
+                yield pooling_key(layer, bucket)
         for vocab in vocabs:
             size = Bucket(bucket.num_seqs, 1)
             for kind in kinds:
@@ -93,6 +94,11 @@ def layer_key(layers: Sequence[Layer], bucket: Bucket, pools: Pools) -> ProgramK
 def scoring_key(layer: Layer, bucket: Bucket) -> ProgramKey:
     """The program that scores the prompts that go through a head."""
     return ProgramKey(kind="prompt_logprobs", bucket=bucket, signatures=(layer.signature,))
+
+
+def pooling_key(layer: Layer, bucket: Bucket) -> ProgramKey:
+    """The program that sums up the hidden rows that go through a head."""
+    return ProgramKey(kind="pooling", bucket=bucket, signatures=(layer.signature,))
 
 
 def writing_key(kind: str, spec: ComponentSpec, form: TableForm, count: int) -> ProgramKey:

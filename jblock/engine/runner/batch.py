@@ -236,6 +236,13 @@ def mask_array(batch: Batch, vocab_size: int) -> np.ndarray:
     return masks
 
 
+def first_array(batch: Batch) -> np.ndarray:
+    """int32 [S]: the first row of each item that is of the request's own tokens, and not virtual."""
+    firsts = np.zeros(batch.bucket.num_seqs, np.int32)
+    firsts[: len(batch.items)] = [max(i.sequence.virtual - i.start, 0) for i in batch.items]
+    return firsts
+
+
 def target_array(batch: Batch) -> np.ndarray:
     """int32 [S, Q]: the prompt token that follows each row; 0 where none does."""
     targets = np.zeros((batch.bucket.num_seqs, batch.bucket.q_len), np.int32)

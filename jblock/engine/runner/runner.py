@@ -303,14 +303,17 @@ class Runner:
                 targets = self.state.put(batching.target_array(batch))
                 scores = program(layer.params, layer.tables, registers, index, targets)
                 sampled = dataclasses.replace(sampled, scores=scores)
+            if any(item.pools for item in batch.items):
+                program = self.executables.get(needed.pooling_key(layer, batch.bucket))
+                firsts = self.state.put(batching.first_array(batch))
+                pooled = program(layer.params, layer.tables, registers, index, firsts)
+                sampled = dataclasses.replace(sampled, pooled=pooled)
             return sampled
 
     def sample(self, waiting: Logits) -> Sampled:
         """Enqueues sampling of a batch with grammars; rows whose mask is not there sit out."""
-        sampled = self._sampler.sample(
-            waiting.logits, waiting.meta, waiting.batch, constrained=True
-        )
-        return dataclasses.replace(sampled, scores=waiting.scores)
+        sampled = self._sampler.sample(waiting.logits, waiting.meta, waiting.batch, True)
+        return dataclasses.replace(sampled, scores=waiting.scores, pooled=waiting.pooled)
 
     def _calls_of(self, instance: BlockInstance, bucket: Bucket) -> Calls:
         """The programs of a block on a grid: whole segments where they are compiled, else layer by

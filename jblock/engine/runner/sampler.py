@@ -25,12 +25,14 @@ class Sampled:
       packed: int32 [S, 3] as sampling.py describes.
       top: int32 [S, 2K] as `top_logprobs` describes, if a row wants it.
       scores: int32 [S, Q, 3] as `prompt_logprobs_program` describes, if a row wants it.
+      pooled: float32 [S, 2, hidden_size] as `pooling_program` describes, if a row wants it.
     """
 
     batch: Batch
     packed: jax.Array
     top: jax.Array | None = None
     scores: jax.Array | None = None
+    pooled: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +44,14 @@ class Logits:
       logits: float32 [S, vocab].
       meta: int32 [S, 4], the leading columns of the batch's index array.
       scores: as of `Sampled`.
+      pooled: as of `Sampled`.
     """
 
     batch: Batch
     logits: jax.Array
     meta: jax.Array
     scores: jax.Array | None = None
+    pooled: jax.Array | None = None
 
 
 class Sampler:

@@ -243,7 +243,7 @@ class Stepper:
             item.at += 1
             if item.at < len(stages):
                 instance = stages[item.at].instance
-                if item.samples or item.scores or not instance.is_head:
+                if item.samples or item.scores or item.pools or not instance.is_head:
                     self.queues[instance].ready.append(item)
                     continue
             self._complete(item)

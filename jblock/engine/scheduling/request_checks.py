@@ -14,6 +14,7 @@ from jblock.engine.api import (
     MAX_END_IDS,
     MAX_LOGIT_BIAS,
     MAX_TOP_LOGPROBS,
+    POOLINGS,
     Request,
     SamplingParams,
 )
@@ -115,6 +116,8 @@ def request_problem(request: Request, chain: "Chain", limit: int, remedy: str) -
         wrong = next((t for t in getattr(request, field) if not 0 <= t < vocab), None)
         if wrong is not None:
             return f"{field} has {wrong}; ids of {request.model!r} go from 0 to {vocab - 1}"
+    if request.pooling not in ("", *POOLINGS):
+        return f"pooling is {request.pooling!r}; give one of {', '.join(POOLINGS)}"
     if request.sampling.grammar and chain.tokenizer is None:
         return f"grammar needs a tokenizer, which {request.model!r} has not; leave it out"
     return sampling_problem(request.sampling, chain)

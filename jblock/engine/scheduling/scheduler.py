@@ -276,7 +276,11 @@ class Scheduler:
         samples = sequence.computed == sequence.prefill
         sequence.sampled += samples
         scores = sequence.scores_prompt
-        return WorkItem(sequence, start, length, chunk, rows, tokens, samples, scores)
+        item = WorkItem(sequence, start, length, chunk, rows, tokens, samples, scores)
+        item.pools = sequence.request.pooling == "mean" or (
+            samples and bool(sequence.request.pooling)
+        )
+        return item
 
     def make_room(self, sequence: SequenceState, num_tokens: int) -> bool:
         """Pages for one more token of a sequence; under pressure the youngest sequences of the tenant that

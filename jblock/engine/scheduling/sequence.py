@@ -52,6 +52,7 @@ class SequenceState:
       was_preempted: it goes before others of its tenant.
       charged: how many of its first tokens its tenant was charged for.
       token_seconds: what it is charged for one more.
+      pooled: float32 [2, hidden_size] of each chunk as `pooling_program` describes, by its first position.
       constraint: the grammar that its answer keeps to; None without one.
       item: what is on its way through the blocks; None between steps, unless a step ended before it.
       finished: its last output has been sent.
@@ -80,6 +81,7 @@ class SequenceState:
     was_preempted: bool = False
     charged: int = 0
     token_seconds: float = 0.0
+    pooled: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
     constraint: Constraint | None = None
     item: "WorkItem | None" = None
     finished: bool = False
@@ -129,6 +131,7 @@ class SequenceState:
             and not sampling.top_logprobs
             and not self.scores_prompt
             and self.constraint is None
+            and not self.request.pooling
         )
 
     @property
@@ -185,6 +188,22 @@ class SequenceState:
             self.prompt_logprobs[start : start + count] = logprobs[:, 0].tolist()
             self.prompt_best[start : start + count] = best
 
+    def take_pooled(self, start: int, pooled: np.ndarray) -> None:
+        """Keeps what a chunk of the prompt brought; one that is computed again replaces it."""
+        if start == 0:
+            self.pooled.clear()
+        self.pooled[start] = pooled
+
+    @property
+    def embedding(self) -> tuple[float, ...]:
+        """What was asked for, of all that `take_pooled` was given."""
+        if self.request.pooling == "last":
+            found = self.pooled[max(self.pooled)][1]
+        else:
+            total = sum(chunk[0].astype(np.float64) for chunk in self.pooled.values())
+            found = total / len(self.request.token_ids)
+        return tuple(np.asarray(found, np.float32).tolist())
+
     @property
     def prompt_len(self) -> int:
         """Tokens of the prompt, virtual ones included."""
@@ -198,8 +217,9 @@ class SequenceState:
     @property
     def shareable_tokens(self) -> int:
         """How many leading tokens it may find in the prefix cache. The last one is always computed, for its
-        logits are wanted; so are those of all tokens of a prompt whose log-probabilities are wanted."""
-        return 0 if self.scores_prompt else self.num_tokens - 1
+        logits are wanted; so are all tokens of a prompt whose log-probabilities, or whose mean, is wanted."""
+        wants_all = self.scores_prompt or self.request.pooling == "mean"
+        return 0 if wants_all else self.num_tokens - 1
 
     @property
     def all_token_ids(self) -> tuple[int, ...]:
@@ -220,6 +240,7 @@ class WorkItem:
       tokens: token ids, or () to take the sequence's last sampled token on the device.
       samples: its last token's logits are wanted.
       scores: the log-probabilities of its prompt tokens are wanted.
+      pools: what the model makes of its tokens is wanted.
       at: index of the stage of its route it is at.
       entry: the boundary at which it enters its chain, its rows found there; None: at the embedding.
       seconds_left: of a chunk of a prompt: what it is expected to take from here; 0 if not known.
@@ -234,6 +255,7 @@ class WorkItem:
     tokens: tuple[int, ...]
     samples: bool
     scores: bool = False
+    pools: bool = False
     at: int = 0
     entry: Boundary | None = None
     seconds_left: float = 0.0
