@@ -54,6 +54,9 @@ _ALL = (
     Scenario("peers", "vLLM, OpenVINO GenAI and transformers on the same work and machine"),
     Scenario("kv", "int8 KV over float32: bytes, speed over long contexts, changed answers"),
     Scenario("oversubscription", "KV for a quarter of what is offered: all finish, all the same"),
+    Scenario(
+        "fairness", "tenants on one engine: the bound of fair shares in twelve workloads, its cost"
+    ),
     Scenario("equivalence", "a search for components that are alike, among a thousand of 8 MB"),
     Scenario(
         "zoo", "bytes stored of 64 fine-tunes over what they take apart, and of each kind alone"

@@ -99,6 +99,15 @@ class VirtualTokenCounter:
         account = self._accounts.get(tenant)
         return account.running if account else 0
 
+    def excess(self, tenant: str) -> float:
+        """How many more of its sequences run than its share of all that run, among tenants with something
+        open."""
+        with self._lock:
+            busy = [a for a in self._accounts.values() if a.waiting or a.running]
+            account = self._of(tenant)
+            share = account.weight / sum(a.weight for a in busy) if busy else 1.0
+            return account.running - share * sum(a.running for a in busy)
+
     def snapshot(self) -> tuple[tuple[str, int, int, float], ...]:
         """(tenant, waiting, running, seconds served) of each that is known."""
         with self._lock:

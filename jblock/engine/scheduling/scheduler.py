@@ -13,6 +13,9 @@ from jblock.engine.scheduling.machine import Machine
 from jblock.engine.scheduling.sequence import SequenceState, WorkItem, chunk_for
 from jblock.engine.scheduling.waiting import WaitingQueue
 
+# A tenant with so many sequences running above its share gives one up to a tenant that has none: near its
+# share it would only lose what it computed.
+_MOST_ABOVE_SHARE = 2.0
 # Sequences that may be preempted at a time so that a tenant with nothing running begins.
 _MOST_YIELD = 8
 # Steps after which twice as many sequences may run, where the device had no memory for all.
@@ -168,18 +171,20 @@ class Scheduler:
         return None
 
     def _yield_to(self, sequence: SequenceState) -> bool:
-        """Preempts one sequence for one of a tenant with nothing running, if another tenant has several."""
+        """Preempts one sequence for one of a tenant with nothing running, if another tenant has some more
+        than its share."""
         own = sequence.request
         if self.counter.running(own.tenant):
             return False
         shapes = sequence.pages.layers.keys()
         level = self.counter.level(own.tenant)
+        tenants = {s.request.tenant for s in self.running.values()}
+        rich = {name for name in tenants if self.counter.excess(name) >= _MOST_ABOVE_SHARE}
         rivals = [
             s
             for s in self.running.values()
-            if s.request.tenant != own.tenant
+            if s.request.tenant in rich
             and s.request.priority >= own.priority
-            and self.counter.running(s.request.tenant) > 1
             and self.counter.level(s.request.tenant) >= level
             and (not self._has_slot or not shapes.isdisjoint(s.pages.layers))
         ]

@@ -46,19 +46,22 @@ class WaitingQueue:
         del self._by_id[sequence.request.request_id]
 
     def fair_order(self, rank: Callable[[str], tuple[float, int]]) -> Iterator[SequenceState]:
-        """Each that waits now, the most urgent priority first, then the tenant of the lowest rank. A rank is
-        read again after each of the tenant's, so it may rise meanwhile.
+        """Each that waits now, the most urgent priority first, then what was preempted, as long as pages of
+        it are cached, then the tenant of the lowest rank. A rank is read again after each of the tenant's, so
+        it may rise meanwhile.
 
         Args:
           rank: of a tenant.
         """
-        heads: list[tuple[tuple[int, tuple[float, int], int], str, int, list[SequenceState]]] = []
+        heads: list[
+            tuple[tuple[int, bool, tuple[float, int], int], str, int, list[SequenceState]]
+        ] = []
 
         def push(name: str, line: list[SequenceState], at: int) -> None:
             if at < len(line):
                 first = line[at]
-                turn = (first.request.priority, rank(name), first.arrival)
-                heapq.heappush(heads, (turn, name, at, line))
+                urgency = first.request.priority, not first.was_preempted
+                heapq.heappush(heads, ((*urgency, rank(name), first.arrival), name, at, line))
 
         for name, line in self._lines.items():
             push(name, list(line), 0)
