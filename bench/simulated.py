@@ -42,7 +42,9 @@ class Costs:
             greedy_only=False,
             rates=None,
             chunks=sorted(self.chunks),
-            chunk_seconds=lambda route, chunk: self.chunks.get(chunk, self.decode.seconds[0]),
+            chunk_seconds=lambda route, chunk, boundary=None: self.chunks.get(
+                chunk, self.decode.seconds[0]
+            ),
             token_seconds=lambda route: self.token_seconds,
         )
 
@@ -94,7 +96,7 @@ class SimulatedEngine:
         self.scheduler = Scheduler(config, kv, max_num_seqs + rows, lambda item: None)
         self._chain = types.SimpleNamespace(name="sim", eos_token_ids=())
         self._route: Any = types.SimpleNamespace(
-            virtual_tokens=0, kv_digests={_SHAPE: (b"0",)}, chain=self._chain
+            virtual_tokens=0, kv_digests={_SHAPE: (b"0",)}, boundaries=(), chain=self._chain
         )
         self._lease: Any = types.SimpleNamespace(ready=True, slot=0, error="")
         self._done: dict[str, int] = {}

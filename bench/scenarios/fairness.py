@@ -357,17 +357,18 @@ def _engine(args: argparse.Namespace) -> dict[str, Any]:
         decode_sizes=(4, 16),
         prefill_grids=((1, 16), (4, 16), (1, 64), (4, 64)),
     )
-    count = 8 if args.quick else 60
+    count = 8 if args.quick else 40
     engine = make_engine(zoo, config, args.cache)
     client = _Client(engine, sorted(zoo.served), shape.vocab_size)
     try:
         progress("time to first token, alone and beside a flood")
         _first_tokens(client, count)  # To warm up.
         alone = _first_tokens(client, count)
-        for _ in range(16 * count):
-            client.send("flood", 64, 100)
+        flood = [client.send("flood", 64, 100)[0] for _ in range(16 * count)]
         beside = _first_tokens(client, count)
         flooded = client.open > 0
+        for name in flood:
+            engine.cancel(name)
         client.settle()
         ratios = []
         for _ in range(2 if args.quick else 4):

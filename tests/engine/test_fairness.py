@@ -2,6 +2,7 @@
 is pretended."""
 
 import collections
+import dataclasses
 
 import pytest
 
@@ -136,6 +137,32 @@ def test_what_the_cache_has_is_free():
     before = engine.scheduler.counter.level("b")
     finish(engine)
     assert engine.scheduler.counter.level("b") - before == pytest.approx(level)
+
+
+def probed(salts):
+    """What a tenant can measure of its prompt after another one asked the same: steps, seconds, tokens found,
+    and what it was charged."""
+    engine, _ = simulated(kv_tokens=4000)
+    prompt = list(range(100, 300))
+    for name, salt in zip(("victim", "prober"), salts, strict=True):
+        if salt is None:
+            continue
+        steps, begin, hits = 0, engine.now, engine.scheduler.kv.hit_tokens
+        one = dataclasses.replace(request(name, name, prompt, 1), cache_salt=salt)
+        engine.submit(one)
+        while list(engine.scheduler):
+            engine.step()
+            steps += 1
+    found = engine.scheduler.kv.hit_tokens - hits
+    served = {name: seconds for name, _, _, seconds in engine.scheduler.counter.snapshot()}
+    return steps, engine.now - begin, found, served["prober"]
+
+
+def test_nobody_measures_what_another_tenant_has_asked():
+    nobody_asked = probed((None, "b"))
+    assert probed(("a", "b")) == pytest.approx(nobody_asked)
+    both_opted_in = probed(("shared", "shared"))
+    assert both_opted_in[2] > 0 and both_opted_in[1] < nobody_asked[1]
 
 
 def test_a_tenant_with_nothing_running_does_not_wait_for_long_answers():
