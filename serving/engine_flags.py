@@ -4,7 +4,7 @@ from typing import Any
 
 from absl import flags
 
-from jblock.engine.config import KV_DTYPES
+from jblock.engine.config import KV_DTYPES, EngineConfig
 
 _FLAGS = (
     flags.DEFINE_string("zoo", None, "Folder or URL of the zoo.", required=True),
@@ -72,6 +72,17 @@ def engine_kwargs() -> dict[str, Any]:
     if given.get("zoo") == "":
         raise ValueError("zoo: is empty; give the folder or URL of a zoo")
     return given
+
+
+def share_of_agent(arguments: dict[str, Any], agents: int) -> dict[str, Any]:
+    """The arguments of each of several agents on one machine: memory that is stated is of all together, and
+    so are the engine's own numbers for the host's."""
+    config = EngineConfig()
+    stated = {"host_kv_memory_mb": config.host_kv_memory_mb, "host_cache_mb": config.host_cache_mb}
+    stated |= {
+        n: arguments[n] for n in (*stated, "kv_memory_mb", "weights_memory_mb") if n in arguments
+    }
+    return {**arguments, **{name: -(-total // agents) for name, total in stated.items()}}
 
 
 def _check_models(names: list[str]) -> None:

@@ -5,17 +5,20 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags
 
 from jblock.engine import api
 from jblock.engine.process.client import ProcessEngine
+from jblock.engine.process.seats import share_out
 from jblock.engine.process.server import load_factory
 from jblock.engine.process.supervisor import SupervisedEngine
+from jblock.parallel.rules import MeshShape
+from jblock.scheduler.cluster import Cluster
 from serving import addresses, config_file
-from serving.engine_flags import engine_kwargs
+from serving.engine_flags import engine_kwargs, share_of_agent
 from serving.server import Server, ServerConfig, serve
 from serving.tenants import EVERYBODY
 from serving.tenants_file import TenantsFile
@@ -63,6 +66,12 @@ _OPEN_HEALTH = flags.DEFINE_bool(
 )
 _ENGINE = flags.DEFINE_enum(
     "engine", "process", ["process", "thread"], "Where the engine's loop runs."
+)
+_AGENTS = flags.DEFINE_integer(
+    "agents",
+    1,
+    "Engine processes, each with a share of the processors and with devices of its own.",
+    lower_bound=1,
 )
 _HEARTBEAT = flags.DEFINE_float(
     "heartbeat_seconds",
@@ -137,13 +146,28 @@ async def _serve(config: ServerConfig, engine: api.Engine) -> bool:
     return drained
 
 
-def _start(kwargs: dict[str, Any], served: Sequence[str]) -> ProcessEngine:
+def _start(kwargs: dict[str, Any], served: Sequence[str], **options: Any) -> ProcessEngine:
     """An engine process that serves these ("name@version"), or of none what the flags say."""
     if served:
         names = {model.partition("@")[0] for model in served}
         pinned = [name for name in kwargs.get("pinned", ()) if name in names]
         kwargs = {**kwargs, "models": list(served), "pinned": pinned}
-    return ProcessEngine(_FACTORY, kwargs, heartbeat_seconds=_HEARTBEAT.value)
+    return ProcessEngine(_FACTORY, kwargs, heartbeat_seconds=_HEARTBEAT.value, **options)
+
+
+def _cluster(kwargs: dict[str, Any], agents: int) -> Cluster:
+    """So many agents on this machine."""
+    mesh = MeshShape.parse(kwargs.get("mesh", ""))
+    seats = share_out(agents, mesh.size)
+    share = share_of_agent(kwargs, agents)
+
+    def start(agent: int, served: Sequence[str], notify: Callable[[], None]) -> ProcessEngine:
+        own = dict(share)
+        if "profiler_port" in own:
+            own["profiler_port"] += agent
+        return _start(own, served, seat=seats[agent], notify=notify)
+
+    return Cluster(start, agents, models=kwargs.get("models", ()))
 
 
 def main(argv: list[str]) -> int:
@@ -174,7 +198,13 @@ def main(argv: list[str]) -> int:
         if _PROFILER_PORT.value is not None:
             kwargs["profiler_port"] = _PROFILER_PORT.value
         engine: api.Engine
-        if _ENGINE.value == "process":
+        if _AGENTS.value > 1:
+            if _ENGINE.value != "process":
+                raise ValueError(
+                    f"agents: {_AGENTS.value} of them are processes; give --engine=process"
+                )
+            engine = _cluster(kwargs, _AGENTS.value)
+        elif _ENGINE.value == "process":
             engine = SupervisedEngine(lambda served: _start(kwargs, served))
         else:
             engine = load_factory(_FACTORY)(**kwargs)

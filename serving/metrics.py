@@ -61,6 +61,8 @@ _HELP = {
 }
 # Tenants with series of their own.
 _MAX_TENANTS = 1000
+# Those that are one number.
+_NUMBERS = tuple(f.name for f in dataclasses.fields(api.EngineStats) if f.name != "tenants")
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
@@ -85,9 +87,10 @@ class Metrics:
         num_open: Callable[[], int],
         up: Callable,
         names: str = "jblock",
+        agents: Callable[[], Sequence[api.AgentStatus]] = tuple,
     ):
-        """Reads the engine's `stats`, the open requests and whether it is `up` at each scrape. `names` is one
-        of gateway_metrics.PREFIXES: how that is called which vLLM measures too."""
+        """Reads the engine's `stats` and its `agents`, the open requests and whether it is `up` at each
+        scrape. `names` is one of gateway_metrics.PREFIXES: how that is called which vLLM measures too."""
         self.registry = prom.CollectorRegistry()
         self.adapters: collections.Counter[str] = collections.Counter()
         prefix = gateway_metrics.PREFIXES[names]
@@ -125,7 +128,7 @@ class Metrics:
         )
         self._gauge("requests_open", "Requests admitted and not yet over.", num_open)
         self._gauge("engine_up", "1 while the engine serves.", up)
-        self.registry.register(_EngineCollector(stats))
+        self.registry.register(_EngineCollector(stats, agents))
         collector = gateway_metrics.GatewayCollector(prefix, stats, self.adapters)
         self.registry.register(collector)
 
@@ -235,20 +238,44 @@ class _FilesCollector(Collector):
 
 
 class _EngineCollector(Collector):
-    """EngineStats, read when scraped."""
+    """EngineStats, read when scraped: of the engine, and of each agent where there are several."""
 
-    def __init__(self, stats: Callable[[], api.EngineStats]):
-        self._stats = stats
+    def __init__(
+        self,
+        stats: Callable[[], api.EngineStats],
+        agents: Callable[[], Sequence[api.AgentStatus]],
+    ):
+        self._stats, self._agents = stats, agents
 
     def collect(self) -> Iterable[Metric]:
         stats = self._stats()
         yield from _of_tenants(stats.tenants)
-        for name, value in dataclasses.asdict(stats).items():
-            if name == "tenants":
-                continue
-            kind, text = _HELP.get(name, ("gauge", name))
-            family = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
-            yield family(f"jblock_{name}", text, value=value)
+        for name in _NUMBERS:
+            family, text = _family(name)
+            yield family(f"jblock_{name}", text, value=getattr(stats, name))
+        agents = self._agents()
+        if not agents:
+            return
+        up = GaugeMetricFamily("jblock_agent_up", "1 while the agent serves.", labels=["agent"])
+        requests = GaugeMetricFamily(
+            "jblock_agent_requests", "Open requests that the agent has.", labels=["agent"]
+        )
+        for agent in agents:
+            up.add_metric([agent.name], int(agent.up))
+            requests.add_metric([agent.name], agent.requests)
+        yield from (up, requests)
+        for name in _NUMBERS:
+            family, text = _family(name)
+            metric = family(f"jblock_agent_{name}", text, labels=["agent"])
+            for agent in agents:
+                metric.add_metric([agent.name], getattr(agent.stats, name))
+            yield metric
+
+
+def _family(name: str) -> tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str]:
+    """How a field of EngineStats is told."""
+    kind, text = _HELP.get(name, ("gauge", name))
+    return CounterMetricFamily if kind == "counter" else GaugeMetricFamily, text
 
 
 def _of_tenants(tenants: Sequence[api.TenantStats]) -> Iterable[Metric]:

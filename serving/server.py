@@ -133,6 +133,7 @@ class Server:
             lambda: self._dispatcher.num_open,
             lambda: int(self.is_serving),
             config.metrics_names,
+            engine.agents,
         )
         self._stop_metrics: Callable[[], None] = lambda: None
         self._renderer = Renderer()

@@ -111,9 +111,10 @@ def test_every_room_has_its_place():
     assert there - {"__init__", "__pycache__"} <= named
 
 
-def test_the_engine_process_is_told_from_outside_without_jax():
-    """The server's process imports the engine's boundary, and no jax with it."""
-    seen, todo = set(), ["jblock.engine.process.client"]
+@pytest.mark.parametrize("name", ["jblock.engine.process.client", "jblock.scheduler.cluster"])
+def test_engine_processes_are_told_from_outside_without_jax(name):
+    """The server's process imports the engine's boundary and the scheduler, and no jax with them."""
+    seen, todo = set(), [name]
     while todo:
         name = todo.pop()
         if name not in seen:

@@ -80,6 +80,29 @@ def test_serve_says_where_drains_and_ends_with_0(start_server, tmp_path, engine,
     assert "Traceback" not in err
 
 
+def test_serve_with_two_agents_goes_on_when_one_is_killed(start_server, tmp_path):
+    port_file = tmp_path / "port"
+    server = start_server("--zoo=x", "--port=0", f"--port_file={port_file}", "--agents=2")
+    assert server.stdout.readline().startswith("jblock: serving 1 model on ")
+    children = pathlib.Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
+    with Client(f"127.0.0.1:{port_file.read_text().strip()}") as stub:
+        streams = [stub.stream("echo", [i], max_tokens=100) for i in (1, 2)]
+        got = [list(next(stream).token_ids) for stream in streams]
+        os.kill(int(children[0]), signal.SIGKILL)
+        for i, stream in enumerate(streams):
+            got[i] += [token for chunk in stream for token in chunk.token_ids]
+    assert got == [[1] * 100, [2] * 100]
+    server.send_signal(signal.SIGTERM)
+    server.communicate(timeout=20)
+    assert server.returncode == 0
+
+
+def test_memory_that_is_stated_is_of_all_agents(start_server):
+    server = start_server("--zoo=show", "--port=0", "--agents=2", "--kv_memory_mb=9")
+    _, err = server.communicate(timeout=20)
+    assert "settings: {'host_cache_mb': 256, 'host_kv_memory_mb': 128, 'kv_memory_mb': 5}" in err
+
+
 @pytest.mark.parametrize(
     "numbers", [(signal.SIGINT, signal.SIGINT), (signal.SIGHUP, signal.SIGQUIT)]
 )
@@ -133,6 +156,8 @@ def test_what_is_not_given_is_left_to_the_engine(start_server):
         (["--zoo=x", "--max_queue=0"], "jblock-serve: max_queue: 0 admits nothing"),
         (["--zoo=x", "stray"], "jblock-serve: arguments: ['stray'] are not understood"),
         (["--zoo="], "jblock-serve: zoo: is empty"),
+        (["--zoo=x", "--agents=0"], "agents"),
+        (["--zoo=x", "--agents=2", "--engine=thread"], "jblock-serve: agents: 2 of them"),
         (["--zoo=x", "--models="], "jblock-serve: models: '' leaves a name empty"),
         (["--zoo=x", "--models=a,,b"], "jblock-serve: models: 'a,,b' leaves a name empty"),
         (["--zoo=x", "--models=a@1,b,a@2"], "jblock-serve: models: 'a' is there twice"),

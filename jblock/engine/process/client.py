@@ -14,12 +14,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 from jblock.engine import api
 from jblock.engine.process import wire
+from jblock.engine.process.seats import WHOLE_MACHINE, Seat
 
 # Seconds a child gets to end by itself once told to.
 _CLOSE_SECONDS = 10.0
@@ -46,6 +47,8 @@ class ProcessEngine(api.Engine):
         kwargs: Mapping[str, Any] | None = None,
         *,
         heartbeat_seconds: float = 0.0,
+        seat: Seat = WHOLE_MACHINE,
+        notify: Callable[[], None] = lambda: None,
     ):
         """Starts the child and returns at once; `models` waits for it.
 
@@ -55,11 +58,18 @@ class ProcessEngine(api.Engine):
           heartbeat_seconds: a child that is silent for longer is frozen and is killed; 0 never. While it
             has a thread that runs, or wants to, it may be silent for six times as long: the machine may be
             busy, or its main thread in a long call.
+          seat: the processors and devices it has.
+          notify: called from a thread of its own when `poll` would return something, or raise.
 
         Raises:
           TypeError: an argument is no plain data.
         """
-        start = wire.pack(wire.Start(factory, dict(kwargs or {}), heartbeat_seconds))
+        start = wire.pack(
+            wire.Start(
+                factory, dict(kwargs or {}), heartbeat_seconds, seat.cores, dict(seat.environment)
+            )
+        )
+        self._notify = notify
         self._changed = threading.Condition()
         self._models: tuple[api.ModelInfo, ...] | None = None
         self._numbers = itertools.count()
@@ -223,6 +233,7 @@ class ProcessEngine(api.Engine):
                     self._stats = frame.stats
                 if frame.outputs:
                     self._steps.put(frame.outputs)
+                    self._notify()
             elif isinstance(frame, wire.Running):
                 self._running = self._running.difference(frame.ended).union(frame.begun)
             elif not isinstance(frame, wire.Beat):
@@ -232,6 +243,7 @@ class ProcessEngine(api.Engine):
             self._died = died
             self._changed.notify_all()
         self._steps.put(())
+        self._notify()
 
     def _take(self, frame: wire.Models | wire.Served | wire.Invalid | wire.Died) -> None:
         """What somebody may be waiting for."""

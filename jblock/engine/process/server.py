@@ -191,6 +191,10 @@ def main(fd: int) -> int:
     start = wire.for_child(connection.recv_bytes())
     if not isinstance(start, wire.Start):
         raise ValueError(f"the first frame is {type(start).__name__}, not Start")
+    # Before anything is imported that starts threads or looks for devices.
+    os.environ.update(start.environment)
+    if start.cores:
+        os.sched_setaffinity(0, start.cores)
     sender = _Sender(connection)
     inbox = _Inbox(connection, sender)
     inbox.start()

@@ -71,6 +71,16 @@ class SupervisedEngine(api.Engine):
         """Whether the present process is warm and alive."""
         return self._warm
 
+    @property
+    def served(self) -> tuple[api.ModelInfo, ...]:
+        """What is served, or was when a process was last warm; empty before the first was."""
+        return self._models
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a request that is submitted now runs at once, and not after others under suspicion."""
+        return self._warm and not self._suspects
+
     def models(self) -> tuple[api.ModelInfo, ...]:
         """The served chains; blocks until the first process is warm.
 
@@ -90,16 +100,13 @@ class SupervisedEngine(api.Engine):
 
     def submit(self, request: api.Request) -> None:
         """Hands a request over, now or when there is a process again; never blocks."""
-        if request.sampling.seed is None:
-            # Drawn here, so that a request that goes on elsewhere draws the same tokens.
-            sampling = dataclasses.replace(request.sampling, seed=secrets.randbits(32))
-            request = dataclasses.replace(request, sampling=sampling)
+        held = held_of(request)
         with self._changed:
             if request.request_id in self._open:
                 message = f"request_id {request.request_id!r} is already in flight; give another"
-                self._outputs.append(_error(request.request_id, "INVALID_ARGUMENT", message))
+                self._outputs.append(error_output(held.id, "INVALID_ARGUMENT", message))
                 return
-            self._open[request.request_id] = Held(request)
+            self._open[held.id] = held
             self._submit_next()
 
     def cancel(self, request_id: str) -> None:
@@ -150,6 +157,33 @@ class SupervisedEngine(api.Engine):
                     return outputs
             if time.monotonic() >= end and not self._outputs:
                 return []
+
+    def adopt(self, held: Held) -> None:
+        """Takes up a request of another engine, after the tokens it has; its id must not be in flight."""
+        with self._changed:
+            self._open[held.id] = held
+            self._submit_next()
+
+    def release(self, wanted: Callable[[Held], bool]) -> list[Held]:
+        """Hands over what may run in another engine while it cannot run here: requests that wait for a
+        process, or for others under suspicion, and that were suspect once at most: a second time they are
+        looked into here. Where the engine has failed for good it is all that `wanted` takes.
+
+        Args:
+          wanted: whether somebody takes it.
+        """
+        with self._changed:
+            if self.is_free:
+                return []
+            given = [
+                held
+                for held in self._open.values()
+                if not held.submitted and (held.deaths < 2 or self._failure) and wanted(held)
+            ]
+            for held in given:
+                del self._open[held.id]
+            self._suspects.forget({held.id for held in given})
+            return given
 
     def serve(
         self, models: Sequence[str], base: Sequence[str] | None = None
@@ -219,7 +253,7 @@ class SupervisedEngine(api.Engine):
                 if held.delivered and output.error_code in ("ABORTED", "NOT_FOUND"):
                     # Its client has tokens of a version that the new process does not serve.
                     message = f"{output.error_message}; the engine's process was replaced meanwhile"
-                    output = _error(output.request_id, "UNAVAILABLE", message)
+                    output = error_output(output.request_id, "UNAVAILABLE", message)
             passed.append(output)
         self._suspects.look(self._open)
         return passed
@@ -281,7 +315,7 @@ class SupervisedEngine(api.Engine):
             )
             if refused is not None:
                 logging.error("request %s is refused: it ended a process alone", refused)
-                self._end(_error(refused, "INTERNAL", _refusal(error)))
+                self._end(error_output(refused, "INTERNAL", _refusal(error)))
             if self._barren > self._allowed:
                 self._failure = api.EngineDied(
                     f"{error}; {self._barren} processes in a row ended before they served a token, so it is "
@@ -310,7 +344,17 @@ def _added(past: api.EngineStats, now: api.EngineStats) -> api.EngineStats:
     return dataclasses.replace(now, **counters)
 
 
-def _error(request_id: str, code: str, message: str) -> api.Output:
+def held_of(request: api.Request) -> Held:
+    """What is kept of a request. A seed is drawn for one without, so that it draws the same tokens wherever
+    it goes on."""
+    if request.sampling.seed is None:
+        sampling = dataclasses.replace(request.sampling, seed=secrets.randbits(32))
+        request = dataclasses.replace(request, sampling=sampling)
+    return Held(request)
+
+
+def error_output(request_id: str, code: str, message: str) -> api.Output:
+    """The last output of a request that fails."""
     return api.Output(
         request_id=request_id, finish_reason="error", error_code=code, error_message=message
     )

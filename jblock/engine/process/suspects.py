@@ -107,6 +107,11 @@ class Suspects:
             return []
         return [held for held in open_requests.values() if not held.submitted]
 
+    def forget(self, ids: Collection[str]) -> None:
+        """Drops requests that run elsewhere now."""
+        groups = ([i for i in group if i not in ids] for group in self._groups)
+        self._groups = collections.deque(_filled(groups))
+
     def look(self, open_requests: Mapping[str, Held]) -> None:
         """Clears those of the running group that went on or ended; after its time, all of it."""
         if self._running and time.monotonic() > self._patient_until:

@@ -24,11 +24,14 @@ class _Frame(msgspec.Struct, frozen=True, array_like=True, tag=str.lower):
 
 
 class Start(_Frame, frozen=True):
-    """The first frame: which engine to build. `heartbeat` seconds are the longest silence allowed."""
+    """The first frame: which engine to build. `heartbeat` seconds are the longest silence allowed; `cores`
+    are the processors to run on, none all, and `environment` are variables to set."""
 
     factory: str
     kwargs: dict[str, Any]
     heartbeat: float
+    cores: tuple[int, ...] = ()
+    environment: dict[str, str] = {}
 
 
 class Submit(_Frame, frozen=True):
