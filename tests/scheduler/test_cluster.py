@@ -5,112 +5,17 @@ import dataclasses
 import functools
 import os
 import signal
-import threading
-import time
 
 import pytest
+from mock_agents import LONG, Agents, Reader, echoed, request, until
 
 from jblock.engine import api
-from jblock.engine.process.client import ProcessEngine
-from jblock.engine.process.seats import WHOLE_MACHINE, share_out
+from jblock.engine.process.seats import share_out
 from jblock.scheduler.chain_placement import ChainPlacement, everywhere
 from jblock.scheduler.cluster import Cluster
 
-MOCK = "jblock.engine.process.mock:build_engine"
-LONG = 60.0
 KILLER, FREEZER = 500, 501
 A_B_C = [{"name": "a"}, {"name": "b", "offset": 1}, {"name": "c", "offset": 2}]
-
-
-class Agents:
-    """Starts mock agents and remembers them.
-
-    Attributes:
-      started: (agent, what it was told to serve), in order.
-      engines: the last process of each agent.
-      broken: agents whose next processes end at their start.
-      slow: seconds that the next processes take to start.
-    """
-
-    def __init__(self, heartbeat_seconds: float = 0.0, seats=None, **kwargs):
-        self.started: list[tuple[int, tuple[str, ...]]] = []
-        self.engines: dict[int, ProcessEngine] = {}
-        self.broken: set[int] = set()
-        self.slow = 0.0
-        self._kwargs = {"step_delay": 0.005, **kwargs}
-        self._heartbeat, self._seats = heartbeat_seconds, seats
-
-    def __call__(self, agent, served, notify) -> ProcessEngine:
-        self.started.append((agent, tuple(served)))
-        kwargs = dict(self._kwargs)
-        known = kwargs.get("models", [{"name": "echo"}])
-        if served:
-            names = {m.partition("@")[0] for m in served}
-            kwargs["models"] = [m for m in known if m["name"] in names]
-            kwargs["more"] = [*kwargs.get("more", ()), *known]
-        if self.slow:
-            kwargs["start_delay"] = self.slow
-        if agent in self.broken:
-            kwargs["exit_at_start"] = 7
-        self.engines[agent] = ProcessEngine(
-            MOCK,
-            kwargs,
-            heartbeat_seconds=self._heartbeat,
-            seat=self._seats[agent] if self._seats else WHOLE_MACHINE,
-            notify=notify,
-        )
-        return self.engines[agent]
-
-
-class Reader(threading.Thread):
-    """Polls an engine as a server would, and keeps what came by request.
-
-    Attributes:
-      tokens: by request id.
-      ends: the last output of each request that ended.
-      failure: what ended the polling.
-    """
-
-    def __init__(self, engine: api.Engine):
-        super().__init__(daemon=True)
-        self.tokens: dict[str, list[int]] = collections.defaultdict(list)
-        self.ends: dict[str, api.Output] = {}
-        self.failure: Exception | None = None
-        self.stopping = False
-        self._engine = engine
-
-    def run(self) -> None:
-        try:
-            self._engine.models()
-            while not self.stopping:
-                for output in self._engine.poll(0.05):
-                    assert output.request_id not in self.ends
-                    self.tokens[output.request_id] += output.token_ids
-                    if output.finish_reason:
-                        self.ends[output.request_id] = output
-        except Exception as error:
-            self.failure = error
-
-
-def until(check, seconds: float = LONG) -> None:
-    end = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < end, "not in time"
-        time.sleep(0.005)
-
-
-def request(name: str, prompt=(7, 8, 9), model: str = "echo", **sampling) -> api.Request:
-    options = {"max_tokens": 60, **sampling}
-    return api.Request(
-        request_id=name,
-        model=model,
-        token_ids=tuple(prompt),
-        sampling=api.SamplingParams(**options),
-    )
-
-
-def echoed(prompt, count: int, offset: int = 0) -> list[int]:
-    return [prompt[i % len(prompt)] + offset for i in range(count)]
 
 
 @pytest.fixture
@@ -175,7 +80,9 @@ def test_prompts_with_a_beginning_that_an_agent_has_go_there_unless_it_is_much_b
     until(lambda: len(reader.ends) == 10)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)]
+)
 def test_what_an_agent_had_goes_on_in_another_one(cluster, how):
     engine, reader, agents = cluster(2, 2.0 if how == signal.SIGSTOP else 0.0)
     prompts = {f"r{i}": (i + 1, i + 2, i + 3) for i in range(8)}
@@ -251,6 +158,7 @@ def test_a_request_goes_to_an_agent_that_serves_its_chain(cluster):
     assert agents.started[2:] == [(1, ("b@1", "c@1"))]
 
 
+@pytest.mark.long
 def test_an_agent_that_does_not_come_back_is_given_up_and_its_chains_go_elsewhere(cluster):
     options = {"models": ["a", "b", "c"], "place": halves}
     engine, reader, agents = cluster(3, models=A_B_C, options=options)
