@@ -293,7 +293,7 @@ def test_agents_are_told_apart_in_metrics(cluster):
     agents.broken.add(1)
     os.kill(engine.pids[1], signal.SIGKILL)
     until(lambda: not engine.agents()[1].up)
-    metrics = Metrics(engine.stats, lambda: 0, lambda: 1, engine.agents)
+    metrics = Metrics(engine.stats, lambda: 0, lambda: 1, agents=engine.agents)
     text = prometheus.generate_latest(metrics.registry).decode()
     assert "jblock_generated_tokens_total 20.0" in text
     assert 'jblock_agent_generated_tokens_total{agent="0"} 20.0' in text
