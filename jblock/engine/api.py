@@ -285,26 +285,6 @@ GAUGES = frozenset(
 )
 
 
-def total(several: Sequence[EngineStats]) -> EngineStats:
-    """Counters and gauges of engines that serve one zoo together. What all have alike is not added up."""
-    alike = ("chains", "kernels_replaced")
-    tenants: dict[str, TenantStats] = {}
-    for one in (tenant for stats in several for tenant in stats.tenants):
-        so_far = tenants.get(one.tenant, TenantStats(tenant=one.tenant))
-        tenants[one.tenant] = TenantStats(
-            tenant=one.tenant,
-            waiting=so_far.waiting + one.waiting,
-            running=so_far.running + one.running,
-            served_seconds=so_far.served_seconds + one.served_seconds,
-        )
-    numbers = {
-        f.name: (max if f.name in alike else sum)(getattr(s, f.name) for s in several)
-        for f in dataclasses.fields(EngineStats)
-        if f.name != "tenants"
-    }
-    return EngineStats(**numbers, tenants=tuple(tenants.values()))
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AgentStatus:
     """One agent of an engine that has several.

@@ -24,6 +24,7 @@ from jblock.scheduler.agent import Agent
 from jblock.scheduler.chain_placement import ChainPlacement, Place, bare, everywhere
 from jblock.scheduler.model_changes import Changes
 from jblock.scheduler.prefixes import prefix_digests
+from jblock.scheduler.totals import total
 
 # So many open requests an agent may have more than the least loaded one and still be given those whose prefix
 # it has computed.
@@ -208,7 +209,7 @@ class Cluster(api.Engine):
 
     def stats(self) -> api.EngineStats:
         """Counters and gauges of all agents."""
-        return api.total([agent.engine.stats() for agent in self._agents])
+        return total([agent.engine.stats() for agent in self._agents])
 
     def agents(self) -> tuple[api.AgentStatus, ...]:
         """Each agent by itself."""
