@@ -209,7 +209,10 @@ def test_client_shows_models_and_health(fast):
             "jblock-client: INVALID_ARGUMENT: top_p: 2.0 is outside (0, 1]",
         ),
         (["generate", "--model=echo", "--prompt=x", "--seed=-1"], "jblock-client: request: "),
-        (["generate", "--model=echo"], "one of the arguments --prompt --token_ids is required"),
+        (
+            ["generate", "--model=echo"],
+            "one of the arguments --prompt --prompt_file --prompts_file --token_ids is required",
+        ),
         (["generate", "--model=echo", "--token_ids=1,x"], "'1,x' is no list of ids such as 1,2,3"),
         (["models", "nobody"], "jblock-client: NOT_FOUND: name: 'nobody'"),
         ([], "the following arguments are required: command"),
