@@ -29,20 +29,22 @@ class ConstrainedSampling:
 
     Attributes:
       grammars: of its sequences.
+      open: those that are followed now; where there are none, nothing here has anything to do.
       late: rows that sat out a step.
     """
 
     def __init__(self, device: Runner, sequences: Scheduler, finish: Callable[..., None]):
         """`finish` ends a sequence, with a reason and fields of its last output."""
         self.grammars = Grammars()
+        self.open = self.grammars.open
         self.late = 0
         self._device, self._sequences, self._finish = device, sequences, finish
         self._taken: list[tuple[Constraint, int]] = []
 
     def begin(self, request: Request, route: Route, zoo: Zoo) -> Constraint | None:
-        """Follows the grammar of a request, if it has one."""
+        """Follows the grammar of a request."""
         chain = route.chain
-        if not request.sampling.grammar or chain.tokenizer is None:
+        if chain.tokenizer is None:
             return None
         return self.grammars.begin(
             request.request_id,

@@ -21,10 +21,8 @@ from jblock.engine.kv_cache.host_offload import HostPool
 from jblock.engine.kv_cache.manager import KVCacheManager
 from jblock.engine.programs.needed import Pools
 from jblock.engine.runner.latency_profile import Pace, Profile
-from jblock.engine.runner.machine import machine_of
-from jblock.engine.runner.queues import BlockQueues
 from jblock.engine.runner.runner import Runner
-from jblock.engine.runner.step import Step, Stepper
+from jblock.engine.runner.step import BlockQueues, Step, Stepper
 from jblock.engine.scheduling.deadlines import deadline_problem, set_deadline
 from jblock.engine.scheduling.fairness import VirtualTokenCounter
 from jblock.engine.scheduling.request_checks import request_problem
@@ -199,10 +197,12 @@ class Loop:
             seed=secrets.randbits(32) if sampling.seed is None else sampling.seed,
             lease=self.weight_cache.acquire(route.needs),
             generated=list(request.generated),
-            constraint=self.constrained.begin(request, route, self.graph.zoo),
+            constraint=self.constrained.begin(request, route, self.graph.zoo)
+            if sampling.grammar
+            else None,
         )
         if request.deadline is not None:
-            set_deadline(sequence, machine_of(self.device, self.profile), self.kv)
+            set_deadline(sequence, self.profile.machine(), self.kv)
         self._sequences.add(sequence)
         self._refuse_late()
 
@@ -221,9 +221,11 @@ class Loop:
             fields = {"error_code": sequence.lease.error_code}
             self._finish(sequence, "error", error_message=sequence.lease.error, **fields)
         self._refuse_late()
-        self.constrained.end_over()
-        with TraceAnnotation("admit"):
-            self._sequences.admit(machine_of(self.device, self.profile))
+        if self.constrained.open:
+            self.constrained.end_over()
+        if self._sequences.waiting:
+            with TraceAnnotation("admit"):
+                self._sequences.admit(self.profile.machine())
         self._report_running()
         try:
             self._forward()
@@ -250,7 +252,10 @@ class Loop:
             with TraceAnnotation("read_tokens"):
                 self._collect(before)
             self._pace.note(before.enqueued, before.seconds, bool(before.sampled))
-        self._in_flight = self.constrained.sample(enqueued, idle=enqueued is before is None)
+        self._in_flight = enqueued
+        if self.constrained.open:
+            idle = enqueued is before is None
+            self._in_flight = self.constrained.sample(enqueued, idle=idle)
         if self.kv.host.used:
             self.kv.host.land()
         self._sequences.note_step()
@@ -309,7 +314,7 @@ class Loop:
         # Under a full load of decoding a prompt still moves on.
         for_prompts = max(budget - decoding, PROMPT_SHARE * budget) if streams else math.inf
         with TraceAnnotation("schedule"):
-            items = sequences.schedule(machine_of(self.device, self.profile), for_prompts)
+            items = sequences.schedule(self.profile.machine(), for_prompts)
         if not items and all(s.item is None for s in running):
             return None
         return self._stepper.run(items, sequences.prompts_in_flight, for_prompts, budget)

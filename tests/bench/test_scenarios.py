@@ -59,6 +59,13 @@ KEYS = {
         "http_over_bare",
         "grpc_over_bare",
     },
+    "fairness": {
+        "bound_held",
+        "fcfs_breaks_bound",
+        "jain",
+        "flooded_ttft_ratio",
+        "throughput_over_fcfs",
+    },
     "restart": {"restart"},
     "cycles": {"cycles"},
 }
@@ -106,7 +113,7 @@ _NO_SERVING = {
     "cycles",
 }
 # Start processes that compile everything, or several engines.
-_LONG = {"coldstart", "kv", "peers", "stalls", "registry", "restart", "front"}
+_LONG = {"coldstart", "kv", "peers", "stalls", "registry", "restart", "front", "fairness"}
 _MARKS = {name: pytest.mark.long for name in _LONG} | {"cycles": pytest.mark.compilers}
 
 

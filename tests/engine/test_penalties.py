@@ -23,6 +23,7 @@ class Route:
     """As much of a route as the control array looks at."""
 
     virtual_tokens = 0
+    boundaries = ()
     kv_digests: ClassVar[dict] = {}
 
     class chain:

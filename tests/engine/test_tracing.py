@@ -119,8 +119,8 @@ def test_parts_of_programs_have_scopes(agent):
 
 def test_nothing_is_described_when_nobody_traces(agent):
     batch = Batch(Bucket(4, 1), ())
-    assert tracing.block("layer_1", batch) is tracing._NOTHING
-    assert isinstance(tracing._NOTHING, contextlib.nullcontext)
+    assert tracing.block("layer_1", batch) is tracing.NOTHING
+    assert isinstance(tracing.NOTHING, contextlib.nullcontext)
     begin = time.perf_counter()
     for _ in range(10_000):
         with tracing.block("layer_1", batch):

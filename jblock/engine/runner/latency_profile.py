@@ -13,10 +13,12 @@ from pathlib import Path
 from absl import logging
 
 from jblock.engine.config import Bucket
-from jblock.engine.graph.graph import BlockInstance, Layer
+from jblock.engine.graph.graph import BlockInstance, Layer, Route
+from jblock.engine.kv_cache.sequence_pages import Boundary
 from jblock.engine.programs.executable_cache import environment
 from jblock.engine.programs.keys import ProgramKey
 from jblock.engine.runner.runner import Runner
+from jblock.engine.scheduling.machine import Machine
 from jblock.engine.scheduling.step_budget import Times
 
 # The least of a few: whatever else the machine does can only make a call slower.
@@ -215,6 +217,22 @@ class Profile:
                 sizes.append(bucket.num_seqs)
                 seconds.append(max([known, 1e-9, *seconds]))
         return Times(tuple(sizes), tuple(seconds)) if sizes else None
+
+    def machine(self) -> Machine:
+        """The device as the scheduler sees it now."""
+
+        def chunk_seconds(route: Route, chunk: int, entry: Boundary | None) -> float | None:
+            at, layer = (entry.stage, entry.layer) if entry else (0, 0)
+            return self.chunk_seconds(route.instances[at:], chunk, layer)
+
+        device = self._device
+        return Machine(
+            greedy_only=device.greedy_only,
+            rates=device.rates,
+            chunks=sorted({b.q_len for b in device.buckets if b.q_len > 1}),
+            chunk_seconds=chunk_seconds,
+            token_seconds=lambda route: self.token_seconds(route.instances),
+        )
 
     def chunk_seconds(
         self, instances: Sequence[BlockInstance], chunk: int, layer: int = 0

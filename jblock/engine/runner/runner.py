@@ -277,7 +277,7 @@ class Runner:
         """
         self.state.clean()
         index = self._index(batch)
-        with tracing.block(instance.name, batch):
+        with tracing.block(instance.name, batch) if tracing.enabled() else tracing.NOTHING:
             calls = self._calls_of(instance, batch.bucket)
             if instance.kind in ("layer", "stitch"):
                 columns = self.executables.geometry.max_pages
@@ -312,7 +312,7 @@ class Runner:
 
     def sample(self, waiting: Logits) -> Sampled:
         """Enqueues sampling of a batch with grammars; rows whose mask is not there sit out."""
-        sampled = self._sampler.sample(waiting.logits, waiting.meta, waiting.batch, True)
+        sampled = self._sampler.sample(waiting.logits, waiting.meta, waiting.batch, masked=True)
         return dataclasses.replace(sampled, scores=waiting.scores, pooled=waiting.pooled)
 
     def _calls_of(self, instance: BlockInstance, bucket: Bucket) -> Calls:

@@ -63,7 +63,7 @@ class Sampler:
         self._version = -1
 
     def sample(
-        self, logits: jax.Array, meta: jax.Array, batch: Batch, constrained: bool = False
+        self, logits: jax.Array, meta: jax.Array, batch: Batch, masked: bool = False
     ) -> Sampled:
         """Enqueues sampling of one token a sequence.
 
@@ -71,12 +71,12 @@ class Sampler:
           logits: float32 [S, vocab].
           meta: int32 [S, 4], the leading columns of the batch's index array.
           batch: whose.
-          constrained: some rows keep to grammars, whose masks are there.
+          masked: some rows keep to grammars, whose masks are there.
         """
         state = self._state
         wanted = [i.sequence.request.sampling for i in batch.items]
         adjusted = logits
-        if constrained:
+        if masked:
             masks = state.put(batching.mask_array(batch, logits.shape[1]))
             adjusted, meta = self.program("constrain", logits)(logits, meta, masks)
         if any(i.sequence.adjusts_logits for i in batch.items):

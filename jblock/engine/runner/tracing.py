@@ -17,14 +17,16 @@ from jblock.engine.runner.batch import Batch
 STEP = "step"
 PHASES = ("load", "admit", "schedule", STEP, "read_tokens")
 
-_NOTHING = contextlib.nullcontext()
+# Whether anybody traces: C++ code, which takes no time.
+enabled = TraceAnnotation.is_enabled
+NOTHING = contextlib.nullcontext()
 
 
 def block(name: str, batch: Batch) -> contextlib.AbstractContextManager:
     """An annotation around what is enqueued for a batch in a block: its phase, grid, rows, and whose they
     are. Nothing when nobody traces."""
-    if not TraceAnnotation.is_enabled():
-        return _NOTHING
+    if not enabled():
+        return NOTHING
     models: collections.Counter[str] = collections.Counter()
     tenants: collections.Counter[str] = collections.Counter()
     for item in batch.items:

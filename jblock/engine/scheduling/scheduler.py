@@ -8,10 +8,9 @@ from jblock.engine.kv_cache.host_offload import Rates
 from jblock.engine.kv_cache.manager import KVCacheManager
 from jblock.engine.kv_cache.page_pool import IdAllocator
 from jblock.engine.kv_cache.spec import KVShape, PageShape
-from jblock.engine.scheduling.fairness import VirtualTokenCounter
+from jblock.engine.scheduling.fairness import VirtualTokenCounter, WaitingQueue
 from jblock.engine.scheduling.machine import Machine
 from jblock.engine.scheduling.sequence import SequenceState, WorkItem, chunk_for
-from jblock.engine.scheduling.waiting import WaitingQueue
 
 # A tenant with so many sequences running above its share gives one up to a tenant that has none: near its
 # share it would only lose what it computed.

@@ -59,12 +59,13 @@ class Grammars:
     Attributes:
       notify: called, from another thread, when a sequence that waits for its first mask may begin, or when
         one is over.
+      open: the sequences that are followed, by a number; only the loop's thread adds and takes out.
     """
 
     def __init__(self) -> None:
         self.notify: Callable[[], None] = lambda: None
         self._changed = threading.Condition()
-        self._open: dict[int, Constraint] = {}
+        self.open: dict[int, Constraint] = {}
         self._over: list[Constraint] = []
         self._next_id = 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -95,7 +96,7 @@ class Grammars:
             begin = wire.Begin(
                 self._next_id, tokenizer, vocab_size, end_ids, grammar, tuple(tokens)
             )
-            constraint = self._open[begin.id] = Constraint(request_id, begin)
+            constraint = self.open[begin.id] = Constraint(request_id, begin)
             if self._process is None:
                 self._start()
             self._outbox.put([begin])
@@ -122,7 +123,7 @@ class Grammars:
     def end(self, constraint: Constraint) -> None:
         """A sequence is over."""
         with self._changed:
-            if self._open.pop(constraint._begin.id, None) is not None:
+            if self.open.pop(constraint._begin.id, None) is not None:
                 self._outbox.put([wire.End(constraint._begin.id)])
 
     def over(self) -> list[Constraint]:
@@ -177,12 +178,12 @@ class Grammars:
             return
         self._process = None
         logging.error("the process that follows grammars ended; another one takes its work up")
-        for constraint in list(self._open.values()):
+        for constraint in list(self.open.values()):
             if not constraint.settled:
                 constraint._deaths += 1
                 if constraint._deaths >= _MOST_DEATHS:
                     self._fail(constraint, "it ended the process that follows it")
-        again = [c for c in self._open.values() if not (c.complete or c.problem)]
+        again = [c for c in self.open.values() if not (c.complete or c.problem)]
         if not again:
             return
         self._start()
@@ -237,7 +238,7 @@ class Grammars:
         waking = False
         with self._changed:
             for state in states:
-                constraint = self._open.get(state.id)
+                constraint = self.open.get(state.id)
                 if constraint is None:
                     continue
                 # Until a sequence is told of, nobody looks whether it may begin.
@@ -258,7 +259,7 @@ class Grammars:
         """Ends the process if it has been at one state for too long."""
         late = time.monotonic() - _MOST_SECONDS
         with self._changed:
-            stuck = [c for c in self._open.values() if not c.settled and c._since < late]
+            stuck = [c for c in self.open.values() if not c.settled and c._since < late]
             for constraint in stuck:
                 self._fail(constraint, f"one of its states took over {_MOST_SECONDS:g} s")
         if stuck:
