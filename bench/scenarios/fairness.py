@@ -400,4 +400,6 @@ def _engine(args: argparse.Namespace) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The suites, then the engine."""
     suites = _suites(args.quick)
-    return {"fairness": {**suites, **_engine(args)}}
+    engine = _engine(args)
+    compiles = engine.pop("compiles_on_serving_path")
+    return {"fairness": {**suites, **engine}, "compiles_on_serving_path": compiles}
