@@ -25,7 +25,9 @@ _FLAGS = {
 def words() -> dict[str, list[str]]:
     """What may follow: "" is `jblock` itself, "convert" a command, "convert hf" a command of that."""
     out = {"": [*COMMANDS, "--help", "--version"], "completion": list(_SHELLS)}
-    for name, command in COMMANDS.items():
+    # Parsers first: once a server's flags are defined, the client could not name its own the same.
+    for name in sorted(COMMANDS, key=lambda n: n in _FLAGS):
+        command = COMMANDS[name]
         module = importlib.import_module(command.module)
         if name in _FLAGS:
             from absl import flags

@@ -71,7 +71,7 @@ def test_reflection_lists_and_describes_the_services(fast):
     assert set(database.get_services()) == services
     described = database.FindFileContainingSymbol("jblock.v1.Inference")
     methods = [m.name for m in described.service[0].method]
-    assert methods == ["Generate", "GenerateStream", "Score", "Tokenize", "Detokenize"]
+    assert methods == ["Generate", "GenerateStream", "Score", "Embed", "Tokenize", "Detokenize"]
 
 
 def test_until_the_engine_is_warm_requests_are_unavailable():
