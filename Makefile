@@ -32,7 +32,7 @@ compilers:
 # Clients as others publish them, against the server; an environment of its own, since what they need is much.
 clients:
 	$(PYTHON) -m venv $(VENV)-clients
-	$(VENV)-clients/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' openai langchain-openai 'lm-eval[api]'
+	$(VENV)-clients/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' openai langchain-openai 'lm-eval[api]' 'tritonclient[grpc]' guidellm
 	$(VENV)-clients/bin/python -m pytest -m clients tests/clients
 
 serve: $(VENV)/.installed
@@ -46,6 +46,7 @@ lint: $(VENV)/.installed
 proto:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[proto]'
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. serving/v1/jblock.proto
+	$(BIN)/python -m grpc_tools.protoc -I. --descriptor_set_out=serving/open_inference/inference.binpb serving/open_inference/inference.proto
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-run

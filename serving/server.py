@@ -27,6 +27,8 @@ from serving.http.calls import Calls
 from serving.http.listener import Listener
 from serving.metrics import Metrics
 from serving.models_service import Models
+from serving.open_inference.messages import handlers
+from serving.open_inference.service import OpenInference
 from serving.reloading import keep_fresh
 from serving.service import Inference
 from serving.structured.grammars import Grammars
@@ -273,6 +275,8 @@ class Server:
         jblock_pb2_grpc.add_InferenceServicer_to_server(inference, server)
         models = Models(self._dispatcher, self._changes)
         jblock_pb2_grpc.add_ModelsServicer_to_server(models, server)
+        open_inference = OpenInference(self._dispatcher, self._generator, self._metrics)
+        server.add_generic_rpc_handlers((handlers(open_inference),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(
             (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
