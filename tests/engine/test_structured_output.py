@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import signal
+import threading
+from multiprocessing.connection import Pipe
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from tokenizers import Tokenizer
 
 from checkpoints import hf
 from checkpoints.progress import Progress
-from jblock.engine.structured_output import wire
+from jblock.engine.structured_output import wire, worker
 from jblock.engine.structured_output.grammars import Grammars
 
 DEMO = Path(__file__).parent.parent.parent / "examples" / "models" / "demo-1m"
@@ -217,6 +219,34 @@ def test_a_sequence_under_which_two_processes_end_is_refused(monkeypatch):
     assert not constraint.settled and grammars.over() == []
     grammars._replace()
     assert "ended the process" in constraint.problem and grammars.over() == [constraint]
+
+
+def test_a_token_told_while_a_sequence_begins_waits_for_that(monkeypatch):
+    """As after a process ended: the next one begins anew while the token of an old mask is read."""
+    begun = threading.Event()
+
+    def start(self):
+        assert begun.wait(10)
+        self._matcher = object()
+        return wire.State(1, 0, b"\1")
+
+    def take(self, token):
+        assert self._matcher is not None
+        return wire.State(1, 1, b"\2")
+
+    monkeypatch.setattr(worker.Matcher, "start", start)
+    monkeypatch.setattr(worker.Matcher, "take", take)
+    ours, theirs = Pipe()
+    threading.Thread(target=worker.Worker(theirs).run, daemon=True).start()
+    first = wire.Begin(1, "t", 5, (0,), "g", ())
+    ours.send_bytes(wire.encoder.encode([first, wire.Take(1, 7)]))
+    begun.set()
+    found = []
+    while len(found) < 2:
+        assert ours.poll(10)
+        found += wire.to_engine.decode(ours.recv_bytes())
+    ours.close()
+    assert found == [wire.State(1, 0, b"\1"), wire.State(1, 1, b"\2")]
 
 
 def test_messages_are_read_back():

@@ -85,6 +85,7 @@ def test_a_batch_says_whose_rows_it_has(monkeypatch, agent):
             said.update(fields, name=name)
 
     monkeypatch.setattr(tracing, "TraceAnnotation", Annotation)
+    monkeypatch.setattr(tracing, "enabled", Annotation.is_enabled)
 
     class WorkItem:
         def __init__(self, model, salt, q_len):

@@ -204,8 +204,9 @@ class Grammars:
         self._outbox.put(messages)
 
     def _fail(self, constraint: Constraint, problem: str) -> None:
-        constraint.problem = problem
-        self._over.append(constraint)
+        if not constraint.problem:
+            constraint.problem = problem
+            self._over.append(constraint)
 
     # Threads of their own.
 

@@ -58,6 +58,7 @@ class Matcher:
 
     def __init__(self, begin: wire.Begin):
         self._begin = begin
+        self.last: concurrent.futures.Future[None] | None = None  # What was asked of it last.
         self._matcher: LLMatcher | None = None
         self._count = len(begin.tokens)
 
@@ -117,14 +118,27 @@ class Worker:
                 match message:
                     case wire.Begin():
                         matcher = self._matchers[message.id] = Matcher(message)
-                        self._pool.submit(self._answer, message.id, matcher.start)
+                        self._submit(message.id, matcher, matcher.start)
                     case wire.Take():
-                        take = functools.partial(self._matchers[message.id].take, message.token)
-                        self._pool.submit(self._answer, message.id, take)
+                        matcher = self._matchers[message.id]
+                        take = functools.partial(matcher.take, message.token)
+                        self._submit(message.id, matcher, take)
                     case wire.End():
                         self._matchers.pop(message.id, None)
 
-    def _answer(self, id: int, work: Callable[[], wire.State]) -> None:
+    def _submit(self, id: int, matcher: Matcher, work: Callable[[], wire.State]) -> None:
+        matcher.last = self._pool.submit(self._answer, id, work, matcher.last)
+
+    def _answer(
+        self,
+        id: int,
+        work: Callable[[], wire.State],
+        before: concurrent.futures.Future[None] | None,
+    ) -> None:
+        # A process that takes up another's work may be told of a token while it still begins. Work is
+        # begun in the order in which it came, so the oldest never waits.
+        if before is not None:
+            concurrent.futures.wait([before])
         try:
             state = work()
         except Exception as error:
