@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -121,6 +121,13 @@ def from_engine(code: str, message: str) -> RequestError:
     return RequestError(status, message or f"the engine failed this request with {code!r}")
 
 
+# Services, and where their messages are described.
+_PROTOS = {
+    "jblock.": "serving/v1/jblock.proto",
+    "inference.": "serving/open_inference/inference.proto",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class _Undecodable:
     """Stands for a request that is no message, until its handler can answer."""
@@ -140,9 +147,11 @@ class DecodeErrors(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        """Wraps the handlers of our own services."""
+        """Wraps the handlers of the services that answer requests."""
         handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith("/jblock."):
+        service = handler_call_details.method.strip("/").rpartition("/")[0]
+        file = next((f for prefix, f in _PROTOS.items() if service.startswith(prefix)), None)
+        if handler is None or file is None:
             return handler
         parse, serialize = handler.request_deserializer, handler.response_serializer
 
@@ -152,7 +161,7 @@ class DecodeErrors(grpc.aio.ServerInterceptor):
             except DecodeError as error:
                 return _Undecodable(
                     f"request: {len(data)} bytes could not be decoded ({error}); send the message "
-                    "of serving/v1/jblock.proto, its strings in UTF-8"
+                    f"of {file}, its strings in UTF-8"
                 )
 
         def encode(message: Any) -> bytes:
@@ -166,9 +175,29 @@ class DecodeErrors(grpc.aio.ServerInterceptor):
 
             return respond
 
-        kind = "unary_stream" if handler.response_streaming else "unary_unary"
+        def checked_stream(answer: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+            async def respond(requests: Any, context: grpc.aio.ServicerContext) -> Any:
+                return await answer(_decoded(requests), context)
+
+            return respond
+
+        if handler.request_streaming:
+            answers = {"stream_stream": checked_stream(handler.stream_stream)}
+        else:
+            kind = "unary_stream" if handler.response_streaming else "unary_unary"
+            answers = {kind: checked(getattr(handler, kind))}
         return handler._replace(
-            request_deserializer=deserialize,
-            response_serializer=encode,
-            **{kind: checked(getattr(handler, kind))},
+            request_deserializer=deserialize, response_serializer=encode, **answers
         )
+
+
+async def _decoded(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """A stream's requests.
+
+    Raises:
+      RequestError: the next one is no message.
+    """
+    async for request in requests:
+        if isinstance(request, _Undecodable):
+            raise invalid(request.message)
+        yield request

@@ -103,7 +103,9 @@ class OpenInference:
         requests: AsyncIterator[pb.ModelInferRequest],
         context: grpc.aio.ServicerContext,
     ) -> None:
-        """Answers to requests as they come, each in one response or in parts. What fails, fails alone."""
+        """Answers to requests as they come, each in one response or in parts. What fails, fails alone;
+        what is no request ends the stream, once those before it are answered."""
+        refused: RequestError | None = None
         tenant, places = caller(), asyncio.Semaphore(_MOST_AT_ONCE)
         writing = asyncio.Lock()
 
@@ -129,12 +131,17 @@ class OpenInference:
 
         try:
             async with asyncio.TaskGroup() as tasks:
-                async for request in requests:
-                    await places.acquire()
-                    tasks.create_task(answer(request))
+                try:
+                    async for request in requests:
+                        await places.acquire()
+                        tasks.create_task(answer(request))
+                except RequestError as error:
+                    refused = error
         except* grpc.aio.InternalError as group:
             # The client has gone, and grpc has not yet cancelled this task for it.
             raise asyncio.CancelledError from group
+        if refused is not None:
+            await abort(context, refused)
 
     async def _responses(
         self,

@@ -161,3 +161,20 @@ def _with_output(name):
     given = request(sampling_parameters=GREEDY)
     given.outputs.add(name=name)
     return given
+
+
+def test_bytes_that_are_no_message(running):
+    rubbish, service = b"\x0a\x02\xff\xff\xff", "/inference.GRPCInferenceService/"
+    for method in ("ServerLive", "ModelReady", "ModelMetadata", "ModelInfer"):
+        with pytest.raises(grpc.RpcError) as caught:
+            running.channel.unary_unary(service + method)(rubbish, timeout=20)
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert "could not be decoded" in caught.value.details()
+    good = request().SerializeToString()
+    stream = running.channel.stream_stream(service + "ModelStreamInfer")
+    answers = stream(iter([good, rubbish, good]), timeout=20)
+    assert next(answers)  # Of what came before.
+    with pytest.raises(grpc.RpcError) as caught:
+        list(answers)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "inference.proto" in caught.value.details()
