@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+from polled import LONG, Reader, echoed, request, until
 
 from jblock.engine import api
 from jblock.engine.process.client import ProcessEngine
@@ -15,8 +16,6 @@ from jblock.engine.process.supervisor import SupervisedEngine
 from jblock.engine.process.suspects import Held, Suspects
 
 MOCK = "jblock.engine.process.mock:build_engine"
-# Waits of a loaded machine; nothing here takes so long by itself.
-LONG = 60.0
 KILLER, FREEZER = 500, 501
 
 
@@ -35,60 +34,6 @@ class Processes:
     def __call__(self, served) -> ProcessEngine:
         self.started.append(tuple(served))
         return ProcessEngine(MOCK, self.kwargs, heartbeat_seconds=self._heartbeat)
-
-
-class Reader(threading.Thread):
-    """Polls an engine as a server would, and keeps what came by request.
-
-    Attributes:
-      tokens: by request id.
-      ends: the last output of each request that ended.
-      failure: what ended the polling.
-    """
-
-    def __init__(self, engine: api.Engine):
-        super().__init__(daemon=True)
-        self.tokens: dict[str, list[int]] = {}
-        self.ends: dict[str, api.Output] = {}
-        self.prompt_logprobs: dict[str, list[float]] = {}
-        self.failure: Exception | None = None
-        self.stopping = False
-        self._engine = engine
-
-    def run(self) -> None:
-        try:
-            self._engine.models()
-            while not self.stopping:
-                for output in self._engine.poll(0.05):
-                    assert output.request_id not in self.ends
-                    self.tokens.setdefault(output.request_id, []).extend(output.token_ids)
-                    scores = self.prompt_logprobs.setdefault(output.request_id, [])
-                    scores.extend(output.prompt_logprobs)
-                    if output.finish_reason:
-                        self.ends[output.request_id] = output
-        except Exception as error:
-            self.failure = error
-
-
-def until(check, seconds: float = LONG) -> None:
-    end = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < end, "not in time"
-        time.sleep(0.005)
-
-
-def request(name: str, prompt=(7, 8, 9), **sampling) -> api.Request:
-    options = {"max_tokens": 60, **sampling}
-    return api.Request(
-        request_id=name,
-        model="echo",
-        token_ids=tuple(prompt),
-        sampling=api.SamplingParams(**options),
-    )
-
-
-def echoed(prompt, count: int) -> list[int]:
-    return [prompt[i % len(prompt)] for i in range(count)]
 
 
 @pytest.fixture

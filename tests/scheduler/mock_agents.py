@@ -1,15 +1,9 @@
-"""Mock agents for the scheduler's tests, and a reader of what they answer."""
+"""Mock agents for the scheduler's tests."""
 
-import collections
-import threading
-import time
-
-from jblock.engine import api
 from jblock.engine.process.client import ProcessEngine
 from jblock.engine.process.seats import WHOLE_MACHINE
 
 MOCK = "jblock.engine.process.mock:build_engine"
-LONG = 60.0
 
 
 class Agents:
@@ -51,54 +45,3 @@ class Agents:
             notify=notify,
         )
         return self.engines[agent]
-
-
-class Reader(threading.Thread):
-    """Polls an engine as a server would, and keeps what came by request.
-
-    Attributes:
-      tokens: by request id.
-      ends: the last output of each request that ended.
-      failure: what ended the polling.
-    """
-
-    def __init__(self, engine: api.Engine):
-        super().__init__(daemon=True)
-        self.tokens: dict[str, list[int]] = collections.defaultdict(list)
-        self.ends: dict[str, api.Output] = {}
-        self.failure: Exception | None = None
-        self.stopping = False
-        self._engine = engine
-
-    def run(self) -> None:
-        try:
-            self._engine.models()
-            while not self.stopping:
-                for output in self._engine.poll(0.05):
-                    assert output.request_id not in self.ends
-                    self.tokens[output.request_id] += output.token_ids
-                    if output.finish_reason:
-                        self.ends[output.request_id] = output
-        except Exception as error:
-            self.failure = error
-
-
-def until(check, seconds: float = LONG) -> None:
-    end = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < end, "not in time"
-        time.sleep(0.005)
-
-
-def request(name: str, prompt=(7, 8, 9), model: str = "echo", **sampling) -> api.Request:
-    options = {"max_tokens": 60, **sampling}
-    return api.Request(
-        request_id=name,
-        model=model,
-        token_ids=tuple(prompt),
-        sampling=api.SamplingParams(**options),
-    )
-
-
-def echoed(prompt, count: int, offset: int = 0) -> list[int]:
-    return [prompt[i % len(prompt)] + offset for i in range(count)]

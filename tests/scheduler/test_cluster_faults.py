@@ -7,7 +7,8 @@ import signal
 import time
 
 import pytest
-from mock_agents import LONG, Agents, Reader, echoed, request, until
+from mock_agents import Agents
+from polled import LONG, Reader, echoed, request, until
 
 from jblock.engine import api
 from jblock.scheduler.cluster import Cluster
