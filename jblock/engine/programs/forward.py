@@ -189,15 +189,22 @@ def stitch_program(signature: Signature, bucket: Bucket, platform: Platform) -> 
     return stitch
 
 
-def head_specs(signature: Signature) -> tuple[NormSpec, UnembeddingSpec]:
-    """The two components of a head.
+def head_of(signature: Signature, platform: Platform) -> Callable[[Any, Any], Head]:
+    """(params, tables) -> the module of a head.
 
     Raises:
       ValueError: the signature is of something else.
     """
     match signature.specs:
         case (NormSpec() as norm, UnembeddingSpec() as unembedding):
-            return norm, unembedding
+            return lambda params, tables: Head(
+                (norm, unembedding),
+                params,
+                platform,
+                tied=signature.tied,
+                mesh_axes=signature.sharding.axes("vocab"),
+                deltas=tables,
+            )
     kinds = ", ".join(s.kind for s in signature.specs)
     raise ValueError(f"a head is a norm and an unembedding, not {kinds}")
 
@@ -207,7 +214,7 @@ def head_program(
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """(params, tables, registers, index) -> logits float32 [S, vocab] of each sequence's last real row, and
     the leading columns of the index, so that one sampler serves every chunk length."""
-    specs = head_specs(signature)
+    make = head_of(signature, platform)
 
     def head(params: Any, tables: Any, registers: jax.Array, index: jax.Array):
         rows, _, register_rows, _ = unpack(index, bucket, platform)
@@ -215,14 +222,7 @@ def head_program(
         row = jnp.take_along_axis(register_rows, last, axis=1)[:, 0]
         x = registers.at[row].get(mode="clip")
         with jax.named_scope("head"):
-            logits = Head(
-                specs,
-                params,
-                platform,
-                tied=signature.tied,
-                mesh_axes=signature.sharding.axes("vocab"),
-                deltas=tables,
-            )(x, dataclasses.replace(rows, q_len=1))
+            logits = make(params, tables)(x, dataclasses.replace(rows, q_len=1))
         return logits, index[:, :INDEX_COLUMNS]
 
     return head

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jblock.blocks.embedding import Head
 from jblock.blocks.platform import Platform
 from jblock.engine.api import MAX_TOP_LOGPROBS
 from jblock.engine.config import Bucket
-from jblock.engine.programs.forward import head_specs, unpack
+from jblock.engine.programs.forward import head_of, unpack
 from jblock.engine.signature import Signature
 
 
@@ -49,18 +48,11 @@ def prompt_logprobs_program(
 
     The logits of one sequence's rows exist at a time, not those of the whole batch.
     """
-    specs = head_specs(signature)
+    make = head_of(signature, platform)
 
     def score(params: Any, tables: Any, registers: jax.Array, index: jax.Array, targets: jax.Array):
         grid, _, register_rows, _ = unpack(index, bucket, platform)
-        head = Head(
-            specs,
-            params,
-            platform,
-            tied=signature.tied,
-            mesh_axes=signature.sharding.axes("vocab"),
-            deltas=tables,
-        )
+        head = make(params, tables)
 
         def sequence(of_one):
             rows, wanted, starts, q_lens, slots = of_one

@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jblock.blocks.embedding import Head
 from jblock.blocks.platform import Platform
 from jblock.engine.config import Bucket
-from jblock.engine.programs.forward import head_specs, unpack
+from jblock.engine.programs.forward import head_of, unpack
 from jblock.engine.signature import Signature
 
 
@@ -18,18 +17,11 @@ def pooling_program(
 ) -> Callable[..., jax.Array]:
     """(params, tables, registers, index, firsts int32 [S]) -> float32 [S, 2, hidden_size]: of the rows of
     each sequence, normed, the sum of those from its first that counts on, and the last."""
-    specs = head_specs(signature)
+    make = head_of(signature, platform)
 
     def pool(params: Any, tables: Any, registers: jax.Array, index: jax.Array, firsts: jax.Array):
         rows, _, register_rows, _ = unpack(index, bucket, platform)
-        head = Head(
-            specs,
-            params,
-            platform,
-            tied=signature.tied,
-            mesh_axes=signature.sharding.axes("vocab"),
-            deltas=tables,
-        )
+        head = make(params, tables)
         with jax.named_scope("pooling"):
             x = head.norm(registers.at[register_rows.reshape(-1)].get(mode="clip"), rows)
             x = rows.by_sequence(x).astype(jnp.float32)
