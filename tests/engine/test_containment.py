@@ -256,7 +256,7 @@ def test_real_streams_go_on_after_a_kill(stored):
         def start(suffix: str) -> list[str]:
             for name, options in (("g", {}), ("s", {"temperature": 0.9, "seed": 3})):
                 for model in ("base", "a"):
-                    ask(engine, model, name + model + suffix, 60, **options)
+                    ask(engine, model, name + model + suffix, 120, **options)
             return [n + m + suffix for n in "gs" for m in ("base", "a")]
 
         quiet = answers(engine, start("1"))
@@ -272,10 +272,13 @@ def test_real_streams_go_on_after_a_kill(stored):
                 if output.finish_reason:
                     assert output.finish_reason == "length", output
                     ended.add(output.request_id)
-            if not killed and all(len(t) > 10 for t in tokens.values()):
+            if not killed and all(tokens.values()):
                 os.kill(engine.pid, signal.SIGKILL)
                 killed = True
-        assert killed and engine.stats().restarts == 1
+        assert killed
+        while engine.stats().restarts != 1:  # its outputs may all have come before it died
+            assert time.monotonic() < end
+            engine.poll(0.1)
         assert [tokens[n] for n in names] == [quiet[n[:-1] + "1"][0] for n in names]
         assert [(m.name, m.version) for m in engine.models()] == [("a", 1), ("base", 1)]
     finally:
