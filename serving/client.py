@@ -6,7 +6,9 @@ with Client("127.0.0.1:8470") as client:
         print(chunk.text, end="")
 """
 
+import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
@@ -14,6 +16,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from serving.client_tls import TLS, client_credentials
+from serving.resuming import ResumableCall
 from serving.v1 import jblock_pb2 as pb
 from serving.v1 import jblock_pb2_grpc
 from serving.values import (
@@ -30,7 +33,15 @@ from serving.values import (
 )
 
 # Answers have no limit of their own; a long one with logprobs passes grpc's 4 MB.
-_OPTIONS = (("grpc.max_receive_message_length", -1),)
+_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    # A server that comes back is found soon.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+# Seconds that a call waits for a server that ended to come back.
+RESUME_SECONDS = 30.0
 
 
 class Client:
@@ -47,11 +58,15 @@ class Client:
         timeout: float | None = None,
         key: str | None = None,
         tls: bool | TLS = False,
+        resume_seconds: float = RESUME_SECONDS,
     ):
         """`target` is "host:port"; `timeout` holds for calls that name none; `key` is the API key
         that a server with tenants asks for, which travels in the clear without `tls`: True trusts the
-        authorities that the system does, a `TLS` names others, and the client's own certificate."""
-        self._timeout = timeout
+        authorities that the system does, a `TLS` names others, and the client's own certificate.
+        When the server ends, calls wait up to `resume_seconds` for it to come back: streams go on after
+        the tokens they have, others are asked anew (those of several samples fail)."""
+        self._timeout, self._resume_seconds = timeout, resume_seconds
+        self._reached = False
         self._metadata = _metadata(key)
         if tls:
             self._channel = grpc.secure_channel(target, client_credentials(tls), _OPTIONS)
@@ -81,8 +96,7 @@ class Client:
     ) -> Chunk:
         """The whole answer to a text, or to token ids."""
         request = to_request(model, prompt, sampling)
-        with _translated():
-            return to_chunk(self._inference.Generate(request, **self._options(timeout)))
+        return self._generate(request, timeout)
 
     def stream(
         self,
@@ -94,7 +108,7 @@ class Client:
     ) -> Iterator[Chunk]:
         """The answer as it comes. Closing the iterator cancels the request."""
         request = to_request(model, prompt, sampling)
-        return self._stream(request, **self._options(timeout))
+        return self._stream(request, timeout)
 
     def chat(
         self,
@@ -113,8 +127,7 @@ class Client:
         "auto", "none", "required", or the name of the tool that is called."""
         chat = to_chat(messages, tools, continue_final_message, template_variables, tool_choice)
         request = to_request(model, chat, sampling)
-        with _translated():
-            return to_chunk(self._inference.Generate(request, **self._options(timeout)))
+        return self._generate(request, timeout)
 
     def chat_stream(
         self,
@@ -131,18 +144,21 @@ class Client:
         """The same as it comes. Closing the iterator cancels the request."""
         chat = to_chat(messages, tools, continue_final_message, template_variables, tool_choice)
         request = to_request(model, chat, sampling)
-        return self._stream(request, **self._options(timeout))
+        return self._stream(request, timeout)
 
     def models(self) -> tuple[Model, ...]:
         """All served models, by name."""
         with _translated():
             answer = self._models.List(pb.ListModelsRequest(), **self._options())
+        self._reached = True
         return tuple(to_model(m) for m in answer.models)
 
     def model(self, name: str) -> Model:
         """One served model."""
         with _translated():
-            return to_model(self._models.Get(pb.GetModelRequest(name=name), **self._options()))
+            answer = self._models.Get(pb.GetModelRequest(name=name), **self._options())
+        self._reached = True
+        return to_model(answer)
 
     def load(self, name: str, version: int = 0) -> Model:
         """Has the server serve a model of its zoo too, or another version of one; 0 is the live one.
@@ -166,14 +182,35 @@ class Client:
         limit = self._timeout if timeout is None else timeout
         return {"timeout": limit, "metadata": self._metadata}
 
-    def _stream(self, request: pb.GenerateRequest, **options: Any) -> Iterator[Chunk]:
-        call = self._inference.GenerateStream(request, **options)
-        try:
-            with _translated():
-                for message in call:
-                    yield to_chunk(message)
-        finally:
-            call.cancel()
+    def _generate(self, request: pb.GenerateRequest, timeout: float | None) -> Chunk:
+        call = self._resumable(request, timeout)
+        while True:
+            try:
+                with _translated():
+                    answer = self._inference.Generate(call.request, **self._options(call.timeout))
+                self._reached = True
+                return to_chunk(answer)
+            except ClientError as error:
+                time.sleep(call.wait_after(error, self._reached))
+
+    def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> Iterator[Chunk]:
+        call = self._resumable(request, timeout)
+        while True:
+            stream = self._inference.GenerateStream(call.request, **self._options(call.timeout))
+            try:
+                with _translated():
+                    for message in stream:
+                        self._reached = True
+                        yield call.take(to_chunk(message))
+                return
+            except ClientError as error:
+                time.sleep(call.wait_after(error, self._reached))
+            finally:
+                stream.cancel()
+
+    def _resumable(self, request: pb.GenerateRequest, timeout: float | None) -> ResumableCall:
+        limit = self._timeout if timeout is None else timeout
+        return ResumableCall(request, self._resume_seconds, limit)
 
 
 class AsyncClient:
@@ -186,9 +223,11 @@ class AsyncClient:
         timeout: float | None = None,
         key: str | None = None,
         tls: bool | TLS = False,
+        resume_seconds: float = RESUME_SECONDS,
     ):
         """As `Client`."""
-        self._timeout = timeout
+        self._timeout, self._resume_seconds = timeout, resume_seconds
+        self._reached = False
         self._metadata = _metadata(key)
         if tls:
             self._channel = grpc.aio.secure_channel(target, client_credentials(tls), _OPTIONS)
@@ -218,8 +257,7 @@ class AsyncClient:
     ) -> Chunk:
         """The whole answer to a text, or to token ids."""
         request = to_request(model, prompt, sampling)
-        with _translated():
-            return to_chunk(await self._inference.Generate(request, **self._options(timeout)))
+        return await self._generate(request, timeout)
 
     async def stream(
         self,
@@ -231,7 +269,7 @@ class AsyncClient:
     ) -> AsyncIterator[Chunk]:
         """The answer as it comes. Closing the iterator (`aclose`) cancels the request."""
         request = to_request(model, prompt, sampling)
-        async for chunk in self._stream(request, **self._options(timeout)):
+        async for chunk in self._stream(request, timeout):
             yield chunk
 
     async def chat(
@@ -249,8 +287,7 @@ class AsyncClient:
         """As `Client.chat`."""
         chat = to_chat(messages, tools, continue_final_message, template_variables, tool_choice)
         request = to_request(model, chat, sampling)
-        with _translated():
-            return to_chunk(await self._inference.Generate(request, **self._options(timeout)))
+        return await self._generate(request, timeout)
 
     async def chat_stream(
         self,
@@ -267,20 +304,23 @@ class AsyncClient:
         """As `Client.chat_stream`."""
         chat = to_chat(messages, tools, continue_final_message, template_variables, tool_choice)
         request = to_request(model, chat, sampling)
-        async for chunk in self._stream(request, **self._options(timeout)):
+        async for chunk in self._stream(request, timeout):
             yield chunk
 
     async def models(self) -> tuple[Model, ...]:
         """All served models, by name."""
         with _translated():
             answer = await self._models.List(pb.ListModelsRequest(), **self._options())
+        self._reached = True
         return tuple(to_model(m) for m in answer.models)
 
     async def model(self, name: str) -> Model:
         """One served model."""
         with _translated():
             request = pb.GetModelRequest(name=name)
-            return to_model(await self._models.Get(request, **self._options()))
+            answer = await self._models.Get(request, **self._options())
+        self._reached = True
+        return to_model(answer)
 
     async def load(self, name: str, version: int = 0) -> Model:
         """As `Client.load`."""
@@ -304,14 +344,38 @@ class AsyncClient:
         limit = self._timeout if timeout is None else timeout
         return {"timeout": limit, "metadata": self._metadata}
 
-    async def _stream(self, request: pb.GenerateRequest, **options: Any) -> AsyncIterator[Chunk]:
-        call = self._inference.GenerateStream(request, **options)
-        try:
-            with _translated():
-                async for message in call:
-                    yield to_chunk(message)
-        finally:
-            call.cancel()
+    async def _generate(self, request: pb.GenerateRequest, timeout: float | None) -> Chunk:
+        call = self._resumable(request, timeout)
+        while True:
+            try:
+                with _translated():
+                    options = self._options(call.timeout)
+                    answer = await self._inference.Generate(call.request, **options)
+                self._reached = True
+                return to_chunk(answer)
+            except ClientError as error:
+                await asyncio.sleep(call.wait_after(error, self._reached))
+
+    async def _stream(
+        self, request: pb.GenerateRequest, timeout: float | None
+    ) -> AsyncIterator[Chunk]:
+        call = self._resumable(request, timeout)
+        while True:
+            stream = self._inference.GenerateStream(call.request, **self._options(call.timeout))
+            try:
+                with _translated():
+                    async for message in stream:
+                        self._reached = True
+                        yield call.take(to_chunk(message))
+                return
+            except ClientError as error:
+                await asyncio.sleep(call.wait_after(error, self._reached))
+            finally:
+                stream.cancel()
+
+    def _resumable(self, request: pb.GenerateRequest, timeout: float | None) -> ResumableCall:
+        limit = self._timeout if timeout is None else timeout
+        return ResumableCall(request, self._resume_seconds, limit)
 
 
 def _metadata(key: str | None) -> tuple[tuple[str, str], ...]:

@@ -11,7 +11,7 @@ from absl import app
 from absl.flags import argparse_flags
 
 from jblock.command import program
-from serving.client import Client
+from serving.client import RESUME_SECONDS, Client
 from serving.client_tls import TLS
 from serving.values import Chunk, ClientError, Model
 
@@ -28,6 +28,12 @@ def parser(name: str) -> argparse.ArgumentParser:
     parser = argparse_flags.ArgumentParser(prog=name, description=__doc__, allow_abbrev=False)
     parser.add_argument("--target", default="127.0.0.1:8470", help="host:port of the server")
     parser.add_argument("--timeout", type=float, help="seconds until a request is given up")
+    parser.add_argument(
+        "--resume_seconds",
+        type=float,
+        default=RESUME_SECONDS,
+        help="seconds that answers wait for a server that ended to come back, and then go on; 0: not",
+    )
     parser.add_argument(
         "--api_key_file", help=f"file with the API key; default: the environment's {_KEY_VARIABLE}"
     )
@@ -129,7 +135,8 @@ def main(args: argparse.Namespace) -> int:
     }
     try:
         key = _key(args.api_key_file)
-        with Client(args.target, timeout=args.timeout, key=key, tls=_tls(args)) as client:
+        options: Any = {"timeout": args.timeout, "resume_seconds": args.resume_seconds}
+        with Client(args.target, key=key, tls=_tls(args), **options) as client:
             return commands[args.command](client, args)
     except (ClientError, ValueError, OSError) as error:
         print(f"jblock-client: {error}", file=sys.stderr)

@@ -72,10 +72,16 @@ def fitting(message: str) -> str:
     return message
 
 
+def named_first(error: RequestError) -> str | None:
+    """What a refusal says it is about: a field of the request, or "queue", "engine" and so on."""
+    found = _FIELD.match(error.message)
+    return found[1] if found else None
+
+
 def field_of(error: RequestError) -> str | None:
     """The field of the request that a refusal names; None: it names none."""
-    found = _FIELD.match(error.message)
-    return found[1] if found and found[1].split("[")[0] not in _NO_FIELDS else None
+    name = named_first(error)
+    return name if name and name.split("[")[0] not in _NO_FIELDS else None
 
 
 def details(error: RequestError) -> tuple[tuple[str, bytes], ...]:

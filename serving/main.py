@@ -64,6 +64,11 @@ _METRICS_AUTH = flags.DEFINE_bool("metrics_auth", False, "Ask Prometheus for the
 _OPEN_HEALTH = flags.DEFINE_bool(
     "open_health", False, "Answer health checks without a key, for probes that can send none."
 )
+_REQUEST_LOG = flags.DEFINE_string(
+    "request_log",
+    "",
+    "File that gets a line of JSON for each request that is over, without its text; - is standard error.",
+)
 _ENGINE = flags.DEFINE_enum(
     "engine", "process", ["process", "thread"], "Where the engine's loop runs."
 )
@@ -193,6 +198,7 @@ def main(argv: list[str]) -> int:
             mtls_port=_MTLS_PORT.value,
             http_mtls_port=_HTTP_MTLS_PORT.value,
             metrics_auth=_METRICS_AUTH.value,
+            request_log=_REQUEST_LOG.value,
         )
         kwargs = engine_kwargs()
         if _PROFILER_PORT.value is not None:

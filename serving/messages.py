@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import AsyncIterator, Sequence
 
-from serving.generation import Part
+from serving.answers import Part
 from serving.v1 import jblock_pb2 as pb
 
 _FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}

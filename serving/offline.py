@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import sys
 import threading
-import time
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, Unpack
 
@@ -20,6 +19,7 @@ from rich.progress import Progress
 
 from jblock.engine import api
 from jblock.engine.process.server import load_factory
+from serving.call_info import CallInfo
 from serving.changes import Changes
 from serving.chat.renderer import Renderer
 from serving.dispatcher import Dispatcher
@@ -29,7 +29,6 @@ from serving.messages import collect
 from serving.metrics import Metrics
 from serving.service import ask_of
 from serving.structured.grammars import Grammars
-from serving.tenants import ANONYMOUS
 from serving.v1 import jblock_pb2 as pb
 from serving.values import Chunk, ClientError, Message, Sampling, to_chat, to_chunk, to_request
 
@@ -189,8 +188,9 @@ class LLM:
 
         async def one(at: int, ask: Ask) -> None:
             async with places:
-                with contextlib.ExitStack() as held, _translated(f"prompt {at}: "):
-                    parts = self._generator.parts([ask], ANONYMOUS, time.monotonic(), held)
+                call = CallInfo(protocol="offline")
+                with call.held, _translated(f"prompt {at}: "):
+                    parts = self._generator.parts([ask], call)
                     async with contextlib.aclosing(parts):
                         answers[at] = await collect(parts)
                 done()

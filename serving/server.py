@@ -30,6 +30,7 @@ from serving.models_service import Models
 from serving.open_inference.messages import handlers
 from serving.open_inference.service import OpenInference
 from serving.reloading import keep_fresh
+from serving.request_log import RequestLog
 from serving.service import Inference
 from serving.structured.grammars import Grammars
 from serving.tenants import EVERYBODY, Tenants
@@ -63,6 +64,7 @@ class ServerConfig:
       http_mtls_port: the same of the HTTP API.
       metrics_auth: Prometheus needs the key of an admin.
       open_health: health checks need no key.
+      request_log: file that gets a line for each request that is over; "-": standard error; "": none.
     """
 
     host: str = "127.0.0.1"
@@ -79,6 +81,7 @@ class ServerConfig:
     mtls_port: int | None = None
     http_mtls_port: int | None = None
     metrics_auth: bool = False
+    request_log: str = ""
 
     def __post_init__(self):
         for name in ("port", "http_port", "metrics_port", "mtls_port", "http_mtls_port"):
@@ -140,8 +143,14 @@ class Server:
         self._stop_metrics: Callable[[], None] = lambda: None
         self._renderer = Renderer()
         self._grammars = Grammars()
+        self._request_log = RequestLog(config.request_log) if config.request_log else None
         self._generator = Generator(
-            self._dispatcher, self._changes, self._renderer, self._grammars, self._metrics
+            self._dispatcher,
+            self._changes,
+            self._renderer,
+            self._grammars,
+            self._metrics,
+            self._request_log,
         )
         self._health = Health(_SERVICES)
         refused = self._metrics.refused.inc
@@ -261,6 +270,8 @@ class Server:
         await self._grammars.close()
         self._dispatcher.close()
         self._stop_metrics()
+        if self._request_log is not None:
+            self._request_log.close()
         return not cut
 
     def _listener(self, app: Any, port: int | None, *, mutual: bool) -> Listener | None:
@@ -271,11 +282,11 @@ class Server:
         return Listener(app, self.config.host, port, _LAST_WORDS_SECONDS, tls)
 
     def _add_services(self, server: grpc.aio.Server) -> None:
-        inference = Inference(self._dispatcher, self._generator, self._metrics)
+        inference = Inference(self._dispatcher, self._generator)
         jblock_pb2_grpc.add_InferenceServicer_to_server(inference, server)
         models = Models(self._dispatcher, self._changes)
         jblock_pb2_grpc.add_ModelsServicer_to_server(models, server)
-        open_inference = OpenInference(self._dispatcher, self._generator, self._metrics)
+        open_inference = OpenInference(self._dispatcher, self._generator)
         server.add_generic_rpc_handlers((handlers(open_inference),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(

@@ -3,20 +3,20 @@
 import asyncio
 import contextlib
 import dataclasses
-import time
 from collections.abc import AsyncIterator
 
 import grpc
 from absl import logging
 
 from serving import tokenizing
+from serving.answers import Part
 from serving.authentication import caller
 from serving.chat.messages import conversation_of
 from serving.dispatcher import Dispatcher
 from serving.errors import RequestError, abort, invalid
-from serving.generation import NO_LIMIT, Ask, Generator, Part
+from serving.generation import NO_LIMIT, Ask, Generator
+from serving.grpc_call import grpc_call
 from serving.messages import collect, to_bytes, to_embedding, to_score
-from serving.metrics import Metrics
 from serving.structured.forced_calls import forced_calls
 from serving.v1 import jblock_pb2 as pb
 from serving.v1 import jblock_pb2_grpc
@@ -25,9 +25,8 @@ from serving.v1 import jblock_pb2_grpc
 class Inference(jblock_pb2_grpc.InferenceServicer):
     """Generation, and what goes with it."""
 
-    def __init__(self, dispatcher: Dispatcher, generator: Generator, metrics: Metrics):
+    def __init__(self, dispatcher: Dispatcher, generator: Generator):
         self._dispatcher, self._generator = dispatcher, generator
-        self._metrics = metrics
 
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
@@ -57,15 +56,11 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
         """The parts of the answer; whatever ends it becomes a status and a count."""
         refusal: RequestError | None = None
         code = grpc.StatusCode.OK
-        begin = time.monotonic()
+        call = grpc_call("grpc", context)
         try:
-            # A place is taken until the answer is sent, and not only computed: what nobody reads lies
-            # in memory. grpc calls back once its client has taken all.
-            held = contextlib.ExitStack()
-            context.add_done_callback(lambda _: held.close())
             ask = ask_of(request, context.time_remaining())
             ask = dataclasses.replace(ask, pooling=pooling)
-            generation = self._generator.parts([ask], caller(), begin, held)
+            generation = self._generator.parts([ask], call)
             async with contextlib.aclosing(generation) as parts:
                 yield parts
         except RequestError as error:
@@ -80,9 +75,7 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
             refusal = RequestError(code, "server: failed on this request; its log says how")
             logging.exception("answering a request failed")
         finally:
-            # A name that is not served must not become a label: they would grow without bound.
-            model = request.model if request.model in self._dispatcher.models else ""
-            self._metrics.ended(model, code, time.monotonic() - begin, caller())
+            self._generator.ended(call, request.model, code, refusal)
         if refusal is not None:
             await abort(context, refusal)  # Last, so that who sees the status is counted.
 

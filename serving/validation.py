@@ -3,9 +3,11 @@
 import dataclasses
 from typing import Any
 
+import grpc
+
 from jblock.engine import api
 from jblock.engine.scheduling.request_checks import LOGIT_BIAS, first_problem
-from serving.errors import invalid
+from serving.errors import RequestError, invalid
 from serving.served_models import ServedModel
 from serving.tenants import Tenant
 from serving.v1 import jblock_pb2 as pb
@@ -119,6 +121,34 @@ def sampling_params(
         )
     _check_ids("stop_token_ids", params.stop_token_ids, model.info)
     return params
+
+
+def resumed_ids(
+    request: pb.GenerateRequest, model: ServedModel, params: api.SamplingParams
+) -> tuple[int, ...]:
+    """What was delivered of the answer before.
+
+    Raises:
+      RequestError: it is of no answer to this request, or of another version of the model.
+    """
+    if not request.HasField("resume"):
+        return ()
+    ids, version = tuple(request.resume.token_ids), request.resume.model_version
+    if request.n > 1:
+        raise invalid(f"resume: is of one answer, and n is {request.n}; send a request for each")
+    if version not in (0, model.info.version):
+        raise RequestError(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            f"resume.model_version: {version} is not served any more, {model.info.name} is in version "
+            f"{model.info.version}; ask anew without resume",
+        )
+    if len(ids) > params.max_tokens:
+        raise invalid(
+            f"resume.token_ids: {len(ids)} ids are more than max_tokens, {params.max_tokens}; send those "
+            "that were delivered"
+        )
+    _check_ids("resume.token_ids", ids, model.info)
+    return ids
 
 
 def within_limits(

@@ -16,18 +16,21 @@ class ClientError(RuntimeError):
     Attributes:
       code: name of the gRPC status, such as "INVALID_ARGUMENT".
       message: what the server said.
+      by_server: an UNAVAILABLE that the server said itself, and not what is seen where there is none.
     """
 
-    def __init__(self, code: str, message: str):
+    def __init__(self, code: str, message: str, by_server: bool = False):
         super().__init__(f"{code}: {message}")
         self.code = code
         self.message = message
+        self.by_server = by_server
 
     @classmethod
     def of(cls, error: grpc.RpcError) -> "ClientError":
         """From what a stub raises; it is a call too, and knows its status."""
         call: Any = error
-        return cls(call.code().name, call.details() or "")
+        given = {name for name, _ in call.trailing_metadata() or ()}
+        return cls(call.code().name, call.details() or "", "grpc-status-details-bin" in given)
 
 
 class Sampling(TypedDict, total=False):

@@ -3,15 +3,16 @@
 import contextlib
 import dataclasses
 import functools
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
 import grpc
 from absl import logging
 
+from serving.answers import Part
+from serving.call_info import CallInfo, request_id_of
 from serving.dispatcher import Dispatcher
 from serving.errors import RequestError, invalid
-from serving.generation import Ask, Generator, Part
+from serving.generation import Ask, Generator
 from serving.http import errors, events
 from serving.http.connection import SCOPE_KEY
 from serving.http.errors import Headers
@@ -32,19 +33,20 @@ class Call:
       scope: of ASGI: headers, and the parameters of the path.
       body: as it came.
       sender: sends the answer.
-      tenant: who asks.
-      held: gives the places back once the answer is sent.
-      begin: when it came, by the monotonic clock.
+      info: who asks, and when.
       model: whom it asked, once that is known; for the count.
     """
 
     scope: Scope
     body: bytes
     sender: Sender
-    tenant: Tenant
-    held: contextlib.ExitStack
-    begin: float
+    info: CallInfo
     model: str = ""
+
+    @property
+    def tenant(self) -> Tenant:
+        """Who asks."""
+        return self.info.tenant
 
     def name(self, given: str | None) -> str:
         """The model that is asked: that of the path `/m/<model>/...`, or of the body.
@@ -77,14 +79,14 @@ class Calls:
         self, call: Call, asks: Sequence[Ask], field: str = "n"
     ) -> AsyncGenerator[Part, None]:
         """The answers to a call; close it to cancel them."""
-        return self.generator.parts(asks, call.tenant, call.begin, call.held, field)
+        return self.generator.parts(asks, call.info, field)
 
     async def stream(
         self, call: Call, asks: Sequence[Ask], events_of: Callable[[Part], bytes], field: str = "n"
     ) -> None:
         """Sends the answers to a call as events, but for what comes after the last."""
         sink = _Sink(call.sender, events_of)
-        parts = self.generator.parts(asks, call.tenant, call.begin, call.held, field, sink)
+        parts = self.generator.parts(asks, call.info, field, sink)
         async with contextlib.aclosing(parts):
             async for part in parts:
                 await call.sender.events(events_of(part))
@@ -116,16 +118,10 @@ class Calls:
         """
         return Endpoint(self, handler, counted, open_)
 
-    def count(self, call: Call, code: grpc.StatusCode) -> None:
-        """Counts a generation that is over."""
-        # A name that is not served must not become a label: they would grow without bound.
-        model = call.model if call.model in self.dispatcher.models else ""
-        self._metrics.ended(model, code, time.monotonic() - call.begin, call.tenant)
-
-    def quota_headers(self, tenant: Tenant) -> Headers:
-        """What is left of a tenant's quotas."""
-        found = self.dispatcher.quotas.headers(tenant)
-        return [(name.encode(), value.encode()) for name, value in found]
+    def headers(self, info: CallInfo) -> Headers:
+        """The id of a call, and what is left of its tenant's quotas."""
+        found = self.dispatcher.quotas.headers(info.tenant)
+        return [(n.encode(), v.encode()) for n, v in (("x-request-id", info.request_id), *found)]
 
 
 class _Sink:
@@ -160,16 +156,15 @@ class Endpoint:
             except RequestError as error:
                 await refuse(sender, error)
                 return
-            if tenant is not None:
-                sender.headers = functools.partial(self._calls.quota_headers, tenant)
-            call = Call(
-                scope=scope,
-                body=b"",
-                sender=sender,
+            info = CallInfo(
+                protocol="http",
                 tenant=tenant or Tenant(name=""),
+                request_id=request_id_of(next(iter(header(scope, b"x-request-id")), None)),
                 held=held,
-                begin=time.monotonic(),
             )
+            if tenant is not None:
+                sender.headers = functools.partial(self._calls.headers, info)
+            call = Call(scope=scope, body=b"", sender=sender, info=info)
             code = grpc.StatusCode.CANCELLED
             refusal: RequestError | None = None
             try:
@@ -185,7 +180,7 @@ class Endpoint:
                 code, refusal = grpc.StatusCode.INTERNAL, _INTERNAL
             finally:
                 if self._counted:
-                    self._calls.count(call, code)
+                    self._calls.generator.ended(call.info, call.model, code, refusal)
             if refusal is not None:
                 await refuse(sender, refusal)  # Last, so that who sees the status is counted.
 

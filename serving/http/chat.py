@@ -7,9 +7,10 @@ import uuid
 from typing import Any, Literal
 
 from jblock.chat.render import Conversation
+from serving.answers import Part, Usage
 from serving.chat.tool_calls import ToolCall
 from serving.errors import invalid
-from serving.generation import NO_LIMIT, Ask, Part, Usage
+from serving.generation import NO_LIMIT, Ask
 from serving.http.calls import Call, Calls
 from serving.http.chat_fields import ChatRequest, NamedTool, conversation_of, forces_call
 from serving.http.events import TEXT, Prepared, event

@@ -6,8 +6,9 @@ import time
 import uuid
 from typing import Any
 
+from serving.answers import Part, Usage
 from serving.errors import invalid
-from serving.generation import Ask, Part, Usage
+from serving.generation import Ask
 from serving.http.calls import Call, Calls
 from serving.http.events import TEXT, Prepared, event
 from serving.http.exchange import decode

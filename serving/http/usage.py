@@ -1,6 +1,6 @@
 """What a call took, as OpenAI counts it."""
 
-from serving.generation import Usage
+from serving.answers import Usage
 
 
 def usage_of(usage: Usage) -> dict[str, int]:

@@ -3,23 +3,23 @@
 import asyncio
 import contextlib
 import importlib.metadata
-import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import grpc
 from absl import logging
 
+from serving.answers import Part
 from serving.authentication import caller
+from serving.call_info import CallInfo, request_id_of
 from serving.dispatcher import Dispatcher
 from serving.errors import RequestError, abort, invalid
-from serving.generation import Generator, Part
-from serving.metrics import Metrics
+from serving.generation import Generator
+from serving.grpc_call import grpc_call
 from serving.open_inference import messages as pb
 from serving.open_inference.requests import INPUTS, Wanted, wanted_of
 from serving.open_inference.tensors import add_output
 from serving.served_models import ServedModel
-from serving.tenants import Tenant
 
 # Requests of one stream that are answered at a time; more are not read.
 _MOST_AT_ONCE = 16
@@ -35,8 +35,8 @@ _OUTPUTS = (
 class OpenInference:
     """Answers it."""
 
-    def __init__(self, dispatcher: Dispatcher, generator: Generator, metrics: Metrics):
-        self._dispatcher, self._generator, self._metrics = dispatcher, generator, metrics
+    def __init__(self, dispatcher: Dispatcher, generator: Generator):
+        self._dispatcher, self._generator = dispatcher, generator
 
     async def ServerLive(self, request: Any, context: Any) -> pb.ServerLiveResponse:
         """It answers, so it lives."""
@@ -86,13 +86,9 @@ class OpenInference:
         self, request: pb.ModelInferRequest, context: grpc.aio.ServicerContext
     ) -> pb.ModelInferResponse:
         """A whole answer."""
-        held = contextlib.ExitStack()
-        context.add_done_callback(lambda _: held.close())
+        call = grpc_call("open_inference", context, request.id)
         try:
-            responses = [
-                response
-                async for response in self._responses(request, caller(), held, streaming=False)
-            ]
+            responses = [r async for r in self._responses(request, call, streaming=False)]
         except RequestError as error:
             await abort(context, error)
             raise
@@ -116,8 +112,11 @@ class OpenInference:
         async def answer(request: pb.ModelInferRequest) -> None:
             try:
                 # Places are given back once grpc has taken all of the answer.
-                with contextlib.ExitStack() as held:
-                    found = self._responses(request, tenant, held, streaming=True)
+                call = CallInfo(
+                    protocol="open_inference", tenant=tenant, request_id=request_id_of(request.id)
+                )
+                with call.held:
+                    found = self._responses(request, call, streaming=True)
                     async with contextlib.aclosing(found) as responses:
                         async for response in responses:
                             await send(pb.ModelStreamInferResponse(infer_response=response))
@@ -146,8 +145,7 @@ class OpenInference:
     async def _responses(
         self,
         request: pb.ModelInferRequest,
-        tenant: Tenant,
-        held: contextlib.ExitStack,
+        call: CallInfo,
         *,
         streaming: bool,
     ) -> AsyncGenerator[pb.ModelInferResponse, None]:
@@ -156,12 +154,13 @@ class OpenInference:
         Raises:
           RequestError: it cannot be served.
         """
-        begin, code = time.monotonic(), grpc.StatusCode.CANCELLED
+        code = grpc.StatusCode.CANCELLED
+        refusal: RequestError | None = None
         try:
             self._find(request.model_name, request.model_version)
             wanted = wanted_of(request, streaming)
             answer = _Answer(request, wanted)
-            generation = self._generator.parts([wanted.ask], tenant, begin, held)
+            generation = self._generator.parts([wanted.ask], call)
             async with contextlib.aclosing(generation) as parts:
                 async for part in parts:
                     answer.add(part)
@@ -173,7 +172,7 @@ class OpenInference:
                 yield answer.empty()
             code = grpc.StatusCode.OK
         except RequestError as error:
-            code = error.code
+            code, refusal = error.code, error
             raise
         except Exception as error:
             logging.exception("answering a request failed")
@@ -181,9 +180,7 @@ class OpenInference:
             words = "server: failed on this request; its log says how"
             raise RequestError(code, words) from error
         finally:
-            # A name that is not served must not become a label: they would grow without bound.
-            model = request.model_name if request.model_name in self._dispatcher.models else ""
-            self._metrics.ended(model, code, time.monotonic() - begin, tenant)
+            self._generator.ended(call, request.model_name, code, refusal)
 
     def _find(self, name: str, version: str) -> ServedModel:
         """A model that the caller may use, in the version asked for.

@@ -42,7 +42,7 @@ class Running:
         if warm:
             self.call(self.server.warm())
         self.target = f"127.0.0.1:{self.server.port}"
-        self.client = Client(self.target, timeout=20.0)
+        self.client = Client(self.target, timeout=20.0, resume_seconds=0.0)
         self.channel = grpc.insecure_channel(self.target)
         self.stub = jblock_pb2_grpc.InferenceStub(self.channel)
 

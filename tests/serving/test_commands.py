@@ -109,7 +109,7 @@ def test_memory_that_is_stated_is_of_all_agents(start_server):
 def test_a_second_signal_hurries(start_server, tmp_path, numbers):
     server = start_server("--zoo=x", f"--host=unix:{tmp_path}/socket", "--drain_seconds=60")
     assert server.stdout.readline() == f"jblock: serving 1 model on unix:{tmp_path}/socket\n"
-    with Client(f"unix:{tmp_path}/socket") as stub:
+    with Client(f"unix:{tmp_path}/socket", resume_seconds=0.0) as stub:
         stream = stub.stream("echo", [1], max_tokens=1000)
         next(stream)
         server.send_signal(numbers[0])

@@ -270,7 +270,7 @@ def test_health_of_a_server_that_warms_up_and_drains(tmp_path):
 
 
 def test_a_bug_of_the_server_is_told_apart(running, monkeypatch, caplog):
-    monkeypatch.setattr("serving.generation.TextStream.push", lambda self, ids: 1 / 0)
+    monkeypatch.setattr("serving.answers.TextStream.push", lambda self, ids: 1 / 0)
     with caplog.at_level(logging.ERROR):
         answer = ask(port(running), "/v1/completions", body())
     assert (answer.status, answer.error["type"]) == (500, "server_error")

@@ -125,7 +125,7 @@ def test_a_bug_of_the_engine_does_not_hang_its_clients():
 
 
 def test_a_bug_of_the_server_is_internal_and_frees_the_pages(slow, monkeypatch):
-    monkeypatch.setattr("serving.generation.TextStream.push", lambda self, ids: 1 / 0)
+    monkeypatch.setattr("serving.answers.TextStream.push", lambda self, ids: 1 / 0)
     with pytest.raises(ClientError, match="INTERNAL: server: failed on this request"):
         slow.client.generate("echo", [300], max_tokens=900)
     assert harness.eventually(slow.is_empty)

@@ -13,7 +13,7 @@ from checkpoints.progress import Progress
 from jblock.engine.process.client import ProcessEngine
 from jblock.zoo.records import Step
 from jblock.zoo.store import Zoo
-from serving.values import ClientError
+from serving.values import ClientError, to_request
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "hf" / "llama_gqa_untied"
 SETTINGS = {
@@ -128,3 +128,15 @@ def test_log_likelihoods_over_http_are_those_of_transformers(running):
         running.server.http_port, "/v1/completions", {**whole, "ignore_eos": True, "logprobs": 0}
     )
     assert tuple(map(int, answer.json["choices"][0]["logprobs"]["tokens"])) == greedy
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 5}], ids=["greedy", "drawn"])
+def test_an_answer_goes_on_from_what_was_delivered(running, sampling):
+    prompt, _ = oracle()
+    sampling |= {"max_tokens": 12, "ignore_eos": True, "frequency_penalty": 0.5}
+    whole = running.client.generate("good", prompt, **sampling).token_ids
+    for at in (1, 7, 11):
+        request = to_request("good", prompt, sampling)
+        request.resume.token_ids[:] = whole[:at]
+        rest = [i for m in running.stub.GenerateStream(request) for i in m.token_ids]
+        assert (*whole[:at], *rest) == whole
