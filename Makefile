@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 export JAX_PLATFORMS ?= cpu
+# The tests start many processes: each would compile all of our modules again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-long compilers clients serve lint proto clean
 
@@ -17,7 +19,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m examples.demo
 
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest -n 2 -m 'not long and not compilers and not clients' tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not long and not compilers and not clients' tests
 
 test-long: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m long tests

@@ -1,5 +1,15 @@
-"""Test-wide settings: CPU, and one thread pool per worker so that parallel tests stay predictable."""
+"""Test-wide settings: CPU, and a user's cache of the run's own for all its workers and their children."""
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def pytest_configure(config) -> None:
+    """What one test compiled, the next one loads; nothing is read from, or left in, the user's real cache."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.mkdtemp(prefix="jblock-test-cache-")
+        os.environ["XDG_CACHE_HOME"] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))

@@ -72,7 +72,6 @@ def shell(tmp_path) -> dict[str, str]:
         "PATH": f"{path}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
     }
 
 

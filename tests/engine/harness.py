@@ -13,7 +13,7 @@ from jblock.engine.config import EngineConfig
 from jblock.engine.graph.build import assemble
 from jblock.engine.graph.graph import ServingGraph
 from jblock.engine.loop import Loop
-from jblock.engine.programs.executable_cache import ExecutableCache
+from jblock.engine.programs.executable_cache import ExecutableCache, default_folder
 from jblock.engine.runner.runner import Runner
 from jblock.zoo.store import Zoo
 
@@ -54,6 +54,11 @@ def make_zoo(path: Path) -> Path:
     return path
 
 
+def shared_programs() -> ExecutableCache:
+    """The compiled programs of the whole run: equal ones are compiled once."""
+    return ExecutableCache(default_folder())
+
+
 class LogitsRunner(Runner):
     """A device that keeps the logits it samples from, as (batch, float32 [S, vocab])."""
 
@@ -82,7 +87,7 @@ class Agent:
         """Assembles `models` of a zoo; programs are made when first used, once for all tests."""
         store = Zoo.open(zoo)
         graph = assemble(store, {name: store.chain(name) for name in models}, config)
-        device = LogitsRunner(graph, config, ExecutableCache(zoo.parent / "executables"))
+        device = LogitsRunner(graph, config, shared_programs())
         loop = Loop(graph, device, config)
         loop.loads.preload([r.needs for r in graph.routes.values()])
         return cls(graph, device, loop)

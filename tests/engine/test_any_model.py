@@ -5,7 +5,7 @@ import threading
 
 import numpy as np
 import pytest
-from harness import collect_tokens, request
+from harness import collect_tokens, request, shared_programs
 
 from bench.models import TINY, MemoryZoo
 from jblock.engine.config import EngineConfig
@@ -54,8 +54,8 @@ def zoo() -> MemoryZoo:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> ExecutableCache:
-    return ExecutableCache(tmp_path_factory.mktemp("executables"))
+def cache() -> ExecutableCache:
+    return shared_programs()
 
 
 def serve(zoo: MemoryZoo, cache: ExecutableCache, *names: str) -> ThreadEngine:

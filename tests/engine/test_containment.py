@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from harness import shared_programs
 
 from bench.models import TINY, MemoryZoo, save
 from jblock.blocks.delta_spec import LoraSpec, LoraTarget
@@ -18,7 +19,6 @@ from jblock.engine.config import EngineConfig
 from jblock.engine.engine import ThreadEngine
 from jblock.engine.process.client import ProcessEngine
 from jblock.engine.process.supervisor import SupervisedEngine
-from jblock.engine.programs.executable_cache import ExecutableCache
 from jblock.zoo.records import Step
 from jblock.zoo.store import Zoo
 
@@ -67,8 +67,7 @@ def running(stored, tmp_path):
         folder = shutil.copytree(stored, tmp_path / "zoo")
         zoo = Zoo.open(folder)
         config = EngineConfig(**{**SETTINGS, **settings})
-        cache = ExecutableCache(stored.parent / "programs")
-        engine = ThreadEngine(zoo, {n: zoo.chain(n) for n in names}, config, cache)
+        engine = ThreadEngine(zoo, {n: zoo.chain(n) for n in names}, config, shared_programs())
         made.append(engine)
         return engine, folder
 
@@ -242,7 +241,7 @@ def test_a_hung_adapter_is_reported_and_holds_nobody_up(running, monkeypatch):
 def test_real_streams_go_on_after_a_kill(stored):
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in SETTINGS.items()}
     settings["prefill_grids"] = [[1, 16]]
-    kwargs = {"zoo": str(stored), "executable_cache": str(stored.parent / "programs"), **settings}
+    kwargs = {"zoo": str(stored), **settings}
     engine = SupervisedEngine(
         lambda served: ProcessEngine(
             "jblock.engine.factory:build_engine",

@@ -6,7 +6,7 @@ import shutil
 
 import jax
 import pytest
-from harness import FIXTURES, Agent, collect_tokens, oracle, request
+from harness import FIXTURES, Agent, collect_tokens, oracle, request, shared_programs
 
 from checkpoints import hf
 from checkpoints.progress import Progress
@@ -14,7 +14,6 @@ from jblock.engine.api import Engine, EngineDied, UnknownChain
 from jblock.engine.config import EngineConfig
 from jblock.engine.engine import ThreadEngine
 from jblock.engine.process.client import ProcessEngine
-from jblock.engine.programs.executable_cache import ExecutableCache
 from jblock.zoo.store import Zoo
 
 BASE, ADAPTER, SECOND, BF16 = "llama_gqa_untied", "lora_all_r8", "lora_qv_r4", "llama_bf16"
@@ -33,8 +32,7 @@ def engine(zoo, tmp_path):
     """An engine that serves BASE from a zoo of its own, which tests may add versions to."""
     folder = shutil.copytree(zoo, tmp_path / "zoo")
     store = Zoo.open(folder)
-    cache = ExecutableCache(zoo.parent / "executables")
-    one = ThreadEngine(store, {BASE: store.chain(BASE)}, CONFIG, cache)
+    one = ThreadEngine(store, {BASE: store.chain(BASE)}, CONFIG, shared_programs())
     yield one, folder
     one.close()
 
@@ -124,8 +122,7 @@ def test_a_version_can_be_pinned(engine):
 
 def test_in_a_process_of_its_own(zoo):
     settings = {f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(CONFIG)}
-    cache = str(zoo.parent / "executables")
-    kwargs = {"zoo": str(zoo), "models": [BASE], "executable_cache": cache, **settings}
+    kwargs = {"zoo": str(zoo), "models": [BASE], **settings}
     engine = ProcessEngine("jblock.engine.factory:build_engine", kwargs)
     assert [m.name for m in engine.models()] == [BASE]
     assert [m.name for m in engine.serve([BASE, ADAPTER])] == sorted([BASE, ADAPTER])

@@ -7,7 +7,16 @@ import time
 
 import jax
 import pytest
-from harness import ADAPTERS, FIXTURES, Agent, base_of, collect_tokens, oracle, request
+from harness import (
+    ADAPTERS,
+    FIXTURES,
+    Agent,
+    base_of,
+    collect_tokens,
+    oracle,
+    request,
+    shared_programs,
+)
 
 from bench.models import TINY, MemoryZoo
 from checkpoints import hf
@@ -16,7 +25,6 @@ from jblock.engine.config import EngineConfig
 from jblock.engine.engine import ThreadEngine
 from jblock.engine.factory import build_engine
 from jblock.engine.graph.build import assemble
-from jblock.engine.programs.executable_cache import ExecutableCache
 from jblock.zoo.records import Step
 from jblock.zoo.store import Zoo
 
@@ -45,7 +53,7 @@ def start(folder, zoo, names, **settings) -> ThreadEngine:
     store = Zoo.open(folder)
     config = dataclasses.replace(CONFIG, **settings)
     chains = {name: store.chain(name) for name in names}
-    return ThreadEngine(store, chains, config, ExecutableCache(zoo.parent / "executables"))
+    return ThreadEngine(store, chains, config, shared_programs())
 
 
 def ask(engine, *models) -> dict[str, list[int]]:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import request
+from harness import request, shared_programs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -95,8 +95,8 @@ class Agent:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> ExecutableCache:
-    return ExecutableCache(tmp_path_factory.mktemp("trunk") / "programs")
+def cache() -> ExecutableCache:
+    return shared_programs()
 
 
 @pytest.fixture(scope="module")

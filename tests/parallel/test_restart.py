@@ -90,7 +90,6 @@ def test_streams_go_on_over_kills(zoo, tmp_path, monkeypatch, mesh, models):
     kwargs = {
         "zoo": str(zoo),
         "models": list(models),
-        "executable_cache": str(tmp_path / "programs"),
         "max_num_seqs": 8,
         "max_model_len": 128,
         "decode_sizes": [8],

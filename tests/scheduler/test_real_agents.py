@@ -31,7 +31,6 @@ def kwargs(tmp_path_factory) -> dict:
     return {
         "zoo": str(folder / "zoo"),
         "models": [BASE, ADAPTER],
-        "executable_cache": str(folder / "programs"),
         "max_num_seqs": 8,
         "max_model_len": 160,
         "page_size": 16,

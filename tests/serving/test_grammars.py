@@ -146,7 +146,7 @@ def real(tmp_path_factory):
     path = tmp_path_factory.mktemp("structured")
     hf.convert(DEMO, path / "zoo", "demo", Progress(False))
     settings = {"max_num_seqs": 4, "max_model_len": 256, "decode_sizes": [4], "page_size": 16}
-    kwargs = {"zoo": str(path / "zoo"), "executable_cache": str(path / "programs")}
+    kwargs = {"zoo": str(path / "zoo")}
     more = {"prefill_grids": [[4, 16]], "kv_memory_mb": 4}
     engine = ProcessEngine("jblock.engine.factory:build_engine", {**kwargs, **settings, **more})
     engine.models()

@@ -54,7 +54,6 @@ def running(folder):
     poison(zoo, "bad-ffn", "ffn")
     poison(zoo, "bad-attention", "attention")
     kwargs = {"zoo": str(zoo.path), "models": ["good", "bad-ffn"], **SETTINGS}
-    kwargs["executable_cache"] = str(folder / "executables")
     engine = ProcessEngine("jblock.engine.factory:build_engine", kwargs)
     engine.models()
     with harness.serving(engine, http_port=0) as one:
