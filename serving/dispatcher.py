@@ -96,6 +96,13 @@ class Dispatcher:
         """Whether requests are taken and computed now."""
         return self.up and not self._draining
 
+    def adapters(self) -> tuple[set[str], set[str]]:
+        """Adapters with requests that the engine has brought something for, and those with others alone.
+        Any thread may ask."""
+        tickets = [t for t in list(self._running.values()) if t.adapter]
+        running = {t.adapter for t in tickets if t.began}
+        return running, {t.adapter for t in tickets} - running
+
     def start(self) -> None:
         """Begins to read the engine; `ready` or `dead` follows."""
         self._thread.start()
@@ -338,10 +345,11 @@ class Ticket:
       began: the engine has brought something for it.
       was_shed: its place was given to another tenant.
       ended: nothing more comes from the engine.
+      adapter: the model that it asks, where that is an adapter; else "".
     """
 
     def __init__(self, dispatcher: Dispatcher, request_id: str, tenant: Tenant, arrived: Arrivals):
-        self.request_id, self.tenant = request_id, tenant
+        self.request_id, self.tenant, self.adapter = request_id, tenant, ""
         self.left = self.began = self.was_shed = False
         self._dispatcher = dispatcher
         self._submitted = False

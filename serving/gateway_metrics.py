@@ -5,13 +5,15 @@ here. Its readers take the first series of a family, so there is one of each.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from jblock.engine import api
 
+# Adapters that the gauge names at most.
+_MOST_ADAPTERS = 256
 PREFIXES = {"jblock": "jblock_", "vllm": "vllm:"}
 
 
@@ -19,9 +21,12 @@ class GatewayCollector(Collector):
     """Read when scraped."""
 
     def __init__(
-        self, prefix: str, stats: Callable[[], api.EngineStats], adapters: Mapping[str, int]
+        self,
+        prefix: str,
+        stats: Callable[[], api.EngineStats],
+        adapters: Callable[[], tuple[set[str], set[str]]],
     ):
-        """`adapters` has how many requests are open for each adapter, by its name."""
+        """`adapters` says which have requests that run, and which have only ones that wait."""
         self._prefix, self._stats, self._adapters = prefix, stats, adapters
 
     def collect(self) -> Iterable[Metric]:
@@ -60,6 +65,6 @@ class GatewayCollector(Collector):
             "Adapters with open requests; the value is the time.",
             labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )
-        names = sorted(name for name, count in list(self._adapters.items()) if count > 0)
-        family.add_metric([str(stats.adapters_resident), ",".join(names[:256]), ""], time.time())
+        running, waiting = (",".join(sorted(names)[:_MOST_ADAPTERS]) for names in self._adapters())
+        family.add_metric([str(stats.adapter_slots), running, waiting], time.time())
         return family

@@ -156,9 +156,7 @@ class Generator:
         for ticket in tickets:
             admitted.enter_context(ticket)
             call.held.callback(self._dispatcher.leave, ticket)
-        if info.base:
-            self._metrics.adapters[info.name] += len(tickets)
-            admitted.callback(self._metrics.adapters.subtract, {info.name: len(tickets)})
+            ticket.adapter = info.name if info.base else ""
         quotas = self._dispatcher.quotas
         quotas.request(tenant)
         answers: list[Answer] = []

@@ -1,6 +1,5 @@
 """What a server tells Prometheus: its requests, and the engine's counters and gauges."""
 
-import collections
 import dataclasses
 import ssl
 from collections.abc import Callable, Iterable, Sequence
@@ -36,6 +35,7 @@ _HELP = {
     "chains": ("gauge", "Models that may be asked for."),
     "chains_resident": ("gauge", "Models that a request would find on the device."),
     "adapters_resident": ("gauge", "Adapters with a slot."),
+    "adapter_slots": ("gauge", "Adapters that may have a slot at a time."),
     "host_bytes": ("gauge", "Prepared adapters and parameters in the host's cache."),
     "residency_hits": ("counter", "Requests that found their model on the device."),
     "residency_misses": ("counter", "Requests that had to wait for their model."),
@@ -47,7 +47,7 @@ _HELP = {
     "prompt_tokens": ("counter", "Prompt tokens computed."),
     "cached_tokens": ("counter", "Prompt tokens found in the prefix cache instead."),
     "preemptions": ("counter", "Sequences that gave their pages to an older one for a while."),
-    "swaps": ("counter", "How many of those went by copies of their pages on the host."),
+    "kv_offloads": ("counter", "How many of those went by copies of their pages on the host."),
     "host_kv_bytes": ("gauge", "Host memory that copies of pages take."),
     "generated_tokens": ("counter", "Tokens generated."),
     "hung_reads": ("counter", "Reads of the zoo that took too long and were given up."),
@@ -59,10 +59,25 @@ _HELP = {
     ),
     "kernels_replaced": ("gauge", "Ops whose kernel failed its self-test: XLA's form serves."),
 }
+# Names that a metric had before: it is told under both.
+_BEFORE = {"kv_offloads": ("swaps",)}
+# What each field of BlockStats is called.
+_OF_BLOCKS = {
+    "models": ("gauge", "block_models", "Served models that pass the block."),
+    "weight_bytes": ("gauge", "block_weight_bytes", "Parameters of the block."),
+    "batches": ("counter", "block_batches", "Batches that the block ran."),
+    "rows": ("counter", "block_batch_rows", "Rows of its batches, padding not counted."),
+    "seconds": ("counter", "block_seconds", "Device time of its batches, by the profile."),
+    "queue_rows": ("gauge", "block_queue_rows", "Rows that the last step left waiting for it."),
+    "batch_limit": ("gauge", "block_batch_limit", "Most rows it decodes in a step; 0: no limit."),
+    "kv_bytes": ("gauge", "block_kv_bytes", "KV pages of its layers that sequences hold."),
+}
 # Tenants with series of their own.
 _MAX_TENANTS = 1000
 # Those that are one number.
-_NUMBERS = tuple(f.name for f in dataclasses.fields(api.EngineStats) if f.name != "tenants")
+_NUMBERS = tuple(
+    f.name for f in dataclasses.fields(api.EngineStats) if f.name not in ("tenants", "blocks")
+)
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
@@ -78,7 +93,6 @@ class Metrics:
       tokens: prompt and completion tokens of requests that succeeded, by model and kind.
       tenant_requests: ended requests by tenant and status code.
       tenant_tokens: prompt and completion tokens of requests that succeeded, by tenant and kind.
-      adapters: open requests by adapter; for gateways, which send a request where its adapter is.
     """
 
     def __init__(
@@ -88,11 +102,12 @@ class Metrics:
         up: Callable,
         names: str = "jblock",
         agents: Callable[[], Sequence[api.AgentStatus]] = tuple,
+        adapters: Callable[[], tuple[set[str], set[str]]] = lambda: (set(), set()),
     ):
-        """Reads the engine's `stats` and its `agents`, the open requests and whether it is `up` at each
-        scrape. `names` is one of gateway_metrics.PREFIXES: how that is called which vLLM measures too."""
+        """Reads the engine's `stats` and its `agents`, the open requests, whether it is `up`, and which
+        `adapters` run and wait, at each scrape. `names` is one of gateway_metrics.PREFIXES: how that is
+        called which vLLM measures too."""
         self.registry = prom.CollectorRegistry()
-        self.adapters: collections.Counter[str] = collections.Counter()
         prefix = gateway_metrics.PREFIXES[names]
         self.requests = prom.Counter(
             "jblock_requests", "Ended requests.", ["model", "code"], registry=self.registry
@@ -129,7 +144,7 @@ class Metrics:
         self._gauge("requests_open", "Requests admitted and not yet over.", num_open)
         self._gauge("engine_up", "1 while the engine serves.", up)
         self.registry.register(_EngineCollector(stats, agents))
-        collector = gateway_metrics.GatewayCollector(prefix, stats, self.adapters)
+        collector = gateway_metrics.GatewayCollector(prefix, stats, adapters)
         self.registry.register(collector)
 
     def watch(self, files: Sequence[ReloadedFiles]) -> None:
@@ -252,7 +267,9 @@ class _EngineCollector(Collector):
         yield from _of_tenants(stats.tenants)
         for name in _NUMBERS:
             family, text = _family(name)
-            yield family(f"jblock_{name}", text, value=getattr(stats, name))
+            for called in (name, *_BEFORE.get(name, ())):
+                yield family(f"jblock_{called}", text, value=getattr(stats, name))
+        yield from _of_blocks(stats.blocks)
         agents = self._agents()
         if not agents:
             return
@@ -296,3 +313,13 @@ def _of_tenants(tenants: Sequence[api.TenantStats]) -> Iterable[Metric]:
         running.add_metric([one.tenant], one.running)
         served.add_metric([one.tenant], one.served_seconds)
     yield from (waiting, running, served)
+
+
+def _of_blocks(blocks: Sequence[api.BlockStats]) -> Iterable[Metric]:
+    """What each block does; the engine tells the busiest, and the others as one."""
+    for field, (kind, name, text) in _OF_BLOCKS.items():
+        family = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
+        metric = family(f"jblock_{name}", text, labels=["block", "kind"])
+        for block in blocks:
+            metric.add_metric([block.block, block.kind], getattr(block, field))
+        yield metric

@@ -139,6 +139,7 @@ class Server:
             lambda: int(self.is_serving),
             config.metrics_names,
             engine.agents,
+            self._dispatcher.adapters,
         )
         self._stop_metrics: Callable[[], None] = lambda: None
         self._renderer = Renderer()

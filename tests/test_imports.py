@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("jblock", "serving", "checkpoints")
 # Lowest first: what stands in a line may import what stands above it, and its own room.
 ENGINE = (
+    ("stats_records",),
     ("api", "config", "signature"),
     ("kv_cache", "structured_output"),
     ("adapters",),

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     outputs = exactness.compare(zoo, runs["unloaded"].traces, runs["squeezed"].traces).to_json()
     progress(f"outputs: {outputs}")
     recomputed = exactness.compare(zoo, runs["unloaded"].traces, runs["recomputing"].traces)
-    swaps = stats["squeezed"].swaps
+    swaps = stats["squeezed"].kv_offloads
     return {
         "oversubscription": {
             "offered": count,

@@ -10,6 +10,11 @@ from typing import Protocol
 
 import msgspec
 
+from jblock.engine.stats_records import GAUGES as GAUGES
+from jblock.engine.stats_records import BlockStats as BlockStats
+from jblock.engine.stats_records import EngineStats
+from jblock.engine.stats_records import TenantStats as TenantStats
+
 MAX_LOGIT_BIAS = 64
 # A model's own eos ids, and the stop ids of a request, when min_tokens forbids them.
 MAX_END_IDS = 80
@@ -161,128 +166,6 @@ class ModelInfo:
     blocks: int = 0
     shared_blocks: int = 0
     policy: str = "exact"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TenantStats:
-    """What one tenant has of an engine.
-
-    Attributes:
-      tenant: its name.
-      waiting: requests queued, not running.
-      running: sequences in flight.
-      served_seconds: device time it was charged for, by the profile.
-    """
-
-    tenant: str
-    waiting: int = 0
-    running: int = 0
-    served_seconds: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EngineStats:
-    """Counters since start and gauges of now.
-
-    Attributes:
-      steps: forward steps run.
-      block_calls: executions of a block, embeddings and heads included.
-      block_rows: rows (tokens) those carried, padding not counted.
-      model_calls: batches a server of one model each would have run for the same work.
-      model_rows: rows (tokens) those would have carried.
-      compiles_on_serving_path: programs compiled while a request waited (promise: 0).
-      compiles_in_background: programs compiled at warm-up or in the background.
-      running: sequences in flight.
-      waiting: requests queued, not yet started.
-      pages_free: KV pages no sequence owns, over all groups; cached prefixes may lie in them.
-      pages_total: KV pages over all groups.
-      rows_free: free register rows.
-      rows_total: register rows.
-      resident_bytes: bytes of parameters and slot tables on the device.
-      chains: chains that may be asked for.
-      chains_resident: those that a request would find on the device.
-      adapters_resident: adapters with a slot.
-      host_bytes: prepared adapters and parameters in the host's cache.
-      residency_hits: requests that found their chain on the device.
-      residency_misses: requests that had to wait for it.
-      host_hits: loads that found what they needed in the host's cache.
-      host_misses: loads that read it from the zoo.
-      loads: adapters and components brought to the device.
-      load_failures: those that could not be.
-      evictions: adapters and components that left the device.
-      prompt_tokens: prompt tokens computed.
-      cached_tokens: prompt tokens found in the prefix cache instead.
-      preemptions: sequences that gave their pages up to an older one and were resumed later.
-      swaps: how many of them by copies of their pages on the host; the others were computed anew.
-      host_kv_bytes: host memory those copies take now.
-      generated_tokens: tokens generated.
-      hung_reads: reads of adapters and parameters that took longer than the limit and were given up.
-      restarts: engine processes that died or froze and were replaced.
-      resumed_requests: requests that went on in a new process after their tokens so far.
-      suspects: requests that a process died under and that have not gone on since.
-      kernels_replaced: ops whose kernel failed its self-test at start, served by XLA instead (promise: 0).
-      tenants: what each has of it.
-    """
-
-    steps: int = 0
-    block_calls: int = 0
-    block_rows: int = 0
-    model_calls: int = 0
-    model_rows: int = 0
-    compiles_on_serving_path: int = 0
-    compiles_in_background: int = 0
-    running: int = 0
-    waiting: int = 0
-    pages_free: int = 0
-    pages_total: int = 0
-    rows_free: int = 0
-    rows_total: int = 0
-    resident_bytes: int = 0
-    chains: int = 0
-    chains_resident: int = 0
-    adapters_resident: int = 0
-    host_bytes: int = 0
-    residency_hits: int = 0
-    residency_misses: int = 0
-    host_hits: int = 0
-    host_misses: int = 0
-    loads: int = 0
-    load_failures: int = 0
-    evictions: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    preemptions: int = 0
-    swaps: int = 0
-    host_kv_bytes: int = 0
-    generated_tokens: int = 0
-    hung_reads: int = 0
-    restarts: int = 0
-    resumed_requests: int = 0
-    suspects: int = 0
-    kernels_replaced: int = 0
-    tenants: tuple[TenantStats, ...] = ()
-
-
-# Fields of EngineStats that say how things are now; the others only grow.
-GAUGES = frozenset(
-    {
-        "running",
-        "waiting",
-        "pages_free",
-        "pages_total",
-        "rows_free",
-        "rows_total",
-        "resident_bytes",
-        "chains",
-        "chains_resident",
-        "adapters_resident",
-        "host_bytes",
-        "host_kv_bytes",
-        "suspects",
-        "kernels_replaced",
-        "tenants",
-    }
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

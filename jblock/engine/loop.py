@@ -29,7 +29,7 @@ from jblock.engine.scheduling.request_checks import request_problem
 from jblock.engine.scheduling.scheduler import Scheduler
 from jblock.engine.scheduling.sequence import Picked, SequenceState
 from jblock.engine.scheduling.step_budget import PROMPT_SHARE
-from jblock.engine.stats import collect_stats
+from jblock.engine.stats import BlockTable, collect_stats
 from jblock.engine.weights.loader import Loads, Targets
 from jblock.engine.weights.residents import Adapter
 
@@ -63,7 +63,7 @@ class Loop:
         self._sequences = Scheduler(config, self.kv, device.num_rows, queues.withdraw, counter)
         self.profile = Profile(device)
         self._stepper = Stepper(device, self.profile, queues, self._sequences.rows, self.kv)
-        self._pace = Pace()
+        self._pace, self._blocks = Pace(), BlockTable()
         self.constrained = ConstrainedSampling(device, self._sequences, self._finish)
         self._outputs: list[Output] = []
         self._in_flight: Step | None = None
@@ -325,6 +325,7 @@ class Loop:
             self.device,
             self._sequences,
             self._stepper.counters,
+            self._blocks.of(self._stepper.queues, self._sequences, self.graph),
             self.loads,
             self.graph,
             self._generated_tokens,

@@ -18,12 +18,10 @@ from jblock.engine.config import EngineConfig
 from jblock.engine.engine import ThreadEngine
 from jblock.engine.programs.executable_cache import ExecutableCache
 from jblock.engine.scheduling.fairness import VirtualTokenCounter
+from jblock.engine.stats_records import total
 from jblock.parallel.placement import Placement
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
-
-# What all groups have alike; the other counters and gauges are added up.
-_COMMON = ("chains", "kernels_replaced", "tenants")
 
 
 class DataParallelEngine(Engine):
@@ -115,14 +113,8 @@ class DataParallelEngine(Engine):
     def stats(self) -> EngineStats:
         """Counters and gauges of all groups added up."""
         of_groups = [engine.stats() for engine in self._engines]
-        return EngineStats(
-            **{
-                f.name: getattr(of_groups[0], f.name)
-                if f.name in _COMMON
-                else sum(getattr(s, f.name) for s in of_groups)
-                for f in dataclasses.fields(EngineStats)
-            }
-        )
+        # The groups charge tenants together.
+        return dataclasses.replace(total(of_groups), tenants=of_groups[0].tenants)
 
     def close(self) -> None:
         """Stops all groups."""

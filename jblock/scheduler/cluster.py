@@ -20,11 +20,11 @@ from jblock.engine import api
 from jblock.engine.process.client import ProcessEngine
 from jblock.engine.process.supervisor import SupervisedEngine, error_output, held_of
 from jblock.engine.process.suspects import Held
+from jblock.engine.stats_records import total
 from jblock.scheduler.agent import Agent
 from jblock.scheduler.chain_placement import ChainPlacement, Place, bare, everywhere
 from jblock.scheduler.model_changes import Changes
 from jblock.scheduler.prefixes import prefix_digests
-from jblock.scheduler.totals import total
 
 # So many open requests an agent may have more than the least loaded one and still be given those whose prefix
 # it has computed.

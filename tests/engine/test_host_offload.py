@@ -245,7 +245,7 @@ def test_both_ways_give_the_tokens_of_an_unloaded_run(zoo, kv_dtype):
         assert agent.generate(PROMPTS, max_tokens=40) == expected
         stats = agent.loop.stats()
         assert stats.preemptions > 0 and stats.pages_free == stats.pages_total
-        assert stats.swaps == (stats.preemptions if rates is ALWAYS else 0)
+        assert stats.kv_offloads == (stats.preemptions if rates is ALWAYS else 0)
         assert stats.host_kv_bytes == 0
         if rates is ALWAYS:
             # Nothing was computed twice, and every number is the one an unloaded run computes.
@@ -263,7 +263,7 @@ def test_a_full_host_computes_anew(zoo):
     roomy = Agent.make(zoo, [BASE], CONFIG)
     assert agent.generate(prompts, max_tokens=40) == roomy.generate(prompts, max_tokens=40)
     stats = agent.loop.stats()
-    assert 0 < stats.swaps < stats.preemptions and stats.host_kv_bytes == 0
+    assert 0 < stats.kv_offloads < stats.preemptions and stats.host_kv_bytes == 0
 
 
 def test_a_cancelled_sequence_leaves_nothing_on_the_host(zoo):

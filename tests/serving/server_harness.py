@@ -42,7 +42,7 @@ class Running:
         if warm:
             self.call(self.server.warm())
         self.target = f"127.0.0.1:{self.server.port}"
-        self.client = Client(self.target, timeout=20.0, resume_seconds=0.0)
+        self.client = Client(self.target, timeout=60.0, resume_seconds=0.0)
         self.channel = grpc.insecure_channel(self.target)
         self.stub = jblock_pb2_grpc.InferenceStub(self.channel)
 
@@ -88,6 +88,7 @@ def mock(folder: Path, **options: Any) -> MockEngine:
     models = [
         {"name": "echo", **text, "version": 3, "blocks": 5, "shared_blocks": 4},
         {"name": "adapter", **text, "base": "echo@3"},
+        {"name": "lora", **text, "base": "echo@3"},
         {"name": "ids", "offset": 1, "max_model_len": 64, "eos_token_ids": [9]},
         {"name": "small", **text, "vocab_size": 300},
         {"name": "rounded", **text, "policy": "near"},

@@ -139,3 +139,17 @@ def test_an_answer_goes_on_from_what_was_delivered(running, sampling):
         request.resume.token_ids[:] = whole[:at]
         rest = [i for m in running.stub.GenerateStream(request) for i in m.token_ids]
         assert (*whole[:at], *rest) == whole
+
+
+def test_blocks_say_what_they_did(running):
+    prompt, _ = oracle()
+    running.client.generate("good", prompt, max_tokens=3, ignore_eos=True)
+    stats = running.engine.stats()
+    assert len({b.block for b in stats.blocks}) == len(stats.blocks)
+    assert {b.kind for b in stats.blocks} == {"embedding", "layer", "head"}
+    # "good" and the poisoned chains part where a component is another; the embedding is all of theirs.
+    (embedding,) = [b for b in stats.blocks if b.kind == "embedding"]
+    assert embedding.models == len(running.client.models())
+    assert all(0 < b.batches <= b.rows for b in stats.blocks if b.models == embedding.models)
+    assert all(b.weight_bytes > 0 and b.queue_rows == 0 for b in stats.blocks)
+    assert sum(b.weight_bytes for b in stats.blocks) <= stats.resident_bytes

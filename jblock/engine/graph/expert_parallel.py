@@ -19,6 +19,11 @@ class ExpertGroup:
         self._watched: list[weakref.ref] = []
 
     @property
+    def size(self) -> int:
+        """Bytes on all devices."""
+        return sum(member.size for member in self._members)
+
+    @property
     def tensors(self) -> Mapping[str, jax.Array]:
         """Device tensors by name; empty while an expert's are not there."""
         if not self._joined and all(m.tensors for m in self._members):

@@ -28,6 +28,7 @@ class Tied:
 
     owner: Weights
     tensor: str
+    size: int = 0  # The bytes are the owner's.
 
     @property
     def tensors(self) -> parameters.Tensors:

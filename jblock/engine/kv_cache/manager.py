@@ -61,6 +61,7 @@ class KVCacheManager:
       tables: by shape, int32 [layers or boundaries, max_num_seqs + 1, max_pages]: the pages of the sequence
         in each slot, layer by layer of its chain; 0, the null page, elsewhere, and in the last row, which
         stands for padding.
+      page_bytes: of one page, by shape.
       host: host-memory copies of the pages of preempted sequences.
       rows: what is kept where chains part.
       hit_tokens: prompt tokens found in the cache instead of computed.
@@ -91,7 +92,7 @@ class KVCacheManager:
         self.tables: dict[PageShape, np.ndarray] = {}
         self.hit_tokens = self.trunk_tokens = 0
         self.host = host or HostPool(0, 0)
-        self._page_bytes = {shape: s.page_bytes for shape, s in shapes.items()}
+        self.page_bytes = {shape: s.page_bytes for shape, s in shapes.items()}
         self._page_size, self._max_num_seqs, self._max_pages = page_size, max_num_seqs, max_pages
         self._store = store
         # What running sequences are about to compute, KV of a whole chain or rows, and who.
@@ -186,7 +187,7 @@ class KVCacheManager:
 
     def copy_bytes(self, pages: SequencePages, num_tokens: int) -> int:
         """Bytes of the pages of a sequence's first tokens."""
-        each = sum(len(d) * self._page_bytes[shape] for shape, d in pages.layers.items())
+        each = sum(len(d) * self.page_bytes[shape] for shape, d in pages.layers.items())
         return self._pages_for(num_tokens) * each
 
     def offload(self, pages: SequencePages, num_tokens: int) -> bool:
@@ -267,7 +268,7 @@ class KVCacheManager:
         Raises:
           OutOfPages: more pages have an owner than are to be left; nothing changed.
         """
-        count, self._page_bytes[shape] = pool.num_pages - 1, pool.page_bytes
+        count, self.page_bytes[shape] = pool.num_pages - 1, pool.page_bytes
         if shape not in self.pools:
             self.pools[shape] = PagePool(count)
             return [], []

@@ -331,7 +331,7 @@ class SupervisedEngine(api.Engine):
             self._restart_at = self._died_at + delay
 
 
-_ZERO: Mapping[str, Any] = {**dict.fromkeys(api.GAUGES, 0), "tenants": ()}
+_ZERO: Mapping[str, Any] = {**dict.fromkeys(api.GAUGES, 0), "tenants": (), "blocks": ()}
 
 
 def _added(past: api.EngineStats, now: api.EngineStats) -> api.EngineStats:

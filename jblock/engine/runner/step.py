@@ -49,6 +49,9 @@ class BlockQueue:
       partial: the batch of prompts between two of its layers, if the last step ended there.
       limit: rows it may decode in a step.
       wanted: rows that have lately come to it in a step.
+      batches: that it ran.
+      rows: of those.
+      seconds: that they should have taken by the profile.
     """
 
     ready: collections.deque[WorkItem] = dataclasses.field(default_factory=collections.deque)
@@ -56,6 +59,15 @@ class BlockQueue:
     partial: PartialBatch | None = None
     limit: int = step_budget.NO_LIMIT
     wanted: float = 0.0
+    batches: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+
+    @property
+    def waiting_rows(self) -> int:
+        """Rows that a step left here."""
+        partial = () if self.partial is None else self.partial.batch.items
+        return sum(item.q_len for item in (*self.held, *partial))
 
     @property
     def empty(self) -> bool:
@@ -251,7 +263,7 @@ class Stepper:
             self._hold(queue, decode[queue.limit :])
             decode = decode[: queue.limit]
         for batch in batches(decode, buckets, cover):
-            self._decode_seconds += self._run(instance, batch)
+            self._decode_seconds += self._run(instance, queue, batch)
             self._pass_on(batch)
         if queue.partial is not None:
             self._walk(instance, queue, queue.partial)
@@ -283,7 +295,7 @@ class Stepper:
                 item.seconds_left = max(item.seconds_left - call, 0.0)
             done += 1
         if done > begin:
-            self._run(instance, batch, begin, done)
+            self._run(instance, queue, batch, begin, done)
         if done == end:
             queue.partial = None
             self._pass_on(batch)
@@ -292,13 +304,20 @@ class Stepper:
             self.counters.held_rows += batch.num_rows
 
     def _run(
-        self, instance: BlockInstance, batch: Batch, first: int = 0, last: int | None = None
+        self,
+        instance: BlockInstance,
+        queue: BlockQueue,
+        batch: Batch,
+        first: int = 0,
+        last: int | None = None,
     ) -> float:
         """Enqueues a batch, or a part of its calls; returns the seconds it should take."""
         result = self._device.run(instance, batch, self._kv.tables, first, last)
         if first == batch.first_layer:
             self.counters.block_calls += 1
             self.counters.block_rows += batch.num_rows
+            queue.batches += 1
+            queue.rows += batch.num_rows
         if isinstance(result, Logits):
             self._waiting.append(result)
         elif result is not None:
@@ -307,6 +326,7 @@ class Stepper:
         if last is not None:
             seconds *= (last - first) / len(instance.layers)
         self._seconds += seconds
+        queue.seconds += seconds
         return seconds
 
     def _hold(self, queue: BlockQueue, items: Sequence[WorkItem]) -> None:

@@ -99,6 +99,11 @@ class WeightCache:
         return self._room.slots.total - self._room.slots.num_free
 
     @property
+    def adapter_slots(self) -> int:
+        """Adapters that may have a slot at a time."""
+        return self._room.slots.total
+
+    @property
     def wanting(self) -> int:
         """Leases not granted yet."""
         return len(self._wanting)
