@@ -1,10 +1,10 @@
 """The cases every paged attention backend must get right, and how one is put to it.
 
 `run` writes the cached tokens by a first call of the backend and attends in a second, so the write is
-tested too; the first call has rounded sizes, so that cases share its program. The second can be `rounded`
-as well: with unused sequences, rows and pages up to sizes that many cases have. Pages nobody owns and
-rows that are padding hold NaN (8-bit values: their largest, with NaN scales) before, and the pages
-are checked to be untouched after.
+tested too; the first call has rounded sizes and no window, cap or scale, so that cases share its program. The
+second can be `rounded` as well: with unused sequences, rows and pages up to sizes that many cases have. Pages
+nobody owns and rows that are padding hold NaN (8-bit values: their largest, with NaN scales) before, and the
+pages are checked to be untouched after.
 """
 
 import dataclasses
@@ -214,7 +214,7 @@ def run(
 
     full = [(draw(n, case.heads), draw(n, case.kv_heads), draw(n, case.kv_heads)) for n in lengths]
 
-    def call(starts, q_lens, form, max_q_len, pages, least_rows=1):
+    def call(starts, q_lens, form, max_q_len, pages, least_rows, options):
         """One call over tokens starts .. starts + q_lens of every sequence; their outputs, in order."""
         row_starts, num_rows = _place_rows(q_lens, form, max_q_len, rng)
         num_rows = max(num_rows, least_rows)
@@ -236,9 +236,7 @@ def run(
             *arrays,
             pages,
             ragged,
-            sliding_window=case.window,
-            softcap=case.softcap,
-            scale=case.scale,
+            **options,
         )
         assert out.dtype == arrays[0].dtype and out.shape == arrays[0].shape
         out = np.asarray(out, np.float32)
@@ -247,11 +245,13 @@ def run(
 
     cached = [c for c, _ in case.sequences]
     if any(cached):
-        rows, longest = _power(sum(cached)), _power(max(cached))
-        _, pages = call([0] * len(lengths), cached, "packed", longest, pages, rows)
+        rows, longest = (max(256, _power(n)) for n in (sum(cached), max(cached)))
+        options = {"sliding_window": None, "softcap": None, "scale": None}
+        _, pages = call([0] * len(lengths), cached, "packed", longest, pages, rows, options)
     new = [n for _, n in case.sequences]
     least = max(16, _power(len(new) * case.max_q_len)) if rounded and case.form != "grid" else 1
-    got, pages = call(cached, new, case.form, case.max_q_len, pages, least)
+    options = {"sliding_window": case.window, "softcap": case.softcap, "scale": case.scale}
+    got, pages = call(cached, new, case.form, case.max_q_len, pages, least, options)
     for old, now in zip(before, pages, strict=True):
         untouched = ~mine
         untouched[0] = True
@@ -264,8 +264,7 @@ def run(
     for (start, n), (q, k, v) in zip(case.sequences, full, strict=True):
         if n:
             k, v = (stored(a, case.kv) for a in (k, v))
-            options = case.window, case.softcap, case.scale
-            wanted.append(reference.attention(q[start:], k, v, start, *options))
+            wanted.append(reference.attention(q[start:], k, v, start, *options.values()))
     return got, np.concatenate(wanted)
 
 
@@ -309,7 +308,7 @@ def _give_pages(
     max_pages = 4 * -(-(1 + max(counts)) // 4)
     num_pages = 8 * -(-(1 + sum(counts) + 3) // 8)
     if rounded:
-        max_pages, num_pages = max(8, _power(max_pages)), max(16, _power(num_pages))
+        max_pages, num_pages = max(32, _power(max_pages)), max(64, _power(num_pages))
     free = list(rng.permutation(np.arange(1, num_pages)))
     table = np.zeros((len(lengths), max_pages), np.int32)
     mine = np.zeros(num_pages, bool)

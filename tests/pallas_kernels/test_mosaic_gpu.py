@@ -55,7 +55,7 @@ def test_matches_reference(pool, case):
 @pytest.mark.parametrize("fault", faults.FAULTS)
 def test_a_fault_of_one_token_would_be_caught(fault):
     """By the cases of `make test`."""
-    assert faults.caught(faults.FAULTS[fault], [*QUICK, SPLIT])
+    assert faults.caught(faults.FAULTS[fault], QUICK)
 
 
 @pytest.mark.long
@@ -70,6 +70,7 @@ def test_matches_reference_in_sizes_of_its_own(pool, case):
     put(pool, case)
 
 
+@pytest.mark.long
 def test_splits_of_the_keys_are_combined(pool):
     put(pool, SPLIT, plan={"splits": 3, "stages": 2})
 
@@ -94,10 +95,13 @@ def test_has_no_data_race(pool, case):
 MODEL = dict(heads=8, kv_heads=2, head_dim=64, page_size=64, kv="bfloat16", q="bfloat16")
 
 
-@pytest.mark.parametrize("window", [None, pytest.param(1024, marks=pytest.mark.long), 256])
+@pytest.mark.parametrize(
+    "window", [None, *(pytest.param(n, marks=pytest.mark.long) for n in (256, 1024))]
+)
 def test_decoding_moves_little_more_than_it_must(pool, window):
     sequences = ((2000, 1), (1517, 1), (1130, 1))
     case = Case(sequences, "grid", **MODEL, window=window)
+    # Without a window, nine blocks share the keys of each.
     result = put(pool, case)
     kept = sum(min(c, (window or c + 1) - 1) for c, _ in sequences)
     kv = 2 * 2 * 64 * 2 * (kept + 2 * len(sequences))  # the new tokens are read and written
@@ -347,7 +351,7 @@ def test_plans_of_every_width_fit_the_chip(kv):
                 size = {"rows": 4 * max_q_len, "num_seqs": 4, "max_q_len": max_q_len}
                 plan = mosaic_gpu.make_plan(**{**SHAPE, **made, **size})
                 assert memory(plan) <= 227 * 1024, (head_dim, groups, max_q_len)
-                assert plan.stages >= 1 and (kv == "bfloat16" or plan.raw_stages >= 1)
+                assert plan.stages >= 1
 
 
 @settings(max_examples=60, deadline=None)
