@@ -4,7 +4,8 @@ Work is cut into items, a block of rows by a variant that has rows in it, in the
 outer loop is over columns of the result, the inner one over items, each over all inputs: so a block of
 columns of a variant's weight is read once, whatever items its rows make, and a variant without rows is
 never read. The next one comes in while the present one is multiplied. Where an item has not all rows of
-its block, a window of it is multiplied, once, and masked.
+its block, a window of it is multiplied, once. Of that only the rows before the item's first are masked: those
+behind its last one the next item of the block overwrites.
 
 The idea of items over sorted rows is megablox's (jax.experimental.pallas.ops.tpu.megablox, after arXiv
 2211.15841); that kernel wants all weights stacked in one array and reads a weight again for each block
@@ -120,14 +121,13 @@ def grouped_block_matmul(
     # What is behind the last variant's rows is a variant without a weight, whose result is zeros.
     rest = rows - jnp.sum(group_sizes, dtype=jnp.int32)
     todo = items(jnp.concatenate([group_sizes.astype(jnp.int32), rest[None]]), rows, size)
-    opens = todo.changes(todo.block)
     weighs = (todo.group < len(weights)) & (jnp.arange(todo.group.size) < todo.count)
     begins = todo.changes(todo.group) * weighs
     following = _following(begins, todo.group)
     return pl.pallas_call(
         functools.partial(_kernel, variants=len(weights)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=7,
+            num_scalar_prefetch=6,
             grid=(out // columns, todo.count),
             in_specs=[
                 pl.BlockSpec((size, width), lambda n, i, block, *_: (block[i], 0)),
@@ -149,7 +149,7 @@ def grouped_block_matmul(
         interpret=interpret,
         name="grouped_block_matmul",
     )(
-        *(todo.block, todo.group, todo.first, todo.last, opens, begins, following),
+        *(todo.block, todo.group, todo.first, todo.last, begins, following),
         jnp.pad(x.astype(dtype), ((0, padded - rows), (0, 0))),
         *weights,
     )[:rows]
@@ -173,7 +173,7 @@ def dividing(out: int, most: int) -> int:
     return LANES * max(n for n in range(1, most // LANES + 1) if registers % n == 0)
 
 
-def _kernel(block, group, first, last, opens, begins, following, x, *refs: Any, variants: int):
+def _kernel(block, group, first, last, begins, following, x, *refs: Any, variants: int):
     """One item by some columns. refs: weights in HBM; out [rows, columns]; scratch."""
     weights, (out, buffer, sems, begun, total, zeros) = refs[:variants], refs[variants:]
     n, i = pl.program_id(0), pl.program_id(1)
@@ -204,17 +204,10 @@ def _kernel(block, group, first, last, opens, begins, following, x, *refs: Any, 
         pl.when(around)(lambda: bring(group[0], n + 1, 1 - slot))
         copy(weights[0], n, slot).wait()
 
-    @pl.when(opens[i] == 1)
-    def _open() -> None:
-        out[...] = jnp.zeros(out.shape, jnp.float32)
-
     slot = lax.rem(begun[0] + 1, 2)
 
     def mine(begin: Any, shape: tuple[int, ...]) -> jax.Array:
-        # first <= row < last by one comparison: there are few registers of such results.
-        low, high = first[i] - begin, last[i] - begin
-        row = lax.broadcasted_iota(jnp.int32, shape, 0)
-        return jnp.abs(2 * row - (low + high - 1)) < high - low
+        return lax.broadcasted_iota(jnp.int32, shape, 0) >= first[i] - begin
 
     def multiply(begin: Any, rows: int) -> None:
         _multiply(x, buffer.at[slot], out, total, zeros, begin, rows, mine)
@@ -222,6 +215,10 @@ def _kernel(block, group, first, last, opens, begins, following, x, *refs: Any, 
     @pl.when(group[i] < variants)
     def _rows_of_a_variant() -> None:
         for_window(first[i], last[i], even_windows(size, PART), PART, multiply)
+
+    @pl.when(group[i] == variants)
+    def _rows_of_none() -> None:
+        pltpu.store(out, jnp.zeros(out.shape, jnp.float32), mask=mine(0, out.shape))
 
 
 def _multiply(
