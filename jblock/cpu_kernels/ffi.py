@@ -205,9 +205,8 @@ def open_handler(
     def answer() -> None:
         """XLA asks for the version at registration."""
         extension = f.pointer(frame, at("CallFrame.extension_start"))
-        # An extension begins with its size; then comes its type.
         with f.b.if_then(f.b.icmp_unsigned("!=", extension, null)):
-            kind = f.b.load(f.at(extension, 8), typ=I32)
+            kind = f.b.load(f.at(extension, at("Extension_Base.type")), typ=I32)
             with f.b.if_then(f.b.icmp_unsigned("==", kind, I32(at.number("Extension_Metadata")))):
                 metadata = f.pointer(extension, at("Metadata_Extension.metadata"))
                 version = at("Metadata.api_version")

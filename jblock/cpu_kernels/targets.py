@@ -42,7 +42,10 @@ def available() -> bool:
 
     try:
         at = ffi.layout()
-        for needed in ("CallFrame.ctx", "Buffer.dims", "Api.XLA_FFI_ThreadPool_Schedule"):
+        for needed in (
+            *("CallFrame.ctx", "Buffer.dims", "Extension_Base.type"),
+            "Api.XLA_FFI_ThreadPool_Schedule",
+        ):
             at(needed)
         for needed in ("ExecutionStage_EXECUTE", "Extension_Metadata"):
             at.number(needed)
