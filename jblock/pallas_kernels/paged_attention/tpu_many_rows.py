@@ -223,7 +223,8 @@ class ManyRows(FewRows):
         scores, weights = (a[h % (_AHEAD + 1)] for a in (state.scores, state.weights))
         keep = jnp.exp2(state.best[u, h] - best)
         d = form.head_dim
-        total = None if _ones(form) else state.acc[u, h, pl.ds(d, _SUBLANES)] * keep
+        # From none on: those before are loaded late, and all weights would be kept in registers until then.
+        total = None if _ones(form) else jnp.zeros((_SUBLANES, form.rows), jnp.float32)
         for begin in range(0, keys, _step(keys)):
             part = slice(begin, begin + _step(keys))
             weight = jnp.exp2(scores[zero[1], part] - best)
@@ -240,7 +241,8 @@ class ManyRows(FewRows):
             part = slice(begin, min(begin + few, summed))
             state.acc[u, h, part] = state.acc[u, old, part] * keep + added[part]
         if total is not None:
-            state.acc[u, h, pl.ds(d, _SUBLANES)] = total
+            sums = pl.ds(d, _SUBLANES)
+            state.acc[u, h, sums] = state.acc[u, old, sums] * keep + total
 
     def end(self, item: Item, rows_slot: Any) -> None:
         """Lays the item's results into the buffer of results."""
@@ -249,7 +251,8 @@ class ManyRows(FewRows):
 
         @pl.loop(0, self.tiles(item))
         def finish(u):
-            for h in range(form.kv_heads):
+            @pl.loop(0, form.kv_heads)
+            def head(h):
                 # One of the rows that hold it all, or all that hold a part.
                 sums = 1 if _ones(form) else _SUBLANES
                 total = self.state.acc[u, h, pl.ds(form.head_dim, sums)]
