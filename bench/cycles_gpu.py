@@ -22,7 +22,6 @@ OPS = ("paged_attention", "quantized_matmul", "grouped_block_matmul", "grouped_d
 STEP = "paged_attention llama-3-8b mixed bfloat16"
 """The program whose step barrier_ops is of: chunks of prefill over bfloat16 pages of 128."""
 
-_THREADS = 128
 _MARK = "bench.cycles_gpu: "
 
 
@@ -92,10 +91,9 @@ def _plan(op: str, function: Any, arguments: Any) -> dict[str, int]:
     q, k, _, pages, ragged = arguments
     plan = mosaic_gpu.plan_of(q, k, pages, ragged, **function.keywords)
     memory = [a for a in gpu_plan.scratch(plan).values() if hasattr(a, "dtype") and a.shape]
-    arrivals = 2 * plan.pieces * (2 if plan.scaled else 1)
     return {
         "shared_memory": sum(int(np.prod(a.shape)) * np.dtype(a.dtype).itemsize for a in memory),
-        "barrier_ops": arrivals * _THREADS,
+        "barrier_ops": plan.barrier_ops,
     }
 
 

@@ -153,20 +153,33 @@ def row_indices(rows: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=layout)
 
 
+def column_indices(columns: int) -> jax.Array:
+    """int32 [columns], each column's index, laid out as of `load_columns`."""
+    layout = plgpu.Layout.WGMMA.reduce(0)
+    return plgpu.broadcasted_iota(jnp.int32, (columns,), 0, layout=layout)
+
+
 def load(ref: Any) -> jax.Array:
     """A [64 * i, 8 * j] array of 16 or 32 bit values from shared memory, in an accumulator's layout."""
     return plgpu.load(ref, *_NO_INDEX, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
 def load_8_bits(ref: Any) -> jax.Array:
-    """A [64, 8 * j] array of int8 or float8_e4m3fn from shared memory as float32; layout as of `load`."""
+    """A [64, 8 * j] array of int8 or float8_e4m3fn from shared memory as bfloat16; layout as of `load`."""
     values = load(ref)
-    return (values.astype(jnp.bfloat16) if ref.dtype == jnp.int8 else values).astype(jnp.float32)
+    if ref.dtype != jnp.int8:
+        values = values.astype(jnp.float32)
+    return values.astype(jnp.bfloat16)
 
 
 def load_rows(ref: Any) -> jax.Array:
     """A [64] vector of float32 from shared or device memory, one value for each of an accumulator's rows."""
     return plgpu.load(ref, *_NO_INDEX, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+
+def load_columns(ref: Any) -> jax.Array:
+    """A [8 * j] vector of float32 from shared memory, one value for each of an accumulator's columns."""
+    return plgpu.load(ref, *_NO_INDEX, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
 
 
 def load_widened(ref: Any) -> jax.Array:

@@ -338,9 +338,9 @@ def _replace_operations() -> None:
     hopper.per_row = lambda rows, value: jnp.full((rows,), value, jnp.float32)
     hopper.iota = lambda shape, dimension: jax.lax.broadcasted_iota(jnp.int32, shape, dimension)
     hopper.row_indices = lambda rows: jnp.arange(rows, dtype=jnp.int32)
-    hopper.load = hopper.load_rows = lambda ref: ref[...]
-    hopper.load_8_bits = lambda ref: ref[...].astype(jnp.float32)
-    hopper.load_widened = lambda ref: ref[...].astype(jnp.bfloat16)
+    hopper.column_indices = hopper.row_indices
+    hopper.load = hopper.load_rows = hopper.load_columns = lambda ref: ref[...]
+    hopper.load_8_bits = hopper.load_widened = lambda ref: ref[...].astype(jnp.bfloat16)
 
     def store_transposed(ref, value):
         ref[...] = value.T

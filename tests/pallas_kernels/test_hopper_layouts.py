@@ -116,6 +116,22 @@ def test_widened_loads_keep_the_order_of_what_they_read(asked, dtype, wanted):
     assert asked == wanted
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_loads_of_8_bits_are_laid_out_as_an_accumulator(asked, dtype):
+    values = np.arange(64 * 64).reshape(64, 64) % 15 - 7
+    got = hopper.load_8_bits(jnp.asarray(values, dtype))
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(got, np.float32), values)
+    assert asked == [("load", plgpu.Layout.WGMMA)]
+
+
+def test_loads_of_one_value_a_row_or_a_column_are_laid_out_so(asked):
+    vector = jnp.arange(64.0)
+    for load, reduced in ((hopper.load_rows, 1), (hopper.load_columns, 0)):
+        np.testing.assert_array_equal(load(vector), vector)
+        assert asked.pop() == ("load", plgpu.Layout.WGMMA.reduce(reduced))
+
+
 def test_another_order_of_nibbles_would_be_caught():
     """Pairs of a byte the other way round, or a byte's order of the lanes."""
     right = LAYOUTS[plgpu.Layout.WGMMA_UPCAST_4X]

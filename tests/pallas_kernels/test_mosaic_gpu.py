@@ -31,6 +31,8 @@ QUICK = [
         if c in (Case(LONG, window=30), Case(((0, 70), (33, 40)), page_size=16))
     ),
     Case(((150, 1), (0, 1), (97, 1)), kv="int8", page_size=64, head_dim=32),
+    # Two computing warpgroups, of which each widens for the other.
+    Case(((0, 70), (70, 40)), heads=8, kv="float8_e4m3fn", page_size=64, head_dim=32),
 ]
 
 SPLIT = Case(((100, 1), (0, 0), (200, 1), (3, 1)), "grid", kv="bfloat16", page_size=16)
@@ -89,7 +91,9 @@ def test_any_number_of_splits_gives_the_same(pool, splits, window):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", [Case(((5, 40), (70, 3)), kv="bfloat16"), SPLIT], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(((5, 40), (70, 3)), kv="bfloat16"), SPLIT, *QUICK[2:]], ids=str
+)
 def test_has_no_data_race(pool, case):
     put(pool, case, detect_races=True)
 

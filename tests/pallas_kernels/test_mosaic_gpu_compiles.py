@@ -17,7 +17,7 @@ from jblock.pallas_kernels.grouped_block_matmul import mosaic_gpu as block_gpu
 from jblock.pallas_kernels.grouped_block_matmul import shapes as block_shapes
 from jblock.pallas_kernels.grouped_delta_matmul import mosaic_gpu as delta_gpu
 from jblock.pallas_kernels.grouped_delta_matmul import shapes as delta_shapes
-from jblock.pallas_kernels.paged_attention import shapes
+from jblock.pallas_kernels.paged_attention import mosaic_gpu, shapes
 from jblock.pallas_kernels.quantized_matmul import mosaic_gpu as quantized_gpu
 from jblock.pallas_kernels.quantized_matmul import shapes as quantized_shapes
 from jblock.parallel.targets import Target
@@ -57,8 +57,10 @@ def compiled(h200, fn, args, donated=(), capfd=None):
     program = jax.jit(fn, donate_argnums=donated).lower(*args).compile()
     said = "".join(capfd.readouterr())
     assert "sm_90a" in said
-    # Where something is spilled ptxas says so in a warning too, which is not to be counted again.
-    return program, sum(int(n) for n in re.findall(r"stack frame, (\d+) bytes spill stores", said))
+    spilled = sum(int(n) for n in re.findall(r"stack frame, (\d+) bytes spill stores", said))
+    # Of what is spilled ptxas warns.
+    assert spilled or "ptxas warning" not in said
+    return program, spilled
 
 
 @pytest.mark.parametrize("model, batch, dtype", PROGRAMS)
@@ -66,9 +68,19 @@ def test_attention_compiles_for_h200(h200, model, batch, dtype, monkeypatch, cap
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     fn, args = shapes.program("mosaic_gpu", model, batch, dtype)
     program, spilled = compiled(h200, fn, args, 3, capfd)
-    assert spilled <= 128, "no more than a few words"
+    # Some of the other models' forms spill a few words.
+    assert spilled <= (0 if model.name == "llama-3-8b" else 128)
     pages = sum(a.size * a.dtype.itemsize for a in args[3])
     assert program.memory_analysis().alias_size_in_bytes == pages, "pages are updated in place"
+
+
+def test_a_step_takes_few_barrier_operations():
+    """One arrival of a warpgroup for the keys and one for the values: no fewer can bring them."""
+    (model,) = (m for m in shapes.MODELS if m.name == "llama-3-8b")
+    (batch,) = (b for b in shapes.BATCHES if b.name == "mixed")
+    fn, (q, k, _, pages, ragged) = shapes.program("mosaic_gpu", model, batch, "bfloat16")
+    plan = mosaic_gpu.plan_of(q, k, pages, ragged, **fn.keywords)
+    assert 2 * 128 <= plan.barrier_ops <= 300
 
 
 OPS = {

@@ -6,15 +6,14 @@ every copy costs that barrier 128 arrivals. A block that is seen in part comes i
 barrier of its own, which the memory warpgroup awaits before it passes the block on. The tile's new rows are
 stored into the pages as soon as the last block is on its way, to slots that no block reads as cached.
 
-Pages of 8 bits arrive through a ring of their own. The memory warpgroup widens and scales what has arrived,
-into the ring that the compute warpgroups read, which know nothing of it. Their scales are read as they lie.
+Values of 8 bits arrive as they are, their scales by copies of their own beside them, which the same barriers
+count; the compute warpgroups widen them, see to what is not seen, and scale. So their pages are read whole.
 """
 
 import dataclasses
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -56,10 +55,10 @@ class _Way:
 
     new: Ref
     pages: Ref
+    new_scales: Ref | None
     scales: Ref | None
-    raw: Ref | None
-    raw_full: Ref | None
     ring: Ref
+    ring_scales: Ref | None
     full: Ref
     edges_full: Ref
     consumed: Ref
@@ -69,10 +68,10 @@ def _ways(a: Arrays, s: Scratch) -> tuple[_Way, _Way]:
     k = _Way(
         new=a.k_new,
         pages=a.k_pages,
+        new_scales=a.k_new_scales,
         scales=a.k_scales,
-        raw=s.k_raw,
-        raw_full=s.k_raw_full,
         ring=s.k_ring,
+        ring_scales=s.k_ring_scales,
         full=s.k_full,
         edges_full=s.k_edges_full,
         consumed=s.k_consumed,
@@ -80,10 +79,10 @@ def _ways(a: Arrays, s: Scratch) -> tuple[_Way, _Way]:
     v = _Way(
         new=a.v_new,
         pages=a.v_pages,
+        new_scales=a.v_new_scales,
         scales=a.v_scales,
-        raw=s.v_raw,
-        raw_full=s.v_raw_full,
         ring=s.v_ring,
+        ring_scales=s.v_ring_scales,
         full=s.v_full,
         edges_full=s.v_edges_full,
         consumed=s.v_consumed,
@@ -97,12 +96,9 @@ class Fetcher:
     def __init__(self, plan: Plan, arrays: Arrays, scratch: Scratch, tile: Tile):
         self.plan, self.arrays, self.tile = plan, arrays, tile
         self.k, self.v = _ways(arrays, scratch)
-        self.width = hopper.swizzle_columns(plan.head_dim, jnp.bfloat16)
 
     def fetch(self) -> None:
         """Sends for all steps, as the rings have room."""
-        for i in range(self.plan.raw_stages):
-            self._send_for_raw(i)
         lax.fori_loop(0, self.tile.steps, self._step, self._pages(0))
 
     def drain(self) -> None:
@@ -124,14 +120,25 @@ class Fetcher:
         cached, new = block.is_new == 0, block.is_new == 1
         # What nobody sees of a block's values has to be zeros, of new ones too; keys are masked.
         k_apart = in_part & cached & (not plan.scaled)
-        v_apart = in_part & (new | (not plan.scaled))
+        v_apart = in_part & (not plan.scaled)
         for way, is_apart in ((k, k_apart), (v, v_apart)):
             pl.when(i >= plan.stages)(functools.partial(plgpu.barrier_wait, way.consumed.at[slot]))
             full = way.full.at[slot]
 
             @pl.when(new if way is k else new & jnp.logical_not(is_apart))
             def _new(way: _Way = way, full: Ref = full) -> None:
-                self._from_new(way, full, plan.pieces, block, slot)
+                self._from_new(way, full, plan.arrivals, block, slot)
+
+            @pl.when(cached & jnp.logical_not(is_apart))
+            def _whole(way: _Way = way, full: Ref = full) -> None:
+                self._from_pages(way, full, block, ids, slot)
+
+            if plan.scaled:
+                continue
+
+            @pl.when(cached & is_apart)
+            def _edges(way: _Way = way) -> None:
+                self._edges_from_pages(way, block, ids, slot)
 
             if way is v:
 
@@ -139,23 +146,9 @@ class Fetcher:
                 def _new_apart() -> None:
                     self._from_new(v, v.edges_full, plan.edges, block, slot)
 
-            if plan.scaled:
-                pl.when(cached)(functools.partial(self._widen, way, block, ids, i, slot))
-                continue
-
-            @pl.when(cached & is_apart)
-            def _edges(way: _Way = way) -> None:
-                self._edges_from_pages(way, block, ids, slot)
-
-            @pl.when(cached & jnp.logical_not(is_apart))
-            def _whole(way: _Way = way, full: Ref = full) -> None:
-                self._from_pages(way.pages, way.ring.at[slot], full, block, ids)
-
-        if plan.scaled:
-            self._send_for_raw(i + plan.raw_stages)
         if not plan.scaled:
             pl.when(k_apart)(functools.partial(self._pass_on, k, slot))
-        pl.when(v_apart)(functools.partial(self._clear_unseen, v, block, slot))
+            pl.when(v_apart)(functools.partial(self._clear_unseen, v, block, slot))
         return next_ids
 
     def _block(self, i: Int) -> gpu_walk.Block:
@@ -174,27 +167,35 @@ class Fetcher:
     def _from_new(
         self, way: _Way, ready: Ref, arrivals: int, block: gpu_walk.Block, slot: Int
     ) -> None:
-        """One copy from the call's own rows, on a barrier of so many arrivals."""
+        """From the call's own rows, on a barrier of so many arrivals."""
         first = self.tile.start + block.position - self.tile.walk.cached
         plgpu.copy_gmem_to_smem(
             way.new.at[pl.ds(first, self.plan.new_piece), self.tile.head],
             way.ring.at[slot, pl.ds(0, self.plan.new_piece)],
             ready,
         )
+        if way.new_scales is not None and way.ring_scales is not None:
+            scales = way.new_scales.at[self.tile.head, pl.ds(first, self.plan.block_kv)]
+            plgpu.copy_gmem_to_smem(scales, way.ring_scales.at[slot], ready)
+            arrivals -= 1
         for _ in range(arrivals - 1):
             plgpu.barrier_arrive(ready)
 
     def _from_pages(
-        self, source: Ref, to: Ref, ready: Ref, block: gpu_walk.Block, ids: tuple[Int, ...]
+        self, way: _Way, ready: Ref, block: gpu_walk.Block, ids: tuple[Int, ...], slot: Int
     ) -> None:
-        """One copy a page; a page that nobody sees arrives without being read."""
-        plan, inside = self.plan, self._first_in_page(block)
+        """One copy a page, and one of its scales; a page that nobody sees arrives without being read."""
+        plan, head, inside = self.plan, self.tile.head, self._first_in_page(block)
+        kinds = [(way.pages, way.ring)]
+        if way.scales is not None:
+            kinds.append((way.scales, way.ring_scales))
         for i, page in enumerate(ids):
             rows = pl.ds(i * plan.piece, plan.piece)
             read = gpu_walk.piece_is_read(block, i * plan.piece, plan.piece)
-            piece = source.at[page, self.tile.head, pl.ds(inside, plan.piece)]
-            pl.when(read)(functools.partial(plgpu.copy_gmem_to_smem, piece, to.at[rows], ready))
-            pl.when(jnp.logical_not(read))(functools.partial(plgpu.barrier_arrive, ready))
+            for source, ring in kinds:
+                piece, to = source.at[page, head, pl.ds(inside, plan.piece)], ring.at[slot, rows]
+                pl.when(read)(functools.partial(plgpu.copy_gmem_to_smem, piece, to, ready))
+                pl.when(jnp.logical_not(read))(functools.partial(plgpu.barrier_arrive, ready))
 
     def _edges_from_pages(
         self, way: _Way, block: gpu_walk.Block, ids: tuple[Int, ...], slot: Int
@@ -213,62 +214,26 @@ class Fetcher:
         """Waits for a block that comes in runs, and says that it is there."""
         plgpu.barrier_wait(way.edges_full)
         plgpu.commit_smem()
-        for _ in range(self.plan.pieces):
+        for _ in range(self.plan.arrivals):
             plgpu.barrier_arrive(way.full.at[slot])
 
     def _clear_unseen(self, way: _Way, block: gpu_walk.Block, slot: Int) -> None:
-        plgpu.barrier_wait(way.edges_full)
-        self._rewrite(way, slot, block, lambda part, top, left: hopper.load(part))
-
-    def _rewrite(self, way: _Way, slot: Int, block: gpu_walk.Block, values: Any) -> None:
-        """Fills a buffer of the ring with values(part, top, left) where they are seen, zeros elsewhere, and
-        says that it is full.
+        """Zeros the values of a buffer that nobody sees, once it is there, and says that it is.
 
         Beside the values that are seen lie other sequences' rows, or whatever was in shared memory: it may be
         NaN, and 0 x NaN is NaN.
         """
-        plan, width = self.plan, self.width
+        plgpu.barrier_wait(way.edges_full)
+        plan, width = self.plan, hopper.swizzle_columns(self.plan.head_dim, jnp.bfloat16)
         for top in range(0, plan.block_kv, ROWS):
             key = hopper.iota((ROWS, width), 0) + top
             seen = (key >= block.head) & (key < block.tail)
             for left in range(0, plan.head_dim, width):
                 part = way.ring.at[slot, top : top + ROWS, left : left + width]
-                part[...] = jnp.where(seen, values(part, top, left), jnp.bfloat16(0))
+                part[...] = jnp.where(seen, hopper.load(part), jnp.bfloat16(0))
         plgpu.commit_smem()
-        for _ in range(plan.pieces):
+        for _ in range(plan.arrivals):
             plgpu.barrier_arrive(way.full.at[slot])
-
-    def _widen(
-        self, way: _Way, block: gpu_walk.Block, ids: tuple[Int, ...], i: Int, slot: Int
-    ) -> None:
-        """8-bit values of step i, once they are there, times their scales."""
-        assert way.raw is not None and way.raw_full is not None and way.scales is not None
-        plan, inside = self.plan, self._first_in_page(block)
-        raw = way.raw.at[lax.rem(i, plan.raw_stages)]
-        plgpu.barrier_wait(way.raw_full.at[lax.rem(i, plan.raw_stages)])
-        scales: dict[int, jax.Array] = {}
-
-        def values(part: Ref, top: int, left: int) -> jax.Array:
-            if top not in scales:
-                at = pl.ds(inside + top % plan.piece, ROWS)
-                page = ids[top // plan.piece]
-                scales[top] = hopper.load_rows(way.scales.at[page, self.tile.head, at])  # type: ignore[union-attr]
-            wide = hopper.load_8_bits(raw.at[top : top + ROWS, left : left + self.width])
-            return (wide * lax.broadcast_in_dim(scales[top], wide.shape, [0])).astype(jnp.bfloat16)
-
-        self._rewrite(way, slot, block, values)
-
-    def _send_for_raw(self, i: Int) -> None:
-        """Has the 8-bit values of step i come, if it is a step over cached tokens."""
-        block, buffer = self._block(i), lax.rem(i, max(1, self.plan.raw_stages))
-
-        @pl.when((i < self.tile.steps) & (block.is_new == 0))
-        def _send() -> None:
-            ids = self._pages(i)
-            for way in (self.k, self.v):
-                assert way.raw is not None and way.raw_full is not None
-                raw, full = way.raw.at[buffer], way.raw_full.at[buffer]
-                self._from_pages(way.pages, raw, full, block, ids)
 
 
 def write_new_rows(

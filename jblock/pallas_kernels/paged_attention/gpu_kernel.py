@@ -4,11 +4,16 @@ A block has one or two compute warpgroups, each with 64 rows of queries (tokens 
 and one that moves memory (gpu_fetch.py). The softmax is online (FlashAttention, arXiv 2205.14135; the
 ping-pong of two warpgroups: FlashAttention-3, arXiv 2407.08608). New keys and values are read from the call's
 own arrays, never through the pages, so no block depends on what another one writes.
+
+Of pages of 8 bits the values are widened to bfloat16, which holds them exactly, on their way from the ring to
+where the tensor cores read them, while those are at work; scores and weights take the scales. Of two
+warpgroups one widens the keys for both, the other the values: the turns that they take order it all.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -116,13 +121,12 @@ class _Attention:
 
     def run(self) -> None:
         """All of it."""
-        plan, s, work = self.plan, self.s, self.work
+        plan, work = self.plan, self.work
         self._bring_queries()
         if self.pair:
             # They go half a step apart.
             pl.when(work.wg == 1)(self._rendezvous)
-        steps = work.end - work.begin
-        pl.when(steps > 0)(lambda: plgpu.barrier_wait(s.k_full.at[0]))
+        pl.when(work.end > work.begin)(lambda: self._await_keys(work.begin))
         carry = (
             hopper.accumulator((ROWS, plan.head_dim), 0.0),
             hopper.per_row(ROWS, _MASKED),
@@ -187,15 +191,21 @@ class _Attention:
         """One step of the walk, whose keys are there: returns once the next one's are."""
         plan, s, work = self.plan, self.s, self.work
         acc, best, total = carry
-        i = step - work.begin
-        slot, following = lax.rem(i, plan.stages), lax.rem(i + 1, plan.stages)
+        slot = self._slot(step)
+        keys, values = s.k_ring.at[slot], s.v_ring.at[slot]
+        if s.k_wide is not None and s.v_wide is not None:
+            keys, values = s.k_wide.at[self._wide_slot(step)], s.v_wide
 
-        scores = hopper.matmul(
-            s.q_tile.at[work.wg],
-            s.k_ring.at[slot],
-            transpose_b=True,
-            then=self._rendezvous if self.pair else None,
-        )
+        def meanwhile() -> None:
+            if plan.scaled:
+                self._by_one(1, lambda: self._widen_values(step, masked))
+            if self.pair:
+                self._rendezvous()
+
+        scores = hopper.matmul(s.q_tile.at[work.wg], keys, transpose_b=True, then=meanwhile)
+        if s.k_ring_scales is not None:
+            scale = hopper.load_columns(s.k_ring_scales.at[slot])
+            scores *= lax.broadcast_in_dim(scale, scores.shape, [1])
         plgpu.barrier_arrive(s.k_consumed.at[slot])
         if plan.softcap is None:
             scores *= plan.scale * _LOG2E
@@ -209,23 +219,86 @@ class _Attention:
         keep = jnp.exp2(best - new_best)
         weights = jnp.exp2(scores - lax.broadcast_in_dim(new_best, scores.shape, [0]))
         total = total * keep + weights.sum(axis=1)
+        if plan.scaled:
+            scale = self._value_scales(step, masked)
+            weights *= lax.broadcast_in_dim(scale, weights.shape, [1])
         weights = weights.astype(jnp.bfloat16)
         acc *= lax.broadcast_in_dim(keep, acc.shape, [0])
         if self.pair:
             self._rendezvous()
 
-        def await_keys() -> None:
-            more = step + 1 < work.end
-            pl.when(more)(lambda: plgpu.barrier_wait(s.k_full.at[following]))
+        def await_next_keys() -> None:
+            pl.when(step + 1 < work.end)(lambda: self._await_keys(step + 1))
 
-        plgpu.barrier_wait(s.v_full.at[slot])
-        acc = hopper.add_product(acc, weights, s.v_ring.at[slot], then=await_keys)
+        if not plan.scaled:
+            plgpu.barrier_wait(s.v_full.at[slot])
+        acc = hopper.add_product(acc, weights, values, then=await_next_keys)
         plgpu.barrier_arrive(s.v_consumed.at[slot])
         return acc, new_best, total
 
+    def _slot(self, step: Int) -> Int:
+        """Of the ring."""
+        return lax.rem(step - self.work.begin, self.plan.stages)
+
+    def _wide_slot(self, step: Int) -> Int:
+        """Of the widened keys."""
+        return lax.rem(step - self.work.begin, self.plan.wide_keys)
+
+    def _by_one(self, wg: int, act: Callable[[], None]) -> None:
+        """act(), by one warpgroup of two, or by the only one."""
+        if self.pair:
+            pl.when(self.work.wg == wg)(act)
+        else:
+            act()
+
+    def _await_keys(self, step: Int) -> None:
+        """Waits for a step's keys, and has those of 8 bits widened, to where the other warpgroup, which is
+        half a step behind, reads none any more: it has multiplied by those of the step before the last."""
+        s, slot = self.s, self._slot(step)
+        plgpu.barrier_wait(s.k_full.at[slot])
+        if s.k_wide is not None:
+            wide = s.k_wide.at[self._wide_slot(step)]
+            self._by_one(0, lambda: self._widen(s.k_ring.at[slot], wide))
+
+    def _widen_values(self, step: Int, masked: bool) -> None:
+        """Of a step, once they are there; zeros where nobody sees them: 0 x NaN is NaN."""
+        s, slot = self.s, self._slot(step)
+        plgpu.barrier_wait(s.v_full.at[slot])
+        block = self._block(step) if masked else None
+        self._widen(s.v_ring.at[slot], s.v_wide, block)
+
+    def _widen(self, narrow: Ref, wide: Ref, seen: gpu_walk.Block | None = None) -> None:
+        """A block [block_kv, d] of 8-bit values as bfloat16; zeros where `seen` says that nobody sees it."""
+        width = hopper.swizzle_columns(self.plan.head_dim, jnp.bfloat16)
+        for top in range(0, self.plan.block_kv, ROWS):
+            for left in range(0, self.plan.head_dim, width):
+                part = slice(top, top + ROWS), slice(left, left + width)
+                values = hopper.load_8_bits(narrow.at[part])
+                if seen is not None:
+                    key = hopper.iota((ROWS, width), 0) + top
+                    mine = (key >= seen.head) & (key < seen.tail)
+                    values = jnp.where(mine, values, jnp.bfloat16(0))
+                wide[part] = values
+        plgpu.commit_smem()
+
+    def _value_scales(self, step: Int, masked: bool) -> jax.Array:
+        """float32 [block_kv] of a step's values; 0 where nobody sees them, who may have NaN."""
+        plan, s, slot = self.plan, self.s, self._slot(step)
+        assert s.v_ring_scales is not None
+        if self.pair:  # the other warpgroup has waited, to widen them
+            pl.when(self.work.wg == 0)(lambda: plgpu.barrier_wait(s.v_full.at[slot]))
+        scale = hopper.load_columns(s.v_ring_scales.at[slot])
+        if masked:
+            block, key = self._block(step), hopper.column_indices(plan.block_kv)
+            scale = jnp.where((key >= block.head) & (key < block.tail), scale, 0.0)
+        return scale
+
+    def _block(self, step: Int) -> gpu_walk.Block:
+        return gpu_walk.block_at(self.work.walk, step, block_kv=self.plan.block_kv)
+
     def _mask(self, scores: jax.Array, step: Int) -> jax.Array:
         plan, walk = self.plan, self.work.walk
-        block = gpu_walk.block_at(walk, step, block_kv=plan.block_kv)
+        block = self._block(step)
         shape = (ROWS, plan.block_kv)
         column = hopper.iota(shape, 1)
         # Of each row the first column that it does not see: two numbers of a thread, not one a score.

@@ -8,12 +8,15 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jblock.pallas_kernels import hopper
+from jblock.pallas_kernels.paged_attention.quantize import is_scaled
 
 ROWS = 64
 """Rows of a wgmma accumulator: what one compute warpgroup serves."""
 
 LAUNCH_REGISTERS = 168
 """Of a thread, where a block is three warpgroups: all that a multiprocessor has, in whole eights."""
+
+_THREADS = 128  # of a warpgroup
 
 WRITE_ROWS = 16
 """New rows that are staged at a time at most."""
@@ -40,7 +43,6 @@ class Plan:
       compute_warpgroups: 1 or 2; a tile has that many times 64 // groups tokens.
       block_kv: keys of a step, a multiple of 64 that divides page_size or is a multiple of it.
       stages: buffers of the ring.
-      raw_stages: buffers of the ring of 8-bit pages; 0 for others.
       splits: parts that the keys of a tile are divided into.
       sliding_window: as in `api.paged_attention`.
       softcap: likewise.
@@ -55,7 +57,6 @@ class Plan:
     compute_warpgroups: int
     block_kv: int
     stages: int
-    raw_stages: int
     splits: int
     sliding_window: int | None
     softcap: float | None
@@ -115,7 +116,25 @@ class Plan:
     @property
     def scaled(self) -> bool:
         """Whether pages are of 8 bits, with scales."""
-        return self.raw_stages > 0
+        return is_scaled(self.kv_dtype)
+
+    @property
+    def arrivals(self) -> int:
+        """Copies that bring the keys, or the values, of a whole cached block: one a page, and one of its
+        scales."""
+        return self.pieces * (2 if self.scaled else 1)
+
+    @property
+    def barrier_ops(self) -> int:
+        """How often threads arrive at barriers for the keys and values of a whole cached block: a copy makes
+        all threads of its warpgroup arrive."""
+        return 2 * self.arrivals * _THREADS
+
+    @property
+    def wide_keys(self) -> int:
+        """Buffers of widened keys, with 8-bit pages: of two computing warpgroups one still multiplies by a
+        block when the next one is widened."""
+        return self.compute_warpgroups
 
     @property
     def registers(self) -> tuple[int, int] | None:
@@ -125,8 +144,6 @@ class Plan:
         """
         if self.compute_warpgroups == 1:
             return None
-        if self.scaled:
-            return 200, 104  # pages are widened by those that move
         return (232, 40) if self.head_dim > 128 else (224, 56)
 
     @property
@@ -138,20 +155,20 @@ class Plan:
 def scratch(plan: Plan) -> dict[str, Any]:
     """Shared memory and barriers of a block, by the fields of gpu_refs.Scratch."""
     wgs, d, bf16 = plan.compute_warpgroups, plan.head_dim, jnp.bfloat16
-    ring = (plan.stages, plan.block_kv, d)
+    ring, tile = (plan.stages, plan.block_kv, d), hopper.swizzle_columns(d, bf16)
     queries = min(plan.warpgroup_tokens, plan.max_q_len)
     writes = 1 if plan.write_pad == 1 else plan.write_rows
     out = {
         "q_rows": plgpu.SMEM((wgs, ROWS, d), bf16),
         "q_tile": hopper.swizzled((wgs, ROWS, d), bf16),
-        "k_ring": hopper.swizzled(ring, bf16),
-        "v_ring": hopper.swizzled(ring, bf16),
+        "k_ring": hopper.swizzled(ring, plan.kv_dtype, tile),
+        "v_ring": hopper.swizzled(ring, plan.kv_dtype, tile),
         "k_write": plgpu.SMEM((plan.write_rows, plan.write_pad, d), plan.kv_dtype),
         "v_write": plgpu.SMEM((plan.write_rows, plan.write_pad, d), plan.kv_dtype),
         "q_ready": plgpu.Barrier(num_arrivals=queries, num_barriers=wgs),
         # A copy arrives with all 128 threads of its warpgroup: whole blocks take one for each page.
-        "k_full": plgpu.Barrier(num_arrivals=plan.pieces, num_barriers=plan.stages),
-        "v_full": plgpu.Barrier(num_arrivals=plan.pieces, num_barriers=plan.stages),
+        "k_full": plgpu.Barrier(num_arrivals=plan.arrivals, num_barriers=plan.stages),
+        "v_full": plgpu.Barrier(num_arrivals=plan.arrivals, num_barriers=plan.stages),
         # Of keys, and of values, of a block that is seen in part.
         "k_edges_full": plgpu.Barrier(num_arrivals=plan.edges),
         "v_edges_full": plgpu.Barrier(num_arrivals=plan.edges),
@@ -161,13 +178,12 @@ def scratch(plan: Plan) -> dict[str, Any]:
         "write_ready": plgpu.Barrier(num_arrivals=2 * writes),
     }
     if plan.scaled:
-        raw = (plan.raw_stages, plan.block_kv, d)
-        tile = hopper.swizzle_columns(d, bf16)
+        scales, block = plgpu.SMEM((plan.stages, plan.block_kv), jnp.float32), (plan.block_kv, d)
         out |= {
-            "k_raw": hopper.swizzled(raw, plan.kv_dtype, tile),
-            "v_raw": hopper.swizzled(raw, plan.kv_dtype, tile),
-            "k_raw_full": plgpu.Barrier(num_arrivals=plan.pieces, num_barriers=plan.raw_stages),
-            "v_raw_full": plgpu.Barrier(num_arrivals=plan.pieces, num_barriers=plan.raw_stages),
+            "k_ring_scales": scales,
+            "v_ring_scales": scales,
+            "k_wide": hopper.swizzled((plan.wide_keys, *block), bf16),
+            "v_wide": hopper.swizzled(block, bf16),
         }
     if plan.splits > 1:
         out["out_rows"] = plgpu.SMEM((wgs, ROWS, d), jnp.float32)

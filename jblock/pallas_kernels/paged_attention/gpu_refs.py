@@ -22,6 +22,7 @@ class Arrays:
       page_table: int32 [S, max_pages].
       k_pages, v_pages: [P, K, page_size, d].
       k_scales, v_scales: float32 [P, K, page_size], with 8-bit pages.
+      k_new_scales, v_new_scales: float32 [K, over R], likewise: of k_new and v_new.
       out: [splits, T, H, d].
       lse: float32 [splits, tiles, K, 64], base 2, with several splits.
     """
@@ -39,6 +40,8 @@ class Arrays:
     out: Ref
     k_scales: Ref | None = None
     v_scales: Ref | None = None
+    k_new_scales: Ref | None = None
+    v_new_scales: Ref | None = None
     lse: Ref | None = None
 
 
@@ -57,8 +60,8 @@ class Scratch:
       k_consumed, v_consumed: barriers [N]: all compute warpgroups have read the buffer.
       turn: barrier by which two compute warpgroups take turns.
       write_ready: barrier: k_write and v_write are filled.
-      k_raw, v_raw: [raw_stages, B, d], with 8-bit pages.
-      k_raw_full, v_raw_full: barriers [raw_stages], likewise.
+      k_ring_scales, v_ring_scales: float32 [N, B], with 8-bit pages.
+      k_wide, v_wide: bfloat16 [wide_keys, B, d] and [B, d], likewise: a block as the tensor cores read it.
       out_rows: float32 [W, 64, d], with several splits.
       lse_rows: float32 [64], likewise.
     """
@@ -78,9 +81,9 @@ class Scratch:
     v_consumed: Ref
     turn: Ref
     write_ready: Ref
-    k_raw: Ref | None = None
-    v_raw: Ref | None = None
-    k_raw_full: Ref | None = None
-    v_raw_full: Ref | None = None
+    k_ring_scales: Ref | None = None
+    v_ring_scales: Ref | None = None
+    k_wide: Ref | None = None
+    v_wide: Ref | None = None
     out_rows: Ref | None = None
     lse_rows: Ref | None = None

@@ -2,7 +2,8 @@
 
 Pages are `[page, kv_head, token, d]`, keys and values alike: what one block of the kernel reads of a page is
 one run of memory, brought by one TMA copy. Scales of 8-bit pages are `[page, kv_head, token]`, K's and V's
-apart; XLA writes those of new tokens. Query heads of a KV head share a tile (rows are tokens x
+apart, and come the same way; XLA writes those of new tokens.
+Query heads of a KV head share a tile (rows are tokens x
 heads), so decoding reads every key once; where tiles are too few to fill the chip, several blocks share the
 keys of one (flash-decoding) and XLA combines their parts.
 """
@@ -45,8 +46,8 @@ def abstract_pages(
 def serves(page_size: int, head_dim: int, dtype: Any) -> bool:
     """Whether the kernel takes such pages. Others are laid out and attended to as XLA's.
 
-    sm_90 has no float32 matmul, TMA brings whole pages or blocks of 64 or 128 keys, scales are read for 64
-    at a time, and no swizzle is narrower than 32 bytes.
+    sm_90 has no float32 matmul, TMA brings whole pages or blocks of 64 or 128 keys, with 8 bits 64 at a time,
+    and no swizzle is narrower than 32 bytes.
     """
     if not 16 <= head_dim <= 256 or head_dim % 16 or jnp.dtype(dtype) == jnp.float32:
         return False
@@ -79,28 +80,32 @@ def make_plan(
         )
     tokens = ROWS // token_rows(groups, head_dim)
     long = max_q_len > tokens
-    # Values of 8 bits lie in shared memory twice, and the wide ones of large heads leave little of it.
+    # With 8 bits a block takes registers to be widened, and the wide one room.
     block_kv = 128 if long and head_dim <= 128 and not scaled else 64
-    block = 2 * block_kv * head_dim
+    values = block_kv * head_dim
     queries = 4 * ROWS * head_dim  # of a warpgroup
     item = kv_dtype.itemsize
+    block = 2 * values * item + (2 * 4 * block_kv if scaled else 0)
     write_row = token_rows(1, head_dim, item) * head_dim * item
     room = hopper.SHARED_MEMORY - _SCRATCH - 2 * WRITE_ROWS * write_row
-    pair = not (scaled and head_dim > 128) and room >= 2 * queries + 2 * block
-    warpgroups = 2 if long and pair else 1
-    room -= warpgroups * queries
+
+    def wide(warpgroups: int) -> int:
+        return (warpgroups + 1) * 2 * values if scaled else 0  # keys and values
+
+    pair = long and room >= 2 * queries + wide(2) + (2 if scaled else 1) * block
+    warpgroups = 2 if pair else 1
+    room -= warpgroups * queries + wide(warpgroups)
     tiles = gpu_walk.num_tiles(rows, num_seqs, max_q_len, warpgroups * tokens)
     splits = 1
     if not long:
         fill = -(-2 * hopper.MULTIPROCESSORS // (tiles * kv_heads))
         part = ROWS * (head_dim + 1) * 4
-        if (scaled and head_dim > 128) or room < part + 2 * block:
+        if room < part + block:
             fill = 1  # no room for parts
         visible = min(max_pages * page_size, sliding_window or max_pages * page_size)
         splits = max(1, min(fill, visible // 256))
         room -= (splits > 1) * part
-    stages = max(1, min(2, room // (3 * block))) if scaled else min(4, room // (2 * block))
-    raw_stages = min(4, room // block - 2 * stages) if scaled else 0
+    stages = min(8 if scaled else 4, room // block)
     return Plan(
         groups=groups,
         head_dim=head_dim,
@@ -110,7 +115,6 @@ def make_plan(
         compute_warpgroups=warpgroups,
         block_kv=block_kv,
         stages=stages,
-        raw_stages=raw_stages,
         splits=splits,
         sliding_window=sliding_window,
         softcap=softcap,
@@ -183,22 +187,24 @@ def run(
     arrays: dict[str, Any] = {"q": q.astype(bf16)}
     if plan.scaled:
         (k_rows, k_scale), (v_rows, v_scale) = (quantize(new, plan.kv_dtype) for new in (k, v))
-        # What the pages will give back is what is computed with.
-        k = k_rows.astype(jnp.float32) * k_scale[..., None]
-        v = v_rows.astype(jnp.float32) * v_scale[..., None]
         scales = (
             write_scales(scales[0], k_scale, ragged),
             write_scales(scales[1], v_scale, ragged),
         )
         arrays |= {"k_scales": scales[0], "v_scales": scales[1]}
-    k, v = k.astype(bf16), v.astype(bf16)
-    if not plan.scaled:
-        k_rows, v_rows = k, v
+    else:
+        k_rows, v_rows = k.astype(bf16), v.astype(bf16)
     arrays |= {"k_rows": k_rows, "v_rows": v_rows}
     starts, order = gpu_walk.new_rows(ragged, rows)
-    if order is not None:
-        k, v = k[order], v[order]
-    arrays |= {"k_new": hopper.whole_tiles(k), "v_new": hopper.whole_tiles(v)}
+
+    def placed(a: jax.Array) -> jax.Array:
+        return a if order is None else a[order]
+
+    arrays |= {"k_new": hopper.whole_tiles(placed(k_rows))}
+    arrays |= {"v_new": hopper.whole_tiles(placed(v_rows))}
+    if plan.scaled:
+        arrays |= {"k_new_scales": _scales_of_rows(plan, placed(k_scale))}
+        arrays |= {"v_new_scales": _scales_of_rows(plan, placed(v_scale))}
     arrays |= {"starts": starts, "tiles": tiles, "page_table": ragged.page_table}
     pages = tuple(jax.new_ref(p, memory_space=plgpu.GMEM) for p in kv_pages[:2])
     arrays |= {"k_pages": pages[0], "v_pages": pages[1]}
@@ -234,6 +240,13 @@ def run(
     parts = kernel(*arrays.values())
     out = parts[0][0] if plan.splits == 1 else _combine(plan, parts[0], parts[1], tiles)
     return out.astype(q.dtype), (*(p[...] for p in pages), *scales)
+
+
+def _scales_of_rows(plan: Plan, scales: jax.Array) -> jax.Array:
+    """[R, K] as [K, over R], whose rows TMA wants at multiples of 16 bytes: a block's are one copy, behind
+    the last row too."""
+    behind = plan.block_kv + -scales.shape[0] % 4
+    return jnp.pad(scales, ((0, behind), (0, 0))).T
 
 
 def write_scales(pages: jax.Array, new: jax.Array, ragged: Ragged) -> jax.Array:
