@@ -37,7 +37,6 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     # A server that comes back is found soon.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
 # Seconds that a call waits for a server that ended to come back.
