@@ -1,6 +1,7 @@
 """How one agent is set up."""
 
 import dataclasses
+from typing import NamedTuple
 
 from jblock.parallel.rules import MeshShape, ShardingRules
 
@@ -8,11 +9,10 @@ DTYPES = ("float32", "bfloat16")
 KV_DTYPES = ("float32", "bfloat16", "int8")
 
 
-@dataclasses.dataclass(frozen=True, order=True)
-class Bucket:
+class Bucket(NamedTuple):
     """The static grid of one program: `num_seqs` sequences of up to `q_len` new tokens each.
 
-    q_len 1 is decoding, more is a chunk of prefill.
+    q_len 1 is decoding, more is a chunk of prefill. A tuple, because it is looked up for every call.
     """
 
     num_seqs: int

@@ -25,7 +25,7 @@ from jblock.engine.runner.runner import Runner
 from jblock.engine.runner.step import BlockQueues, Step, Stepper
 from jblock.engine.scheduling.deadlines import deadline_problem, set_deadline
 from jblock.engine.scheduling.fairness import VirtualTokenCounter
-from jblock.engine.scheduling.request_checks import request_problem
+from jblock.engine.scheduling.request_checks import request_problem, route_problem
 from jblock.engine.scheduling.scheduler import Scheduler
 from jblock.engine.scheduling.sequence import Picked, SequenceState
 from jblock.engine.scheduling.step_budget import PROMPT_SHARE
@@ -160,22 +160,11 @@ class Loop:
 
     def submit(self, request: Request) -> None:
         """Queues a request, or refuses it with an error output."""
-        route = self.graph.routes.get(request.model)
-        if route is None:
-            names = sorted(self.graph.routes)
-            known = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            self._refuse(
-                request, "NOT_FOUND", f"model {request.model!r} is not served; served: {known}"
-            )
+        refusal = route_problem(request, self.graph.routes)
+        if refusal is not None:
+            self._refuse(request, *refusal)
             return
-        if request.version not in (0, route.chain.version):
-            self._refuse(
-                request,
-                "ABORTED",
-                f"model {request.model!r} is served in version {route.chain.version} by now, not "
-                f"{request.version}; send the request again",
-            )
-            return
+        route = self.graph.routes[request.model]
         limit = self.device.max_model_len(route)
         remedy = self.device.limit_remedy(route)
         problem = request_problem(request, route.chain, limit, remedy)
@@ -217,7 +206,8 @@ class Loop:
         if self.loads.deferred or self.loads.warming:
             with TraceAnnotation("load"):
                 self.loads.pump()
-        for sequence in [s for s in self._sequences.waiting if s.lease.error]:
+        waiting = self._sequences.waiting if self.weight_cache.failed else ()
+        for sequence in [s for s in waiting if s.lease.error]:
             fields = {"error_code": sequence.lease.error_code}
             self._finish(sequence, "error", error_message=sequence.lease.error, **fields)
         self._refuse_late()
@@ -241,7 +231,7 @@ class Loop:
     def _refuse_late(self) -> None:
         """Ends what waits and can no more be done by its deadline: nobody would see the end of it."""
         fields = {"error_code": "DEADLINE_EXCEEDED"}
-        for sequence in self._sequences.too_late(time.monotonic()):
+        for sequence in self._sequences.waiting.too_late(time.monotonic()):
             self._finish(sequence, "error", error_message=deadline_problem(sequence), **fields)
 
     def _forward(self) -> None:
@@ -344,23 +334,35 @@ class Loop:
     def _collect(self, step: Step) -> None:
         """Reads a step's tokens from the device and hands them to their requests."""
         for sampled in step.sampled:
-            packed = np.asarray(sampled.packed)
-            logprobs = packed[:, 1].view(np.float32)
-            top = None if sampled.top is None else np.asarray(sampled.top)
-            scores = None if sampled.scores is None else np.asarray(sampled.scores)
-            pooled = None if sampled.pooled is None else np.asarray(sampled.pooled)
+            read = sampled.read()
             for i, item in enumerate(sampled.batch.items):
+                sequence = item.sequence
                 # A sequence that ended a step ago still had this row in flight.
-                if item.sequence.finished:
+                if sequence.finished:
                     continue
-                if item.scores and scores is not None:
-                    item.sequence.take_scores(item.start, scores[i, : item.q_len])
-                if item.pools and pooled is not None:
-                    item.sequence.take_pooled(item.start, pooled[i])
+                if sequence.tokens_only and item.samples and read.finite[i]:
+                    self._plain_token(sequence, read.tokens[i])
+                    continue
+                if item.scores and read.scores is not None:
+                    sequence.take_scores(item.start, read.scores[i, : item.q_len])
+                if item.pools and read.pooled is not None:
+                    sequence.take_pooled(item.start, read.pooled[i])
                 if item.samples:
-                    picked = Picked(int(packed[i, 0]), float(logprobs[i]), bool(packed[i, 2]))
-                    best = None if top is None else top[i]
-                    self._token(item.sequence, picked, best)
+                    picked = Picked(read.tokens[i], read.logprobs[i], bool(read.finite[i]))
+                    self._token(sequence, picked, None if read.top is None else read.top[i])
+
+    def _plain_token(self, sequence: SequenceState, token: int) -> None:
+        """What `_token` does, for one of which nothing else was asked."""
+        if token in sequence.end_ids:
+            self._finish(sequence, "stop")
+            return
+        generated = sequence.generated
+        generated.append(token)
+        self._generated_tokens += 1
+        if len(generated) >= sequence.max_tokens:
+            self._finish(sequence, "length", token_ids=(token,))
+            return
+        self._outputs.append(Output(request_id=sequence.request.request_id, token_ids=(token,)))
 
     def _token(self, sequence: SequenceState, picked: Picked, top: np.ndarray | None) -> None:
         chain = sequence.route.chain

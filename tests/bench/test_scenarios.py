@@ -28,6 +28,7 @@ KEYS = {
     "lora": {"tokens_per_second_ratio", "registered_1000_ratio"},
     "prefix": {"ttft_ratio"},
     "trunk": {"ttft_ratio", "prefill_flops_ratio", "identical"},
+    "host": {"one_chain_b64", "one_chain_b256", "finetunes_8x32_b64", "exhausted_200"},
     "overlap": {"b8_idle", "b32_idle"},
     "stalls": {"gap_max_ms", "gap_max_ratio", "gap_p99_ratio", "prompt_ratio"},
     "hotswap": {"failed", "gap_ratio"},
@@ -110,10 +111,11 @@ _NO_SERVING = {
     "registry",
     "restart",
     "front",
+    "host",
     "cycles",
 }
 # Start processes that compile everything, or several engines.
-_LONG = {"coldstart", "kv", "peers", "stalls", "registry", "restart", "front", "fairness"}
+_LONG = {"coldstart", "kv", "peers", "stalls", "registry", "restart", "front", "fairness", "host"}
 _MARKS = {name: pytest.mark.long for name in _LONG} | {"cycles": pytest.mark.compilers}
 
 
@@ -125,8 +127,8 @@ def test_quick_run(name, quick):
         assert line["compiles_on_serving_path"] == 0
     figures = line[name]
     assert KEYS[name] <= set(figures)
-    if name in ("peers", "kernels", "gpu", "kv"):
-        return  # One object an engine, which test_peers.py knows, an op or a dtype: see below.
+    if name in ("peers", "kernels", "gpu", "kv", "host"):
+        return  # One object an engine, which test_peers.py knows, an op, a dtype or a scene: see below.
     signed = ("accuracy_delta", "accuracy_change_at_8x", "ttfb_ms")
     assert all(value >= 0 for key, value in figures.items() if key not in signed)
     if name in ("block_tax", "roofline", "lora"):

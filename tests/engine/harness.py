@@ -1,5 +1,6 @@
 """A zoo of the oracle's fixtures, and an agent driven step by step with its logits in reach."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -68,7 +69,9 @@ class LogitsRunner(Runner):
         sample = self._sampler.sample
 
         def watched(logits, meta, batch, **options):
-            self.seen.append((batch, np.asarray(logits)))
+            # An item that decodes is the same one in every step.
+            items = tuple(copy.copy(item) for item in batch.items)
+            self.seen.append((dataclasses.replace(batch, items=items), np.asarray(logits)))
             return sample(logits, meta, batch, **options)
 
         self._sampler.sample = watched  # type: ignore[method-assign]

@@ -243,7 +243,7 @@ def test_a_deadline_that_measured_times_cannot_meet():
     needs = impossible.deadline - impossible.latest_start
     assert needs == pytest.approx(COSTS.chunks[64] + 999 * COSTS.token_seconds)
     # The least it takes is over a second, of half a one: it would have had to start before it came.
-    late = engine.scheduler.too_late(impossible.deadline - 0.5)
+    late = engine.scheduler.waiting.too_late(impossible.deadline - 0.5)
     assert [s.request.request_id for s in late] == ["impossible"]
     assert deadline_problem(late[0]).startswith(
         "deadline: 0.5 s were given, and this request takes"

@@ -159,7 +159,7 @@ class KvMachine(RuleBasedStateMachine):
         assert self.kv.host.used == held <= HOST_BYTES
         assert not any(s.pages.host_copy for s in self.running)
         for shape, pool in self.kv.pools.items():
-            table = self.kv.table(shape, LAYERS[shape])
+            table = self.kv.tables.table(shape, LAYERS[shape])
             owned = {int(p) for s in self.running for p in table[:, s.pages.slot].flat} - {0}
             assert pool.num_free == pool.total - len(owned)
 

@@ -4,6 +4,8 @@ Logits within 1e-4 absolute for every position, both when a prompt is computed i
 token; 64 greedy tokens identical.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 from harness import ADAPTERS, BASES, Agent, base_of, oracle
@@ -99,10 +101,9 @@ def force(agent: Agent, name: str, prompt: np.ndarray) -> None:
     run = stepper.run
 
     def one_token_each(items, *rest):
-        for item in items:
-            # What the prompt says stands where the sampled token would.
-            item.tokens = (int(prompt[item.start]),)
-        return run(items, *rest)
+        # What the prompt says stands where the sampled token would.
+        forced = [dataclasses.replace(i, tokens=(int(prompt[i.start]),)) for i in items]
+        return run(forced, *rest)
 
     agent.device.seen.clear()
     stepper.run = one_token_each

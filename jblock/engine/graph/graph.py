@@ -63,7 +63,7 @@ class Layer:
     @property
     def params(self) -> tuple[parameters.Tensors, ...]:
         """One dict of device tensors an argument."""
-        return tuple(w.tensors for w in self.weights)
+        return tuple([w.tensors for w in self.weights])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,6 +83,16 @@ class Segment:
     kv_first: int
     kv_layers: int
     stitch: int = 0
+
+    @functools.cached_property
+    def tables(self) -> tuple[tuple[parameters.Tensors, ...], ...]:
+        """Those of each layer."""
+        return tuple(layer.tables for layer in self.layers)
+
+    @property
+    def params(self) -> tuple[tuple[parameters.Tensors, ...], ...]:
+        """Those of each layer."""
+        return tuple([layer.params for layer in self.layers])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

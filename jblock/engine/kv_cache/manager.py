@@ -7,6 +7,7 @@ import numpy as np
 
 from jblock.engine.kv_cache.host_offload import HostCopy, HostPool
 from jblock.engine.kv_cache.page_pool import PagePool
+from jblock.engine.kv_cache.page_tables import PageTables
 from jblock.engine.kv_cache.prefix_keys import token_hashes, token_root
 from jblock.engine.kv_cache.row_cache import RowCache
 from jblock.engine.kv_cache.sequence_pages import Entry, SequencePages
@@ -58,9 +59,7 @@ class KVCacheManager:
     and the rows that leave it, enter the chain at the boundary above.
     Attributes:
       pools: by shape.
-      tables: by shape, int32 [layers or boundaries, max_num_seqs + 1, max_pages]: the pages of the sequence
-        in each slot, layer by layer of its chain; 0, the null page, elsewhere, and in the last row, which
-        stands for padding.
+      tables: where they are.
       page_bytes: of one page, by shape.
       host: host-memory copies of the pages of preempted sequences.
       rows: what is kept where chains part.
@@ -89,15 +88,14 @@ class KVCacheManager:
         """
         self.pools: dict[PageShape, PagePool] = {}
         self.pools |= {shape: PagePool(s.num_pages - 1) for shape, s in shapes.items()}
-        self.tables: dict[PageShape, np.ndarray] = {}
+        self.tables = PageTables(max_num_seqs, max_pages)
         self.hit_tokens = self.trunk_tokens = 0
         self.host = host or HostPool(0, 0)
         self.page_bytes = {shape: s.page_bytes for shape, s in shapes.items()}
-        self._page_size, self._max_num_seqs, self._max_pages = page_size, max_num_seqs, max_pages
-        self._store = store
+        self._page_size, self._store = page_size, store
         # What running sequences are about to compute, KV of a whole chain or rows, and who.
         self._computing: dict[tuple[bytes, PageShape, bytes], SequencePages] = {}
-        self.rows = RowCache(self.pools, self.table, page_size)
+        self.rows = RowCache(self.pools, self.tables.table, page_size)
 
     def prefix_in_flight(self, pages: SequencePages, tokens: Sequence[int], limit: int) -> bool:
         """Whether another sequence is about to compute the page this one would compute first, or its trunk:
@@ -153,7 +151,8 @@ class KVCacheManager:
             return None
         pages.slot = slot
         for span, shape, ids in found:
-            self._fill(pages, shape, range(span.below.get(shape, 0)), span.first, ids)
+            layers = range(span.below.get(shape, 0))
+            self.tables.write(shape, slot, layers, span.first, ids)
         pages.count, computed = hits, hits * self._page_size
         if copy and self._pages_for(copy.tokens) > hits:
             self._extend(pages, self._pages_for(copy.tokens), overwritten=True)
@@ -253,7 +252,7 @@ class KVCacheManager:
                     del self._computing[tokens_hash, *name]
         for shape, digests in pages.layers.items():
             self.pools[shape].free(self._ids(pages, shape, pages.count))
-            self.tables[shape][: len(digests), pages.slot, : pages.count] = 0
+            self.tables.clear(shape, pages.slot, len(digests), pages.count)
         self.rows.release(pages)
         pages.entries = []
         pages.slot, pages.count, pages.cached = -1, 0, 0
@@ -273,15 +272,14 @@ class KVCacheManager:
             self.pools[shape] = PagePool(count)
             return [], []
         new_id = self.pools[shape].resize(count, RESIZE_BYTES // pool.page_bytes)
-        if shape in self.tables:
-            self.tables[shape][:] = new_id[self.tables[shape]]
+        self.tables.renumber(shape, new_id)
         kept = np.flatnonzero(new_id)
         return kept.tolist(), new_id[kept].tolist()
 
     def remove(self, shape: PageShape) -> None:
         """Forgets a shape that no sequence holds pages of."""
         self.pools.pop(shape, None)
-        self.tables.pop(shape, None)
+        self.tables.remove(shape)
 
     def _spans(self, pages: SequencePages, tokens: Sequence[int], limit: int) -> list[Span]:
         """What is cached of a sequence: its first pages in every layer, those behind them below its highest
@@ -344,35 +342,12 @@ class KVCacheManager:
             ids = self.pools[shape].allocate(more * len(layers))
             if not overwritten:
                 self._store.zero_pages(shape, ids)
-            self._fill(pages, shape, layers, pages.count, ids)
+            self.tables.write(shape, pages.slot, layers, pages.count, ids)
         pages.count = count
-
-    def _fill(
-        self, pages: SequencePages, shape: KVShape, layers: range, first: int, ids: Sequence[int]
-    ) -> None:
-        """Enters pages of some layers into a sequence's row of a table, page by page from `first` on."""
-        if not ids:
-            return
-        new = np.array(ids, np.int32).reshape(-1, len(layers)).T
-        table = self.table(shape, len(pages.layers[shape]))
-        table[layers.start : layers.stop, pages.slot, first : first + new.shape[1]] = new
-
-    def table(self, shape: PageShape, layers: int) -> np.ndarray:
-        """The table of a shape, with rows for so many layers at least."""
-        table = self.tables.get(shape)
-        if table is None or len(table) < layers:
-            wider = np.zeros((layers, self._max_num_seqs + 1, self._max_pages), np.int32)
-            if table is not None:
-                wider[: len(table)] = table
-            self.tables[shape] = table = wider
-        return table
 
     def _ids(self, pages: SequencePages, shape: KVShape, count: int) -> list[int]:
         """A sequence's first `count` pages of every layer, page by page."""
-        if not count:
-            return []
-        layers = len(pages.layers[shape])
-        return self.tables[shape][:layers, pages.slot, :count].T.reshape(-1).tolist()
+        return self.tables.ids(shape, pages.slot, len(pages.layers[shape]), count)
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_size)

@@ -1,49 +1,146 @@
 """From items to the static grids and index arrays programs take."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jblock.engine.config import Bucket
-from jblock.engine.graph.graph import Segment
-from jblock.engine.kv_cache.spec import PageShape, RowShape
+from jblock.engine.graph.graph import BlockInstance, Segment
+from jblock.engine.kv_cache.page_tables import PageTables
+from jblock.engine.kv_cache.spec import KVShape, RowShape
 from jblock.engine.programs.constraints import mask_words
 from jblock.engine.programs.forward import INDEX_COLUMNS
 from jblock.engine.programs.penalties import BIAS_COLUMNS, CONTROL_COLUMNS, FIXED_COLUMNS
 from jblock.engine.programs.sampling import OPTION_COLUMNS
+from jblock.engine.runner.state import DeviceState
 from jblock.engine.scheduling.sequence import WorkItem
 
 MIN_TEMPERATURE = 1e-5
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
-    """Items that share one call.
+    """Items that share one call. What is worked out of them holds for as long as they stand where they stood:
+    one that decodes is the same item in every step, and so a batch lives as long as its company.
 
     Attributes:
       bucket: grid of the call.
       items: at most bucket.num_seqs of them, each of chunk bucket.q_len.
+      page_tables: of segments of the block, and when they last changed.
     """
 
     bucket: Bucket
     items: tuple[WorkItem, ...]
+    page_tables: dict[Segment, tuple[int, Any]] = dataclasses.field(
+        init=False, repr=False, default_factory=dict
+    )
+    _index: np.ndarray | None = dataclasses.field(init=False, repr=False, default=None)
 
-    @property
+    @functools.cached_property
     def is_constrained(self) -> bool:
         """Whether a row that samples keeps to a grammar."""
         return any(i.samples and i.sequence.constraint is not None for i in self.items)
 
-    @property
+    @functools.cached_property
+    def is_greedy(self) -> bool:
+        """Whether every row picks the best token."""
+        return all(i.sequence.request.sampling.temperature == 0 for i in self.items)
+
+    @functools.cached_property
+    def adjusts_logits(self) -> bool:
+        """Whether a row has biases or penalties."""
+        return any(i.sequence.adjusts_logits for i in self.items)
+
+    @functools.cached_property
+    def wants_top(self) -> bool:
+        """Whether a row asks for the best tokens beside its own."""
+        return any(i.sequence.request.sampling.top_logprobs for i in self.items)
+
+    @functools.cached_property
+    def scores(self) -> bool:
+        """Whether log-probabilities of prompt tokens are wanted."""
+        return any(i.scores for i in self.items)
+
+    @functools.cached_property
+    def pools(self) -> bool:
+        """Whether what the model makes of the tokens is wanted."""
+        return any(i.pools for i in self.items)
+
+    @functools.cached_property
     def num_rows(self) -> int:
         """Real rows, padding not counted."""
         return sum(item.q_len for item in self.items)
+
+    @functools.cached_property
+    def slots(self) -> np.ndarray:
+        """int [S]: sequence slots; -1, the last row of page tables, for padding."""
+        slots = np.full(self.bucket.num_seqs, -1, np.intp)
+        slots[: len(self.items)] = [item.sequence.seq_slot for item in self.items]
+        return slots
+
+    @functools.cached_property
+    def options(self) -> np.ndarray:
+        """See `option_array`."""
+        return option_array(self)
+
+    @functools.cached_property
+    def onward(self) -> Sequence[tuple[BlockInstance | None, Sequence[WorkItem]]]:
+        """Where its items go from here; one whose logits nobody wants skips the head, and None is the end."""
+        ways: dict[BlockInstance | None, list[WorkItem]] = {}
+        for item in self.items:
+            stages, after = item.sequence.route.stages, item.at + 1
+            instance = stages[after].instance if after < len(stages) else None
+            if instance is not None and instance.is_head:
+                instance = instance if item.samples or item.scores or item.pools else None
+            ways.setdefault(instance, []).append(item)
+        return list(ways.items())
 
     @property
     def first_layer(self) -> int:
         """Of the block its items stand at, the layer they begin with."""
         return self.items[0].first_layer if self.items else 0
+
+    def index(self, num_rows: int) -> np.ndarray:
+        """int32 [S, 4 + 2Q] as forward.py describes; padding names register row `num_rows`."""
+        if self._index is None:
+            object.__setattr__(self, "_index", index_array(self, num_rows))
+        assert self._index is not None
+        # A new array every step: the device may still read the last one.
+        index = self._index.copy()
+        index[: len(self.items), 0] = [item.start for item in self.items]
+        return index
+
+
+class Cuts:
+    """Batches that were cut in the last step, for the same items in this one."""
+
+    def __init__(self) -> None:
+        self._last: dict[tuple, tuple[list[int], list[Batch]]] = {}
+        self._now = self._last
+        self._buckets: Sequence[Bucket] = ()
+
+    def begin_step(self, buckets: Sequence[Bucket]) -> None:
+        """Forgets what was not cut in the last step, and all if other grids may be used."""
+        self._last, self._now = (self._now if buckets is self._buckets else {}), {}
+        self._buckets = buckets
+
+    def batches(
+        self,
+        instance: BlockInstance,
+        items: Sequence[WorkItem],
+        cover: Callable[[int, int], Sequence[int]],
+    ) -> list[Batch]:
+        """See the function `batches`; for items that decode at a block."""
+        key, places = (instance, *items), [item.at for item in items]
+        known = self._last.get(key)
+        if known is None or known[0] != places:
+            known = places, list(batches(items, self._buckets, cover))
+        self._now[key] = known
+        return known[1]
 
 
 def batches(
@@ -81,7 +178,7 @@ def _smallest(sizes: Sequence[int]) -> Callable[[int, int], Sequence[int]]:
 
 
 def index_array(batch: Batch, num_rows: int) -> np.ndarray:
-    """int32 [S, 4 + 2Q] as programs.py describes; padding names register row `num_rows`."""
+    """See `Batch.index`."""
     q = batch.bucket.q_len
     index = np.zeros((batch.bucket.num_seqs, INDEX_COLUMNS + 2 * q), np.int32)
     index[:, INDEX_COLUMNS : INDEX_COLUMNS + q] = num_rows
@@ -106,23 +203,55 @@ def page_tables(
 
     Args:
       batch: whose items stand at the segment's block.
-      table: `KVCacheManager.tables` of the segment's KV shape; None where no sequence has pages yet.
+      table: that of the segment's KV shape; None where no sequence has pages yet.
       segment: some layers of the block.
       columns: pages of the longest sequence.
     """
     size, layers, shape = batch.bucket.num_seqs, segment.kv_layers, segment.kv_shape
     if table is None or not batch.items or shape is None:
         return np.zeros((layers, size, columns), np.int32)
-    slots = np.full(size, table.shape[1] - 1, np.intp)  # the last row is that of padding
-    slots[: len(batch.items)] = [item.sequence.seq_slot for item in batch.items]
+    slots = batch.slots
     firsts = [item.stage.kv_first.get(shape, 0) for item in batch.items]
     first = firsts[0] + segment.kv_first
     if len(set(firsts)) == 1:
-        return table[first : first + layers].take(slots, axis=1)
+        return table[first : first + layers].take(slots, axis=1, mode="wrap")
     # The block stands at several depths of the chains that meet here.
     at = np.zeros(size, np.intp)
     at[: len(firsts)] = firsts
     return table[at + segment.kv_first + np.arange(layers)[:, None], slots]
+
+
+class BatchArrays:
+    """Those of one runner."""
+
+    def __init__(self, state: DeviceState, num_rows: int, max_pages: int):
+        """`num_rows` are those of a register, `max_pages` those of the longest sequence."""
+        self._state, self._num_rows, self._max_pages = state, num_rows, max_pages
+        self._indices: dict[tuple, jax.Array | np.ndarray] = {}
+
+    def begin_step(self) -> None:
+        """Forgets the index arrays of the step before."""
+        self._indices.clear()
+
+    def index(self, batch: Batch) -> jax.Array | np.ndarray:
+        """The batch's index array, built once per group of rows and step."""
+        key = batch.bucket, batch.items
+        index = self._indices.get(key)
+        if index is None:
+            index = self._indices[key] = self._state.put(batch.index(self._num_rows))
+        return index
+
+    def page_tables(
+        self, segment: Segment, shape: KVShape, batch: Batch, tables: PageTables | None
+    ) -> jax.Array | np.ndarray:
+        """The pages of a batch in a segment; the last ones as long as no row has others."""
+        changed = tables.changed(batch.slots) if tables else 0
+        known = batch.page_tables.get(segment)
+        if known is None or known[0] != changed:
+            table = tables.get(shape) if tables else None
+            pages = page_tables(batch, table, segment, self._max_pages)
+            known = batch.page_tables[segment] = changed, self._state.put(pages, None)
+        return known[1]
 
 
 class RowMove(NamedTuple):
@@ -139,9 +268,7 @@ class RowMove(NamedTuple):
     pages: np.ndarray
 
 
-def row_moves(
-    batch: Batch, tables: Mapping[PageShape, np.ndarray], columns: int
-) -> dict[int, list[RowMove]]:
+def row_moves(batch: Batch, tables: PageTables | None, columns: int) -> dict[int, list[RowMove]]:
     """What is read or written in front of each layer of a block.
 
     Args:
@@ -150,7 +277,9 @@ def row_moves(
       columns: pages of the longest sequence.
     """
     found: dict[tuple[int, RowShape, str], np.ndarray] = {}
-    for i, item in enumerate(batch.items if batch.bucket.q_len > 1 else ()):
+    if tables is None or batch.bucket.q_len == 1:
+        return {}
+    for i, item in enumerate(batch.items):
         for number, boundary in enumerate(item.sequence.route.boundaries):
             table = tables.get(boundary.shape)
             if boundary.stage != item.at or boundary.layer < item.first_layer or table is None:

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
@@ -83,6 +84,7 @@ class Profile:
         self._covers: dict[tuple[int, int, int], tuple[int, ...]] = {}
         self._covered: tuple[Bucket, ...] = ()
         self._names: dict[ProgramKey, str] = {}
+        self._machine: tuple[Any, Any] = None, None
 
     def prepare(self, instances: Sequence[BlockInstance]) -> None:
         """Looks for what is not measured yet of these blocks on the grids there are."""
@@ -226,13 +228,17 @@ class Profile:
             return self.chunk_seconds(route.instances[at:], chunk, layer)
 
         device = self._device
-        return Machine(
-            greedy_only=device.greedy_only,
-            rates=device.rates,
-            chunks=sorted({b.q_len for b in device.buckets if b.q_len > 1}),
-            chunk_seconds=chunk_seconds,
-            token_seconds=lambda route: self.token_seconds(route.instances),
-        )
+        now = device.greedy_only, device.rates, device.buckets
+        if now != self._machine[0]:
+            machine = Machine(
+                greedy_only=device.greedy_only,
+                rates=device.rates,
+                chunks=sorted({b.q_len for b in device.buckets if b.q_len > 1}),
+                chunk_seconds=chunk_seconds,
+                token_seconds=lambda route: self.token_seconds(route.instances),
+            )
+            self._machine = now, machine
+        return self._machine[1]
 
     def chunk_seconds(
         self, instances: Sequence[BlockInstance], chunk: int, layer: int = 0

@@ -36,7 +36,7 @@ def measure_rates(runner: Runner, graph: ServingGraph) -> Rates:
     def prefill() -> None:
         runner.begin_step()
         for instance in route.instances:
-            runner.run(instance, Batch(chunk, ()), {})
+            runner.run(instance, Batch(chunk, ()), None)
         runner.wait()
 
     slower = max(out, _seconds(copy_in))

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from jblock.blocks.spec import ComponentSpec
 from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.graph.graph import BlockInstance, Layer, Route, Segment, ServingGraph
 from jblock.engine.kv_cache import free_memory, sizing
 from jblock.engine.kv_cache.host_offload import Rates
+from jblock.engine.kv_cache.page_tables import PageTables
 from jblock.engine.kv_cache.spec import KVShape, PageShape, Pool
 from jblock.engine.programs import needed
 from jblock.engine.programs.executable_cache import ExecutableCache
@@ -20,14 +20,12 @@ from jblock.engine.programs.executables import Executables
 from jblock.engine.programs.keys import Geometry, ProgramKey
 from jblock.engine.runner import batch as batching
 from jblock.engine.runner import tracing
-from jblock.engine.runner.batch import Batch, RowMove
+from jblock.engine.runner.batch import Batch, BatchArrays, RowMove
 from jblock.engine.runner.sampler import Logits, Sampled, Sampler
 from jblock.engine.runner.state import DeviceState
 from jblock.engine.signature import TableForm
 from jblock.parallel.placement import Placement
 
-Tables = Mapping[PageShape, np.ndarray]
-"""`KVCacheManager.tables`."""
 Calls = Sequence[tuple[Segment, Any]]
 
 
@@ -105,7 +103,7 @@ class Runner:
             self.weight_room = graph.weight_bytes + free_memory.spare(self.placement.devices)
         self.state.set_registers(graph.widths)
         self._sampler = Sampler(self.state, self.executables)
-        self._indices: dict[tuple, jax.Array | np.ndarray] = {}
+        self._arrays = BatchArrays(self.state, self.num_rows, config.max_pages)
         self._calls: dict[tuple[BlockInstance, Bucket], Calls] = {}
         self._calls_version = -1
 
@@ -228,7 +226,7 @@ class Runner:
 
     def begin_step(self) -> None:
         """Forgets the index arrays of the step before."""
-        self._indices.clear()
+        self._arrays.begin_step()
 
     def wait(self) -> None:
         """Blocks until all that was enqueued is done."""
@@ -239,14 +237,14 @@ class Runner:
         head's include the greedy sampler's. Blocks; the device should be idle."""
         self.begin_step()
         batch, state = Batch(bucket, ()), self.state
-        index = self._index(batch)
+        index = self._arrays.index(batch)
         program = self.executables.get(self.layer_key(layer, bucket))
         width, kind = layer.width, layer.kind
         segment = Segment((layer,), layer.kv_shape, 0, len(layer.signature.attentions))
         jax.block_until_ready((index, state.registers[width], state.last_tokens, state.pools))
         begin = time.perf_counter()
         if kind in ("layer", "stitch"):
-            self._run_segment(segment, program, index, batch, {})
+            self._run_segment(segment, program, index, batch, None)
         elif kind == "embedding":
             self._embed(layer, program, index)
         else:
@@ -261,7 +259,7 @@ class Runner:
         self,
         instance: BlockInstance,
         batch: Batch,
-        tables: Tables,
+        tables: PageTables | None,
         first: int = 0,
         last: int | None = None,
     ) -> Sampled | Logits | None:
@@ -271,12 +269,12 @@ class Runner:
         Args:
           instance: the block.
           batch: items that stand there.
-          tables: pages of all sequences.
+          tables: pages of all sequences; None: all on the null page.
           first: call to begin with; layers one by one if not 0.
           last: call to end before; None: all.
         """
         self.state.clean()
-        index = self._index(batch)
+        index = self._arrays.index(batch)
         with tracing.block(instance.name, batch) if tracing.enabled() else tracing.NOTHING:
             calls = self._calls_of(instance, batch.bucket)
             if instance.kind in ("layer", "stitch"):
@@ -298,12 +296,12 @@ class Runner:
             sampled: Sampled | Logits = Logits(batch, logits, meta)
             if not batch.is_constrained:
                 sampled = self._sampler.sample(logits, meta, batch)
-            if any(item.scores for item in batch.items):
+            if batch.scores:
                 program = self.executables.get(needed.scoring_key(layer, batch.bucket))
                 targets = self.state.put(batching.target_array(batch))
                 scores = program(layer.params, layer.tables, registers, index, targets)
                 sampled = dataclasses.replace(sampled, scores=scores)
-            if any(item.pools for item in batch.items):
+            if batch.pools:
                 program = self.executables.get(needed.pooling_key(layer, batch.bucket))
                 firsts = self.state.put(batching.first_array(batch))
                 pooled = program(layer.params, layer.tables, registers, index, firsts)
@@ -348,7 +346,7 @@ class Runner:
         )
 
     def _run_segment(
-        self, segment: Segment, program: Any, index: Any, batch: Batch, tables: Tables
+        self, segment: Segment, program: Any, index: Any, batch: Batch, tables: PageTables | None
     ) -> None:
         layers, state = segment.layers, self.state
         if layers[0].kind == "stitch":
@@ -359,12 +357,10 @@ class Runner:
         pages: Any = ()
         if shape is not None:
             pool = state.pools[shape]
-            columns = self.executables.geometry.max_pages
-            pages = batching.page_tables(batch, tables.get(shape), segment, columns)
-            pages = state.put(pages, None)
+            pages = self._arrays.page_tables(segment, shape, batch, tables)
         state.registers[width], pool = program(
-            tuple(layer.params for layer in layers),
-            tuple(layer.tables for layer in layers),
+            segment.params,
+            segment.tables,
             state.registers[width],
             pool,
             index,
@@ -391,10 +387,3 @@ class Runner:
         registers = tuple(state.registers[w] for w in widths)
         updated = program(layer.params, positions, registers, index)
         state.registers |= dict(zip(widths, updated, strict=True))
-
-    def _index(self, batch: Batch) -> jax.Array | np.ndarray:
-        """The batch's index array, built once per group of rows and step."""
-        key = (batch.bucket, *map(id, batch.items))
-        if key not in self._indices:
-            self._indices[key] = self.state.put(batching.index_array(batch, self.num_rows))
-        return self._indices[key]

@@ -1,6 +1,7 @@
 """From logits to tokens on their way from the device."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,24 @@ from jblock.engine.programs.penalties import count_row
 from jblock.engine.runner import batch as batching
 from jblock.engine.runner.batch import Batch
 from jblock.engine.runner.state import DeviceState
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """What came of a batch, row by row: as of `Sampled`, on the host.
+
+    Attributes:
+      tokens: picked.
+      logprobs: of these.
+      finite: 1 where all logits were finite.
+    """
+
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
+    finite: Sequence[int]
+    top: np.ndarray | None
+    scores: np.ndarray | None
+    pooled: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +52,17 @@ class Sampled:
     top: jax.Array | None = None
     scores: jax.Array | None = None
     pooled: jax.Array | None = None
+
+    def read(self) -> Read:
+        """Waits for it."""
+        packed = np.asarray(self.packed)
+        extras = (self.top, self.scores, self.pooled)
+        return Read(
+            packed[:, 0].tolist(),
+            packed[:, 1].view(np.float32).tolist(),
+            packed[:, 2].tolist(),
+            *[None if array is None else np.asarray(array) for array in extras],
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,19 +104,18 @@ class Sampler:
           masked: some rows keep to grammars, whose masks are there.
         """
         state = self._state
-        wanted = [i.sequence.request.sampling for i in batch.items]
         adjusted = logits
         if masked:
             masks = state.put(batching.mask_array(batch, logits.shape[1]))
             adjusted, meta = self.program("constrain", logits)(logits, meta, masks)
-        if any(i.sequence.adjusts_logits for i in batch.items):
+        if batch.adjusts_logits:
             adjusted = self._adjust(adjusted, meta, batch)
-        greedy = all(w.temperature == 0 for w in wanted)
+        greedy = batch.is_greedy
         program = self.program("greedy" if greedy else "sampled", logits)
-        options = () if greedy else (state.put(batching.option_array(batch)),)
+        options = () if greedy else (state.put(batch.options),)
         state.last_tokens, packed = program(logits, adjusted, state.last_tokens, meta, *options)
         top = None
-        if any(w.top_logprobs for w in wanted):
+        if batch.wants_top:
             top = self.program("top_logprobs", logits)(logits)
         return Sampled(batch, packed, top)
 

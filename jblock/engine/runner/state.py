@@ -31,7 +31,6 @@ class DeviceState:
         """Allocates pools and last tokens; registers come with `add_registers`."""
         self._executables = executables
         self._placement: Placement = executables.placement
-        self._on_host = not self._placement.devices and jax.default_backend() == "cpu"
         self._unclean: dict[PageShape, list[int]] = {}
         self.pool_shapes: dict[PageShape, Pool] = {}
         self.pools: dict[PageShape, KvPages] = {}
@@ -46,14 +45,15 @@ class DeviceState:
         return self._placement.zeros(self._placement.struct(shape, dtype, "rows"))
 
     def put(self, array: np.ndarray, *leading: None) -> jax.Array | np.ndarray:
-        """A small array of a batch, on every device. A CPU by itself takes numpy's as it is: a call with
-        one costs a microsecond more, a transfer before it 30.
+        """A small array of a batch, on every device; it is not to change any more. For one device numpy's
+        stays as it is: a call that has one transfers it in a few microseconds, a transfer before it
+        takes over 30.
 
         Args:
           array: rows are its first axis,
           *leading: or the one behind so many others.
         """
-        return array if self._on_host else self._placement.put(array, *leading, "rows")
+        return self._placement.put(array, *leading, "rows") if self._placement.devices else array
 
     def set_registers(self, widths: set[int]) -> None:
         """Has registers of these widths and no others."""

@@ -1,6 +1,5 @@
 """One forward step: takes items through the queues of an agent's blocks, batching per block."""
 
-import collections
 import dataclasses
 import functools
 import math
@@ -9,14 +8,15 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 
+from jblock.engine.config import Bucket
 from jblock.engine.graph.graph import BlockInstance
 from jblock.engine.kv_cache.manager import KVCacheManager
 from jblock.engine.kv_cache.page_pool import IdAllocator
-from jblock.engine.runner.batch import Batch, batches
+from jblock.engine.runner.batch import Batch, Cuts, batches
 from jblock.engine.runner.latency_profile import Profile
 from jblock.engine.runner.runner import Runner
 from jblock.engine.runner.sampler import Logits, Sampled
-from jblock.engine.runner.tracing import STEP
+from jblock.engine.runner.tracing import NOTHING, STEP, enabled
 from jblock.engine.scheduling import step_budget
 from jblock.engine.scheduling.sequence import WorkItem
 
@@ -54,7 +54,7 @@ class BlockQueue:
       seconds: that they should have taken by the profile.
     """
 
-    ready: collections.deque[WorkItem] = dataclasses.field(default_factory=collections.deque)
+    ready: list[WorkItem] = dataclasses.field(default_factory=list)
     held: list[WorkItem] = dataclasses.field(default_factory=list)
     partial: PartialBatch | None = None
     limit: int = step_budget.NO_LIMIT
@@ -112,8 +112,12 @@ class BlockQueues:
 
     def add(self, items: Iterable[WorkItem]) -> None:
         """Makes items ready at the blocks they stand at."""
+        stage, ready = None, None
         for item in items:
-            self._queues[item.stage.instance].ready.append(item)
+            if ready is None or item.stage is not stage:
+                stage = item.stage
+                ready = self._queues[stage.instance].ready
+            ready.append(item)
 
 
 @dataclasses.dataclass
@@ -179,6 +183,8 @@ class Stepper:
         self.counters = Counters()
         self.queues = queues
         self._device, self._profile, self._rows, self._kv = device, profile, rows, kv
+        self._cuts = Cuts()
+        self._counted: tuple[Sequence[WorkItem], Sequence[Bucket], int] = ((), (), 0)
         self._sampled: list[Sampled] = []
         self._waiting: list[Logits] = []
         self._seconds = self._decode_seconds = 0.0
@@ -204,12 +210,15 @@ class Stepper:
         enqueued = time.perf_counter()
         self._count(items)
         self._device.begin_step()
+        self._cuts.begin_step(self._device.buckets)
         for item in items:
             item.sequence.item = item
         self._grant([*in_flight, *(item for item in items if item.chunk > 1)], prompt_seconds)
         self._sampled, self._waiting = [], []
         self._seconds = self._decode_seconds = 0.0
-        with jax.profiler.StepTraceAnnotation(STEP, step_num=self.counters.steps):
+        number = self.counters.steps
+        traced = enabled()
+        with jax.profiler.StepTraceAnnotation(STEP, step_num=number) if traced else NOTHING:
             for _, queue in self.queues:
                 queue.ready.extend(queue.held)
                 queue.held.clear()
@@ -253,8 +262,7 @@ class Stepper:
     def _visit(self, instance: BlockInstance, queue: BlockQueue) -> None:
         """Runs what is ready at a block: decoding rows first, those that waited longest before
         the others; then prompts as far as their time goes."""
-        ready = list(queue.ready)
-        queue.ready.clear()
+        ready, queue.ready = queue.ready, []
         buckets = self._device.buckets
         cover = functools.partial(self._profile.cover, instance)
         decode = [item for item in ready if item.chunk == 1]
@@ -262,7 +270,7 @@ class Stepper:
         if len(decode) > queue.limit:
             self._hold(queue, decode[queue.limit :])
             decode = decode[: queue.limit]
-        for batch in batches(decode, buckets, cover):
+        for batch in self._cuts.batches(instance, decode, cover) if decode else ():
             self._decode_seconds += self._run(instance, queue, batch)
             self._pass_on(batch)
         if queue.partial is not None:
@@ -335,24 +343,26 @@ class Stepper:
         self.counters.held_rows += sum(item.q_len for item in items)
 
     def _pass_on(self, batch: Batch) -> None:
-        """Queues items at their next block; one whose logits nobody wants skips the head."""
-        for item in batch.items:
-            stages = item.sequence.route.stages
-            item.at += 1
-            if item.at < len(stages):
-                instance = stages[item.at].instance
-                if item.samples or item.scores or item.pools or not instance.is_head:
-                    self.queues[instance].ready.append(item)
-                    continue
-            self._complete(item)
+        """Queues items at their next block."""
+        for instance, items in batch.onward:
+            for item in items:
+                item.at += 1
+            if instance is not None:
+                self.queues[instance].ready.extend(items)
+                continue
+            for item in items:
+                self._complete(item)
 
     def _complete(self, item: WorkItem) -> None:
         """All of an item is enqueued. The device runs calls in that order, so what it held is free for
         the next, and what it wrote is there for the next to read."""
-        item.sequence.item = None
+        sequence = item.sequence
+        sequence.item = None
+        if item is sequence.decode_item:
+            return
         if item.q_len > 1:
             self._rows.free(item.rows[1:])
-        sequence, end = item.sequence, item.start + item.q_len
+        end = item.start + item.q_len
         if item.of_prompt and self._kv.has_uncached(sequence.pages, end):
             self._kv.cache(sequence.pages, sequence.all_token_ids, end)
 
@@ -372,10 +382,14 @@ class Stepper:
             queue.limit = limit
 
     def _count(self, items: Sequence[WorkItem]) -> None:
-        by_route: dict[int, list[WorkItem]] = {}
-        for item in items:
-            by_route.setdefault(id(item.sequence.route), []).append(item)
         counters, buckets = self.counters, self._device.buckets
-        counters.model_calls += sum(len(list(batches(own, buckets))) for own in by_route.values())
-        counters.model_rows += sum(i.q_len for i in items)
-        counters.prompt_tokens += sum(len(i.tokens) for i in items)
+        counted, grids, calls = self._counted
+        if items != counted or buckets is not grids:
+            by_route: dict[int, list[WorkItem]] = {}
+            for item in items:
+                by_route.setdefault(id(item.sequence.route), []).append(item)
+            calls = sum(len(list(batches(own, buckets))) for own in by_route.values())
+            self._counted = items, buckets, calls
+        counters.model_calls += calls
+        counters.model_rows += sum([i.q_len for i in items])
+        counters.prompt_tokens += sum([len(i.tokens) for i in items])

@@ -7,13 +7,15 @@ that comes back begins level with the least of those that wait. No device time i
 """
 
 import bisect
+import collections
 import dataclasses
 import heapq
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 
+from jblock.engine.kv_cache.spec import KVShape
 from jblock.engine.scheduling.sequence import SequenceState
 
 # Tenants without anything open that are remembered.
@@ -150,6 +152,10 @@ class WaitingQueue:
     def __init__(self) -> None:
         self._lines: dict[str, list[SequenceState]] = {}
         self._by_id: dict[str, SequenceState] = {}
+        # Hundreds may wait, and be asked about in every step: what is asked is counted when they come.
+        self._with_deadline: dict[str, SequenceState] = {}
+        self._shapes: dict[str, frozenset[KVShape]] = {}
+        self._shape_sets: collections.Counter[frozenset[KVShape]] = collections.Counter()
         self._arrivals = itertools.count(1)
 
     def __len__(self) -> int:
@@ -167,7 +173,12 @@ class WaitingQueue:
         sequence.arrival = sequence.arrival or next(self._arrivals)
         line = self._lines.setdefault(sequence.request.tenant, [])
         bisect.insort(line, sequence, key=_urgency)
-        self._by_id[sequence.request.request_id] = sequence
+        request_id, shapes = sequence.request.request_id, frozenset(sequence.pages.layers)
+        self._by_id[request_id] = sequence
+        self._shapes[request_id] = shapes
+        self._shape_sets[shapes] += 1
+        if sequence.latest_start < math.inf and not sequence.was_preempted:
+            self._with_deadline[request_id] = sequence
 
     def remove(self, sequence: SequenceState) -> None:
         """Takes one out."""
@@ -177,7 +188,21 @@ class WaitingQueue:
         del line[at]
         if not line:
             del self._lines[sequence.request.tenant]
-        del self._by_id[sequence.request.request_id]
+        request_id = sequence.request.request_id
+        del self._by_id[request_id]
+        self._with_deadline.pop(request_id, None)
+        shapes = self._shapes.pop(request_id)
+        self._shape_sets[shapes] -= 1
+        if not self._shape_sets[shapes]:
+            del self._shape_sets[shapes]
+
+    def too_late(self, now: float) -> list[SequenceState]:
+        """Sequences that have not started, and could not be complete in time any more."""
+        return [s for s in self._with_deadline.values() if s.latest_start < now]
+
+    def all_want(self, shapes: Set[KVShape]) -> bool:
+        """Whether each that waits wants pages of one of some shapes."""
+        return all(not shapes.isdisjoint(wanted) for wanted in self._shape_sets)
 
     def fair_order(self, rank: Callable[[str], tuple[float, int]]) -> Iterator[SequenceState]:
         """Each that waits now, the most urgent priority first, then what was preempted, as long as pages of

@@ -20,6 +20,7 @@ from jblock.engine.api import (
 )
 
 if TYPE_CHECKING:
+    from jblock.engine.graph.graph import Route
     from jblock.zoo.records import Chain
 
 
@@ -92,6 +93,22 @@ def first_problem(sampling: SamplingParams) -> tuple[str, Range] | None:
     for field, allowed in RANGES.items():
         if allowed.problem(getattr(sampling, field)):
             return field, allowed
+    return None
+
+
+def route_problem(request: Request, routes: Mapping[str, "Route"]) -> tuple[str, str] | None:
+    """Why a request has no route: the name of a gRPC status, and words. None: it has one."""
+    route = routes.get(request.model)
+    if route is None:
+        names = sorted(routes)
+        known = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        return "NOT_FOUND", f"model {request.model!r} is not served; served: {known}"
+    if request.version not in (0, route.chain.version):
+        words = (
+            f"model {request.model!r} is served in version {route.chain.version} by now, not "
+            f"{request.version}; send the request again"
+        )
+        return "ABORTED", words
     return None
 
 

@@ -1,5 +1,6 @@
 """Who waits, who runs, what the running ones hold, and what each does in the next step. Knows no device."""
 
+import collections
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -54,12 +55,10 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.counter = counter or VirtualTokenCounter()
         self.running: dict[str, SequenceState] = {}
-        self.rows = IdAllocator(num_rows)
-        self.kv = kv
+        self.rows, self.kv = IdAllocator(num_rows), kv
         self.preemptions = self.offloads = 0
         self._max_running = self._most_running = config.max_num_seqs
-        self._steps = 0
-        self._withdraw = withdraw
+        self._steps, self._page_size, self._withdraw = 0, config.page_size, withdraw
         self._prompt_clocks: dict[str, float] = {}
         self._seq_slots = IdAllocator(config.max_num_seqs)
         self._rates: Rates | None = None
@@ -77,10 +76,6 @@ class Scheduler:
         """Queues a sequence."""
         self.counter.arrive(sequence.request.tenant, sequence.request.weight)
         self.waiting.add(sequence)
-
-    def too_late(self, now: float) -> list[SequenceState]:
-        """Sequences that have not started, and could not be complete in time any more."""
-        return [s for s in self.waiting if s.latest_start < now and not s.was_preempted]
 
     @property
     def prompts_in_flight(self) -> list[WorkItem]:
@@ -115,6 +110,8 @@ class Scheduler:
                 if not self._has_slot:
                     break
                 held.update(sequence.pages.layers)
+                if self.waiting.all_want(held):
+                    break
                 continue
             sequence.computed = computed
             sequence.adapter_slot = sequence.lease.slot
@@ -220,26 +217,8 @@ class Scheduler:
           prompt_seconds: what chunks may take in one step.
         """
         self._rates = machine.rates
-        items: list[WorkItem] = []
-        prefilling = []
-        for sequence in list(self.running.values()):
-            if sequence.seq_slot < 0:
-                continue  # preempted a moment ago
-            if sequence.item is not None or sequence.sits_out:
-                continue
-            if sequence.computed < sequence.prefill:
-                prefilling.append(sequence)
-            elif sequence.sampled < sequence.max_tokens:
-                start = sequence.prompt_len + sequence.sampled - 1
-                if self.make_room(sequence, start + 1):
-                    # Its own from now on: it may still give way to one that comes later.
-                    sequence.item = WorkItem(sequence, start, 1, 1, [sequence.row], (), True)
-                    items.append(sequence.item)
-                    sequence.sampled += 1
-                    if start >= sequence.charged:
-                        sequence.charged = start + 1
-                        self.counter.charge(sequence.request.tenant, sequence.token_seconds)
-        items = [item for item in items if item.sequence.item is item]
+        prefilling: list[SequenceState] = []
+        items = self._decoding(prefilling)
         room = prompt_seconds - sum(item.seconds_left for item in self.prompts_in_flight)
         for sequence in sorted(prefilling, key=self._prompt_turn):
             if sequence.seq_slot < 0:
@@ -266,6 +245,44 @@ class Scheduler:
                 item.entry, item.at = boundary, boundary.stage
             items.append(item)
         return items
+
+    def _decoding(self, prefilling: list[SequenceState]) -> list[WorkItem]:
+        """The next token of each sequence that decodes and has nothing on its way; adds to `prefilling` those
+        that do not decode yet. A loop over all that run, in every step: little is called in it."""
+        items: list[WorkItem] = []
+        served: collections.defaultdict[str, float] = collections.defaultdict(float)
+        page_size, preemptions = self._page_size, self.preemptions
+        for sequence in list(self.running.values()):
+            if sequence.item is not None or sequence.seq_slot < 0:
+                continue  # on its way, or preempted a moment ago
+            if sequence.constraint is not None and sequence.sits_out:
+                continue
+            if sequence.computed < sequence.prefill:
+                prefilling.append(sequence)
+                continue
+            if (sampled := sequence.sampled) >= sequence.max_tokens:
+                continue
+            start = sequence.prompt_len + sampled - 1
+            # Pages for one more token; under pressure it may have to give way itself.
+            room = sequence.pages.count * page_size
+            if start >= room and not self.make_room(sequence, start + 1):
+                continue
+            item = sequence.decode_item
+            if item is None or sequence.constraint is not None:
+                item = WorkItem(sequence, start, 1, 1, [sequence.row], (), True)
+                sequence.decode_item = item if sequence.constraint is None else None
+            item.start, item.at, sequence.sampled = start, 0, sampled + 1
+            sequence.item = (
+                item  # its own from now on: it may still give way to one that comes later
+            )
+            items.append(item)
+            if start >= sequence.charged:
+                sequence.charged = start + 1
+                served[sequence.request.tenant] += sequence.token_seconds
+        for tenant, seconds in served.items():
+            self.counter.charge(tenant, seconds)
+        gave_way = self.preemptions > preemptions
+        return [i for i in items if i.sequence.item is i] if gave_way else items
 
     def _prompt_turn(self, sequence: SequenceState) -> tuple[int, float, float]:
         clock = self._prompt_clocks.get(sequence.request.tenant, 0.0)
@@ -324,7 +341,7 @@ class Scheduler:
         for as long as nobody wants the pages."""
         self.preemptions += 1
         self._withdraw_item(sequence)
-        written, rates, pages = _written(sequence), self._rates, sequence.pages
+        written, rates, pages = sequence.written, self._rates, sequence.pages
         if rates and rates.offload_pays(self.kv.copy_bytes(pages, written), written):
             self.offloads += self.kv.offload(pages, written)
         self._release(sequence, cache=True)
@@ -356,14 +373,14 @@ class Scheduler:
         """Gives back the pages, row and slot of a running sequence."""
         self._withdraw_item(sequence)
         del self.running[sequence.request.request_id]
-        written = _written(sequence)
+        written = sequence.written
         if cache and self.kv.has_uncached(sequence.pages, written):
             self.kv.cache(sequence.pages, sequence.all_token_ids, written)
         self.kv.release(sequence.pages)
         self.rows.free([sequence.row])
         self._seq_slots.free([sequence.seq_slot])
         sequence.seq_slot = sequence.row = -1
-        sequence.computed = 0
+        sequence.computed, sequence.decode_item = 0, None
 
     def _withdraw_item(self, sequence: SequenceState) -> None:
         """Takes back what a sequence has on its way, wherever it waits: as if it had not been scheduled."""
@@ -381,10 +398,3 @@ class Scheduler:
         sequence.was_preempted = True
         self.waiting.add(sequence)
         self.counter.preempt(sequence.request.tenant)
-
-
-def _written(sequence: SequenceState) -> int:
-    """How many of a running sequence's first tokens have their KV enqueued, as far as known."""
-    if sequence.computed < sequence.prefill:
-        return sequence.computed
-    return min(sequence.prompt_len + sequence.sampled - 1, sequence.num_tokens)

@@ -1,6 +1,7 @@
 """One request on its way through the engine, and the piece of it that is in flight."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -36,7 +37,9 @@ class SequenceState:
       seq_slot: its entry in the device's last-token array; -1 while waiting.
       row: its register row for decoding.
       pages: its KV pages.
+      prompt_len: tokens of the prompt, virtual ones included.
       adjusts_logits: anything but the way of drawing differs from the plain model.
+      tokens_only: nothing is asked for beside tokens, and no grammar is kept to.
       prefill: tokens to compute before it decodes: the prompt, and after a preemption what it had
         generated too.
       prompt_work: seconds that its prompt was given, or how far others had come when it began; of the
@@ -55,6 +58,8 @@ class SequenceState:
       pooled: float32 [2, hidden_size] of each chunk as `pooling_program` describes, by its first position.
       constraint: the grammar that its answer keeps to; None without one.
       item: what is on its way through the blocks; None between steps, unless a step ended before it.
+      decode_item: the item it decodes with, the same in every step; None until it has decoded since it was
+        admitted.
       finished: its last output has been sent.
     """
 
@@ -67,7 +72,9 @@ class SequenceState:
     seq_slot: int = -1
     row: int = -1
     pages: SequencePages = dataclasses.field(init=False)
+    prompt_len: int = dataclasses.field(init=False)
     adjusts_logits: bool = dataclasses.field(init=False)
+    tokens_only: bool = dataclasses.field(init=False)
     prefill: int = 0
     prompt_work: float = 0.0
     computed: int = 0
@@ -84,6 +91,7 @@ class SequenceState:
     pooled: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
     constraint: Constraint | None = None
     item: "WorkItem | None" = None
+    decode_item: "WorkItem | None" = None
     finished: bool = False
 
     def __post_init__(self):
@@ -92,6 +100,10 @@ class SequenceState:
             route.kv_digests, self.request.cache_salt, boundaries=route.boundaries
         )
         wanted = self.request.sampling
+        self.prompt_len = self.virtual + len(self.request.token_ids)
+        self.tokens_only = self.constraint is None and not (
+            wanted.logprobs or wanted.top_logprobs or wanted.prompt_logprobs or self.request.pooling
+        )
         penalties = (
             wanted.repetition_penalty,
             wanted.presence_penalty,
@@ -114,7 +126,7 @@ class SequenceState:
         """Virtual tokens in front of the request's own; positions count them."""
         return self.route.virtual_tokens
 
-    @property
+    @functools.cached_property
     def end_ids(self) -> tuple[int, ...]:
         """Ids that end it when picked."""
         sampling = self.request.sampling
@@ -205,14 +217,16 @@ class SequenceState:
         return tuple(np.asarray(found, np.float32).tolist())
 
     @property
-    def prompt_len(self) -> int:
-        """Tokens of the prompt, virtual ones included."""
-        return self.virtual + len(self.request.token_ids)
-
-    @property
     def num_tokens(self) -> int:
         """Length of `all_token_ids`."""
         return self.prompt_len + len(self.generated)
+
+    @property
+    def written(self) -> int:
+        """While it runs: how many of its first tokens have their KV enqueued, as far as known."""
+        if self.computed < self.prefill:
+            return self.computed
+        return min(self.prompt_len + self.sampled - 1, self.num_tokens)
 
     @property
     def shareable_tokens(self) -> int:
