@@ -18,7 +18,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "engine")]
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
-from harness import FIXTURES, Agent, base_of, collect_tokens, oracle, request  # noqa: E402
+from harness import (  # noqa: E402
+    FIXTURES,
+    Agent,
+    base_of,
+    collect_tokens,
+    oracle,
+    request,
+    shared_programs,
+)
 
 from checkpoints import hf, peft  # noqa: E402
 from checkpoints.progress import Progress  # noqa: E402
@@ -114,7 +122,8 @@ def swap_experts(zoo: Path, mesh: str) -> list[int]:
     """Tokens of a mixture that was taken away and brought back while another model was served."""
     store = Zoo.open(zoo)
     names = ["mixtral", "demo-1m"]
-    engine = ThreadEngine(store, {n: store.chain(n) for n in names}, settings(mesh))
+    chains = {n: store.chain(n) for n in names}
+    engine = ThreadEngine(store, chains, settings(mesh), shared_programs())
     try:
         for served in (["demo-1m"], names):
             engine.serve(served)
@@ -130,7 +139,8 @@ def groups(zoo: Path, names: Sequence[str], mesh: str) -> dict:
     """Tokens of every chain from every data parallel group, before and after a change of what is served;
     and how many requests each group was given."""
     store = Zoo.open(zoo)
-    engine = DataParallelEngine(store, {n: store.chain(n) for n in names}, settings(mesh))
+    chains = {n: store.chain(n) for n in names}
+    engine = DataParallelEngine(store, chains, settings(mesh), shared_programs())
     given: list[list[str]] = [[] for _ in engine._engines]
     for inner, ids in zip(engine._engines, given, strict=True):
         submit = inner.submit
@@ -188,7 +198,8 @@ def kv_bytes(agent: Agent) -> list[int]:
 def swap(zoo: Path, mesh: str) -> list[int]:
     """Tokens of a chain that is served after two changes of what is served."""
     store = Zoo.open(zoo)
-    engine = ThreadEngine(store, {"demo-1m": store.chain("demo-1m")}, settings(mesh))
+    chains = {"demo-1m": store.chain("demo-1m")}
+    engine = ThreadEngine(store, chains, settings(mesh), shared_programs())
     try:
         for names in (["demo-1m", ADAPTER], [ADAPTER]):
             engine.serve(names)
