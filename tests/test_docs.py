@@ -24,7 +24,7 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SCRIPTS = PROJECT["scripts"]
 PORT = 8470  # jblock-serve's own, which the pages use
-START_SECONDS = 120
+START_SECONDS = 300
 
 _FENCE = re.compile(r'(?:<!-- run(?: until "(.+?)")? -->\n)?^```(\w*)\n(.*?)^```$', re.M | re.S)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -120,7 +120,7 @@ def test_the_marked_commands_of_a_page_work(page, tmp_path, shell):
                 next(background[-1])
                 continue
             done = subprocess.run(
-                command(fence), cwd=tmp_path, env=shell, capture_output=True, text=True, timeout=120
+                command(fence), cwd=tmp_path, env=shell, capture_output=True, text=True, timeout=300
             )
             assert done.returncode == 0, f"{fence.text}\n{done.stdout}\n{done.stderr}"
             assert done.stdout.strip(), f"{fence.text} printed nothing"

@@ -116,6 +116,7 @@ _NO_SERVING = {
 }
 # Start processes that compile everything, or several engines.
 _LONG = {"coldstart", "kv", "peers", "stalls", "registry", "restart", "front", "fairness", "host"}
+_LONG |= {"lora", "overlap", "oversubscription", "roofline", "block_tax", "deltas"}
 _MARKS = {name: pytest.mark.long for name in _LONG} | {"cycles": pytest.mark.compilers}
 
 

@@ -232,7 +232,9 @@ def logits_of(agent: Agent) -> dict[tuple[str, int], np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(
+    "kv_dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long), "int8"]
+)
 def test_both_ways_give_the_tokens_of_an_unloaded_run(zoo, kv_dtype):
     config = dataclasses.replace(CONFIG, kv_dtype=kv_dtype)
     roomy = Agent.make(zoo, [BASE, ADAPTER], config)

@@ -30,7 +30,16 @@ LONG = (
     *("cohere", "cohere2", "falcon3", "gemma", "gemma3_vision", "glm", "glm4", "granite4"),
     *("llama_biases", "ministral", "mistral3", "olmo3", "phi3_mini", "qwen2_5_vl", "qwen3_biases"),
     *("qwen3_vl", "smollm3", "starcoder2"),
-    *("smollm3_lora", "glm4_lora", "cohere2_lora"),
+    *(
+        "llama_head_dim",
+        "llama_bf16",
+        "llama_fp16",
+        "llama_sharded",
+        "mistral_nowindow",
+        "qwen2_window",
+    ),
+    *("qwen3_moe", "gemma2", "olmo2", "granite", "ministral3"),
+    *("smollm3_lora", "glm4_lora", "cohere2_lora", "lora_rslora_r16", "qwen3_lora_all_r8"),
 )
 
 

@@ -52,8 +52,17 @@ def check(placement: Placement, kv_dtype: str, q_len: int) -> None:
     assert not copies(program.as_text(), arrays)
 
 
-@pytest.mark.parametrize("q_len", [1, 16])
-@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("kv_dtype", "q_len"),
+    [
+        ("float32", 16),
+        ("bfloat16", 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (("float32", 1), ("bfloat16", 16), ("int8", 1), ("int8", 16))
+        ),
+    ],
+)
 def test_on_cpu(kv_dtype, q_len):
     check(Placement(), kv_dtype, q_len)
 

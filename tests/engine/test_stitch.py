@@ -73,7 +73,11 @@ def publish(zoo, name, steps):
     )
 
 
-@pytest.fixture(scope="module", params=[24, 16], ids=["two widths", "one width"])
+@pytest.fixture(
+    scope="module",
+    params=[24, pytest.param(16, marks=pytest.mark.long)],
+    ids=["two widths", "one width"],
+)
 def stitched(request, tmp_path_factory):
     """Both parents, and two chains that use one stitch at different depths."""
     zoo = Zoo.create(tmp_path_factory.mktemp("stitched") / "zoo")

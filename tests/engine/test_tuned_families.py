@@ -39,7 +39,9 @@ def write_tuned(name: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", TUNED)
+@pytest.mark.parametrize(
+    "name", [next(iter(TUNED)), *(pytest.param(n, marks=pytest.mark.long) for n in [*TUNED][1:])]
+)
 def test_a_lora_and_a_fine_tune_beside_their_base(tmp_path, name):
     base, layer = TUNED[name]
     lora = f"{base}_lora"

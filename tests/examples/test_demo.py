@@ -207,7 +207,9 @@ def test_wrong_answers_fail_the_demo(tmp_path):
     assert "PROBLEM: demo-1m-add" in done.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM]
+)
 def test_stopped_while_it_asks_it_leaves_nothing_behind(tmp_path, number):
     folder = tmp_path / "demo-run"
     # One at a time, so that it still asks when the signal comes.
