@@ -24,8 +24,7 @@ _JSON = flags.DEFINE_string("json", None, "Where to write the report as JSON.")
 
 def build(target: str, kwargs: dict[str, Any]) -> "Report":
     """Builds what `jblock-serve` with these arguments needs on a target."""
-    from jblock.engine.config import EngineConfig
-    from jblock.engine.factory import cache_folder, served_chains
+    from jblock.engine.factory import cache_folder, engine_config, served_chains
     from jblock.parallel.targets import Target
     from jblock.tools.prebuild import prebuild
     from jblock.zoo.store import Zoo
@@ -34,7 +33,7 @@ def build(target: str, kwargs: dict[str, Any]) -> "Report":
     store = Zoo.open(settings.pop("zoo"), verify=settings.pop("verify", "once"))
     models = settings.pop("models", ())
     folder = cache_folder(store, settings.pop("executable_cache", ""))
-    config = EngineConfig(**settings)
+    config = engine_config(settings)
     chains = served_chains(store, models, config)
     return prebuild(store, chains, config, Target.parse(target), folder, _progress)
 

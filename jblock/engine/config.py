@@ -29,7 +29,8 @@ class EngineConfig:
     Attributes:
       dtype: weights of the matmuls, "float32" or "bfloat16". Norms and registers are float32.
       max_num_seqs: most sequences in flight.
-      max_model_len: most tokens of prompt and output of one sequence.
+      max_model_len: most tokens of prompt and output of one sequence; 0: what the served models take, as
+        far as the KV memory holds one such sequence (sizing.own_context).
       page_size: tokens in a KV page. 64 measured best on CPU.
       kv_dtype: of the KV pages: "float32", "bfloat16", which holds twice the tokens, or "int8" with a
         scale a token and head, which holds over three times as many. Both change outputs a little.
@@ -93,14 +94,16 @@ class EngineConfig:
             raise ValueError(
                 f"kv_dtype {self.kv_dtype!r} is not served; give one of {', '.join(KV_DTYPES)}"
             )
-        for field in ("max_num_seqs", "max_model_len", "page_size", "kv_pages", "step_ms"):
+        for field in ("max_num_seqs", "page_size", "kv_pages", "step_ms"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{field} is {value!r}; give a whole number of at least 1")
-        if self.max_model_len < 2:
+        if self.max_model_len != 0 and not (
+            isinstance(self.max_model_len, int) and self.max_model_len >= 2
+        ):
             raise ValueError(
-                f"max_model_len is {self.max_model_len}; give at least 2: one token of prompt and "
-                f"one of output"
+                f"max_model_len is {self.max_model_len!r}; give a whole number of at least 2: one token "
+                "of prompt and one of output; or 0 for what the models take"
             )
         for field in ("kv_memory_mb", "host_kv_memory_mb"):
             value = getattr(self, field)

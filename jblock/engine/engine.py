@@ -109,7 +109,7 @@ class ThreadEngine(Engine):
             device.rates = measure_rates(device, graph)
         self._models = model_infos(zoo, graph, device)
         self._naming = threading.Lock()
-        self._loop = Loop(graph, device, config, loads, counter)
+        self._loop = Loop(graph, device, device.config, loads, counter)
         loads.preload([graph.routes[name].needs for name in graph.pinned])
         while self._loop.measure():
             pass

@@ -1,12 +1,13 @@
 """Builds the engine of a zoo on disk: one agent, or a replica on every dp group of a mesh."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import logging
 
+from jblock.cpu_kernels.matmul import api as cpu_matmul
 from jblock.engine.api import Engine
 from jblock.engine.config import EngineConfig
 from jblock.engine.engine import ThreadEngine
@@ -16,7 +17,7 @@ from jblock.engine.programs.executable_cache import (
     environment,
 )
 from jblock.engine.replicas import DataParallelEngine
-from jblock.pallas_kernels import self_test
+from jblock.pallas_kernels import backends, self_test
 from jblock.zoo.records import Chain, ZooError
 from jblock.zoo.store import Zoo
 
@@ -28,6 +29,7 @@ def build_engine(
     profiler_port: int = 0,
     executable_cache: str = "",
     verify: str = "once",
+    backend: str = "",
     **settings: Any,
 ) -> Engine:
     """An engine over a zoo on disk.
@@ -40,13 +42,16 @@ def build_engine(
       executable_cache: folder of compiled programs; `executable_cache.default_folder()` when empty.
       verify: whether the hashes of components, deltas and tokenizers are checked when they are loaded:
         "always", "once" (until a file changes), "never".
+      backend: whose kernels serve, one of `backends.BACKENDS`; the platform's own when empty.
       **settings: fields of EngineConfig.
 
     Raises:
       ZooError: the zoo or a chain cannot be read.
       ValueError: a setting that cannot be used.
     """
-    config = EngineConfig(**settings)
+    config = engine_config(settings)
+    if backend:
+        _serve_with(backend)
     store = Zoo.open(zoo, verify=verify)
     chains = served_chains(store, models, config)
     if profiler_port:
@@ -56,6 +61,21 @@ def build_engine(
     if config.sharding.mesh.dp > 1:
         return DataParallelEngine(store, chains, config, cache)
     return ThreadEngine(store, chains, config, cache)
+
+
+def engine_config(settings: Mapping[str, Any]) -> EngineConfig:
+    """The settings of a server: what is not given is as EngineConfig has it, but for the context: that is
+    the models' own."""
+    grids = {n: tuple(map(tuple, settings[n])) for n in ("prefill_grids",) if n in settings}
+    sizes = {n: tuple(settings[n]) for n in ("decode_sizes",) if n in settings}
+    return EngineConfig(**{"max_model_len": 0, **settings, **grids, **sizes})
+
+
+def _serve_with(backend: str) -> None:
+    backends.serve(jax.default_backend(), backend)
+    if backend == "xla":
+        cpu_matmul.disable()
+    environment.cache_clear()
 
 
 def _tested(folder: Path, kv_dtype: str) -> ExecutableCache:

@@ -24,9 +24,31 @@ _replaced: set[tuple[str, str]] = set()
 def backend_of(platform: str | None = None) -> str:
     """The backend that serves a platform ("cpu", "tpu", "gpu"); None: the one jax computes on."""
     platform = platform or jax.default_backend()
-    if platform == "cpu" and targets.available():
+    if platform == "cpu" and platform not in _OF_PLATFORM and targets.available():
         return "cpu"
     return _OF_PLATFORM.get(platform, "xla")
+
+
+def serve(platform: str, backend: str) -> None:
+    """Has a platform served by a backend from now on, in this process.
+
+    Raises:
+      ValueError: there is no such backend, or it is not for the platform.
+    """
+    own = {"cpu": ("xla", "cpu"), "tpu": ("xla", "tpu"), "gpu": ("xla", "mosaic_gpu")}
+    fitting = own.get(platform, ("xla",))
+    if backend not in fitting:
+        raise ValueError(
+            f"backend {backend!r} does not serve a {platform}; give one of {', '.join(fitting)}"
+        )
+    if backend == "cpu" and not targets.available():
+        raise ValueError("backend 'cpu' has no kernels for this processor; give xla")
+    _OF_PLATFORM[platform] = backend
+
+
+def chosen() -> str:
+    """What `serve` chose, where it is part of what decides a program."""
+    return " ".join(f"{name}:{backend}" for name, backend in sorted(_OF_PLATFORM.items()))
 
 
 @contextlib.contextmanager

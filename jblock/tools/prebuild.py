@@ -137,6 +137,7 @@ def _prebuild(
         )
     cache = ExecutableCache(folder, every)
     device = Runner(graph, config, cache, placement)
+    config = device.config
     executables = device.executables
     keys = list(dict.fromkeys(_keys(device, graph)))
     executables.warm(keys, config.compile_workers, progress)

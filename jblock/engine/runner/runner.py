@@ -68,8 +68,18 @@ class Runner:
           ValueError: the KV memory given does not hold one sequence of the longest length, or there
             is none left.
         """
-        self.config = config
         self.placement = placement or Placement.on(config.sharding)
+        ways = self.placement.rules.ways("heads")
+        self.kv_bytes = config.kv_memory_mb * 10**6 or ways * free_memory.kv_budget(
+            self.placement.devices
+        )
+        if not config.max_model_len:
+            longest = max(route.chain.max_position for route in graph.routes.values())
+            own = sizing.own_context(
+                graph.kv_layers, longest, self.kv_bytes, config, self.placement
+            )
+            config = dataclasses.replace(config, max_model_len=max(own, 2))
+        self.config = config
         # Chunks of prompts in a step: those of the largest grid; where steps may take longer, more.
         grid = max(b.num_seqs * b.q_len for b in config.prefill_buckets)
         most = config.max_num_seqs * max(b.q_len for b in config.prefill_buckets)
@@ -87,10 +97,6 @@ class Runner:
         self.buckets: tuple[Bucket, ...] = (*config.decode_buckets, *config.prefill_buckets)
         self.greedy_only = False
         self.rates: Rates | None = None
-        ways = self.placement.rules.ways("heads")
-        self.kv_bytes = config.kv_memory_mb * 10**6 or ways * free_memory.kv_budget(
-            self.placement.devices
-        )
         self.kv_layers: Mapping[PageShape, int] = graph.kv_layers
         self.pools_held = False
         self.weight_room = 2**63
@@ -166,7 +172,8 @@ class Runner:
             if key.kind in ("layer", "head", "prompt_logprobs")
         ]
         self.executables.warm(keys, config.compile_workers)
-        copies = self.longest_bytes(graph, pools) // self.placement.rules.ways("heads")
+        kept = min(self.longest_bytes(graph, pools), config.host_kv_memory_mb * 10**6)
+        copies = kept // self.placement.rules.ways("heads")
         return 2 * self.executables.workspace(keys) + copies
 
     def longest_bytes(self, graph: ServingGraph, pools: needed.Pools | None = None) -> int:
@@ -191,10 +198,14 @@ class Runner:
 
     def limit_remedy(self, route: Route) -> str:
         """What helps against a prompt longer than a route's limit."""
-        limits = (self.config.max_model_len, route.chain.max_position)
-        if self.max_model_len(route) >= min(limits) - route.virtual_tokens:
-            return "shorten the prompt"
-        return "shorten the prompt, or start the server with more kv_memory_mb, or kv_dtype int8"
+        given, own = self.config.max_model_len, route.chain.max_position
+        if self.max_model_len(route) < min(given, own) - route.virtual_tokens:
+            return (
+                "shorten the prompt, or start the server with more kv_memory_mb, or kv_dtype int8"
+            )
+        if given < own:
+            return f"shorten the prompt, or start the server with --max_model_len={own}"
+        return "shorten the prompt"
 
     def program_keys(
         self,
