@@ -51,7 +51,10 @@ def build_engine(
     """
     config = engine_config(settings)
     if backend:
-        _serve_with(backend)
+        backends.serve(jax.default_backend(), backend)
+        if backend == "xla":
+            cpu_matmul.disable()
+        environment.cache_clear()
     store = Zoo.open(zoo, verify=verify)
     chains = served_chains(store, models, config)
     if profiler_port:
@@ -69,13 +72,6 @@ def engine_config(settings: Mapping[str, Any]) -> EngineConfig:
     grids = {n: tuple(map(tuple, settings[n])) for n in ("prefill_grids",) if n in settings}
     sizes = {n: tuple(settings[n]) for n in ("decode_sizes",) if n in settings}
     return EngineConfig(**{"max_model_len": 0, **settings, **grids, **sizes})
-
-
-def _serve_with(backend: str) -> None:
-    backends.serve(jax.default_backend(), backend)
-    if backend == "xla":
-        cpu_matmul.disable()
-    environment.cache_clear()
 
 
 def _tested(folder: Path, kv_dtype: str) -> ExecutableCache:

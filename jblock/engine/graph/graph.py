@@ -89,10 +89,16 @@ class Segment:
         """Those of each layer."""
         return tuple(layer.tables for layer in self.layers)
 
+    @functools.cached_property
+    def _kept(self) -> tuple[tuple[parameters.Tensors, ...], ...]:
+        """`params`, where none of them is made of others' tensors anew."""
+        own = all(isinstance(w, Weights) for layer in self.layers for w in layer.weights)
+        return tuple(layer.params for layer in self.layers) if own else ()
+
     @property
     def params(self) -> tuple[tuple[parameters.Tensors, ...], ...]:
         """Those of each layer."""
-        return tuple([layer.params for layer in self.layers])
+        return self._kept or tuple([layer.params for layer in self.layers])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -351,15 +351,16 @@ class Stepper:
                 self.queues[instance].ready.extend(items)
                 continue
             for item in items:
-                self._complete(item)
+                if item is item.sequence.decode_item:
+                    item.sequence.item = None
+                else:
+                    self._complete(item)
 
     def _complete(self, item: WorkItem) -> None:
         """All of an item is enqueued. The device runs calls in that order, so what it held is free for
         the next, and what it wrote is there for the next to read."""
         sequence = item.sequence
         sequence.item = None
-        if item is sequence.decode_item:
-            return
         if item.q_len > 1:
             self._rows.free(item.rows[1:])
         end = item.start + item.q_len

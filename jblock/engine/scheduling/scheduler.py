@@ -80,8 +80,8 @@ class Scheduler:
     @property
     def prompts_in_flight(self) -> list[WorkItem]:
         """Chunks of prompts on their way through the blocks, those of the oldest sequence first."""
-        items = (s.item for s in self.running.values())
-        return [item for item in items if item is not None and item.chunk > 1]
+        running = self.running.values()
+        return [s.item for s in running if s.item is not None and s.item.chunk > 1]
 
     def admit(self, machine: Machine) -> None:
         """Starts waiting requests, those of the tenant that was served least first. One that lacks pages

@@ -239,7 +239,7 @@ class Loads:
     # Writing, between two steps
 
     def _place_weights(self, weights: Weights, tensors: parameters.Tensors) -> None:
-        weights.tensors = tensors
+        weights.tensors.update(tensors)
 
     def _place_adapter(self, adapter: Adapter, needs: Needs, writes: AdapterWrites) -> None:
         for part in {p.component: p for p in needs.parts}.values():

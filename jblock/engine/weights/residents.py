@@ -48,14 +48,14 @@ class Weights(Resident):
       spec: of the component.
       size: bytes on the device.
       placement: the devices it lies on.
-      tensors: device arrays by name; empty while it is not READY.
+      tensors: device arrays by name; empty while it is not READY, and always the same dict.
     """
 
     component: str
     spec: Any
     size: int
     placement: Placement = SINGLE
-    tensors: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tensors: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(eq=False)

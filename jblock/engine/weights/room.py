@@ -33,7 +33,7 @@ class Room:
     def vacate(self, resident: Resident) -> None:
         """Takes back the room of a resident."""
         if isinstance(resident, Weights):
-            resident.tensors = {}
+            resident.tensors.clear()
             self.weight_bytes -= resident.size
         elif isinstance(resident, Adapter):
             self.slots.free([resident.slot])
