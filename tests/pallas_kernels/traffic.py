@@ -100,8 +100,7 @@ class _Walk:
         env.update(zip(jaxpr.invars, args, strict=True))
         for eqn in jaxpr.eqns:
             values = [read(v) for v in eqn.invars]
-            handler = getattr(self, f"_{eqn.primitive.name}", None)
-            outs = (handler or self._other)(eqn, values)
+            outs = _COUNTED.get(eqn.primitive.name, _Walk._other)(self, eqn, values)
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
@@ -361,3 +360,20 @@ _FAST = {
     "convert_element_type": lambda a: a,
     "select_n": lambda which, *cases: cases[int(which)],
 }
+
+
+_COUNTED: dict[str, Callable[[_Walk, Any, list[Any]], list[Any]]] = {
+    "program_id": _Walk._program_id,
+    "num_programs": _Walk._num_programs,
+    "cond": _Walk._cond,
+    "while": _Walk._while,
+    "scan": _Walk._scan,
+    "dot_general": _Walk._dot_general,
+    "dma_start": _Walk._dma_start,
+    "dma_wait": _Walk._dma_wait,
+    "get": _Walk._get,
+    "swap": _Walk._swap,
+    "masked_swap": _Walk._masked_swap,
+    "pallas_call": _Walk._pallas_call,
+}
+"""Of the primitives that count, or that only the walk can follow."""
