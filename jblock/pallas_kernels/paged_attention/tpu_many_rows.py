@@ -10,7 +10,7 @@ buffers of each: the products of one head then overlap with the exponentials of 
 spilled.
 
 Weights are summed by the matrix unit, over rows of ones behind the values; behind a window, where few keys
-beside the masked ones are left, as they are made, which saves the sixteenth that the ones cost.
+beside the masked ones are left, from their buffer, which saves the sixteenth that the ones cost.
 """
 
 import dataclasses
@@ -223,24 +223,25 @@ class ManyRows(FewRows):
         scores, weights = (a[h % (_AHEAD + 1)] for a in (state.scores, state.weights))
         keep = jnp.exp2(state.best[u, h] - best)
         d = form.head_dim
-        # From none on: those before are loaded late, and all weights would be kept in registers until then.
-        total = None if _ones(form) else jnp.zeros((_SUBLANES, form.rows), jnp.float32)
         for begin in range(0, keys, _step(keys)):
             part = slice(begin, begin + _step(keys))
             weight = jnp.exp2(scores[zero[1], part] - best)
-            if total is not None:
-                total += weight.reshape(-1, _SUBLANES, form.rows).sum(axis=0)
             weights[0, part] = weight.astype(form.dtype)
         state.best[u, h] = best
         values = state.values[h, :, pl.ds(at, keys)]
         added = dot(values, weights[zero[2], pl.ds(0, keys)], 1, 0)
-        summed = d if total is not None else d + _SUBLANES
+        summed = d + _SUBLANES if _ones(form) else d
         # A strip's sums are loaded when the head before has stored its own: not all of them at once.
         few, old = (_SUMMED, h + zero[3]) if masked else (summed, h)
         for begin in range(0, summed, few):
             part = slice(begin, min(begin + few, summed))
             state.acc[u, h, part] = state.acc[u, old, part] * keep + added[part]
-        if total is not None:
+        if not _ones(form):
+            # From vector memory: the compiler adds late, and would keep all weights in registers until then.
+            total = jnp.zeros((_SUBLANES, form.rows), jnp.float32)
+            for begin in range(0, keys, _step(keys)):
+                weight = weights[zero[2], begin : begin + _step(keys)].astype(jnp.float32)
+                total += weight.reshape(-1, _SUBLANES, form.rows).sum(axis=0)
             sums = pl.ds(d, _SUBLANES)
             state.acc[u, h, sums] = state.acc[u, old, sums] * keep + total
 
