@@ -18,6 +18,9 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/python -m examples.demo
 
+# Half of the quick tests' time is XLA compiling programs that run for milliseconds: here without LLVM's optimizer,
+# in test-long with it.
+test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not long and not compilers and not clients' tests
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fake_devices
 import pytest
 from harness import request, shared_programs
 from hypothesis import HealthCheck, given, settings
@@ -318,7 +319,7 @@ print(agent.trunk_tokens, len(agent.device.placement.devices))
 
 @pytest.mark.long
 def test_over_two_devices(tmp_path):
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    env = os.environ | {"XLA_FLAGS": fake_devices.flags(2)}
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     command = [sys.executable, "-c", TWO_DEVICES, str(tmp_path / "programs")]
     done = subprocess.run(command, capture_output=True, text=True, env=env)

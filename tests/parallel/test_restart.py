@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 
+import fake_devices
 import pytest
 
 from checkpoints import hf, peft
@@ -86,7 +87,7 @@ def answers(engine: SupervisedEngine, asked: list[Request], kills: int) -> dict[
     ],
 )
 def test_streams_go_on_over_kills(zoo, tmp_path, monkeypatch, mesh, models):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    monkeypatch.setenv("XLA_FLAGS", fake_devices.flags(8))
     kwargs = {
         "zoo": str(zoo),
         "models": list(models),

@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 
+import fake_devices
 import pytest
 
 from checkpoints import hf, peft
@@ -106,7 +107,7 @@ def one(kwargs) -> dict[str, list[int]]:
 )
 def test_answers_are_those_of_one_agent(kwargs, one, monkeypatch, agents, mesh, kills):
     if mesh:
-        monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+        monkeypatch.setenv("XLA_FLAGS", fake_devices.flags(8))
     seats = share_out(agents, 1)
 
     def start(agent, served, notify):
