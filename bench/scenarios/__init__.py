@@ -52,6 +52,10 @@ _ALL = (
         "restart", "engine processes killed and stopped under 24 streams: lost, differing, pause"
     ),
     Scenario("front", "gRPC and HTTP over the engine alone, and over bare servers of constants"),
+    Scenario(
+        "structured",
+        "answers that keep to a schema over free ones, and schemas that explode beside",
+    ),
     Scenario("peers", "vLLM, OpenVINO GenAI and transformers on the same work and machine"),
     Scenario("kv", "int8 KV over float32: bytes, speed over long contexts, changed answers"),
     Scenario("oversubscription", "KV for a quarter of what is offered: all finish, all the same"),

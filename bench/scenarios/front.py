@@ -4,15 +4,12 @@ import argparse
 import asyncio
 import contextlib
 import random
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from bench.front import clients
 from bench.front.clients import Measured
+from bench.front.process import ServerProcess, compiled_in_background, serve, settle
 from bench.models import MODEL_250M, TINY, MemoryZoo, save
 from bench.report import median, progress, spread
 from jblock.engine.api import Request, SamplingParams
@@ -29,8 +27,6 @@ from jblock.engine.process.client import ProcessEngine
 _STREAMS = 32
 _PROMPT = 16
 _FACTORY = "jblock.engine.factory:build_engine"
-# Seconds without a program compiled after which an engine has all of them.
-_QUIET_S = 8.0
 Prompts = Sequence[tuple[int, ...]]
 
 
@@ -65,9 +61,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
         with contextlib.ExitStack() as stack:
             engine = stack.enter_context(_engine(settings))
-            server = stack.enter_context(_server(settings))
-            _settle(lambda: float(engine.stats().compiles_in_background))
-            _settle(lambda: _compiled(server.ports[2]))
+            server = stack.enter_context(serve(settings))
+            settle(lambda: float(engine.stats().compiles_in_background))
+            settle(lambda: compiled_in_background(server.ports[2]))
             progress("both engines are warm")
             figures = asyncio.run(_rounds(engine, server, prompts, rounds, tokens, stack))
     served = {name: figures[name] for name in ("grpc", "http")}
@@ -105,14 +101,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 async def _rounds(
-    engine: "_Direct", server: "_Process", prompts: Any, rounds: int, tokens: int, stack: Any
+    engine: "_Direct", server: "ServerProcess", prompts: Any, rounds: int, tokens: int, stack: Any
 ) -> dict[str, Any]:
     """Every way in turns, and the first bytes of lone requests."""
     figures: dict[str, Any] = {
         name: [] for name in ("engine", "grpc", "http", "bare_grpc", "bare_http")
     }
     first: dict[str, list[float]] = {name: [] for name in ("engine", "grpc", "http")}
-    bare: _Process | None = None
+    bare: ServerProcess | None = None
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.ports[0]}") as channel:
         asks = {"grpc": clients.over_grpc(channel), "http": clients.over_http(server.ports[1])}
         for ask in asks.values():  # Connections, and code that is loaded when it is first used.
@@ -123,7 +119,7 @@ async def _rounds(
             if bare is None:
                 interval = _STREAMS / figures["engine"][0].tokens_per_second
                 command = [sys.executable, "-m", "bench.front.bare", str(interval)]
-                bare = stack.enter_context(_Process(command, r"(\d+) (\d+)"))
+                bare = stack.enter_context(ServerProcess(command, r"(\d+) (\d+)"))
             for name, ask in asks.items():
                 figures[name].append(await clients.measure(ask, prompts(), tokens, server.pid))
             async with grpc.aio.insecure_channel(f"127.0.0.1:{bare.ports[0]}") as other:
@@ -219,62 +215,6 @@ def _engine(settings: dict[str, Any]) -> Iterator[_Direct]:
         yield _Direct(engine)
     finally:
         engine.close()
-
-
-class _Process:
-    """A server that prints its ports: of gRPC, of HTTP, and perhaps another.
-
-    Attributes:
-      pid: its process.
-      ports: these.
-    """
-
-    def __init__(self, command: Sequence[str], pattern: str):
-        self._command, self._pattern = command, pattern
-        self.ports: tuple[int, ...] = ()
-
-    def __enter__(self) -> "_Process":
-        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True)
-        self.pid = self._process.pid
-        assert self._process.stdout is not None
-        found = re.search(self._pattern, self._process.stdout.readline())
-        if found is None:
-            self._process.kill()
-            raise RuntimeError(f"{self._command[2]} did not start; it said why above")
-        self.ports = tuple(map(int, found.groups()))
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._process.terminate()
-        self._process.wait(60)
-
-
-def _server(settings: dict[str, Any]) -> _Process:
-    """`jblock-serve` over the same engine."""
-    flags = [f"--{name}={value}" for name, value in settings.items()]
-    ports = ["--port=0", "--http_port=0", "--metrics_port=0"]
-    return _Process(
-        [sys.executable, "-m", "serving.main", *flags, *ports],
-        r":(\d+), HTTP on port (\d+), metrics on port (\d+)",
-    )
-
-
-def _settle(compiled: Callable[[], float]) -> None:
-    """Waits until nothing was compiled in the background for a while."""
-    count, since = -1.0, time.monotonic()
-    while time.monotonic() - since < _QUIET_S:
-        time.sleep(0.5)
-        if (now := compiled()) != count:
-            count, since = now, time.monotonic()
-
-
-def _compiled(port: int) -> float:
-    """What a server has compiled in the background."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
-        found = re.search(
-            r"^jblock_compiles_in_background_total (\S+)", reply.read().decode(), re.M
-        )
-    return float(found[1]) if found else 0.0
 
 
 def _zoo(folder: Path, shape: Any) -> Path:

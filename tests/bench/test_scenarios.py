@@ -60,6 +60,7 @@ KEYS = {
         "http_over_bare",
         "grpc_over_bare",
     },
+    "structured": {"constrained_over_free", "refused_s", "p95_ratio", "exploding_refused"},
     "fairness": {
         "bound_held",
         "fcfs_breaks_bound",
@@ -112,11 +113,12 @@ _NO_SERVING = {
     "restart",
     "front",
     "host",
+    "structured",
     "cycles",
 }
 # Start processes that compile everything, or several engines.
 _LONG = {"coldstart", "kv", "peers", "stalls", "registry", "restart", "front", "fairness", "host"}
-_LONG |= {"lora", "overlap", "oversubscription", "roofline", "block_tax", "deltas"}
+_LONG |= {"lora", "overlap", "oversubscription", "roofline", "block_tax", "deltas", "structured"}
 _MARKS = {name: pytest.mark.long for name in _LONG} | {"cycles": pytest.mark.compilers}
 
 

@@ -40,6 +40,15 @@ def test_local_completions(running):
     assert model.generate_until([until]) == ["hello the "]
 
 
+def test_local_chat_completions(running):
+    base_url = f"http://127.0.0.1:{running.server.http_port}/v1/chat/completions"
+    model = completions.LocalChatCompletion(base_url=base_url, model="echo")
+    chat = model.apply_chat_template([{"role": "user", "content": "hello the cat"}])
+    arguments = (chat, {"until": ["cat"], "max_gen_toks": 12})
+    asked = instance.Instance("generate_until", {}, arguments=arguments, idx=0)
+    assert model.generate_until([asked]) == ["user: hello the "]
+
+
 def test_log_likelihoods_of_a_real_model_are_those_of_transformers(tmp_path):
     from checkpoints import hf
     from checkpoints.progress import Progress

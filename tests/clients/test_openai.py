@@ -1,6 +1,7 @@
 """The `openai` client as it is published: completions, chats, streams, tools, errors."""
 
 import asyncio
+import typing
 
 import pytest
 import server_harness as harness
@@ -163,3 +164,21 @@ def test_the_asynchronous_client_and_leaving(running, base_url):
 
     asyncio.run(run())
     assert harness.eventually(running.is_empty, 2.0)
+
+
+def test_an_answer_of_a_json_schema(real_url):
+    """The client makes the schema of a model of pydantic, and reads the answer into it."""
+    pydantic = pytest.importorskip("pydantic")
+
+    class Ship(pydantic.BaseModel):
+        kind: typing.Literal["boat", "raft"]
+        crew: list[bool] = pydantic.Field(max_length=2)
+
+    with openai.OpenAI(base_url=real_url, api_key="none", max_retries=0) as client:
+        content = {"model": "demo", "messages": [user("A ship:")], "response_format": Ship}
+        for seed in range(3):
+            answer = client.chat.completions.parse(**content, max_tokens=150, seed=seed)
+            assert answer.choices[0].finish_reason == "stop"
+            assert isinstance(answer.choices[0].message.parsed, Ship)
+        with client.chat.completions.stream(**content, max_tokens=150, seed=0) as stream:
+            assert isinstance(stream.get_final_completion().choices[0].message.parsed, Ship)

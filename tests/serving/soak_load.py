@@ -94,7 +94,10 @@ async def run(target: str, jobs: Sequence[Job], swaps: int) -> collections.Count
 
         async def stream(client: AsyncClient) -> None:
             for job in work:
-                ends[await _ask(client, job)] += 1
+                try:
+                    ends[await ask(client, job)] += 1
+                except ClientError as error:
+                    ends[f"wrong: {job.kind} got {error}"] += 1
 
         async def swap(client: AsyncClient) -> None:
             models = sorted({job.item.model for job in jobs})
@@ -110,8 +113,12 @@ async def run(target: str, jobs: Sequence[Job], swaps: int) -> collections.Count
     return ends
 
 
-async def _ask(client: AsyncClient, job: Job) -> str:
-    """Asks one thing; how it ended."""
+async def ask(client: AsyncClient, job: Job) -> str:
+    """Asks one thing; how it ended.
+
+    Raises:
+      ClientError: with another status than the job's.
+    """
     fields = {"model": job.item.model, **job.fields}
     stream = client.stream(fields.pop("model"), fields.pop("prompt"), **fields)
     chunks = []
@@ -131,7 +138,9 @@ async def _ask(client: AsyncClient, job: Job) -> str:
     except TimeoutError:
         return job.kind
     except ClientError as error:
-        return job.kind if error.code == job.code else f"wrong: {job.kind} got {error}"
+        if error.code == job.code:
+            return job.kind
+        raise
     return _judge(job, chunks)
 
 

@@ -2,13 +2,11 @@
 
 import asyncio
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import grpc
 import pytest
 import server_harness as harness
+from shell import jblock_client
 from test_http_answers import TEMPLATE
 from tokenizer_fixtures import byte_level
 
@@ -200,14 +198,8 @@ def test_messages_that_fit_no_request(running, messages):
         running.client.chat("echo", messages)
 
 
-def command(running, *args, text=None):
-    return subprocess.run(
-        [sys.executable, "-m", "serving.client_main", f"--target={running.target}", *args],
-        capture_output=True,
-        text=True,
-        input=text,
-        cwd=Path(__file__).parent.parent.parent,
-    )
+def command(running, *args, text=""):
+    return jblock_client(f"--target={running.target}", *args, stdin=text)
 
 
 def test_the_command(running):

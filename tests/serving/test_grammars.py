@@ -1,12 +1,16 @@
 """Schemas, expressions, choices and grammars over every protocol: what the engine is given, and refusals."""
 
+import collections
+import concurrent.futures
 import json
 import time
 from pathlib import Path
 
 import http_harness as web
+import jsonschema
 import pytest
 import server_harness as harness
+from schema_generator import SchemaGenerator
 from test_http_answers import TEMPLATE
 
 from serving.structured.forced_calls import ForcedParser, forced_calls
@@ -174,3 +178,29 @@ def test_answers_of_an_engine_keep_to_them(real):
     assert real.client.generate("demo", "Once", regex=r"[a-c]{5}").text.strip("abc") == ""
     lark = 'start: "<" WORD ">"\nWORD: /[a-z]{1,8}/'
     assert real.client.generate("demo", "Once", lark=lark, temperature=1.0).text[0] == "<"
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(500, marks=pytest.mark.long)])
+def test_drawn_schemas_are_kept_to_or_refused_by_name(real, count):
+    drawn = SchemaGenerator(seed=20)
+    schemas = [drawn.draw() for _ in range(count)]
+    ends = collections.Counter()
+
+    def one(at):
+        schema, keyword = schemas[at]
+        sampling = {"max_tokens": 230, "temperature": 1.0, "seed": at, "json_schema": schema}
+        try:
+            answer = real.client.generate("demo", "Once upon", timeout=600.0, **sampling)
+        except ClientError as error:
+            assert error.code == "INVALID_ARGUMENT" and keyword is not None, (schema, error)
+            assert keyword in error.message
+            return "refused"
+        assert keyword is None, schema
+        if answer.finish_reason == "stop":
+            checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
+            jsonschema.validate(json.loads(answer.text), schema, format_checker=checker)
+        return answer.finish_reason
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        ends.update(pool.map(one, range(count)))
+    assert ends["stop"] >= 0.9 * count, ends

@@ -4,9 +4,6 @@ import asyncio
 import hashlib
 import json
 import logging
-import os
-import subprocess
-import sys
 import urllib.request
 
 import grpc
@@ -16,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
+from shell import jblock_client
 
 from jblock.engine.process.mock import build_engine
 from serving.client import AsyncClient, Client
@@ -296,12 +294,7 @@ def test_a_file_of_another_format_or_none(tmp_path):
 
 
 def shell(running, *args, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "serving.client_main", f"--target={running.target}", *args],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
+    return jblock_client(f"--target={running.target}", *args, env=environment)
 
 
 def test_the_shell_client_takes_a_key_from_a_file_or_the_environment(running, tmp_path):

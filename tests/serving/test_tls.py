@@ -6,7 +6,6 @@ import json
 import os
 import ssl
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -14,6 +13,7 @@ import urllib.request
 import grpc
 import pytest
 import server_harness as harness
+from shell import jblock_client
 
 from jblock.engine.process.mock import build_engine
 from serving.client import Client
@@ -288,10 +288,9 @@ def test_ports_for_certificates_need_an_authority(server_tls):
 
 
 def test_the_shell_client_with_a_certificate(running, spiffe):
-    shell = [sys.executable, "-m", "serving.client_main"]
     flags = [f"--{name}={getattr(spiffe, name.removeprefix('tls_'))}" for name in _FILES]
     target = f"--target=localhost:{running.server.mtls_port}"
-    listed = subprocess.run([*shell, target, *flags, "models"], capture_output=True, text=True)
+    listed = jblock_client(target, *flags, "models")
     assert listed.stdout.startswith("echo@1"), listed.stderr
 
 
