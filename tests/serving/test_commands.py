@@ -1,6 +1,5 @@
 """`jblock-serve` and `jblock-client` as a shell sees them: output, exit codes, signals."""
 
-import json
 import os
 import pathlib
 import signal
@@ -10,6 +9,7 @@ import time
 
 import pytest
 import server_harness as harness
+from forked import run_each
 from shell import jblock_client as client
 from tokenizer_fixtures import byte_level
 
@@ -163,35 +163,13 @@ BAD_FLAGS = [
     (["--zoo=x", "--nonsense"], "jblock-serve: Unknown command line flag 'nonsense'"),
     (["--zoo=x", "--profiler_port=-1"], "profiler_port"),
 ]
-# Starting Python and reading all modules takes seconds: it is done once, and each command line gets a copy.
-COPIES = """
-import json, os, sys
-import serving.main
-for at, flags in enumerate(json.load(sys.stdin)):
-    if not os.fork():
-        with open(f"{sys.argv[1]}/{at}", "w") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        sys.argv = ["jblock-serve", *flags]
-        serving.main.run()
-    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
-"""
 
 
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory):
     """The exit code and the words of each bad command line."""
     folder = tmp_path_factory.mktemp("refused")
-    done = subprocess.run(
-        [sys.executable, "-c", COPIES, str(folder)],
-        input=json.dumps([flags for flags, _ in BAD_FLAGS]),
-        capture_output=True,
-        text=True,
-        cwd=HERE.parent.parent,
-        timeout=120,
-    )
-    codes = map(int, done.stdout.split())
-    return [(code, (folder / str(at)).read_text()) for at, code in enumerate(codes)]
+    return run_each("serving.main", [flags for flags, _ in BAD_FLAGS], folder)
 
 
 @pytest.mark.parametrize("at", range(len(BAD_FLAGS)), ids=lambda at: " ".join(BAD_FLAGS[at][0]))
