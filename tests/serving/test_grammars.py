@@ -180,8 +180,10 @@ def test_answers_of_an_engine_keep_to_them(real):
     assert real.client.generate("demo", "Once", lark=lark, temperature=1.0).text[0] == "<"
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(500, marks=pytest.mark.long)])
-def test_drawn_schemas_are_kept_to_or_refused_by_name(real, count):
+@pytest.mark.parametrize(
+    ("count", "least"), [(20, 15), pytest.param(500, 450, marks=pytest.mark.long)]
+)
+def test_drawn_schemas_are_kept_to_or_refused_by_name(real, count, least):
     drawn = SchemaGenerator(seed=20)
     schemas = [drawn.draw() for _ in range(count)]
     ends = collections.Counter()
@@ -203,4 +205,4 @@ def test_drawn_schemas_are_kept_to_or_refused_by_name(real, count):
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         ends.update(pool.map(one, range(count)))
-    assert ends["stop"] >= 0.9 * count, ends
+    assert ends["stop"] >= least, ends
