@@ -64,13 +64,14 @@ class Tenants:
         self.path = path
         self.keys = [f"key-{number}-0" for number in range(TENANTS)]
         self._turn = 0
+        self._next = self.keys
         self.write()
 
-    def write(self, before: Sequence[str] = ()) -> None:
-        """Writes it aside and renames it; keys of before are good too."""
+    def write(self) -> None:
+        """Writes it aside and renames it; the next keys are good too."""
         entries = [{"name": "ops", "key_sha256": [_digest("ops")], "admin": True}]
         for number, key in enumerate(self.keys):
-            keys = dict.fromkeys([key, *before[number : number + 1]])
+            keys = dict.fromkeys([key, self._next[number]])
             entries.append(
                 {
                     "name": f"t{number:02}",
@@ -86,10 +87,14 @@ class Tenants:
         os.replace(aside, self.path)
 
     def turn(self) -> None:
-        """New keys; those of before stay good until the next turn."""
+        """Makes new keys known; those of now stay good until the next turn."""
         self._turn += 1
-        before, self.keys = self.keys, [f"key-{n}-{self._turn}" for n in range(TENANTS)]
-        self.write(before)
+        self._next = [f"key-{n}-{self._turn}" for n in range(TENANTS)]
+        self.write()
+
+    def adopt(self) -> None:
+        """The new keys are used from now on."""
+        self.keys = self._next
 
 
 def _digest(key: str) -> str:
@@ -288,7 +293,8 @@ class Soak:
                 await client.load(name)
         elif kind == "keys":
             self.tenants.turn()
-            await asyncio.sleep(3.0)  # Until it is seen; keys of before are good meanwhile.
+            await asyncio.sleep(5.0)  # The file is looked at every second or two.
+            self.tenants.adopt()
         elif kind == "certificate":
             server.sign()
             await asyncio.sleep(3.0)
@@ -317,7 +323,8 @@ class Soak:
             while time.monotonic() < min(rest, end):
                 await asyncio.sleep(1.0)
                 with contextlib.suppress(OSError):
-                    self.samples.append((time.monotonic() - BEGIN, self.server.figures()))
+                    figures = await asyncio.to_thread(self.server.figures)
+                    self.samples.append((time.monotonic() - BEGIN, figures))
         over.set()
         await load
 
@@ -326,7 +333,7 @@ class Soak:
         compiled, since = -1.0, time.monotonic()
         while time.monotonic() - since < 12.0:
             await asyncio.sleep(1.0)
-            found = self.server.figures()
+            found = await asyncio.to_thread(self.server.figures)
             busy = found["running"] + found["waiting"] + found["requests_open"]
             if found["compiles_in_background_total"] != compiled or busy:
                 compiled, since = found["compiles_in_background_total"], time.monotonic()
