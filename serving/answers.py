@@ -89,6 +89,8 @@ class Answer:
         self._index, self._stream, self._info, self._prompt = index, stream, info, prompt
         self._parser = parser
         self.may_stop = stream.may_stop
+        # Most parts are plain: what came is sent as it is.
+        self._is_plain = type(parser) is Parser and not stream.may_stop
 
     def resume(self, token_ids: Sequence[int]) -> None:
         """Takes ids that were delivered before: what follows is told as what follows them.
@@ -106,6 +108,17 @@ class Answer:
     def part(self, output: api.Output, usage: Usage, others_finished: bool) -> Part:
         """What an output brings: text up to a stop string, and as many ids as belong to it."""
         piece = self._stream.push(output.token_ids)
+        if self._is_plain and output.finish_reason is None:
+            return Part(
+                index=self._index,
+                text=piece.text,
+                tool_calls=(),
+                output=output,
+                finish_reason=None,
+                model=self._info,
+                prompt=self._prompt,
+                usage=usage,
+            )
         finish_reason = "stop" if piece.stopped else output.finish_reason
         text, count = piece.text, piece.num_tokens
         if finish_reason and not piece.stopped:

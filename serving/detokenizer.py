@@ -7,7 +7,7 @@ generation, and fails on byte-fallback ids that are not valid UTF-8.
 
 import codecs
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer, decoders
 
@@ -30,6 +30,8 @@ class Detokenizer:
         )
         self.byte_ids = _byte_ids(tokenizer)
         self._level_bytes_of: dict[int, bytes] = {}
+        self.ascii_of: dict[int, str] = {}
+        """Texts of ids seen so far that are ASCII and nothing else, of a byte-level vocabulary."""
 
     def stream(self) -> "DetokenizerStream | ByteLevelStream":
         """The text of one generation."""
@@ -47,6 +49,8 @@ class Detokenizer:
         if found is None:
             found = b"" if self.is_silent(token_id) else self._level_bytes(token_id)
             self._level_bytes_of[token_id] = found
+            if found.isascii():
+                self.ascii_of[token_id] = found.decode()
         return found
 
     def _level_bytes(self, token_id: int) -> bytes:
@@ -62,11 +66,15 @@ class ByteLevelStream:
     it is: they are decoded as they come."""
 
     def __init__(self, shared: Detokenizer):
-        self._bytes = shared.level_bytes
+        self._bytes, self._ascii = shared.level_bytes, shared.ascii_of
         self._rest = b""  # Of a character whose end is to come.
 
-    def push(self, token_ids: Iterable[int]) -> str:
+    def push(self, token_ids: Sequence[int]) -> str:
         """The text that is settled now and was not before; often empty."""
+        if len(token_ids) == 1 and not self._rest:
+            known = self._ascii.get(token_ids[0])
+            if known is not None:
+                return known
         data = self._rest + b"".join(map(self._bytes, token_ids))
         text, used = codecs.utf_8_decode(data, "replace")
         self._rest = data[used:]
