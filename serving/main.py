@@ -1,10 +1,12 @@
 """`jblock-serve`: serves the models of a zoo over gRPC."""
 
 import asyncio
+import dataclasses
 import gc
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from jblock.engine.process.server import load_factory
 from jblock.engine.process.supervisor import SupervisedEngine
 from jblock.parallel.rules import MeshShape
 from jblock.scheduler.cluster import Cluster
+from jblock.scheduler.pipeline import Pipeline
 from serving import addresses, config_file
 from serving.engine_flags import engine_kwargs, share_of_agent
 from serving.server import Server, ServerConfig, serve
@@ -160,18 +163,34 @@ def _start(kwargs: dict[str, Any], served: Sequence[str], **options: Any) -> Pro
     return ProcessEngine(_FACTORY, kwargs, heartbeat_seconds=_HEARTBEAT.value, **options)
 
 
-def _cluster(kwargs: dict[str, Any], agents: int) -> Cluster:
-    """So many agents on this machine."""
+def _cluster(kwargs: dict[str, Any], agents: int, folder: str) -> Cluster | Pipeline:
+    """So many agents on this machine; with `pp`, of one pipeline. Their sockets lie in the folder.
+
+    Raises:
+      ValueError: `pp` is another number.
+    """
     mesh = MeshShape.parse(kwargs.get("mesh", ""))
-    seats = share_out(agents, mesh.size)
     share = share_of_agent(kwargs, agents)
+    if mesh.pp > 1:
+        if mesh.pp != agents or mesh.dp > 1:
+            raise ValueError(
+                f"mesh {str(mesh)!r}: its pp agents are the processes of --agents={agents}; give pp={agents} "
+                "and no dp"
+            )
+        mesh = dataclasses.replace(mesh, pp=1)
+        share |= {"mesh": str(mesh), "span_agents": agents, "span_folder": folder}
+    seats = share_out(agents, mesh.size)
 
     def start(agent: int, served: Sequence[str], notify: Callable[[], None]) -> ProcessEngine:
         own = dict(share)
         if "profiler_port" in own:
             own["profiler_port"] += agent
+        if "span_folder" in own:
+            own["span_agent"] = agent
         return _start(own, served, seat=seats[agent], notify=notify)
 
+    if "span_folder" in share:
+        return Pipeline(start, agents)
     return Cluster(start, agents, models=kwargs.get("models", ()))
 
 
@@ -204,17 +223,18 @@ def main(argv: list[str]) -> int:
         if _PROFILER_PORT.value is not None:
             kwargs["profiler_port"] = _PROFILER_PORT.value
         engine: api.Engine
-        if _AGENTS.value > 1:
-            if _ENGINE.value != "process":
-                raise ValueError(
-                    f"agents: {_AGENTS.value} of them are processes; give --engine=process"
-                )
-            engine = _cluster(kwargs, _AGENTS.value)
-        elif _ENGINE.value == "process":
-            engine = SupervisedEngine(lambda served: _start(kwargs, served))
-        else:
-            engine = load_factory(_FACTORY)(**kwargs)
-        asyncio.run(_serve(config, engine))
+        with tempfile.TemporaryDirectory(prefix="jblock-") as folder:
+            if _AGENTS.value > 1:
+                if _ENGINE.value != "process":
+                    raise ValueError(
+                        f"agents: {_AGENTS.value} of them are processes; give --engine=process"
+                    )
+                engine = _cluster(kwargs, _AGENTS.value, folder)
+            elif _ENGINE.value == "process":
+                engine = SupervisedEngine(lambda served: _start(kwargs, served))
+            else:
+                engine = load_factory(_FACTORY)(**kwargs)
+            asyncio.run(_serve(config, engine))
     except (ValueError, OSError) as error:
         print(f"jblock-serve: {error}", file=sys.stderr)
         return 2

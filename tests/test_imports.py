@@ -19,11 +19,13 @@ ENGINE = (
     ("programs",),
     ("scheduling",),
     ("runner",),
+    ("spans",),
     ("stats", "model_infos", "watchdog", "constrained"),
     ("loop", "compile_tiers"),
     ("model_updates",),
     ("engine",),
     ("replicas",),
+    ("pipeline",),
     ("factory",),
 )
 # jblock.engine.process stands beside all of that: it imports the boundary alone.
@@ -112,7 +114,10 @@ def test_every_room_has_its_place():
     assert there - {"__init__", "__pycache__"} <= named
 
 
-@pytest.mark.parametrize("name", ["jblock.engine.process.client", "jblock.scheduler.cluster"])
+@pytest.mark.parametrize(
+    "name",
+    ["jblock.engine.process.client", "jblock.scheduler.cluster", "jblock.scheduler.pipeline"],
+)
 def test_engine_processes_are_told_from_outside_without_jax(name):
     """The server's process imports the engine's boundary and the scheduler, and no jax with them."""
     seen, todo = set(), [name]

@@ -51,6 +51,9 @@ _ALL = (
     Scenario(
         "restart", "engine processes killed and stopped under 24 streams: lost, differing, pause"
     ),
+    Scenario(
+        "cluster", "a model in spans on two processes of a core each over one; what a hop takes"
+    ),
     Scenario("front", "gRPC and HTTP over the engine alone, and over bare servers of constants"),
     Scenario(
         "structured",

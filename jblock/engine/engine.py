@@ -5,12 +5,11 @@ import contextlib
 import functools
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from absl import logging
 
-from jblock.blocks.spec import ComponentSpec
 from jblock.engine.api import (
     Engine,
     EngineDied,
@@ -24,6 +23,7 @@ from jblock.engine.compile_tiers import CompileTiers
 from jblock.engine.config import EngineConfig
 from jblock.engine.graph.build import assemble
 from jblock.engine.graph.graph import Route, ServingGraph
+from jblock.engine.graph.span_placement import Place, SpanPlacement
 from jblock.engine.loop import Loop
 from jblock.engine.model_infos import model_infos
 from jblock.engine.model_updates import ModelUpdates
@@ -32,11 +32,12 @@ from jblock.engine.programs.needed import Pools
 from jblock.engine.runner.rates import measure_rates
 from jblock.engine.runner.runner import Runner
 from jblock.engine.scheduling.fairness import VirtualTokenCounter
+from jblock.engine.spans.port import Port
 from jblock.engine.stats import StatsSnapshot
 from jblock.engine.watchdog import Watch
 from jblock.engine.weights.lease import Lease
 from jblock.engine.weights.loader import Loads, Targets, weights_of
-from jblock.engine.weights.read_ahead import MOST_CHAINS, find_chains, read_ahead
+from jblock.engine.weights.read_ahead import read_new
 from jblock.engine.weights.readers import Done, Readers
 from jblock.engine.weights.residents import Adapter
 from jblock.parallel.placement import Placement
@@ -65,6 +66,8 @@ class ThreadEngine(Engine):
         placement: Placement | None = None,
         outbox: queue.SimpleQueue[list[Output]] | None = None,
         counter: VirtualTokenCounter | None = None,
+        place: Place | None = None,
+        port: Port | None = None,
     ):
         """Loads the chains that fit, without their adapters, compiles the first tier of programs and
         starts the loop; the other tiers follow in the background, and each grid is used as soon as its
@@ -72,7 +75,8 @@ class ThreadEngine(Engine):
         chains at once.
 
         It runs on the devices of this process that its mesh needs, unless a placement is given. Outbox
-        and counter are those of several engines together.
+        and counter are those of several engines together. Where chains are cut into spans on several agents,
+        `place` says where and the port leads to the others.
 
         Raises:
           ZooError: a chain or component that cannot be read.
@@ -80,9 +84,10 @@ class ThreadEngine(Engine):
         """
         self._zoo = zoo
         placement = placement or Placement.on(config.sharding)
-        if placement.rules.mesh.dp > 1:
-            raise ValueError(f"mesh {config.mesh!r}: for dp build a DataParallelEngine")
-        graph = assemble(zoo, chains, config, placement=placement)
+        if placement.rules.mesh.dp * placement.rules.mesh.pp > 1:
+            raise ValueError(f"mesh {config.mesh!r}: build a DataParallelEngine or PipelineEngine")
+        spans = SpanPlacement(port.agent, place) if port is not None and place is not None else None
+        graph = assemble(zoo, chains, config, placement=placement, spans=spans)
         self._readers = Readers(config.read_seconds)
         loads = self._loads = Loads(graph.zoo, graph.placement, graph.resident_set, config)
         loads.background = self._in_turn
@@ -109,12 +114,17 @@ class ThreadEngine(Engine):
             device.rates = measure_rates(device, graph)
         self._models = model_infos(zoo, graph, device)
         self._naming = threading.Lock()
-        self._loop = Loop(graph, device, device.config, loads, counter)
+        self._loop = Loop(graph, device, device.config, loads, counter, port)
         loads.preload([graph.routes[name].needs for name in graph.pinned])
         while self._loop.measure():
             pass
         self._measured = threading.Event()
         self._stats = StatsSnapshot(self._loop.stats)
+        self._port = port
+        put, spans_here = self._inbox.put, self._loop.spans
+        if port is not None and spans_here is not None:
+            take = spans_here.take
+            port.listen(lambda *sent: put(lambda loop: take(sent, loop.graph.routes)))
         loads.background, loads.widen_tables = self._in_background, self._widen
         self._loop.constrained.grammars.notify = lambda: self._inbox.put(lambda loop: None)
         self._thread = threading.Thread(target=self._run, name="jblock-engine", daemon=True)
@@ -162,6 +172,8 @@ class ThreadEngine(Engine):
         """Stops the loop and waits for it."""
         self._tiers.closing.set()
         self._readers.close()
+        if self._port is not None:
+            self._port.close()
         self._inbox.put(None)
         self._thread.join()
         self._loop.constrained.grammars.close()
@@ -181,7 +193,13 @@ class ThreadEngine(Engine):
         served = {f"{name}@{r.chain.version}": r.chain for name, r in routes.items()}
         seen = set(served) if base is None else set(base)
         added = [m for m in models if m not in seen and m not in served]
-        found, targets = self._read_ahead(added, routes) if added else ([], {})
+        parts = {step.component for route in routes.values() for step in route.chain.steps}
+        try:
+            found, targets = read_new(self._readers, self._zoo, added, parts)
+        except OSError as error:
+            if self._tiers.closing.is_set():
+                raise EngineDied("the engine was closed; build another one") from error
+            raise ValueError(f"{', '.join(added)} cannot be read: {error}") from error
         names, before = ({m.partition("@")[0] for m in own} for own in (models, seen))
 
         def change(now: dict[str, Chain]) -> dict[str, Chain]:
@@ -197,32 +215,6 @@ class ThreadEngine(Engine):
             if graph is self._updates.graph:
                 self._models = model_infos(self._zoo, graph, self._device, self._models)
             return self._models
-
-    def _read_ahead(
-        self, models: Sequence[str], served: Mapping[str, Route]
-    ) -> tuple[list[Chain], Targets]:
-        """The chains, and what they adapt by spec. By itself, so that storage that hangs holds up no other
-        change, and tables are made for all that the new chains adapt before any of them waits for its own.
-
-        Raises:
-          UnknownChain, ValueError: see `serve`.
-        """
-        targets: dict[ComponentSpec, frozenset[str]] = {}
-        what = ", ".join(models)
-        try:
-            find = functools.partial(find_chains, self._zoo, models)
-            chains: list[Chain] = self._readers.run("records", what, find)
-            parts = {s.component for route in served.values() for s in route.chain.steps}
-            for chain in chains:
-                whole = len(chains) <= MOST_CHAINS
-                read = functools.partial(read_ahead, self._zoo, chain, parts, whole=whole)
-                for spec, adapted in self._readers.run("records", chain.name, read).items():
-                    targets[spec] = targets.get(spec, frozenset()) | adapted
-        except OSError as error:
-            if self._tiers.closing.is_set():
-                raise EngineDied("the engine was closed; build another one") from error
-            raise ValueError(f"{what} cannot be read: {error}") from error
-        return chains, targets
 
     def renew(self) -> None:
         """Compiles the programs that run several layers at once anew, and swaps each in while requests
@@ -391,10 +383,4 @@ class ThreadEngine(Engine):
             logging.exception("a message to the engine's loop failed; the loop goes on")
             if isinstance(message, Request):
                 words = f"the engine failed to take this request ({error!r}); its log says how"
-                failed = Output(
-                    request_id=message.request_id,
-                    finish_reason="error",
-                    error_code="INTERNAL",
-                    error_message=words,
-                )
-                self._outbox.put([failed])
+                self._loop.refuse(message, "INTERNAL", words)

@@ -1,5 +1,6 @@
-"""Builds the engine of a zoo on disk: one agent, or a replica on every dp group of a mesh."""
+"""Builds the engine of a zoo on disk: one agent, a replica on every dp group of a mesh, or a pipeline."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,17 @@ from jblock.cpu_kernels.matmul import api as cpu_matmul
 from jblock.engine.api import Engine
 from jblock.engine.config import EngineConfig
 from jblock.engine.engine import ThreadEngine
+from jblock.engine.graph.span_placement import even_spans
+from jblock.engine.pipeline import PipelineEngine
 from jblock.engine.programs.executable_cache import (
     ExecutableCache,
     default_folder,
     environment,
 )
 from jblock.engine.replicas import DataParallelEngine
+from jblock.engine.spans.sockets import SocketPort
 from jblock.pallas_kernels import backends, self_test
+from jblock.parallel.placement import Placement
 from jblock.zoo.records import Chain, ZooError
 from jblock.zoo.store import Zoo
 
@@ -30,6 +35,9 @@ def build_engine(
     executable_cache: str = "",
     verify: str = "once",
     backend: str = "",
+    span_agent: int = 0,
+    span_agents: int = 1,
+    span_folder: str = "",
     **settings: Any,
 ) -> Engine:
     """An engine over a zoo on disk.
@@ -43,6 +51,9 @@ def build_engine(
       verify: whether the hashes of components, deltas and tokenizers are checked when they are loaded:
         "always", "once" (until a file changes), "never".
       backend: whose kernels serve, one of `backends.BACKENDS`; the platform's own when empty.
+      span_agent: which of `span_agents` processes with a span of every chain this one is; 0 is the home.
+      span_agents: how many.
+      span_folder: where their sockets lie; empty: it is alone.
       **settings: fields of EngineConfig.
 
     Raises:
@@ -61,6 +72,15 @@ def build_engine(
         jax.profiler.start_server(profiler_port)
     cache = _tested(cache_folder(store, executable_cache), config.kv_dtype)
     cache.prune()
+    if span_folder:
+        placement = Placement.on(config.sharding)
+        port = SocketPort(span_agent, Path(span_folder), placement)
+        place = even_spans(span_agents)
+        # A sequence that gives way is computed anew: its KV lies on several agents.
+        config = dataclasses.replace(config, host_kv_memory_mb=0)
+        return ThreadEngine(store, chains, config, cache, placement, place=place, port=port)
+    if config.sharding.mesh.pp > 1:
+        return PipelineEngine(store, chains, config, cache)
     if config.sharding.mesh.dp > 1:
         return DataParallelEngine(store, chains, config, cache)
     return ThreadEngine(store, chains, config, cache)

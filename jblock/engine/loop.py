@@ -23,12 +23,14 @@ from jblock.engine.programs.needed import Pools
 from jblock.engine.runner.latency_profile import Pace, Profile
 from jblock.engine.runner.runner import Runner
 from jblock.engine.runner.step import BlockQueues, Step, Stepper
+from jblock.engine.scheduling import request_checks
 from jblock.engine.scheduling.deadlines import deadline_problem, set_deadline
 from jblock.engine.scheduling.fairness import VirtualTokenCounter
-from jblock.engine.scheduling.request_checks import request_problem, route_problem
 from jblock.engine.scheduling.scheduler import Scheduler
 from jblock.engine.scheduling.sequence import Picked, SequenceState
 from jblock.engine.scheduling.step_budget import PROMPT_SHARE
+from jblock.engine.spans.port import Port
+from jblock.engine.spans.spans import Spans
 from jblock.engine.stats import BlockTable, collect_stats
 from jblock.engine.weights.loader import Loads, Targets
 from jblock.engine.weights.residents import Adapter
@@ -44,8 +46,9 @@ class Loop:
         config: EngineConfig,
         loads: Loads | None = None,
         counter: VirtualTokenCounter | None = None,
+        port: Port | None = None,
     ):
-        """Takes over what was loaded already, if anything; requests bring the rest."""
+        """Takes over what was loaded already, if anything. The port leads to agents on which chains go on."""
         self.graph, self.device, self.config = graph, device, config
         self.loads = loads or Loads(graph.zoo, graph.placement, graph.resident_set, config)
         self.loads.attach(device, self._widen)
@@ -64,6 +67,8 @@ class Loop:
         self.profile = Profile(device)
         self._stepper = Stepper(device, self.profile, queues, self._sequences.rows, self.kv)
         self._pace, self._blocks = Pace(), BlockTable()
+        parts = (device, self._sequences, self._stepper, self.weight_cache, self._finish)
+        self.spans = Spans(port, *parts) if port else None
         self.constrained = ConstrainedSampling(device, self._sequences, self._finish)
         self._outputs: list[Output] = []
         self._in_flight: Step | None = None
@@ -76,12 +81,12 @@ class Loop:
     @property
     def idle(self) -> bool:
         """Nothing is waiting, running or in flight."""
-        return self.stalled and not self._sequences.waiting
+        return not self._sequences.running and self.stalled and not self._sequences.waiting
 
     @property
     def stalled(self) -> bool:
         """All that is there waits for something other than the next step."""
-        return not self._sequences.running and self._in_flight is None
+        return not self._in_flight and all(s.rests for s in self._sequences.running.values())
 
     def switch(self, graph: ServingGraph, pools: Pools | None = None) -> None:
         """Serves another set of chains from the next step on. Every program it needs has been made.
@@ -160,18 +165,18 @@ class Loop:
 
     def submit(self, request: Request) -> None:
         """Queues a request, or refuses it with an error output."""
-        refusal = route_problem(request, self.graph.routes)
+        refusal = request_checks.route_problem(request, self.graph.routes)
         if refusal is not None:
-            self._refuse(request, *refusal)
+            self.refuse(request, *refusal)
             return
         route = self.graph.routes[request.model]
         limit = self.device.max_model_len(route)
         remedy = self.device.limit_remedy(route)
-        problem = request_problem(request, route.chain, limit, remedy)
+        problem = request_checks.request_problem(request, route.chain, limit, remedy)
         if not problem and self._sequences.find(request.request_id):
             problem = f"request_id {request.request_id!r} is already in flight; give another"
         if problem:
-            self._refuse(request, "INVALID_ARGUMENT", problem)
+            self.refuse(request, "INVALID_ARGUMENT", problem)
             return
         sampling = request.sampling
         max_tokens = min(sampling.max_tokens, limit - len(request.token_ids))
@@ -190,6 +195,8 @@ class Loop:
             if sampling.grammar
             else None,
         )
+        if self.spans is not None:
+            self.spans.home.begin(sequence)
         if request.deadline is not None:
             set_deadline(sequence, self.profile.machine(), self.kv)
         self._sequences.add(sequence)
@@ -265,13 +272,9 @@ class Loop:
         running = self._sequences.start_over()
         logging.error("%s: %d sequences start over, half as many at a time", error, len(running))
         if len(running) == 1:
-            self._finish(
-                running[0],
-                "error",
-                error_code="RESOURCE_EXHAUSTED",
-                error_message="the device has no memory for a step of this request alone: shorten the "
-                f"prompt, or start the server with less kv_memory_mb ({error})",
-            )
+            fields = {"error_code": "RESOURCE_EXHAUSTED"}
+            words = request_checks.no_memory(error)
+            self._finish(running[0], "error", error_message=words, **fields)
 
     def _report_running(self) -> None:
         """Says which requests the step to come computes, before it can end the process."""
@@ -305,7 +308,9 @@ class Loop:
         for_prompts = max(budget - decoding, PROMPT_SHARE * budget) if streams else math.inf
         with TraceAnnotation("schedule"):
             items = sequences.schedule(self.profile.machine(), for_prompts)
-        if not items and all(s.item is None for s in running):
+        if self.spans is not None:
+            self.spans.take_rows()
+        if not items and all(s.item is None or s.item.is_away for s in running):
             return None
         return self._stepper.run(items, sequences.prompts_in_flight, for_prompts, budget)
 
@@ -321,14 +326,11 @@ class Loop:
             self._generated_tokens,
         )
 
-    def _refuse(self, request: Request, code: str, message: str) -> None:
+    def refuse(self, request: Request, code: str, message: str) -> None:
+        """Ends a request that was not taken."""
+        name, error = request.request_id, "error"
         self._outputs.append(
-            Output(
-                request_id=request.request_id,
-                finish_reason="error",
-                error_code=code,
-                error_message=message,
-            )
+            Output(request_id=name, finish_reason=error, error_code=code, error_message=message)
         )
 
     def _collect(self, step: Step) -> None:
@@ -367,15 +369,8 @@ class Loop:
     def _token(self, sequence: SequenceState, picked: Picked, top: np.ndarray | None) -> None:
         chain = sequence.route.chain
         if not picked.finite:
-            self._finish(
-                sequence,
-                "error",
-                error_code="INTERNAL",
-                error_message=(
-                    f"model {chain.name!r} version {chain.version} computed NaN or Inf for this "
-                    "request; check its weights with `jblock convert fsck`, other models go on"
-                ),
-            )
+            words = request_checks.not_finite(chain)
+            self._finish(sequence, "error", error_code="INTERNAL", error_message=words)
             return
         if sequence.request.pooling:
             self._finish(sequence, "stop", embedding=sequence.embedding)
@@ -392,6 +387,10 @@ class Loop:
     def _finish(self, sequence: SequenceState, reason: str, **fields) -> None:
         """Sends the last output and gives back all the sequence held."""
         sequence.finished = True
+        if sequence.guest is not None:
+            self._sequences.end(sequence, poisoned=False)
+            sequence.guest.end(fields.get("error_code", ""), fields.get("error_message", ""))
+            return
         last = Output(request_id=sequence.request.request_id, finish_reason=reason, **fields)
         self._outputs.append(last)
         self._sequences.end(sequence, poisoned=reason == "error")

@@ -145,12 +145,12 @@ class DataParallelEngine(Engine):
 
 
 def group_config(config: EngineConfig) -> EngineConfig:
-    """The settings of one group."""
+    """The settings of one group, or of one agent of a pipeline."""
     shape = config.sharding.mesh
-    mesh = dataclasses.replace(shape, dp=1)
+    mesh = dataclasses.replace(shape, dp=1, pp=1)
 
     def share(total: int) -> int:
-        return -(-total // shape.dp)
+        return -(-total // (shape.dp * shape.pp))
 
     return dataclasses.replace(
         config,

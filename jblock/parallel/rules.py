@@ -4,6 +4,7 @@ A mesh has three axes. `tp` splits the inside of every block (heads, columns of 
 vocabulary) as Megatron does (arXiv 1909.08053). `ep` does so too, but for the experts of a mixture: each part
 of it holds some of them whole (arXiv 2006.16668). `dp` gives each group of devices sequences, registers and
 KV pages of its own.
+`pp` is written with them and no axis of a mesh: agents with a mesh each, over which chains are cut.
 This file is plain data: it knows neither jax nor blocks.
 """
 
@@ -13,6 +14,7 @@ import math
 import re
 
 MESH_AXES = ("dp", "ep", "tp")
+_AXES = ("dp", "pp", "ep", "tp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +23,7 @@ class MeshShape:
 
     Attributes:
       dp: groups of devices with sequences of their own.
+      pp: agents, each with a span of every chain.
       ep: parts of every block, and of the experts of a mixture, whole experts each.
       tp: parts of every block, each expert included.
     """
@@ -28,16 +31,17 @@ class MeshShape:
     dp: int = 1
     ep: int = 1
     tp: int = 1
+    pp: int = 1
 
     def __post_init__(self):
-        for axis in MESH_AXES:
+        for axis in _AXES:
             if getattr(self, axis) < 1:
                 raise ValueError(f"mesh axis {axis} is {getattr(self, axis)}; give at least 1")
 
     @property
     def size(self) -> int:
         """Devices in all."""
-        return self.dp * self.ep * self.tp
+        return self.dp * self.pp * self.ep * self.tp
 
     @classmethod
     def parse(cls, text: str) -> "MeshShape":
@@ -48,17 +52,17 @@ class MeshShape:
         """
         sizes: dict[str, int] = {}
         for part in filter(None, text.split(",")):
-            match = re.fullmatch(rf"\s*({'|'.join(MESH_AXES)})=(\d+)\s*", part, re.ASCII)
+            match = re.fullmatch(rf"\s*({'|'.join(_AXES)})=(\d+)\s*", part, re.ASCII)
             if not match or match[1] in sizes:
                 raise ValueError(
                     f"mesh {text!r}: {part!r} is not understood; give each of "
-                    f"{', '.join(MESH_AXES)} at most once, such as tp=4 or ep=2,tp=2"
+                    f"{', '.join(_AXES)} at most once, such as tp=4 or ep=2,tp=2"
                 )
             sizes[match[1]] = int(match[2])
         return cls(**sizes)
 
     def __str__(self) -> str:
-        parts = [f"{a}={getattr(self, a)}" for a in MESH_AXES if getattr(self, a) > 1]
+        parts = [f"{a}={getattr(self, a)}" for a in _AXES if getattr(self, a) > 1]
         return ",".join(parts) or "tp=1"
 
 

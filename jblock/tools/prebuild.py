@@ -91,6 +91,11 @@ def prebuild(
       ValueError: settings that do not fit the target, or a target that has no compiler here.
       OSError: the cache did not take the programs.
     """
+    if config.sharding.mesh.pp > 1:
+        raise ValueError(
+            f"mesh {config.mesh!r}: programs of agents with spans are not built ahead; leave pp out or "
+            "start the server once"
+        )
     every = target.devices()
     if config.sharding.mesh.dp > 1:
         groups = group_placements(config, every, abstract=True)

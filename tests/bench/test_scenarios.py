@@ -69,6 +69,7 @@ KEYS = {
         "throughput_over_fcfs",
     },
     "restart": {"restart"},
+    "cluster": {"failed", "identical", "differ", "pipeline_ratio", "hop_ms_socket_idle"},
     "cycles": {"cycles"},
 }
 
@@ -119,6 +120,7 @@ _NO_SERVING = {
 # Start processes that compile everything, or several engines.
 _LONG = {"coldstart", "kv", "peers", "stalls", "registry", "restart", "front", "fairness", "host"}
 _LONG |= {"lora", "overlap", "oversubscription", "roofline", "block_tax", "deltas", "structured"}
+_LONG.add("cluster")
 _MARKS = {name: pytest.mark.long for name in _LONG} | {"cycles": pytest.mark.compilers}
 
 

@@ -37,6 +37,7 @@ from jblock.blocks.quant_spec import QuantSpec  # noqa: E402
 from jblock.engine.config import EngineConfig  # noqa: E402
 from jblock.engine.engine import ThreadEngine  # noqa: E402
 from jblock.engine.kv_cache import free_memory  # noqa: E402
+from jblock.engine.pipeline import PipelineEngine  # noqa: E402
 from jblock.engine.replicas import DataParallelEngine  # noqa: E402
 from jblock.engine.runner.runner import Runner  # noqa: E402
 from jblock.zoo.store import Zoo  # noqa: E402
@@ -164,6 +165,28 @@ def groups(zoo: Path, names: Sequence[str], mesh: str) -> dict:
     return {"tokens": tokens, "given": given}
 
 
+def pipeline(zoo: Path, names: Sequence[str], mesh: str) -> dict:
+    """Tokens of every chain from agents with a span of each, before and after a change of what is served."""
+    store = Zoo.open(zoo)
+    engine = PipelineEngine(store, {n: store.chain(n) for n in names}, settings(mesh))
+    tokens = {}
+    try:
+        for change in ("", "again "):
+            if change:
+                engine.serve(names[:1])
+                engine.serve(names)
+            ids = {f"{change}{n} 0": n for n in names}
+            for request_id, name in ids.items():
+                engine.submit(request(request_id, name, prompt_of(name), max_tokens=24))
+            tokens |= collect_tokens(engine, list(ids))
+        stats = engine.stats()
+        assert stats.compiles_on_serving_path == stats.running == stats.waiting == 0
+        assert stats.cached_tokens > 0
+    finally:
+        engine.close()
+    return {"tokens": tokens, "given": [list(tokens)]}
+
+
 def run(zoo: Path, names: Sequence[str], mesh: str) -> dict:
     """Greedy tokens and logits of every chain, all together on one mesh."""
     agent = Agent.make(zoo, names, settings(mesh))
@@ -221,9 +244,10 @@ if __name__ == "__main__":
     zoo = Path(folder) / "zoo"
     for chain in chains:
         convert(zoo, chain)
-    plain = [mesh for mesh in meshes if "dp" not in mesh]
+    plain = [mesh for mesh in meshes if "dp" not in mesh and "pp" not in mesh]
     out = {mesh: run(zoo, chains, mesh) for mesh in ("", *plain)}
     out |= {mesh: groups(zoo, chains, mesh) for mesh in meshes if "dp" in mesh}
+    out |= {mesh: pipeline(zoo, chains, mesh) for mesh in meshes if "pp" in mesh}
     for mesh in plain:
         if ADAPTER in chains:
             out[mesh]["swapped"] = swap(zoo, mesh)

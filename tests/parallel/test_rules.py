@@ -19,6 +19,7 @@ def test_a_mesh_from_text():
     assert MeshShape.parse("dp=2, tp=4") == MeshShape(dp=2, tp=4)
     assert str(MeshShape.parse("tp=4,dp=2")) == "dp=2,tp=4"
     assert MeshShape.parse("ep=2,tp=2").size == 4
+    assert str(MeshShape.parse("tp=2,pp=3")) == "pp=3,tp=2" and MeshShape(pp=3, tp=2).size == 6
 
 
 @pytest.mark.parametrize("text", ["tp", "tp=0", "tp=2,tp=4", "xp=2", "tp=-1", "4", "tp=\u0662"])
@@ -32,6 +33,7 @@ def test_a_data_parallel_group_has_its_share():
     inner = group_config(config)
     assert (inner.mesh, inner.kv_memory_mb, inner.max_num_seqs) == ("tp=4", 51, 8)
     assert group_config(EngineConfig(mesh="dp=3")).mesh == ""
+    assert group_config(EngineConfig(mesh="pp=2,tp=2")).mesh == "tp=2"
     with pytest.raises(ValueError, match="needs 8 devices"):
         group_placements(config, jax.local_devices()[:1])
 

@@ -148,3 +148,10 @@ def test_tokens_and_logits_on_other_meshes(tmp_path):
     out = run(tmp_path, "all", *meshes)
     for mesh in meshes:
         check(out[""], out[mesh])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mesh", ["pp=3", "pp=2,tp=2"])
+def test_agents_in_a_row_answer_as_one_device_does(tmp_path, mesh):
+    out = run(tmp_path, "mixed groups", mesh)
+    check_groups(out[""], out[mesh])

@@ -2,6 +2,7 @@
 is for `weights/cache.py` to decide."""
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,14 +20,17 @@ from jblock.engine.graph.boundaries import boundaries, partings
 from jblock.engine.graph.expert_parallel import ExpertGroup
 from jblock.engine.graph.graph import (
     BlockInstance,
+    Hop,
     Layer,
     Route,
     ServingGraph,
     Stage,
     Tied,
 )
+from jblock.engine.graph.layer_runs import layer_runs
 from jblock.engine.graph.order import visiting_order
-from jblock.engine.graph.segments import layer_runs, segments
+from jblock.engine.graph.segments import segments
+from jblock.engine.graph.span_placement import HOME, Layout, SpanPlacement, layout_of
 from jblock.engine.graph.stitches import check_widths, positions
 from jblock.engine.kv_cache.prefix_keys import layer_digests, step_digests
 from jblock.engine.kv_cache.sequence_pages import Boundary
@@ -51,6 +55,7 @@ def assemble(
     previous: ServingGraph | None = None,
     targets: Mapping[ComponentSpec, frozenset[str]] | None = None,
     placement: Placement | None = None,
+    spans: SpanPlacement | None = None,
 ) -> ServingGraph:
     """Builds the routes of chains through shared blocks. A thousand adapters on one base
     cost little more than ten.
@@ -63,6 +68,7 @@ def assemble(
         working until nobody holds it.
       targets: what to make tables for, beside what is known to be adapted.
       placement: the devices it is for; None: those of the previous one, or of this process.
+      spans: which steps lie on this agent; None: as of the previous one, or all.
 
     Raises:
       ZooError: a record the zoo cannot read.
@@ -70,7 +76,9 @@ def assemble(
     """
     if placement is None:
         placement = previous.placement if previous else Placement.on(config.sharding)
-    builder = _Builder(zoo, chains, config, previous, placement)
+    if spans is None and previous:
+        spans = previous.spans
+    builder = _Builder(zoo, chains, config, previous, placement, spans)
     builder.find_targets(targets or {})
     # Without sharing, every chain is an isolation domain of its own.
     domains = {"": dict(chains)} if config.share else {n: {n: c} for n, c in chains.items()}
@@ -85,6 +93,7 @@ def assemble(
         pinned=tuple(name for name in config.pinned if name in chains),
         placement=builder.placement,
         plans=builder.plans,
+        spans=spans,
         cache=builder.cache,
     )
 
@@ -99,9 +108,10 @@ class _Builder:
         config: EngineConfig,
         previous: ServingGraph | None,
         placement: Placement,
+        spans: SpanPlacement | None = None,
     ):
         self.zoo, self.chains, self.config = zoo, chains, config
-        self.placement = placement
+        self.placement, self.spans = placement, spans
         self.cache: dict[Any, Any] = {}
         self.plans: dict[str, BlockPlan] = {}
         self.targets: dict[ComponentSpec, frozenset[str]] = {}
@@ -157,7 +167,7 @@ class _Builder:
 
     def routes(self, domain: str, chains: Mapping[str, Chain]) -> dict[str, Route]:
         """Routes of chains that share what they can."""
-        of = {name: tuple(s.component for s in chain.steps) for name, chain in chains.items()}
+        of = {name: layout_of(chain, self.spans, self._specs) for name, chain in chains.items()}
         # Adapters have their base's components: what these decide is worked out once.
         first = {ids: name for name, ids in reversed(of.items())}
         served = {name: chains[name] for name in first.values()}
@@ -169,26 +179,54 @@ class _Builder:
         }
         parting = partings(digests.values())
         stages, parts = {}, {}
-        for ids, name in first.items():
-            specs = self._specs(ids)
+        for layout, name in first.items():
+            specs = self._specs(layout.components)
             check_widths(name, specs)
-            parts[ids] = self._parts(domain, ids)
-            stages[ids] = tuple(self._stage(domain, specs, b) for b in plan.blocks[name])
+            parts[layout] = self._parts(domain, layout.here)
+            stages[layout] = tuple(self._stages(domain, specs, layout, plan.blocks[name]))
         return {
             name: self._route(
                 domain,
                 chain,
+                of[name],
                 parts[of[name]],
                 stages[of[name]],
-                boundaries(stages[of[name]], digests[chain.name], parting),
+                # Where a chain leaves this agent, its rows are not kept.
+                () if self.spans else boundaries(stages[of[name]], digests[chain.name], parting),
             )
             for name, chain in chains.items()
         }
+
+    def _stages(
+        self,
+        domain: str,
+        specs: Sequence[ComponentSpec],
+        layout: Layout,
+        blocks: Sequence[Block],
+    ) -> Iterator[Stage]:
+        """The stages of a chain on this agent. Where rows leave there is a hop: at home in front of each span
+        of another agent, on other agents behind each of theirs."""
+        spans: collections.Counter[int] = collections.Counter()
+        for agent, own in layout.runs(blocks):
+            if agent == layout.agent:
+                yield from (self._stage(domain, specs, layout, block) for block in own)
+                if agent != HOME:
+                    yield self._hop(None, specs[own[-1].first + len(own[-1].components)], 0)
+            elif layout.agent == HOME:
+                yield self._hop(agent, specs[own[0].first], spans[agent])
+                spans[agent] += 1
+
+    def _hop(self, agent: int | None, reader: ComponentSpec, span: int) -> Stage:
+        width = reader.hidden_size
+        name = "hop_home" if agent is None else f"hop_{agent}"
+        hop = functools.partial(Hop, name, (), (), agent=agent, width=width)
+        return Stage(self._keep(("hop", agent, width), hop), {}, span=span)
 
     def _route(
         self,
         domain: str,
         chain: Chain,
+        layout: Layout,
         parts: tuple[Part, ...],
         stages: tuple[Stage, ...],
         parted: tuple[Boundary, ...],
@@ -200,17 +238,22 @@ class _Builder:
             found = self._weights(domain, part.component, of)
             members[found.owner if isinstance(found, Tied) else found] = None
         weights = self._keep(("weight set", domain, ids), lambda: WeightSet(tuple(members)))
+        whole = chain
+        if layout.agents:
+            own = tuple(s for i, s in enumerate(chain.steps) if layout.is_here(i))
+            chain = dataclasses.replace(chain, steps=own)
         adapter = self._adapter(domain, chain)
         places = tuple((b.stage, b.layer) for b in parted)
         key = ("route", domain, chain.name, tuple(id(s) for s in (*parts, *stages)), places)
         route = self._before.get(key)
-        if route is None or route.chain != chain:
+        if route is None or route.chain != whole:
             route = Route(
                 needs=Needs(chain, parts, weights, adapter),
                 stages=stages,
-                kv_digests=_kv_digests(chain, parts),
+                kv_digests=_kv_digests(whole, layout, parts),
                 virtual_tokens=self._virtual.get(chain.name, 0),
                 boundaries=parted,
+                whole=whole if layout.agents else None,
             )
         self.cache[key] = route
         return route
@@ -224,13 +267,17 @@ class _Builder:
             parts.append(self._keep(("part", domain, component, form), part))
         return tuple(parts)
 
-    def _stage(self, domain: str, specs: Sequence[ComponentSpec], block: Block) -> Stage:
+    def _stage(
+        self, domain: str, specs: Sequence[ComponentSpec], layout: Layout, block: Block
+    ) -> Stage:
         """A block at its place in a chain of these components."""
         forms = tuple(self._form(domain, component) for component in block.components)
         key = ("block", domain, block.components, forms)
         instance = self._keep(key, lambda: self._instance(domain, block.components, forms))
         before = collections.Counter(
-            KVShape.of(s) for s in specs[: block.first] if isinstance(s, AttentionSpec)
+            KVShape.of(s)
+            for i, s in enumerate(specs[: block.first])
+            if isinstance(s, AttentionSpec) and layout.is_here(i)
         )
         at = positions(specs, block)
         place = ("stage", key, tuple(sorted(before.items())), at)
@@ -334,8 +381,12 @@ class _Builder:
         )
 
 
-def _kv_digests(chain: Chain, parts: Sequence[Part]) -> dict[KVShape, tuple[bytes, ...]]:
-    at = {i: p.spec for i, p in enumerate(parts) if isinstance(p.spec, AttentionSpec)}
+def _kv_digests(
+    chain: Chain, layout: Layout, parts: Sequence[Part]
+) -> dict[KVShape, tuple[bytes, ...]]:
+    """Of the attentions that lie here: what decides their pages is all of the chain below."""
+    here = [i for i in range(len(chain.steps)) if layout.is_here(i)]
+    at = {i: p.spec for i, p in zip(here, parts, strict=True) if isinstance(p.spec, AttentionSpec)}
     out: dict[KVShape, list[bytes]] = {}
     for spec, digest in zip(at.values(), layer_digests(chain.steps, at), strict=True):
         out.setdefault(KVShape.of(spec), []).append(digest)

@@ -10,6 +10,7 @@ from typing import Any
 from jblock.blocks.spec import ComponentSpec
 from jblock.engine.adapters.slot_tables import Tables
 from jblock.engine.graph.expert_parallel import ExpertGroup
+from jblock.engine.graph.span_placement import SpanPlacement
 from jblock.engine.kv_cache.sequence_pages import Boundary, LayerDigests
 from jblock.engine.kv_cache.spec import KVShape, PageShape
 from jblock.engine.signature import Signature
@@ -130,6 +131,34 @@ class BlockInstance:
         """Whether it ends a chain with logits."""
         return self.kind == "head"
 
+    @property
+    def widths(self) -> set[int]:
+        """Widths of all registers that it reads or writes."""
+        return {w for layer in self.layers for w in layer.signature.widths}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Hop(BlockInstance):
+    """Where rows leave for another agent, or on an agent that is not their home, where they go back.
+
+    Attributes:
+      agent: where to; None: their home.
+      width: of the register they leave from.
+    """
+
+    agent: int | None = None
+    width: int = 0
+
+    @property
+    def kind(self) -> str:
+        """As of a block."""
+        return "hop"
+
+    @property
+    def widths(self) -> set[int]:
+        """As of a block."""
+        return {self.width}
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stage:
@@ -139,11 +168,13 @@ class Stage:
       instance: the block.
       kv_first: of each KV shape, how many attentions the chain has before the block.
       positions: of each of the block's stitches, the row of its position tables.
+      span: of a hop, which of the chain's spans on the agent it leads to.
     """
 
     instance: BlockInstance
     kv_first: Mapping[KVShape, int]
     positions: tuple[int, ...] = ()
+    span: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -157,6 +188,7 @@ class Route:
       kv_digests: of each KV shape, what names the content of its attentions' pages.
       virtual_tokens: how many its sequences begin with (prompt or prefix tuning).
       boundaries: where chains leave it, the lowest first.
+      whole: the record of a chain of which `needs` names what lies on this agent alone; None: all of it.
     """
 
     needs: Needs
@@ -164,11 +196,24 @@ class Route:
     kv_digests: LayerDigests
     virtual_tokens: int = 0
     boundaries: tuple[Boundary, ...] = ()
+    whole: Chain | None = None
 
     @property
     def chain(self) -> Chain:
         """Its record."""
-        return self.needs.chain
+        return self.whole or self.needs.chain
+
+    @functools.cached_property
+    def agents(self) -> tuple[int, ...]:
+        """The other agents that its rows pass, ascending."""
+        agents = {i.agent for i in self.instances if isinstance(i, Hop)}
+        return tuple(sorted(a for a in agents if a is not None))
+
+    @functools.cached_property
+    def span_starts(self) -> tuple[int, ...]:
+        """On an agent that is not its home: the stage with which each of its spans begins."""
+        ends = [at for at, stage in enumerate(self.stages) if isinstance(stage.instance, Hop)]
+        return (0, *(at + 1 for at in ends[:-1]))
 
     @property
     def adapter(self) -> Adapter | None:
@@ -188,7 +233,7 @@ class Route:
     @property
     def widths(self) -> set[int]:
         """Widths of all registers that its blocks read or write."""
-        return {w for i in self.instances for layer in i.layers for w in layer.signature.widths}
+        return {w for i in self.instances for w in i.widths}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -203,6 +248,7 @@ class ServingGraph:
       pinned: names of the routes that stay on the device.
       placement: the devices it is for.
       plans: which runs of components are blocks, by isolation domain; "" where blocks are shared.
+      spans: which of their steps lie here; None: all.
       cache: what the next graph takes over instead of making it again, by what decides it.
     """
 
@@ -213,6 +259,7 @@ class ServingGraph:
     pinned: tuple[str, ...]
     placement: Placement
     plans: Mapping[str, BlockPlan]
+    spans: SpanPlacement | None = None
     cache: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
@@ -246,7 +293,12 @@ class ServingGraph:
     @functools.cached_property
     def widths(self) -> set[int]:
         """Widths of all registers that its blocks read or write."""
-        return {w for i in self.instances for layer in i.layers for w in layer.signature.widths}
+        return {w for i in self.instances for w in i.widths}
+
+    @property
+    def has_hops(self) -> bool:
+        """Whether rows leave for other agents."""
+        return any(isinstance(i, Hop) for i in self.instances)
 
     @functools.cached_property
     def kv_layers(self) -> dict[PageShape, int]:

@@ -1,9 +1,8 @@
-"""How a block is cut into layers, and layers are joined in segments that one program runs."""
+"""How layers of a block are joined in segments that one program runs."""
 
 import collections
 from collections.abc import Sequence
 
-from jblock.blocks.spec import ComponentSpec, EmbeddingSpec
 from jblock.engine.graph.graph import Layer, Segment
 from jblock.engine.kv_cache.spec import KVShape
 
@@ -34,23 +33,3 @@ def segments(layers: Sequence[Layer], most: int) -> tuple[Segment, ...]:
         if shape:
             seen[shape] += count
     return tuple(found)
-
-
-def layer_runs(specs: Sequence[ComponentSpec]) -> list[list[int]]:
-    """Cuts a block into layers: an attention with the ffn, or the router and experts, behind it; a stitch;
-    or norm with unembedding."""
-    runs: list[list[int]] = []
-    for i, spec in enumerate(specs):
-        previous = specs[runs[-1][-1]].kind if runs else None
-        joins = spec.kind == "expert" or (previous, spec.kind) in (
-            ("attention", "ffn"),
-            ("attention", "router"),
-            ("norm", "unembedding"),
-        )
-        if joins:
-            runs[-1].append(i)
-        else:
-            runs.append([i])
-    if any(isinstance(specs[r[0]], EmbeddingSpec) for r in runs) and len(runs) > 1:
-        raise ValueError("an embedding is a block of its own; write the partition record anew")
-    return runs

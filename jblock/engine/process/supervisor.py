@@ -213,6 +213,10 @@ class SupervisedEngine(api.Engine):
                 self._models = engine.models()
         return infos
 
+    def note_service(self) -> None:
+        """Its process served, though not by tokens of its own: earlier deaths do not count."""
+        self._barren = self._allowed = 0
+
     def stats(self) -> api.EngineStats:
         """Counters over all processes, and the gauges of the present one."""
         with self._changed:

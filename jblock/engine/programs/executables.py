@@ -26,6 +26,7 @@ from jblock.engine.programs import (
     page_ops,
     penalties,
     pooling,
+    row_moves,
     sampling,
 )
 from jblock.engine.programs.executable_cache import ExecutableCache
@@ -158,6 +159,12 @@ class Executables:
         meta = struct((s, forward.INDEX_COLUMNS), i32, "rows")
         last_tokens = struct((slots,), i32, "rows")
         logits = struct((s, key.vocab_size), f32, "rows")
+        if key.kind in ("take_rows", "put_rows"):
+            registers = struct((geometry.num_rows * groups, key.width), f32, "rows")
+            values, ids = struct((s, key.width), f32, "rows"), struct((s,), i32, "rows")
+            if key.kind == "take_rows":
+                return _copy(row_moves.take_rows), (), (registers, ids), by_rows
+            return _copy(row_moves.put_rows), (0,), (registers, values, ids), by_rows
         if key.kind in ("read_rows", "write_rows") and key.pool:
             return self._describe_rows(key.kind, key.pool, bucket, index)
         if key.pool and not key.signatures:

@@ -33,13 +33,15 @@ class ProgramKey:
     Attributes:
       kind: "embedding", "layer" (one, or a segment of them), "stitch", "head", "prompt_logprobs",
         "pooling", "adjust", "constrain", "greedy", "sampled", "top_logprobs", "set_counts", "zero_pages",
-        "gather_pages", "scatter_pages", "read_rows", "write_rows", "write_pieces" or "write_vectors".
+        "gather_pages", "scatter_pages", "read_rows", "write_rows", "take_rows", "put_rows", "write_pieces"
+        or "write_vectors".
       bucket: grid of the batch; what works on logits ignores its q_len, and carries 1; of write_pieces
-        the number of pieces is in num_seqs.
+        the number of pieces is in num_seqs, of take_rows and put_rows that of rows.
       signatures: of an embedding, a head, prompt_logprobs or pooling, of the layers of a segment in order,
         or of one component with slot tables.
       pool: of layers with an attention and of what works on pages.
       vocab_size: of what works on logits, and of set_counts.
+      width: of the registers that take_rows and put_rows work on.
     """
 
     kind: str
@@ -47,6 +49,7 @@ class ProgramKey:
     signatures: tuple[Signature, ...] = ()
     pool: Pool | None = None
     vocab_size: int = 0
+    width: int = 0
 
     @property
     def name(self) -> str:

@@ -8,6 +8,7 @@ from jblock.engine.adapters.slot_tables import WRITE_SIZES
 from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.graph.graph import Layer, ServingGraph
 from jblock.engine.kv_cache.spec import PageShape, Pool, RowPool
+from jblock.engine.programs import row_moves
 from jblock.engine.programs.keys import ProgramKey, vocab_size
 from jblock.engine.signature import Signature, TableForm
 
@@ -42,6 +43,14 @@ def program_keys(
     if not greedy_only:
         for vocab in vocabs:
             yield ProgramKey(kind="set_counts", vocab_size=vocab)
+    if graph.has_hops:
+        most = row_moves.size_for(
+            max(b.num_seqs * b.q_len for b in (*config.decode_buckets, *config.prefill_buckets))
+        )
+        for width in graph.widths:
+            for size in (size for size in row_moves.SIZES if size <= most):
+                yield moving_key("take_rows", width, size)
+                yield moving_key("put_rows", width, size)
     for pool in pools.values():
         if isinstance(pool, RowPool):
             for bucket in buckets:
@@ -99,6 +108,11 @@ def scoring_key(layer: Layer, bucket: Bucket) -> ProgramKey:
 def pooling_key(layer: Layer, bucket: Bucket) -> ProgramKey:
     """The program that sums up the hidden rows that go through a head."""
     return ProgramKey(kind="pooling", bucket=bucket, signatures=(layer.signature,))
+
+
+def moving_key(kind: str, width: int, size: int) -> ProgramKey:
+    """The program that takes so many rows out of registers, or puts them in."""
+    return ProgramKey(kind=kind, bucket=Bucket(size, 1), width=width)
 
 
 def writing_key(kind: str, spec: ComponentSpec, form: TableForm, count: int) -> ProgramKey:

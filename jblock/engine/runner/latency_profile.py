@@ -250,7 +250,7 @@ class Profile:
             known = self.block_seconds(instance, self._smallest(chunk))
             if known is None:
                 return None
-            total += known * (1 - layer / len(instance.layers))
+            total += known * (1 - layer / max(len(instance.layers), 1))
             layer = 0
         return total
 

@@ -4,12 +4,12 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 
 from jblock.engine.config import Bucket
-from jblock.engine.graph.graph import BlockInstance
+from jblock.engine.graph.graph import BlockInstance, Hop
 from jblock.engine.kv_cache.manager import KVCacheManager
 from jblock.engine.kv_cache.page_pool import IdAllocator
 from jblock.engine.runner.batch import Batch, Cuts, batches
@@ -168,6 +168,7 @@ class Stepper:
     Attributes:
       counters: of what it ran.
       queues: of the blocks.
+      leave: takes items that leave for another agent, their rows in their registers.
     """
 
     def __init__(
@@ -180,8 +181,8 @@ class Stepper:
     ):
         """`rows` are the register rows; those of a chunk go back when it has passed, and from then on
         `kv` lets its pages be found."""
-        self.counters = Counters()
-        self.queues = queues
+        self.counters, self.queues = Counters(), queues
+        self.leave: Callable[[Hop, Sequence[WorkItem]], None] = lambda hop, items: None
         self._device, self._profile, self._rows, self._kv = device, profile, rows, kv
         self._cuts = Cuts()
         self._counted: tuple[Sequence[WorkItem], Sequence[Bucket], int] = ((), (), 0)
@@ -216,8 +217,7 @@ class Stepper:
         self._grant([*in_flight, *(item for item in items if item.chunk > 1)], prompt_seconds)
         self._sampled, self._waiting = [], []
         self._seconds = self._decode_seconds = 0.0
-        number = self.counters.steps
-        traced = enabled()
+        number, traced = self.counters.steps, enabled()
         with jax.profiler.StepTraceAnnotation(STEP, step_num=number) if traced else NOTHING:
             for _, queue in self.queues:
                 queue.ready.extend(queue.held)
@@ -263,6 +263,9 @@ class Stepper:
         """Runs what is ready at a block: decoding rows first, those that waited longest before
         the others; then prompts as far as their time goes."""
         ready, queue.ready = queue.ready, []
+        if isinstance(instance, Hop):
+            self.leave(instance, ready)
+            return
         buckets = self._device.buckets
         cover = functools.partial(self._profile.cover, instance)
         decode = [item for item in ready if item.chunk == 1]
@@ -272,7 +275,7 @@ class Stepper:
             decode = decode[: queue.limit]
         for batch in self._cuts.batches(instance, decode, cover) if decode else ():
             self._decode_seconds += self._run(instance, queue, batch)
-            self._pass_on(batch)
+            self.pass_on(batch)
         if queue.partial is not None:
             self._walk(instance, queue, queue.partial)
         if len(ready) == len(decode):
@@ -306,7 +309,7 @@ class Stepper:
             self._run(instance, queue, batch, begin, done)
         if done == end:
             queue.partial = None
-            self._pass_on(batch)
+            self.pass_on(batch)
         else:
             queue.partial = PartialBatch(batch, done)
             self.counters.held_rows += batch.num_rows
@@ -342,7 +345,7 @@ class Stepper:
         queue.held.extend(items)
         self.counters.held_rows += sum(item.q_len for item in items)
 
-    def _pass_on(self, batch: Batch) -> None:
+    def pass_on(self, batch: Batch) -> None:
         """Queues items at their next block."""
         for instance, items in batch.onward:
             for item in items:
@@ -354,16 +357,17 @@ class Stepper:
                 if item is item.sequence.decode_item:
                     item.sequence.item = None
                 else:
-                    self._complete(item)
+                    self.complete(item)
 
-    def _complete(self, item: WorkItem) -> None:
-        """All of an item is enqueued. The device runs calls in that order, so what it held is free for
-        the next, and what it wrote is there for the next to read."""
-        sequence = item.sequence
-        sequence.item = None
-        if item.q_len > 1:
-            self._rows.free(item.rows[1:])
-        end = item.start + item.q_len
+    def end(self, item: WorkItem) -> None:
+        """No more of an item is enqueued: what it held is free."""
+        item.sequence.item = None
+        self._rows.free(item.rows[1:])
+
+    def complete(self, item: WorkItem) -> None:
+        """All of an item is enqueued: what it wrote is there for the next to read."""
+        self.end(item)
+        sequence, end = item.sequence, item.start + item.q_len
         if item.of_prompt and self._kv.has_uncached(sequence.pages, end):
             self._kv.cache(sequence.pages, sequence.all_token_ids, end)
 

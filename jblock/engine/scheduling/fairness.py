@@ -13,11 +13,14 @@ import heapq
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 
 from jblock.engine.kv_cache.spec import KVShape
 from jblock.engine.scheduling.sequence import SequenceState
 
+# A tenant with so many sequences running above its share gives one up to a tenant that has none: near its
+# share it would only lose what it computed.
+_MOST_ABOVE_SHARE = 2.0
 # Tenants without anything open that are remembered.
 _MAX_IDLE = 1000
 
@@ -233,3 +236,41 @@ class WaitingQueue:
 def _urgency(sequence: SequenceState) -> tuple[int, bool, float, int]:
     deadline = math.inf if sequence.was_preempted else sequence.deadline
     return sequence.request.priority, not sequence.was_preempted, deadline, sequence.arrival
+
+
+def most_served(counter: VirtualTokenCounter, sequences: Sequence[SequenceState]) -> SequenceState:
+    """Of running sequences, oldest first, the one that gives way: of those with the least urgent priority
+    the youngest of the tenant that was served most. Tenants count as served alike where less than one
+    sequence lies between them: the youngest has least to lose."""
+    lowest = max(s.request.priority for s in sequences)
+    among = [s for s in sequences if s.request.priority == lowest]
+    level = counter.level
+    least = max(
+        level(s.request.tenant) - s.token_seconds * s.num_tokens / s.request.weight for s in among
+    )
+    return [s for s in among if level(s.request.tenant) >= least][-1]
+
+
+def who_may_yield(
+    counter: VirtualTokenCounter,
+    sequence: SequenceState,
+    running: Iterable[SequenceState],
+    *,
+    any_shape: bool,
+) -> list[SequenceState]:
+    """Of running sequences, oldest first, those that may give way to one of a tenant with nothing running:
+    other tenants' that have some more than their share. They need pages of its shapes, unless `any_shape`."""
+    own, running = sequence.request, list(running)
+    if counter.running(own.tenant):
+        return []
+    shapes, level = sequence.pages.layers.keys(), counter.level(own.tenant)
+    tenants = {s.request.tenant for s in running}
+    rich = {name for name in tenants if counter.excess(name) >= _MOST_ABOVE_SHARE}
+    return [
+        s
+        for s in running
+        if s.request.tenant in rich
+        and s.request.priority >= own.priority
+        and counter.level(s.request.tenant) >= level
+        and (any_shape or not shapes.isdisjoint(s.pages.layers))
+    ]

@@ -112,6 +112,22 @@ def route_problem(request: Request, routes: Mapping[str, "Route"]) -> tuple[str,
     return None
 
 
+def not_finite(chain: "Chain") -> str:
+    """Why a request ended for which no token could be picked."""
+    return (
+        f"model {chain.name!r} version {chain.version} computed NaN or Inf for this request; check its "
+        "weights with `jblock convert fsck`, other models go on"
+    )
+
+
+def no_memory(error: Exception) -> str:
+    """Why a request ended that ran alone."""
+    return (
+        "the device has no memory for a step of this request alone: shorten the prompt, or start the server "
+        f"with less kv_memory_mb ({error})"
+    )
+
+
 def request_problem(request: Request, chain: "Chain", limit: int, remedy: str) -> str:
     """Field, value and remedy of the first thing that makes a request impossible to serve, or "".
 

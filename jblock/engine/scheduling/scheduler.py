@@ -2,20 +2,18 @@
 
 import collections
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from jblock.engine.config import EngineConfig
 from jblock.engine.kv_cache.host_offload import Rates
 from jblock.engine.kv_cache.manager import KVCacheManager
 from jblock.engine.kv_cache.page_pool import IdAllocator
 from jblock.engine.kv_cache.spec import KVShape, PageShape
+from jblock.engine.scheduling import fairness
 from jblock.engine.scheduling.fairness import VirtualTokenCounter, WaitingQueue
 from jblock.engine.scheduling.machine import Machine
 from jblock.engine.scheduling.sequence import SequenceState, WorkItem, chunk_for
 
-# A tenant with so many sequences running above its share gives one up to a tenant that has none: near its
-# share it would only lose what it computed.
-_MOST_ABOVE_SHARE = 2.0
 # Sequences that may be preempted at a time so that a tenant with nothing running begins.
 _MOST_YIELD = 8
 # Steps after which twice as many sequences may run, where the device had no memory for all.
@@ -80,8 +78,8 @@ class Scheduler:
     @property
     def prompts_in_flight(self) -> list[WorkItem]:
         """Chunks of prompts on their way through the blocks, those of the oldest sequence first."""
-        running = self.running.values()
-        return [s.item for s in running if s.item is not None and s.item.chunk > 1]
+        items = (s.item for s in self.running.values())
+        return [i for i in items if i is not None and i.chunk > 1 and not i.is_away]
 
     def admit(self, machine: Machine) -> None:
         """Starts waiting requests, those of the tenant that was served least first. One that lacks pages
@@ -90,6 +88,7 @@ class Scheduler:
         waits for that alone. A prompt is charged when it starts; what the cache has of it is free."""
         self._rates = machine.rates
         held: set[KVShape] = set()
+        opening = 0
         prefilling = [s for s in self.running.values() if s.computed < s.prefill]
         begin = min((s.prompt_work for s in prefilling), default=0.0)
         clocks = {s.request.tenant: 0.0 for s in prefilling}
@@ -103,7 +102,16 @@ class Scheduler:
             if sequence.constraint is not None and not sequence.constraint.ready:
                 continue
             tokens, limit = sequence.all_token_ids, sequence.shareable_tokens
-            if self.kv.prefix_in_flight(sequence.pages, tokens, limit):
+            # Agents must not wait for each other: a guest waits for nobody's prefix.
+            elsewhere = sequence.elsewhere
+            if not sequence.guest and self.kv.prefix_in_flight(sequence.pages, tokens, limit):
+                if elsewhere is not None:
+                    elsewhere.close()
+                continue
+            if elsewhere is not None and not elsewhere.ready:
+                if opening < self._max_running - len(self.running):
+                    elsewhere.open(self.kv.cached_tokens(sequence.pages, tokens, limit))
+                    opening += 1
                 continue
             computed = self._place(sequence)
             if computed is None:
@@ -112,6 +120,10 @@ class Scheduler:
                 held.update(sequence.pages.layers)
                 if self.waiting.all_want(held):
                     break
+                continue
+            if elsewhere is not None and computed != sequence.most_found:
+                self._give_back(sequence)  # Less is cached by now than was opened with.
+                elsewhere.close()
                 continue
             sequence.computed = computed
             sequence.adapter_slot = sequence.lease.slot
@@ -126,7 +138,10 @@ class Scheduler:
             self.running[sequence.request.request_id] = sequence
             self.counter.start(tenant)
             sequence.token_seconds = machine.decode_seconds(sequence.route)
-            self._charge_start(sequence, machine)
+            if sequence.guest is not None:
+                sequence.guest.admit(computed)
+            else:
+                self._charge_start(sequence, machine)
 
     def _charge_start(self, sequence: SequenceState, machine: Machine) -> None:
         """Charges what a sequence has to compute before it decodes. What it computed before it was preempted
@@ -156,8 +171,8 @@ class Scheduler:
         for left in reversed(range(_MOST_YIELD + 1)):
             if self._has_slot:
                 (slot,) = self._seq_slots.allocate(1)
-                tokens, limit = sequence.all_token_ids, sequence.shareable_tokens
-                computed = self.kv.admit(sequence.pages, slot, tokens, limit)
+                limit = min(sequence.shareable_tokens, sequence.most_found)
+                computed = self.kv.admit(sequence.pages, slot, sequence.all_token_ids, limit)
                 if computed is not None:
                     sequence.seq_slot = slot
                     return computed
@@ -167,40 +182,12 @@ class Scheduler:
         return None
 
     def _yield_to(self, sequence: SequenceState) -> bool:
-        """Preempts one sequence for one of a tenant with nothing running, if another tenant has some more
-        than its share."""
-        own = sequence.request
-        if self.counter.running(own.tenant):
-            return False
-        shapes = sequence.pages.layers.keys()
-        level = self.counter.level(own.tenant)
-        tenants = {s.request.tenant for s in self.running.values()}
-        rich = {name for name in tenants if self.counter.excess(name) >= _MOST_ABOVE_SHARE}
-        rivals = [
-            s
-            for s in self.running.values()
-            if s.request.tenant in rich
-            and s.request.priority >= own.priority
-            and self.counter.level(s.request.tenant) >= level
-            and (not self._has_slot or not shapes.isdisjoint(s.pages.layers))
-        ]
-        if not rivals:
-            return False
-        self.preempt(self._most_served(rivals))
-        return True
-
-    def _most_served(self, sequences: Sequence[SequenceState]) -> SequenceState:
-        """Of running sequences, oldest first, the one that gives way: of those with the least urgent priority
-        the youngest of the tenant that was served most. Tenants count as served alike where less than one
-        sequence lies between them: the youngest has least to lose."""
-        lowest = max(s.request.priority for s in sequences)
-        among = [s for s in sequences if s.request.priority == lowest]
-        level = self.counter.level
-        least = max(
-            level(s.request.tenant) - s.token_seconds * s.num_tokens / s.request.weight
-            for s in among
-        )
-        return [s for s in among if level(s.request.tenant) >= least][-1]
+        """Preempts one sequence for one of a tenant with nothing running, if another has too many."""
+        running, any_shape = self.running.values(), not self._has_slot
+        rivals = fairness.who_may_yield(self.counter, sequence, running, any_shape=any_shape)
+        if rivals:
+            self.preempt(fairness.most_served(self.counter, rivals))
+        return bool(rivals)
 
     def schedule(self, machine: Machine, prompt_seconds: float = math.inf) -> list[WorkItem]:
         """The next unit of work for each idle sequence: one decode token, or the next chunk of its prompt.
@@ -253,8 +240,8 @@ class Scheduler:
         served: collections.defaultdict[str, float] = collections.defaultdict(float)
         page_size, preemptions = self._page_size, self.preemptions
         for sequence in list(self.running.values()):
-            if sequence.item is not None or sequence.seq_slot < 0:
-                continue  # on its way, or preempted a moment ago
+            if sequence.item is not None or sequence.seq_slot < 0 or sequence.guest is not None:
+                continue  # on its way, preempted a moment ago, or sent by its home
             if sequence.constraint is not None and sequence.sits_out:
                 continue
             if sequence.computed < sequence.prefill:
@@ -310,7 +297,7 @@ class Scheduler:
         shapes = sequence.pages.layers.keys()
         while not self.kv.grow(sequence.pages, num_tokens):
             rivals = [s for s in self.running.values() if not shapes.isdisjoint(s.pages.layers)]
-            victim = self._most_served(rivals)
+            victim = fairness.most_served(self.counter, rivals)
             self.preempt(victim)
             if victim is sequence:
                 return False
@@ -321,7 +308,7 @@ class Scheduler:
         pool = self.kv.pools.get(shape)
         while pool is not None and pool.total - pool.num_free > count:
             rivals = [s for s in self.running.values() if s.pages.uses(shape)]
-            self.preempt(self._most_served(rivals))
+            self.preempt(fairness.most_served(self.counter, rivals))
 
     def end(self, sequence: SequenceState, *, poisoned: bool) -> None:
         """Forgets a sequence and takes back all it held; what a poisoned one computed is not found again."""
@@ -333,6 +320,8 @@ class Scheduler:
         elif self.waiting.get(sequence.request.request_id) is not None:
             self.waiting.remove(sequence)
             self.counter.withdraw(sequence.request.tenant)
+            if sequence.elsewhere is not None:
+                sequence.elsewhere.close()
             self.kv.drop_copy(sequence.pages)
 
     def preempt(self, sequence: SequenceState) -> None:
@@ -342,7 +331,8 @@ class Scheduler:
         self.preemptions += 1
         self._withdraw_item(sequence)
         written, rates, pages = sequence.written, self._rates, sequence.pages
-        if rates and rates.offload_pays(self.kv.copy_bytes(pages, written), written):
+        alone = sequence.elsewhere is None and sequence.guest is None
+        if alone and rates and rates.offload_pays(self.kv.copy_bytes(pages, written), written):
             self.offloads += self.kv.offload(pages, written)
         self._release(sequence, cache=True)
         self._wait_again(sequence)
@@ -376,11 +366,16 @@ class Scheduler:
         written = sequence.written
         if cache and self.kv.has_uncached(sequence.pages, written):
             self.kv.cache(sequence.pages, sequence.all_token_ids, written)
-        self.kv.release(sequence.pages)
         self.rows.free([sequence.row])
+        self._give_back(sequence)
+        sequence.computed, sequence.decode_item = 0, None
+        if sequence.elsewhere is not None:
+            sequence.elsewhere.close(poisoned=not cache)
+
+    def _give_back(self, sequence: SequenceState) -> None:
+        self.kv.release(sequence.pages)
         self._seq_slots.free([sequence.seq_slot])
         sequence.seq_slot = sequence.row = -1
-        sequence.computed, sequence.decode_item = 0, None
 
     def _withdraw_item(self, sequence: SequenceState) -> None:
         """Takes back what a sequence has on its way, wherever it waits: as if it had not been scheduled."""
@@ -395,6 +390,10 @@ class Scheduler:
             sequence.computed = item.start
 
     def _wait_again(self, sequence: SequenceState) -> None:
+        if sequence.guest is not None:
+            self.counter.end(sequence.request.tenant)
+            sequence.guest.end()
+            return
         sequence.was_preempted = True
         self.waiting.add(sequence)
         self.counter.preempt(sequence.request.tenant)

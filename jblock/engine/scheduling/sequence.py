@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,6 +21,40 @@ class Picked(NamedTuple):
     token: int
     logprob: float
     finite: bool
+
+
+class Elsewhere(Protocol):
+    """The spans of a sequence that lie on other agents, as its home sees them.
+
+    Attributes:
+      ready: all are open, and have the KV of the sequence's first `most_found` tokens.
+    """
+
+    ready: bool
+
+    def open(self, found: int) -> None:
+        """Asks for them to be opened, where they are not yet.
+
+        Args:
+          found: of so many leading tokens the KV is here.
+        """
+        ...
+
+    def close(self, *, poisoned: bool = False) -> None:
+        """Gives them up; what is poisoned is not what its tokens say."""
+        ...
+
+
+class Guest(Protocol):
+    """A span that lies here of a sequence whose home is another agent."""
+
+    def admit(self, found: int) -> None:
+        """It has its pages, and those of `found` leading tokens hold their KV."""
+        ...
+
+    def end(self, code: str = "", message: str = "") -> None:
+        """It lost what it held; with a code, for good."""
+        ...
 
 
 @dataclasses.dataclass(eq=False)
@@ -61,6 +95,9 @@ class SequenceState:
       decode_item: the item it decodes with, the same in every step; None until it has decoded since it was
         admitted.
       finished: its last output has been sent.
+      most_found: of how many leading tokens it may find the KV, at most: what other agents have too.
+      elsewhere: its spans on other agents; None: its chain lies here whole.
+      guest: it is a span of a sequence whose home is elsewhere, which sends what is to be computed.
     """
 
     request: Request
@@ -93,6 +130,9 @@ class SequenceState:
     item: "WorkItem | None" = None
     decode_item: "WorkItem | None" = None
     finished: bool = False
+    most_found: int = 2**62
+    elsewhere: Elsewhere | None = None
+    guest: Guest | None = None
 
     def __post_init__(self):
         route = self.route
@@ -153,6 +193,11 @@ class SequenceState:
         return (
             constraint is not None and not constraint.ready and self.sampled == len(self.generated)
         )
+
+    @property
+    def rests(self) -> bool:
+        """It waits for another agent."""
+        return self.guest is not None if self.item is None else self.item.is_away
 
     def take_back(self, item: "WorkItem") -> None:
         """Nothing was sampled for an item, which has to be computed once more."""
@@ -259,6 +304,7 @@ class WorkItem:
       entry: the boundary at which it enters its chain, its rows found there; None: at the embedding.
       seconds_left: of a chunk of a prompt: what it is expected to take from here; 0 if not known.
       allowance: how many of them it may use in this step.
+      is_away: it is on another agent.
     """
 
     sequence: SequenceState
@@ -274,6 +320,7 @@ class WorkItem:
     entry: Boundary | None = None
     seconds_left: float = 0.0
     allowance: float = math.inf
+    is_away: bool = False
 
     @property
     def stage(self) -> Stage:

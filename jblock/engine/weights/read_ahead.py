@@ -1,16 +1,18 @@
 """Reads what new chains need before a running engine is changed for them."""
 
 import contextlib
+import functools
 from collections.abc import Collection, Mapping, Sequence
 
 from jblock.blocks.spec import ComponentSpec
 from jblock.engine.adapters import compose
 from jblock.engine.api import UnknownChain
+from jblock.engine.weights.readers import Readers
 from jblock.zoo.records import Chain, NotFoundError, ZooError
 from jblock.zoo.store import Zoo
 
 # Where more chains come at once only their records are read, and tensors when they are asked for.
-MOST_CHAINS = 8
+_MOST_CHAINS = 8
 
 
 def find_chains(zoo: Zoo, models: Sequence[str]) -> list[Chain]:
@@ -56,6 +58,29 @@ def read_ahead(
         for delta in step.deltas if whole else ():
             zoo.load_delta(delta)
     return targets
+
+
+def read_new(
+    readers: Readers, zoo: Zoo, models: Sequence[str], served: Collection[str]
+) -> tuple[list[Chain], dict[ComponentSpec, frozenset[str]]]:
+    """The chains of some models and what they adapt, by spec; see `find_chains` and `read_ahead`. By itself,
+    so that storage that hangs holds up no other change, and tables are made for all that the new chains adapt
+    before any of them waits for its own.
+
+    Raises:
+      UnknownChain, ZooError, OSError: see there.
+    """
+    targets: dict[ComponentSpec, frozenset[str]] = {}
+    if not models:
+        return [], targets
+    find = functools.partial(find_chains, zoo, models)
+    chains: list[Chain] = readers.run("records", ", ".join(models), find)
+    for chain in chains:
+        whole = len(chains) <= _MOST_CHAINS
+        read = functools.partial(read_ahead, zoo, chain, served, whole=whole)
+        for spec, adapted in readers.run("records", chain.name, read).items():
+            targets[spec] = targets.get(spec, frozenset()) | adapted
+    return chains, targets
 
 
 def _find(zoo: Zoo, model: str, known: Collection[str]) -> Chain:

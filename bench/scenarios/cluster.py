@@ -1,0 +1,201 @@
+"""A model in spans on two processes of one core each, over one process of one core; and what a hop takes."""
+
+import argparse
+import dataclasses
+import queue
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.exactness import LOGIT_ERROR, logit_gap
+from bench.models import MODEL_250M, TINY, MemoryZoo, save
+from bench.report import progress
+from jblock.engine.api import Engine, Request, SamplingParams
+from jblock.engine.process.client import ProcessEngine
+from jblock.engine.process.seats import Seat, share_out
+from jblock.scheduler.pipeline import Pipeline
+
+_FACTORY = "jblock.engine.factory:build_engine"
+_AGENTS, _STREAMS = 2, 32
+_HOP_ROWS, _HOP_WIDTH = 32, 1024
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """`pipeline_ratio`: tokens/s of 64 streams on two agents over those of 32 streams on one. `identical`: of
+    the streams that both had, those with equal tokens, and `differ` those that part beyond the token rule."""
+    shape, tokens = (TINY, 8) if args.quick else (MODEL_250M, 64)
+    zoo = MemoryZoo(shape)
+    chain = zoo.add_base("base")
+    few = _requests(shape.vocab_size, _STREAMS, tokens)
+    many = _requests(shape.vocab_size, _AGENTS * _STREAMS, tokens)
+    with tempfile.TemporaryDirectory(prefix="jblock-") as folder:
+        kwargs: dict[str, Any] = {
+            "zoo": str(save(zoo, Path(folder, "zoo"))),
+            "executable_cache": str(args.cache),
+            "kv_memory_mb": 600,
+            "max_num_seqs": _AGENTS * _STREAMS,
+            "decode_sizes": [8, 16, 32, 64],
+            "prefill_grids": [[4, 64]],
+        }
+        seats = share_out(_AGENTS, 1)
+        one = _serve(ProcessEngine(_FACTORY, kwargs, seat=Seat(seats[0].cores[:1])), few)
+        progress(f"one agent: {one.tokens_per_second:.1f} tokens/s")
+
+        def start(agent: int, served: Sequence[str], notify: Any) -> ProcessEngine:
+            own = {**kwargs, "span_agent": agent, "span_agents": _AGENTS, "span_folder": folder}
+            seat = Seat(seats[agent].cores[:1], seats[agent].environment)
+            return ProcessEngine(_FACTORY, own, seat=seat, notify=notify)
+
+        two = _serve(Pipeline(start, _AGENTS), many)
+        progress(f"two agents: {two.tokens_per_second:.1f} tokens/s")
+    gaps = _gaps(zoo, chain, few, one.tokens, two.tokens)
+    return {
+        "failed": one.failed + two.failed,
+        "identical": len(few) - len(gaps),
+        "differ": sum(gap >= 10 * LOGIT_ERROR for gap in gaps),
+        "pipeline_ratio": round(two.tokens_per_second / one.tokens_per_second, 3),
+        "hop_ms_socket_idle": round(hop_ms(20 if args.quick else 500), 4),
+        "compiles_on_serving_path": one.compiles + two.compiles,
+        "detail": {
+            "tokens_per_second": [round(m.tokens_per_second, 1) for m in (one, two)],
+            "streams": [len(few), len(many)],
+        },
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Served:
+    """What requests brought.
+
+    Attributes:
+      tokens: by request id.
+      failed: requests that did not run to their length.
+      tokens_per_second: while every stream had its first token and none its last.
+      compiles: programs compiled while they waited.
+    """
+
+    tokens: dict[str, list[int]]
+    failed: int
+    tokens_per_second: float
+    compiles: int
+
+
+def _serve(engine: Engine, requests: Sequence[Request]) -> _Served:
+    """Sends requests twice, for a first time brings what is learned by running; closes the engine."""
+    try:
+        engine.models()
+        while engine.stats().compiles_in_background and _grew(engine):
+            pass
+        _once(engine, requests)
+        return _once(engine, requests)
+    finally:
+        engine.close()
+
+
+def _grew(engine: Engine) -> bool:
+    """Whether programs were compiled within a second."""
+    before = engine.stats().compiles_in_background
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end:
+        engine.poll(0.1)
+    return engine.stats().compiles_in_background > before
+
+
+def _once(engine: Engine, requests: Sequence[Request]) -> _Served:
+    tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}
+    waiting, ended, failed = set(tokens), set(), 0
+    counted, begin, seconds = 0, 0.0, 0.0
+    for request in requests:
+        engine.submit(request)
+    while len(ended) < len(tokens):
+        for output in engine.poll(1.0):
+            now = time.monotonic()
+            tokens[output.request_id] += output.token_ids
+            waiting.discard(output.request_id)
+            if output.finish_reason:
+                ended.add(output.request_id)
+                failed += output.finish_reason != "length"
+            if waiting:
+                begin = now
+            elif seconds == 0.0:
+                counted += len(output.token_ids)
+                if ended:
+                    seconds = now - begin
+    return _Served(tokens, failed, counted / seconds, engine.stats().compiles_on_serving_path)
+
+
+def _requests(vocab: int, count: int, tokens: int) -> list[Request]:
+    rng = np.random.default_rng(0)
+    sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    return [
+        Request(
+            request_id=f"r{i}",
+            model="base",
+            token_ids=tuple(int(t) for t in rng.integers(0, vocab, 32)),
+            sampling=sampling,
+        )
+        for i in range(count)
+    ]
+
+
+def _gaps(zoo: Any, chain: Any, requests: Sequence[Request], one: Any, two: Any) -> list[float]:
+    """For each request with other tokens, how near the two best logits were where they part."""
+    gaps = []
+    for request in requests:
+        a, b = one[request.request_id], two[request.request_id]
+        if a != b:
+            same = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
+            gaps.append(logit_gap(zoo, chain, (*request.token_ids, *a[:same])))
+    return gaps
+
+
+def hop_ms(rounds: int) -> float:
+    """Half of the median time in which rows go to another process and come back, both idle."""
+    from jblock.engine.spans.messages import Gone, RowItem, Rows
+    from jblock.engine.spans.sockets import SocketPort
+    from jblock.parallel.placement import SINGLE
+
+    values = np.zeros((_HOP_ROWS, _HOP_WIDTH), np.float32)
+    items = tuple(RowItem(key=i, span=0, start=100, q_len=1, chunk=1) for i in range(_HOP_ROWS))
+    message = Rows(width=_HOP_WIDTH, items=items)
+    received: queue.SimpleQueue = queue.SimpleQueue()
+    with tempfile.TemporaryDirectory(prefix="jblock-") as folder:
+        home = SocketPort(0, Path(folder), SINGLE)
+        home.listen(lambda *sent: received.put(sent))
+        command = "import sys; from bench.scenarios.cluster import echo; echo(sys.argv[1])"
+        child = subprocess.Popen([sys.executable, "-c", command, folder], stdin=subprocess.PIPE)
+        try:
+            assert received.get(timeout=120)[:2] == (1, Gone())
+            times = []
+            for _ in range(rounds):
+                begin = time.perf_counter()
+                home.send(1, message, values)  # type: ignore[arg-type]
+                received.get(timeout=60)
+                times.append(time.perf_counter() - begin)
+            return 1e3 * statistics.median(times) / 2
+        finally:
+            home.close()
+            child.communicate()
+
+
+def echo(folder: str) -> None:
+    """The other process of `hop_ms`: sends rows back until its standard input ends."""
+    from jblock.engine.spans.messages import Rows
+    from jblock.engine.spans.sockets import SocketPort
+    from jblock.parallel.placement import SINGLE
+
+    port = SocketPort(1, Path(folder), SINGLE)
+
+    def back(sender: int, message: Any, rows: Any) -> None:
+        if isinstance(message, Rows):
+            port.send(sender, message, rows)
+
+    port.listen(back)
+    sys.stdin.read()
