@@ -7,7 +7,7 @@ export JAX_PLATFORMS ?= cpu
 # The tests start many processes: each would compile all of our modules again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-long compilers clients serve lint proto clean
+.PHONY: demo test test-long soak compilers clients serve lint proto clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
@@ -27,6 +27,11 @@ test: $(VENV)/.installed lint
 test-long: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m long tests
 
+# Half an hour of more than a server can do, while everything around it changes; `make soak MINUTES=5` is shorter.
+MINUTES ?= 30
+soak: $(VENV)/.installed
+	PYTHONPATH=. $(BIN)/python tests/serving/soak.py --minutes $(MINUTES)
+
 # The kernels' cycles, counted in what the real compilers emit; an environment of its own, so that `make test` is
 # as quick as without them.
 compilers:
@@ -34,10 +39,12 @@ compilers:
 	$(VENV)-compilers/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,compile]'
 	$(VENV)-compilers/bin/python -m pytest -m compilers tests
 
-# Clients as others publish them, against the server; an environment of its own, since what they need is much.
+# Clients as others publish them, against the server, and the chat templates of published packages; an environment
+# of its own, since what they need is much.
 clients:
 	$(PYTHON) -m venv $(VENV)-clients
 	$(VENV)-clients/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' openai langchain-openai 'lm-eval[api]' 'tritonclient[grpc]' guidellm
+	$(VENV)-clients/bin/python -m pip install --quiet --disable-pip-version-check --no-deps trl axolotl
 	$(VENV)-clients/bin/python -m pytest -m clients tests/clients
 
 serve: $(VENV)/.installed
