@@ -144,17 +144,6 @@ def _numbers(name: str, word: str, example: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def share_of_agent(arguments: dict[str, Any], agents: int) -> dict[str, Any]:
-    """The arguments of each of several agents on one machine: memory that is stated is of all together, and
-    so are the engine's own numbers for the host's."""
-    config = EngineConfig()
-    stated = {"host_kv_memory_mb": config.host_kv_memory_mb, "host_cache_mb": config.host_cache_mb}
-    stated |= {
-        n: arguments[n] for n in (*stated, "kv_memory_mb", "weights_memory_mb") if n in arguments
-    }
-    return {**arguments, **{name: -(-total // agents) for name, total in stated.items()}}
-
-
 def _check_models(names: list[str]) -> None:
     """Whether a list of chains names some, each once."""
     if not names or not all(names):

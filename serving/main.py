@@ -1,27 +1,19 @@
 """`jblock-serve`: serves the models of a zoo over gRPC."""
 
 import asyncio
-import dataclasses
 import gc
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from typing import Any
 
 from absl import app, flags
 
 from jblock.engine import api
-from jblock.engine.process.client import ProcessEngine
-from jblock.engine.process.seats import share_out
 from jblock.engine.process.server import load_factory
 from jblock.engine.process.supervisor import SupervisedEngine
-from jblock.parallel.rules import MeshShape
-from jblock.scheduler.cluster import Cluster
-from jblock.scheduler.pipeline import Pipeline
-from serving import addresses, config_file
-from serving.engine_flags import engine_kwargs, share_of_agent
+from serving import addresses, config_file, engine_processes
+from serving.engine_flags import engine_kwargs
 from serving.server import Server, ServerConfig, serve
 from serving.tenants import EVERYBODY
 from serving.tenants_file import TenantsFile
@@ -29,7 +21,6 @@ from serving.tls import Certificates
 
 # What supervisors and terminals send: stop, Ctrl-C, Ctrl-\\, and that the terminal was closed.
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
-_FACTORY = "jblock.engine.factory:build_engine"
 
 _HOST = flags.DEFINE_string(
     "host", "127.0.0.1", "Address to listen on: of IPv4, IPv6, a name, or unix:PATH."
@@ -154,46 +145,6 @@ async def _serve(config: ServerConfig, engine: api.Engine) -> bool:
     return drained
 
 
-def _start(kwargs: dict[str, Any], served: Sequence[str], **options: Any) -> ProcessEngine:
-    """An engine process that serves these ("name@version"), or of none what the flags say."""
-    if served:
-        names = {model.partition("@")[0] for model in served}
-        pinned = [name for name in kwargs.get("pinned", ()) if name in names]
-        kwargs = {**kwargs, "models": list(served), "pinned": pinned}
-    return ProcessEngine(_FACTORY, kwargs, heartbeat_seconds=_HEARTBEAT.value, **options)
-
-
-def _cluster(kwargs: dict[str, Any], agents: int, folder: str) -> Cluster | Pipeline:
-    """So many agents on this machine; with `pp`, of one pipeline. Their sockets lie in the folder.
-
-    Raises:
-      ValueError: `pp` is another number.
-    """
-    mesh = MeshShape.parse(kwargs.get("mesh", ""))
-    share = share_of_agent(kwargs, agents)
-    if mesh.pp > 1:
-        if mesh.pp != agents or mesh.dp > 1:
-            raise ValueError(
-                f"mesh {str(mesh)!r}: its pp agents are the processes of --agents={agents}; give pp={agents} "
-                "and no dp"
-            )
-        mesh = dataclasses.replace(mesh, pp=1)
-        share |= {"mesh": str(mesh), "span_agents": agents, "span_folder": folder}
-    seats = share_out(agents, mesh.size)
-
-    def start(agent: int, served: Sequence[str], notify: Callable[[], None]) -> ProcessEngine:
-        own = dict(share)
-        if "profiler_port" in own:
-            own["profiler_port"] += agent
-        if "span_folder" in own:
-            own["span_agent"] = agent
-        return _start(own, served, seat=seats[agent], notify=notify)
-
-    if "span_folder" in share:
-        return Pipeline(start, agents)
-    return Cluster(start, agents, models=kwargs.get("models", ()))
-
-
 def main(argv: list[str]) -> int:
     """Runs the server; returns the exit code: 0, 1 if the engine fails and cannot be replaced, 2 on bad
     configuration."""
@@ -229,11 +180,15 @@ def main(argv: list[str]) -> int:
                     raise ValueError(
                         f"agents: {_AGENTS.value} of them are processes; give --engine=process"
                     )
-                engine = _cluster(kwargs, _AGENTS.value, folder)
+                engine = engine_processes.start_agents(
+                    kwargs, _AGENTS.value, folder, _HEARTBEAT.value
+                )
             elif _ENGINE.value == "process":
-                engine = SupervisedEngine(lambda served: _start(kwargs, served))
+                engine = SupervisedEngine(
+                    lambda served: engine_processes.start_engine(kwargs, served, _HEARTBEAT.value)
+                )
             else:
-                engine = load_factory(_FACTORY)(**kwargs)
+                engine = load_factory(engine_processes.FACTORY)(**kwargs)
             asyncio.run(_serve(config, engine))
     except (ValueError, OSError) as error:
         print(f"jblock-serve: {error}", file=sys.stderr)

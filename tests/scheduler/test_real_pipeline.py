@@ -14,7 +14,7 @@ from jblock.engine import api
 from jblock.engine.process.client import ProcessEngine
 from jblock.engine.process.seats import share_out
 from jblock.scheduler.pipeline import Pipeline
-from serving.main import _cluster
+from serving.engine_processes import start_agents
 
 ROOT = Path(__file__).parent.parent.parent
 BASE, ADAPTER = "demo-1m", "demo-1m-largest-lora12"
@@ -103,4 +103,4 @@ def test_answers_are_those_of_one_agent(kwargs, agents, kill):
 @pytest.mark.parametrize("mesh", ["pp=3", "dp=2,pp=2"])
 def test_another_number_of_agents_is_refused(mesh):
     with pytest.raises(ValueError, match="give pp=2"):
-        _cluster({"mesh": mesh}, 2, "")
+        start_agents({"mesh": mesh}, 2, "", 0.0)

@@ -82,6 +82,10 @@ def serving(engine: api.Engine, *, warm: bool = True, **config: Any) -> Iterator
         running.stop()
 
 
+# What `mock` serves, in the order of lists.
+MODELS = ("adapter", "broken", "echo", "ids", "lora", "rounded", "small")
+
+
 def mock(folder: Path, **options: Any) -> MockEngine:
     """A mock with a text model, an ids-only one, and ones that err."""
     text = {"vocab_size": VOCAB_SIZE, "tokenizer_path": save_tokenizer(folder)}

@@ -24,7 +24,7 @@ CASES = {
     "unknown model": (
         ask(model="nobody"),
         "NOT_FOUND",
-        "model: 'nobody' is not served; choose one of adapter, broken, echo, ids, rounded, small",
+        "model: 'nobody' is not served; choose one of adapter, broken, echo, ids, lora, rounded, small",
     ),
     "no prompt": (
         pb.GenerateRequest(model="echo"),
@@ -275,7 +275,7 @@ def test_bad_configuration(fields, message):
 
 def test_a_stub_of_the_proto_needs_no_more(fast):
     answer = jblock_pb2_grpc.ModelsStub(fast.channel).List(pb.ListModelsRequest())
-    assert len(answer.models) == 6
+    assert len(answer.models) == len(harness.MODELS)
 
 
 def test_details_name_the_field_or_when_to_come_back(fast, slow):

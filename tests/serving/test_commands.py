@@ -22,7 +22,7 @@ SERVE = """
 import signal
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 import serving.main as m
-m._FACTORY = 'served_mock:build_engine'
+m.engine_processes.FACTORY = 'served_mock:build_engine'
 m.run()
 """
 

@@ -205,9 +205,7 @@ def test_an_async_stream_left_early_is_cancelled(slow):
             await stream.aclose()
             assert await client.health() == "SERVING"
             assert (await client.generate("echo", [300], max_tokens=1)).token_ids == (300,)
-            assert [m.name for m in await client.models()] == sorted(
-                ["adapter", "broken", "echo", "ids", "rounded", "small"]
-            )
+            assert tuple(m.name for m in await client.models()) == harness.MODELS
             assert (await client.model("echo")).version == 3
 
     asyncio.run(leave())
@@ -266,14 +264,7 @@ def test_a_deadline_ends_the_work(slow, method):
 
 
 def test_models(fast):
-    assert [m.name for m in fast.client.models()] == [
-        "adapter",
-        "broken",
-        "echo",
-        "ids",
-        "rounded",
-        "small",
-    ]
+    assert tuple(m.name for m in fast.client.models()) == harness.MODELS
     echo = fast.client.model("echo")
     assert (echo.version, echo.family, echo.vocab_size) == (3, "mock", harness.VOCAB_SIZE)
     assert (echo.max_model_len, echo.has_tokenizer) == (1024, True)

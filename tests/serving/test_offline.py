@@ -23,7 +23,7 @@ def test_many_prompts_in_their_order(llm):
     answers = llm.generate(prompts, model="echo", max_tokens=5)
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer.token_ids == tuple(byte_level().encode(prompt).ids[:5])
-    assert llm.models == ("adapter", "broken", "echo", "ids", "rounded", "small")
+    assert llm.models == harness.MODELS
 
 
 def test_one_prompt_of_text_or_ids(llm):

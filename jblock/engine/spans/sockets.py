@@ -62,7 +62,10 @@ class SocketPort:
     def listen(self, receive: Receive) -> None:
         """See `Port`."""
         self._receive = receive
-        run = self._accept if self.agent == HOME else self._connect
+        run = self._connect
+        if self.agent == HOME:
+            server = self._bind()
+            run = lambda: self._accept(server)
         threading.Thread(target=run, name="spans-connect", daemon=True).start()
 
     def close(self) -> None:
@@ -73,12 +76,20 @@ class SocketPort:
         for link in links:
             link.close()
 
-    def _accept(self) -> None:
-        if os.path.exists(self._path):
+    def _bind(self) -> socket.socket:
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)  # of a home that was here before
-        with socket.socket(socket.AF_UNIX) as server:
+        server = socket.socket(socket.AF_UNIX)
+        try:
             server.bind(self._path)
             server.listen()
+        except OSError:
+            server.close()
+            raise
+        return server
+
+    def _accept(self, server: socket.socket) -> None:
+        with server:
             server.settimeout(_LOOK_SECONDS)
             while not self._closing.is_set():
                 try:
