@@ -120,7 +120,7 @@ _NO_SERVING = {
 # Start processes that compile everything, or several engines.
 _LONG = {"coldstart", "kv", "peers", "stalls", "registry", "restart", "front", "fairness", "host"}
 _LONG |= {"lora", "overlap", "oversubscription", "roofline", "block_tax", "deltas", "structured"}
-_LONG.add("cluster")
+_LONG |= {"cluster", "kernels"}
 _MARKS = {name: pytest.mark.long for name in _LONG} | {"cycles": pytest.mark.compilers}
 
 
@@ -182,6 +182,7 @@ def test_sharing_says_the_same_as_one_model_each(quick):
     assert line["sharing"]["weight_bytes_ratio"] < 0.7
 
 
+@pytest.mark.long
 def test_compressed_deltas_keep_to_their_budget(quick):
     line = quick("deltas")
     assert {r["setting"] for r in line["compressed"]} == {"all, 1/8"}
@@ -232,6 +233,7 @@ def test_a_killed_conversion_repeats_nothing_it_had_finished(quick):
     )
 
 
+@pytest.mark.long
 def test_oversubscribed_all_finish(quick):
     line = quick("oversubscription")
     figures = line["oversubscription"]
@@ -274,6 +276,7 @@ def test_idle_time_is_what_no_span_covers():
     assert overlap.gaps(spans, 0.0, 25.0)[-1] == (20.0, 25.0)
 
 
+@pytest.mark.long
 def test_the_device_is_neither_always_idle_nor_always_busy(quick):
     figures = quick("overlap")["overlap"]
     assert all(0 < idle < 1 for idle in figures.values())

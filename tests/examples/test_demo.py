@@ -195,6 +195,7 @@ def test_a_part_of_the_demo_twice(tmp_path):
             assert name in done.stdout
 
 
+@pytest.mark.long
 def test_wrong_answers_fail_the_demo(tmp_path):
     data = json.loads((ROOT / "examples" / "reference.json").read_text())
     items = [i for i in data["items"] if i["model"] == "demo-1m-add"][:4]
