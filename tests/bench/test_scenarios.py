@@ -70,7 +70,7 @@ KEYS = {
     },
     "restart": {"restart"},
     "cluster": {"failed", "identical", "differ", "pipeline_ratio", "hop_ms_socket_idle"},
-    "cycles": {"cycles"},
+    "cycles": {"tpu", "h200"},
 }
 
 
