@@ -24,8 +24,7 @@ ENGINE = (
     ("loop", "compile_tiers"),
     ("model_updates",),
     ("engine",),
-    ("replicas",),
-    ("pipeline",),
+    ("groups",),
     ("factory",),
 )
 # jblock.engine.process stands beside all of that: it imports the boundary alone.

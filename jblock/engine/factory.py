@@ -13,13 +13,13 @@ from jblock.engine.api import Engine
 from jblock.engine.config import EngineConfig
 from jblock.engine.engine import ThreadEngine
 from jblock.engine.graph.span_placement import even_spans
-from jblock.engine.pipeline import PipelineEngine
+from jblock.engine.groups.pipeline import PipelineEngine
+from jblock.engine.groups.replicas import DataParallelEngine
 from jblock.engine.programs.executable_cache import (
     ExecutableCache,
     default_folder,
     environment,
 )
-from jblock.engine.replicas import DataParallelEngine
 from jblock.engine.spans.sockets import SocketPort
 from jblock.pallas_kernels import backends, self_test
 from jblock.parallel.placement import Placement

@@ -7,27 +7,17 @@ imports jax.
 """
 
 import concurrent.futures
-import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 from jblock.engine import api
+from jblock.engine.groups.together import models_of_all, serve_on_all, stats_of_pipeline
 from jblock.engine.process.client import ProcessEngine
 from jblock.engine.process.supervisor import SupervisedEngine
 
 # How often agents are looked at while one is not up.
 _LOOK_SECONDS = 0.05
-# What lies on some agent; other counters and gauges are the home's.
-_OF_ALL = (
-    "resident_bytes",
-    "host_bytes",
-    "compiles_on_serving_path",
-    "compiles_in_background",
-    "pages_free",
-    "pages_total",
-    "restarts",
-)
 
 Start = Callable[[int, Sequence[str], Callable[[], None]], ProcessEngine]
 """Starts a process of this agent that serves these chains ("name@version"; none: those of its configuration),
@@ -79,16 +69,7 @@ class Pipeline(api.Engine):
           ValueError: the factory refused its arguments.
           EngineDied: an agent ended before it was warm, or cannot be brought back.
         """
-        lengths: dict[str, int] = {}
-        for agent in self._agents:
-            for info in agent.models():
-                lengths[info.name] = min(
-                    lengths.get(info.name, info.max_model_len), info.max_model_len
-                )
-        return tuple(
-            dataclasses.replace(info, max_model_len=lengths[info.name])
-            for info in self._home.models()
-        )
+        return models_of_all(self._agents)
 
     def submit(self, request: api.Request) -> None:
         """Hands a request to the home; never blocks."""
@@ -131,23 +112,12 @@ class Pipeline(api.Engine):
           UnknownChain, ValueError: an agent refused; nothing changed.
           EngineDied: an agent's process died over this change, which is not made again.
         """
-        before = [f"{m.name}@{m.version}" for m in self._home.models()]
-        changed = []
-        try:
-            for agent in reversed(self._agents):
-                agent.serve(models, base)
-                changed.append(agent)
-        except Exception:
-            for agent in changed:
-                agent.serve(before)
-            raise
+        serve_on_all(reversed(self._agents), models, base)
         return self.models()
 
     def stats(self) -> api.EngineStats:
         """Counters and gauges of the home; what lies on agents, of all of them."""
-        stats = [agent.stats() for agent in self._agents]
-        sums = {name: sum(getattr(s, name) for s in stats) for name in _OF_ALL}
-        return dataclasses.replace(stats[0], **sums)
+        return stats_of_pipeline(*(agent.stats() for agent in self._agents))
 
     def agents(self) -> tuple[api.AgentStatus, ...]:
         """Each agent by itself."""

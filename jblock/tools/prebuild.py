@@ -14,9 +14,9 @@ import jax
 from jblock.engine.config import EngineConfig
 from jblock.engine.graph.build import assemble
 from jblock.engine.graph.graph import ServingGraph
+from jblock.engine.groups.replicas import group_config, group_placements
 from jblock.engine.programs.executable_cache import ExecutableCache
 from jblock.engine.programs.keys import ProgramKey
-from jblock.engine.replicas import group_config, group_placements
 from jblock.engine.runner.runner import Runner
 from jblock.parallel.placement import Placement
 from jblock.parallel.targets import CHIPS, Target

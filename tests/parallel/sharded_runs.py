@@ -36,9 +36,9 @@ from jblock.adapt.quantization import quantize_chain  # noqa: E402
 from jblock.blocks.quant_spec import QuantSpec  # noqa: E402
 from jblock.engine.config import EngineConfig  # noqa: E402
 from jblock.engine.engine import ThreadEngine  # noqa: E402
+from jblock.engine.groups.pipeline import PipelineEngine  # noqa: E402
+from jblock.engine.groups.replicas import DataParallelEngine  # noqa: E402
 from jblock.engine.kv_cache import free_memory  # noqa: E402
-from jblock.engine.pipeline import PipelineEngine  # noqa: E402
-from jblock.engine.replicas import DataParallelEngine  # noqa: E402
 from jblock.engine.runner.runner import Runner  # noqa: E402
 from jblock.zoo.store import Zoo  # noqa: E402
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jblock.blocks.spec import AttentionSpec, FfnSpec, RopeSpec
 from jblock.engine.config import EngineConfig
-from jblock.engine.replicas import group_config, group_placements
+from jblock.engine.groups.replicas import group_config, group_placements
 from jblock.parallel.axes import tensor_axes
 from jblock.parallel.rules import MeshShape, ShardingRules
 from jblock.parallel.spread import FILL, columns, kv_heads, query_heads, spread

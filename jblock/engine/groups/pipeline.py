@@ -8,22 +8,13 @@ from jblock.engine.api import Engine, EngineStats, ModelInfo, Output, ReportRunn
 from jblock.engine.config import EngineConfig
 from jblock.engine.engine import ThreadEngine
 from jblock.engine.graph.span_placement import HOME, Place, even_spans
+from jblock.engine.groups.replicas import group_config, group_placements
+from jblock.engine.groups.together import models_of_all, serve_on_all, stats_of_pipeline
 from jblock.engine.programs.executable_cache import ExecutableCache
-from jblock.engine.replicas import group_config, group_placements
 from jblock.engine.spans.port import LocalPort
 from jblock.parallel.placement import Placement
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
-
-# What lies on some agent; other counters and gauges are the home's.
-_OF_ALL = (
-    "resident_bytes",
-    "host_bytes",
-    "compiles_on_serving_path",
-    "compiles_in_background",
-    "pages_free",
-    "pages_total",
-)
 
 
 class PipelineEngine(Engine):
@@ -78,16 +69,7 @@ class PipelineEngine(Engine):
 
     def models(self) -> tuple[ModelInfo, ...]:
         """The served chains, each with the length that every agent can serve."""
-        lengths: dict[str, int] = {}
-        for engine in self._agents.values():
-            for info in engine.models():
-                lengths[info.name] = min(
-                    lengths.get(info.name, info.max_model_len), info.max_model_len
-                )
-        return tuple(
-            dataclasses.replace(info, max_model_len=lengths[info.name])
-            for info in self._home.models()
-        )
+        return models_of_all(reversed(self._agents.values()))
 
     def submit(self, request: Request) -> None:
         """Hands a request to its home."""
@@ -114,25 +96,15 @@ class PipelineEngine(Engine):
 
     def stats(self) -> EngineStats:
         """Counters and gauges of the home; what lies on agents, of all of them."""
-        stats = {agent: engine.stats() for agent, engine in self._agents.items()}
-        sums = {name: sum(getattr(s, name) for s in stats.values()) for name in _OF_ALL}
-        return dataclasses.replace(stats[HOME], **sums)
+        others = [engine.stats() for agent, engine in self._agents.items() if agent != HOME]
+        return stats_of_pipeline(self._home.stats(), *others)
 
     def serve(
         self, models: Sequence[str], base: Sequence[str] | None = None
     ) -> tuple[ModelInfo, ...]:
         """Serves exactly these chains; see `ThreadEngine.serve`. Where one agent cannot, those before it go
         back."""
-        before = [f"{m.name}@{m.version}" for m in self._home.models()]
-        changed = []
-        try:
-            for engine in self._agents.values():
-                engine.serve(models, base)
-                changed.append(engine)
-        except Exception:
-            for engine in changed:
-                engine.serve(before)
-            raise
+        serve_on_all(self._agents.values(), models, base)
         return self.models()
 
     def wait_until_warm(self) -> None:

@@ -16,6 +16,7 @@ import jax
 from jblock.engine.api import Engine, EngineStats, ModelInfo, Output, ReportRunning, Request
 from jblock.engine.config import EngineConfig
 from jblock.engine.engine import ThreadEngine
+from jblock.engine.groups.together import models_of_all, serve_on_all
 from jblock.engine.programs.executable_cache import ExecutableCache
 from jblock.engine.scheduling.fairness import VirtualTokenCounter
 from jblock.engine.stats_records import total
@@ -58,11 +59,7 @@ class DataParallelEngine(Engine):
 
     def models(self) -> tuple[ModelInfo, ...]:
         """The served chains, each with the length that every group can serve."""
-        of_groups = [engine.models() for engine in self._engines]
-        return tuple(
-            dataclasses.replace(same[0], max_model_len=min(m.max_model_len for m in same))
-            for same in zip(*of_groups, strict=True)
-        )
+        return models_of_all(self._engines)
 
     def submit(self, request: Request) -> None:
         """Hands a request to the group with the fewest open ones."""
@@ -126,16 +123,7 @@ class DataParallelEngine(Engine):
     ) -> tuple[ModelInfo, ...]:
         """Serves exactly these chains in every group; see `ThreadEngine.serve`. Where one group cannot, those
         before it go back."""
-        before = [f"{m.name}@{m.version}" for m in self._engines[0].models()]
-        changed = []
-        try:
-            for engine in self._engines:
-                engine.serve(models, base)
-                changed.append(engine)
-        except Exception:
-            for engine in changed:
-                engine.serve(before)
-            raise
+        serve_on_all(self._engines, models, base)
         return self.models()
 
     def wait_until_warm(self) -> None:
