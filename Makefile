@@ -22,7 +22,7 @@ demo: $(VENV)/.installed
 # in test-long with it.
 test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not long and not compilers and not clients' tests
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m 'not long and not compilers and not clients' tests
 
 test-long: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m long tests

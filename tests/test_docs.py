@@ -105,8 +105,13 @@ def started(fence: Fence, folder: Path, environment: dict[str, str]) -> Iterator
         process.wait(30)
 
 
+def page_with_commands(page: Path):
+    """The README in `make test`, all others in `make test-long`: they train and compile."""
+    return pytest.param(page, marks=[pytest.mark.long] * (page.name != "README.md"), id=page.name)
+
+
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if any(f.runs for f in fences(p))], ids=lambda p: p.name
+    "page", [page_with_commands(p) for p in PAGES if any(f.runs for f in fences(p))]
 )
 def test_the_marked_commands_of_a_page_work(page, tmp_path, shell):
     with socket.socket() as probe:

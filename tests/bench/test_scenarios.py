@@ -120,7 +120,7 @@ _NO_SERVING = {
 # Start processes that compile everything, or several engines.
 _LONG = {"coldstart", "kv", "peers", "stalls", "registry", "restart", "front", "fairness", "host"}
 _LONG |= {"lora", "overlap", "oversubscription", "roofline", "block_tax", "deltas", "structured"}
-_LONG |= {"cluster", "kernels"}
+_LONG |= {"cluster", "hotswap", "kernels"}
 _MARKS = {name: pytest.mark.long for name in _LONG} | {"cycles": pytest.mark.compilers}
 
 
@@ -260,6 +260,7 @@ def test_a_prefix_seen_before_is_not_computed_again(quick):
     assert detail["prompt_tokens_computed"] == 3 * (128 + 3 * 16)
 
 
+@pytest.mark.long
 def test_swapping_fails_nothing_and_gives_memory_back(quick):
     line = quick("hotswap")
     assert line["hotswap"]["failed"] == 0

@@ -1,5 +1,7 @@
 """The mixture of experts against a plain sum over experts, and rows that do not feel each other."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,13 +156,13 @@ def test_experts_that_are_split_go_through_the_grouped_kernel_too(monkeypatch):
         return Mixture(spec, router, {}, parts, expert_axes=axes)(x, rows)
 
     x = jnp.asarray(rng.standard_normal((32, HIDDEN)), jnp.float32)
-    wanted = run(x, experts, ())
+    wanted = jax.jit(functools.partial(run, axes=()))(x, experts)
     monkeypatch.setattr(grouped, "has_kernels", lambda platform: True)
     monkeypatch.setattr(grouped, "multiply", multiply)
     split = [
         {n: jnp.stack([experts[i][n], experts[2 + i][n]]) for n in experts[0]} for i in range(2)
     ]
-    got = jax.vmap(lambda e: run(x, e, ("ep",)), axis_name="ep")(split)
+    got = jax.jit(jax.vmap(lambda e: run(x, e, ("ep",)), axis_name="ep"))(split)
     assert calls == [2, 2, 2]
     for part in got:
         np.testing.assert_allclose(part[:19], wanted[:19], atol=2e-5)

@@ -72,6 +72,7 @@ def files(words, steps=6):
     return [*options, "--tokens", 512, "--row_tokens", 64, "--batch_tokens", 256, "--json"]
 
 
+@pytest.mark.long
 def test_one_stitch_joins_at_two_depths_and_a_kill_changes_nothing(pair, words, monkeypatch):
     command = [
         "stitch",

@@ -125,7 +125,9 @@ def test_a_healthy_process_with_nothing_to_say_is_left_alone(supervised):
     assert engine.pid == pid and engine.stats().restarts == 0 and reader.failure is None
 
 
-@pytest.mark.parametrize("how", ["kill_token", "freeze_token"])
+@pytest.mark.parametrize(
+    "how", ["kill_token", pytest.param("freeze_token", marks=pytest.mark.long)]
+)
 def test_of_24_the_one_that_ends_processes_is_refused_alone(supervised, how):
     limit = {"heartbeat_seconds": 2.0} if how == "freeze_token" else {}
     engine, reader, _ = supervised(**limit, **{how: KILLER, "fatal_after": 6})

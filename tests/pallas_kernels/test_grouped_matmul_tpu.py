@@ -147,8 +147,8 @@ def test_variants_without_rows_are_not_read():
 
 @pytest.mark.parametrize(
     "model, tokens",
-    [pytest.param(MIXTRAL, 2048, marks=LONG), (LLAMA, 2048)],
-    ids=["experts", "fine-tunes"],
+    [pytest.param(MIXTRAL, 2048, marks=LONG), pytest.param(LLAMA, 2048, marks=LONG), (LLAMA, 512)],
+    ids=["experts", "fine-tunes", "fine-tunes of few rows"],
 )
 def test_prefill_of_variants_computes_little_more_than_it_must(model, tokens):
     rows = tokens * (model.top_k or 1)

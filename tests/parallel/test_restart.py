@@ -68,22 +68,18 @@ def answers(engine: SupervisedEngine, asked: list[Request], kills: int) -> dict[
     return tokens
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "mesh,models",
     [
         ("tp=2", (BASE, ADAPTER)),
-        *(
-            pytest.param(mesh, models, marks=pytest.mark.long)
-            for mesh, models in (
-                ("dp=2", (BASE, ADAPTER)),
-                ("ep=2", (BASE, EXPERTS)),
-                ("tp=4", (BASE, ADAPTER)),
-                ("ep=2,tp=2", (BASE, EXPERTS)),
-                ("dp=2,tp=2", (BASE, ADAPTER)),
-                ("tp=8", (BASE, ADAPTER)),
-                ("dp=4,ep=2", (BASE, EXPERTS)),
-            )
-        ),
+        ("dp=2", (BASE, ADAPTER)),
+        ("ep=2", (BASE, EXPERTS)),
+        ("tp=4", (BASE, ADAPTER)),
+        ("ep=2,tp=2", (BASE, EXPERTS)),
+        ("dp=2,tp=2", (BASE, ADAPTER)),
+        ("tp=8", (BASE, ADAPTER)),
+        ("dp=4,ep=2", (BASE, EXPERTS)),
     ],
 )
 def test_streams_go_on_over_kills(zoo, tmp_path, monkeypatch, mesh, models):
