@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.outcome import Outcome, added, lines, progress_of
+from jblock.zoo.records import printable
 
 
 def compress(args: argparse.Namespace) -> Outcome:
@@ -251,7 +252,7 @@ def _model(model: Any) -> dict[str, Any]:
 def warn(problems: list[str]) -> None:
     """Tells on stderr what could not be read; the command goes on."""
     for problem in dict.fromkeys(problems):
-        print(f"jblock-convert: warning: {problem}", file=sys.stderr)
+        print(f"jblock-convert: warning: {printable(problem)}", file=sys.stderr)
 
 
 def equivalence(args: argparse.Namespace) -> Outcome:

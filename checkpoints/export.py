@@ -27,7 +27,7 @@ from checkpoints.safetensors_file import TensorInfo, parse_header, unpack_tensor
 from checkpoints.source import TOKENIZER_LIST, Source
 from checkpoints.tokenizer import FILES as TOKENIZER_FILES
 from jblock.families import Plan, families
-from jblock.zoo import disk
+from jblock.zoo import codec, disk
 from jblock.zoo.ids import raw_bytes
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
@@ -132,12 +132,7 @@ def _check_config(chain: Chain, small: Mapping[str, bytes]) -> None:
     )
     if name not in small:
         return
-    try:
-        found = json.loads(small[name])
-    except ValueError as e:
-        raise CheckpointError(
-            f"{chain.name}@{chain.version} keeps a {name} that is none: {e}"
-        ) from e
+    found = codec.parse_json(small[name], f"{name} of {chain.name}@{chain.version}")
     if found != expected:
         raise CheckpointError(
             f"{chain.name}@{chain.version} keeps another {name} than it was made from: nothing was written; "
@@ -208,7 +203,7 @@ def _tokenizer(zoo: Zoo, chain: Chain, small: dict[str, bytes]) -> dict[str, byt
     if listed is not None:
         try:
             return {n: files[n] for n in json.loads(listed)}
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, TypeError, ValueError, RecursionError) as e:
             raise CheckpointError(
                 f"{chain.name}@{chain.version} lists tokenizer files that it does not have: {e}"
             ) from e

@@ -10,6 +10,7 @@ from absl import app, logging
 from checkpoints import arguments
 from checkpoints.errors import BAD_INPUT
 from jblock.command import program
+from jblock.zoo.records import printable
 
 # Commands that run on an accelerator where there is one.
 _COMPUTE = {"compress", "quantize", "quantise", "measure", "equivalence", "stitch", "surrogate"}
@@ -55,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
     except (*BAD_INPUT, OSError) as e:
         if args.json:
             print(json.dumps({"error": str(e)}))
-        print(f"{_program(sys.argv[0])}: error: {e}", file=sys.stderr)
+        print(f"{_program(sys.argv[0])}: error: {printable(str(e))}", file=sys.stderr)
         return 2
     finally:
         logging.set_verbosity(verbosity)

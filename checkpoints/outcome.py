@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from checkpoints.progress import Progress
+from jblock.zoo.records import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ def lines(*texts: str) -> Callable[[], None]:
 
     def show() -> None:
         for text in texts:
-            print(text)
+            print(printable(text))
 
     return show
 

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from checkpoints.progress import size
+from jblock.zoo.records import printable
 
 __all__ = ["size"]
 
@@ -20,8 +21,10 @@ def table(*columns: str) -> Table:
 
 
 def console() -> Console:
-    """Where tables go: as wide as the terminal, and in a pipe or a file as wide as they are."""
-    return Console() if sys.stdout.isatty() else Console(width=100_000)
+    """Where tables go: as wide as the terminal, and in a pipe or a file as wide as they are. Brackets and
+    colons in names are just that."""
+    width = None if sys.stdout.isatty() else 100_000
+    return Console(width=width, markup=False, emoji=False)
 
 
 def print_chains(data: dict[str, Any]) -> None:
@@ -58,25 +61,19 @@ def _totals(totals: dict[str, Any]) -> str:
 
 def print_history(data: dict[str, Any]) -> None:
     """A line for everything that was done to a model, and its versions."""
-    table = Table("time", "user", "action", "version", "active then", "from", box=None)
+    rows = table("time", "user", "action", "version", "active then", "from")
     for line in data["history"]:
         known = [f"{k} {line[k]}" for k in ("source", "revision", "license", "alias") if k in line]
-        table.add_row(
-            str(line.get("time", "")),
-            str(line.get("user", "")),
-            str(line.get("action", "")),
-            str(line.get("version", "")),
-            str(line.get("active") or ""),
-            ", ".join(known),
-        )
-    console = Console()
-    console.print(table)
+        fields = [str(line.get(k) or "") for k in ("time", "user", "action", "version", "active")]
+        rows.add_row(*map(printable, (*fields, ", ".join(known))))
+    out = console()
+    out.print(rows)
     for row in data["versions"]:
         names = [a for a, v in data["aliases"].items() if v == row["version"]]
         state = ["active"] if row["version"] == data["active"] else []
         notes = f" ({', '.join([*state, *names])})" if state or names else ""
         digest = f": {row['digest'][:16]}" if row["digest"] else ""
-        console.print(f"{data['name']}@{row['version']}{notes}{digest}", highlight=False)
+        out.print(f"{data['name']}@{row['version']}{notes}{digest}", highlight=False)
 
 
 def print_inventory(data: dict[str, Any], name: str | None, details: bool) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from jblock.zoo.records import printable
+
 # Seconds between two lines about the same work, where no bars are drawn.
 LINE_SECONDS = 10.0
 
@@ -35,7 +37,7 @@ class Progress:
     def note(self, text: str) -> None:
         """One line for the user."""
         if not self.quiet:
-            print(text, file=sys.stderr)
+            print(printable(text), file=sys.stderr)
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -68,7 +70,7 @@ def _drawn(*columns: Any) -> Any:
     from rich.console import Console
 
     return progress.Progress(
-        progress.TextColumn("{task.description}"),
+        progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
         *columns,
         progress.TimeRemainingColumn(),

@@ -10,6 +10,8 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from jblock.zoo import codec
+
 FORM = "tokenizer.json.form"
 """Of a folder of kept files: tokenizer.json as it was, without vocabulary and merges."""
 DEFLATED = "tokenizer.json.z"
@@ -86,7 +88,7 @@ def file_of(kept: Mapping[str, bytes], serving: bytes) -> bytes:
     if FORM in kept:
         try:
             return _restored(kept[FORM], serving)
-        except (AttributeError, KeyError, TypeError) as e:
+        except (AttributeError, KeyError, TypeError, RecursionError) as e:
             raise ValueError(f"{FORM} does not fit its tokenizer: {e}") from e
     if DEFLATED in kept:
         inflater = zlib.decompressobj()
@@ -101,8 +103,10 @@ def file_of(kept: Mapping[str, bytes], serving: bytes) -> bytes:
 
 
 def _restored(kept: bytes, serving: bytes) -> bytes:
-    form = json.loads(kept)
+    form = codec.parse_json(kept, FORM)
     model = json.loads(serving)["model"]
+    if form["indent"] not in (None, 2):
+        raise ValueError(f"indent {form['indent']!r}")
     pretty, data = form["indent"] == 2, form["data"]
     if not isinstance(data.get("model"), dict) or "vocab" not in data["model"]:
         raise ValueError("no vocabulary")

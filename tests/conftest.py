@@ -4,7 +4,12 @@ import os
 import shutil
 import tempfile
 
+from hypothesis import HealthCheck, settings
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# How fast examples are drawn, and run, is how busy the machine is: no test fails for that.
+settings.register_profile("jblock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("jblock")
 
 
 def pytest_configure(config) -> None:

@@ -2,6 +2,7 @@
 
 import json
 
+import msgspec
 import numpy as np
 
 from jblock.blocks.delta_spec import LoraSpec, LoraTarget
@@ -11,6 +12,7 @@ from jblock.blocks.spec import (
     NormSpec,
     UnembeddingSpec,
 )
+from jblock.zoo.pointer import entry_of
 from jblock.zoo.records import Chain, Step
 
 VOCAB, HIDDEN = 8, 4
@@ -58,6 +60,16 @@ def fill(zoo, name="m", seed=0):
             source={"a": [1, 2.5, None]},
         )
     )
+
+
+def fit_record(zoo, name):
+    """Makes a model's pointer say of its first version what the record says, as a hostile zoo's does."""
+    data = (zoo.path / "chains" / name / "1.json").read_bytes()
+    path = zoo.path / "chains" / name / "model.json"
+    model = json.loads(path.read_text())
+    entry = msgspec.to_builtins(entry_of(Chain.from_json(json.loads(data)), data))
+    model["versions"] = [entry if e["version"] == 1 else e for e in model["versions"]]
+    path.write_text(json.dumps(model))
 
 
 def forget_records(zoo, name):

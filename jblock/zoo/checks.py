@@ -8,6 +8,9 @@ from jblock.blocks.delta_spec import DeltaSpec
 from jblock.blocks.spec import LAYER_KINDS, ComponentSpec, EmbeddingSpec, StitchSpec
 from jblock.zoo.records import POLICIES, Chain, DamagedError, NewerError
 
+PACKED = ("gptq", "awq", "fp8", "compressed-tensors", "bitsandbytes")
+"""`quant_method` of the published checkpoints whose packed weights are taken as they are."""
+
 # Command that made a chain of another one -> the least policy it can have.
 _COMMANDS = {
     "compress": "near",
@@ -84,9 +87,12 @@ def content_policy(
     found = ["exact"]
     if any(isinstance(spec, StitchSpec) for spec in specs):
         found.append("adaptive")
-    # Weights that came packed from their maker are that model's own, and exact.
-    packed = "packed" in chain.derived and "command" not in chain.derived
-    if not packed and any(getattr(spec, "quant", None) is not None for spec in specs):
+    # Weights that came packed from their maker are that model's own, and exact: no files of theirs are kept,
+    # and no model of a zoo was the original.
+    own_files = chain.base is None and chain.source_files is not None
+    packed = chain.derived.keys() == {"packed"} and not own_files
+    method = chain.derived["packed"].get("quant_method") if packed else None
+    if method not in PACKED and any(getattr(spec, "quant", None) is not None for spec in specs):
         found.append("near")
     if any(isinstance(d, (LowRankSpec, BitDeltaSpec)) for each in deltas for d in each):
         found.append("near")

@@ -10,7 +10,7 @@ import stat
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 from jblock.blocks.compressed_spec import BitDeltaSpec, LowRankSpec
 from jblock.blocks.delta_spec import KINDS as DELTA_KINDS
@@ -34,6 +34,7 @@ _ID = re.compile(r"[0-9a-f]{64}")
 RECORD_BYTES = 64 << 20
 """A record of the zoo, or a small file of a model (a tokenizer), has at most so many bytes."""
 _MOST_BYTES = 1 << 42  # of the tensors of one component; more is no model
+_MOST_VALUES = 1 << 20  # of a JSON file: parsed, each takes up to a hundred bytes
 DAMAGE = (
     SpecError,
     ZooError,
@@ -249,13 +250,25 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     Raises:
       DamagedError: something else.
     """
+    check_values(data, where)
     try:
-        found = json.loads(data, parse_constant=_no_constant)
+        found = json.loads(data, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as e:
         raise DamagedError(f"{where} holds no JSON ({e}): the zoo is damaged; run fsck") from e
     if not isinstance(found, dict):
         raise DamagedError(f"{where} holds {type(found).__name__}, expected an object: run fsck")
     return found
+
+
+def check_values(data: bytes, where: str) -> None:
+    """Checks that JSON does not hold so many values that they would fill memory.
+
+    Raises:
+      DamagedError: it does.
+    """
+    count = data.count(b",") + data.count(b"[") + data.count(b"{")
+    if count > _MOST_VALUES:
+        raise DamagedError(f"{where} holds {count} values, at most {_MOST_VALUES} are read")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -305,7 +318,12 @@ def read_file(path: str | Path, limit: int = RECORD_BYTES) -> bytes:
         ) from e
 
 
-def _no_constant(text: str) -> None:
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_constant(text)
+
+
+def _no_constant(text: str) -> Never:
     raise ValueError(f"{text} is no number")
 
 

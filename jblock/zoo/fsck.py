@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from jblock.zoo import codec, edges, registry
-from jblock.zoo.objects import KINDS, check_folder, check_hash
+from jblock.zoo.objects import KINDS, check_folder
 from jblock.zoo.pointer import entry_of
 from jblock.zoo.records import (
     Chain,
@@ -183,13 +183,7 @@ def _delta(zoo: Zoo, id_: str, done: Callable[[int], None]) -> None:
 
 def _chain(zoo: Zoo, chain: Chain) -> None:
     zoo.check_chain(chain)
-    for index, id_ in chain.whole.items():
-        step = chain.steps[int(index)]
-        record = zoo.component(step.component)
-        tensors = zoo.load_component(step.component)
-        for delta in step.deltas:
-            tensors |= zoo.load_delta(delta)
-        check_hash(id_, codec.component_header(dataclasses.replace(record, refs={})), tensors)
+    zoo.check_whole(chain)
     if chain.base is not None:
         name, version = split_version(chain.base)
         lost = registry.read(zoo.storage, name).lost.get(version)

@@ -10,7 +10,14 @@ from typing import Any
 from jblock.zoo import codec, edges, registry
 from jblock.zoo.acceptance import AcceptancePolicy, violations
 from jblock.zoo.pointer import ORIGIN, Model, check_record
-from jblock.zoo.records import Chain, ComponentRecord, DeltaRecord, TensorRecord, ZooError
+from jblock.zoo.records import (
+    Chain,
+    ComponentRecord,
+    DeltaRecord,
+    TensorRecord,
+    ZooError,
+    printable,
+)
 from jblock.zoo.store import Zoo
 
 
@@ -165,7 +172,7 @@ def _chain(
         "policy": chain.policy,
         "made_from": chain.derived.get("chain"),
         "derived": chain.derived,
-        "origin": {k: str(chain.origin[k]) for k in ORIGIN if k in chain.origin},
+        "origin": {k: printable(str(chain.origin[k])) for k in ORIGIN if k in chain.origin},
         "tokenizer": chain.tokenizer,
         "max_position": chain.max_position,
         "vocab_size": chain.vocab_size,

@@ -1,11 +1,15 @@
 """What an interrupted conversion had finished, so that the next try goes on from there.
 
-A journal maps parts of the work to the ids they became. It is only a hint: whoever reads it checks that
-the id is in the zoo. It keeps what it names from being removed for a day.
+A journal maps parts of the work to the ids they became. Whoever reads it checks that the id is in the zoo,
+but not that it is what the part becomes: so only what this user wrote, and nobody else may write to, is
+believed. It keeps what it names from being removed for a day.
 """
 
+import contextlib
 import json
 import os
+import secrets
+import stat
 import time
 from pathlib import Path
 
@@ -33,23 +37,36 @@ class Journal:
         """
         self._path = root / FOLDER / f"{codec.check_id(key)}.json"
         self.ids: dict[str, str] = {}
-        if self._path.exists():
-            try:
-                data = codec.read_json(self._path)
-                self.ids = {str(k): codec.check_id(v) for k, v in data.items()}
-            except ZooError:
-                pass
+        with contextlib.suppress(OSError, ZooError):
+            self.ids = _read_own(self._path)
 
     def write(self, scratch: Path) -> None:
         """Puts what is finished on the disk."""
         if not self._path.parent.exists():
             self._path.parent.mkdir(exist_ok=True)
             disk.share(self._path.parent, self._path.parent.parent)
-        disk.write_atomic(self._path, json.dumps(self.ids).encode(), scratch)
+        aside = scratch / secrets.token_hex(8)
+        disk.write_new(aside, json.dumps(self.ids).encode())
+        aside.chmod(0o644)
+        os.replace(aside, self._path)
+        disk.fsync_path(self._path.parent)
 
     def remove(self) -> None:
         """Forgets it: the work is done, or was given up."""
         self._path.unlink(missing_ok=True)
+
+
+def _read_own(path: Path) -> dict[str, str]:
+    """The journal at `path`, if this user wrote it and nobody else may; raises OSError or ZooError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(fd, "rb") as f:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+            return {}
+        if found.st_mode & 0o022 or found.st_size > codec.RECORD_BYTES:
+            return {}
+        data = codec.parse_json(f.read(found.st_size), str(path))
+    return {str(k): codec.check_id(v) for k, v in data.items()}
 
 
 def named(root: Path) -> set[str]:

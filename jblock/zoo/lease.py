@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import pwd
+import re
 import secrets
 import shutil
 import sys
@@ -30,8 +31,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from jblock.zoo import disk
-from jblock.zoo.records import ZooError
+from jblock.zoo import codec, disk
+from jblock.zoo.records import NotFoundError, ZooError, printable
 
 SECONDS = 60.0
 """How long a lease outlives the last sign of its holder."""
@@ -41,6 +42,10 @@ MAX_WAIT_SECONDS = 90.0
 
 _HEARTBEATS = 6  # in the life of a lease
 _TELL_SECONDS = 2.0  # of waiting, before it is said for whom
+_MOST_SECONDS = 3600.0  # that a lease can ask for
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+# What reading JSON that anybody may have written can raise.
+_ODD = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
 _MARK = "lease"
 _NEW_MARK = "lease.new"
 USES = "uses"
@@ -235,8 +240,8 @@ def describe(folder: Path) -> str:
     try:
         said = json.loads((folder / _MARK).read_bytes()[:4096])
         what = f" ({said['purpose']})" if said.get("purpose") else ""
-        return f"process {said['pid']} of {said['user']} on {said['node']}{what}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return printable(f"process {said['pid']} of {said['user']} on {said['node']}{what}")
+    except (OSError, *_ODD):
         return f"another process (lease {folder.name})"
 
 
@@ -255,15 +260,16 @@ def _numbers(locks: Path) -> list[int]:
 def _holder(tmp: Path, lock: Path) -> str | None:
     """The name of the lease that holds a lock; None when it is free."""
     try:
-        name = Path(lock.read_text()).name
-        if not name and _now(tmp) - lock.lstat().st_mtime > SECONDS:
-            return None  # its maker died before it wrote
-    except FileNotFoundError:
+        found = codec.read_file(lock, 256).decode(errors="replace")
+    except NotFoundError:
         return "?"  # passed on in the meantime: look again
-    except OSError:
-        # Of another user with a private umask: nobody but its age tells whether it is held.
-        return "?" if _now(tmp) - lock.lstat().st_mtime <= SECONDS else None
+    except ZooError:
+        found = ""  # of another user with a private umask, or no file
+    name = found if _NAME.fullmatch(found) else ""
     if not name:
+        # Nobody but its age tells whether it is held: its maker may have died before it wrote.
+        with contextlib.suppress(FileNotFoundError):
+            return "?" if _now(tmp) - lock.lstat().st_mtime <= SECONDS else None
         return "?"
     if not os.path.lexists(tmp / name):
         return None
@@ -284,7 +290,8 @@ def _expired(folder: Path, now: float) -> bool:
             try:
                 at = os.fstat(fd).st_mtime
                 said = json.loads(os.read(fd, 4096) or b"{}")
-                seconds = min(max(float(said.get("seconds", SECONDS)), 0.0), 3600.0)
+                told = float(said.get("seconds", SECONDS))
+                seconds = min(told, _MOST_SECONDS) if told >= 0 else SECONDS
                 if said.get("host") and said["host"] == _host():
                     # Shared, which reading is enough for: its holder's own is exclusive.
                     fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -293,7 +300,7 @@ def _expired(folder: Path, now: float) -> bool:
                 os.close(fd)
     except BlockingIOError:
         pass  # its holder lives, but may stand still
-    except (ValueError, TypeError, AttributeError):
+    except _ODD:
         pass  # half written
     except OSError:
         return False  # gone already

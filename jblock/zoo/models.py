@@ -1,12 +1,13 @@
 """The models of a zoo: their versions, which is active, and whether what they name is there and fits."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from jblock.blocks.spec_json import canonical_json
 from jblock.zoo import checks, codec, registry
-from jblock.zoo.objects import Objects
+from jblock.zoo.objects import Objects, check_hash
 from jblock.zoo.pointer import Model, check_alias
 from jblock.zoo.records import Chain, DamagedError, NotFoundError, ZooError, check_name
 from jblock.zoo.storage import Changes
@@ -176,6 +177,22 @@ class Models(Objects):
                 self.component(component)
         checks.check_steps(chain, specs, deltas)
         self._check_there(chain)
+
+    def check_whole(self, chain: Chain) -> None:
+        """Checks that the components which a chain says some of its steps are made up of are what these
+        make: they are what its digest covers. Reads those steps' tensors.
+
+        Raises:
+          DamagedError: they make something else.
+        """
+        for index, id_ in chain.whole.items():
+            step = chain.steps[int(index)]
+            record = self.component(step.component)
+            tensors = self.load_component(step.component)
+            for delta in step.deltas:
+                tensors |= self.load_delta(delta)
+            header = codec.component_header(dataclasses.replace(record, refs={}))
+            check_hash(id_, header, tensors)
 
     def _check_there(self, chain: Chain) -> None:
         wanted = {f"components/{s.component}" for s in chain.steps}

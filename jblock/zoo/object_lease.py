@@ -12,9 +12,9 @@ import threading
 import time
 from typing import Protocol
 
-from jblock.zoo import lease
+from jblock.zoo import codec, lease
 from jblock.zoo.lease import LeaseLostError, LockedError
-from jblock.zoo.records import NotFoundError, ZooError
+from jblock.zoo.records import NotFoundError, ZooError, printable
 
 _HEARTBEATS = 6  # in the life of a lease
 _TELL_SECONDS = 2.0  # of waiting, before it is said for whom
@@ -119,7 +119,7 @@ class BucketLease:
 
     def _held(self, number: int) -> str:
         try:
-            holder = self._storage.read(f"locks/{number}", 256).decode()
+            holder = self._storage.read(f"locks/{number}", 256).decode(errors="replace")
             said = self._storage.read(f"tmp/{holder}/lease", 4096)
         except NotFoundError:
             return ""
@@ -131,8 +131,9 @@ class BucketLease:
     def _describe(self, holder: str) -> str:
         try:
             said = json.loads(self._storage.read(f"tmp/{holder}/lease", 4096))
-            return f"process {said['pid']} of {said['user']} on {said['node']} ({said['purpose']})"
-        except (ZooError, ValueError, KeyError, TypeError):
+            text = f"process {said['pid']} of {said['user']} on {said['node']} ({said['purpose']})"
+            return printable(text)
+        except (ZooError, *codec.DAMAGE):
             return f"another process (lease {holder})"
 
     def _heartbeat(self) -> None:
@@ -154,5 +155,5 @@ def _of_ended(said: bytes) -> bool:
         found = json.loads(said)
         here = found["space"] and found["space"] == lease.process_space()
         return bool(here) and type(found["pid"]) is int and lease.has_ended(found["pid"])
-    except (ValueError, KeyError, TypeError):
+    except codec.DAMAGE:
         return False  # of an older version

@@ -193,7 +193,7 @@ def _old_places(folder: Path, records: Mapping[str, TensorRecord]) -> dict[str, 
         with _open(folder / name / ".zarray") as f:
             try:
                 found = json.loads(f.read(4096))
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 raise _damaged(folder / name / ".zarray", str(e)) from e
         if not isinstance(found, dict) or {k: found.get(k) for k in description} != description:
             raise _damaged(folder / name / ".zarray", f"{found}, expected {description}")

@@ -17,7 +17,7 @@ import msgspec
 
 from jblock.blocks.spec_json import canonical_json
 from jblock.zoo import codec, lease
-from jblock.zoo.records import Chain, DamagedError, NewerError, ZooError
+from jblock.zoo.records import Chain, DamagedError, NewerError, ZooError, printable
 
 NAMED = 16  # digits of each id in `Entry.named`
 ORIGIN = ("source", "revision", "license", "date")
@@ -62,7 +62,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     versions: list[Entry]
     lost: list[_Lost]
     aliases: dict[str, _Number]
-    history: list[dict[str, Any]]
+    history: list[dict[str, str | int | None]]
 
 
 _DECODER = msgspec.json.Decoder(_File)
@@ -95,7 +95,7 @@ class Model:
     history: tuple[Mapping[str, Any], ...] = ()
     state: Any = None
 
-    def did(self, action: str, version: int, **more: Any) -> "Model":
+    def did(self, action: str, version: int, **more: str | None) -> "Model":
         """The model with one more line of history, about what it is now."""
         line = {
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -103,7 +103,7 @@ class Model:
             "action": action,
             "version": version,
             "active": self.active,
-            **{k: v for k, v in more.items() if v is not None},
+            **{k: printable(v) for k, v in more.items() if v is not None},
         }
         return dataclasses.replace(self, history=(*self.history, line))
 
@@ -135,6 +135,7 @@ class Model:
           NewerError: a field that this version does not know.
           DamagedError: it is something else.
         """
+        codec.check_values(data, where)
         try:
             found = _DECODER.decode(data)
             versions = {e.version: e for e in found.versions}
@@ -182,7 +183,7 @@ def entry_of(chain: Chain, data: bytes) -> Entry:
         base=chain.base,
         made_from=None if made_from is None else str(made_from),
         policy=chain.policy,
-        origin={k: str(chain.origin[k]) for k in ORIGIN if k in chain.origin},
+        origin={k: printable(str(chain.origin[k])) for k in ORIGIN if k in chain.origin},
     )
 
 

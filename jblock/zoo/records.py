@@ -14,7 +14,7 @@ POLICIES = ("exact", "near", "adaptive")
 """What a chain promises: identical components only; substitutes measured to be nearly equal, or lossy codecs;
 substitutes with a measured cost. Each takes in those before it."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(?:\.[A-Za-z0-9_-]+)*")
 
 
 class ZooError(ValueError):
@@ -273,14 +273,15 @@ class Chain:
                 f"chain record: eos_token_ids {list(chain.eos_token_ids)} are not all under vocab_size "
                 f"{chain.vocab_size}: the zoo is damaged; run fsck"
             )
-        if not all(i.isdecimal() and int(i) < len(chain.steps) for i in chain.whole):
+        if not all(_INDEX.fullmatch(i) and int(i) < len(chain.steps) for i in chain.whole):
             raise DamagedError("chain record: whole names a step that is not there; run fsck")
         return chain
 
 
 _CHAIN_FIELDS = {f.name for f in dataclasses.fields(Chain)}
 _HEX = re.compile(r"[0-9a-f]{64}")
-VERSION_NAME = re.compile(r"([^@]+)@([1-9][0-9]{0,8})")
+_INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
+VERSION_NAME = re.compile(rf"({_NAME.pattern})@([1-9][0-9]{{0,8}})")
 """name@version."""
 
 
@@ -294,6 +295,18 @@ def _is_number(value: Any) -> bool:
 
 def _is_json(value: Any) -> bool:
     return isinstance(value, dict)
+
+
+def _is_derived(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    chain, packed = value.get("chain", "x@1"), value.get("packed", {})
+    return (
+        isinstance(chain, str)
+        and VERSION_NAME.fullmatch(chain) is not None
+        and isinstance(value.get("command", ""), str)
+        and isinstance(packed, dict)
+    )
 
 
 def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -324,7 +337,10 @@ _CHAIN_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "generation": (_is_json, "an object"),
     "source": (_is_json, "an object"),
     "adapter": (_is_json, "an object"),
-    "derived": (_is_json, "an object"),
+    "derived": (
+        _is_derived,
+        "an object whose chain is NAME@VERSION, command text and packed an object",
+    ),
     "policy": (lambda v: v in POLICIES, f"one of {', '.join(POLICIES)}"),
     "origin": (_is_json, "an object"),
     "whole": (
@@ -332,6 +348,14 @@ _CHAIN_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "an object of ids",
     ),
 }
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal and in one line: control characters, and bytes of paths that are no Unicode, as
+    escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def split_version(text: str) -> tuple[str, int]:

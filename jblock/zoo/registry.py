@@ -30,6 +30,7 @@ from jblock.zoo.storage import Changes, Storage
 
 POINTER = "model.json"
 _OLD_POINTER = "current"  # of zoos of format 1: the number of the active version
+_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 _VERSION_FILE = re.compile(r"([1-9][0-9]{0,8})\.json")
 _ORIGIN = ("source", "revision", "license")  # of a chain's origin, what history tells
 
@@ -230,7 +231,7 @@ def resolve(model: Model, text: str) -> int:
     Raises:
       NotFoundError: the model has no such version or alias.
     """
-    if text.isdecimal() and int(text) in model.versions:
+    if _NUMBER.fullmatch(text) and int(text) in model.versions:
         return int(text)
     if text in model.aliases:
         return model.aliases[text]

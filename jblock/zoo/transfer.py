@@ -79,6 +79,7 @@ def _copy(
     if at in above or len(above) > _MOST_BASES:
         raise DamagedError(f"{' is on '.join((*above, at))}: bases that name each other; run fsck")
     source.check_chain(chain)
+    source.check_whole(chain)
     copied: list[Copied] = []
     fields = chain.to_json() | {"version": 0}
     if chain.base is not None:
