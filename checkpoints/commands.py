@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.outcome import Outcome, added, lines, progress_of
-from jblock.zoo.records import printable
+from jblock.zoo.records import ZooError, printable
 
 
 def compress(args: argparse.Namespace) -> Outcome:
@@ -110,7 +110,6 @@ def inspect(args: argparse.Namespace) -> Outcome:
     """Shows what a model is made of and what it shares, or the whole zoo."""
     from checkpoints import printing
     from jblock.zoo.inventory import inventory
-    from jblock.zoo.records import ZooError
     from jblock.zoo.store import Zoo
 
     zoo = Zoo.open(args.zoo)
@@ -384,7 +383,11 @@ def rm(args: argparse.Namespace) -> Outcome:
         removed = [f"edge {id_}"]
     else:
         removed = gc.remove(zoo, *name_and_version(args.name), problems)
-    nbytes = sum(g.nbytes for g in gc.collect(zoo, dry_run=True, problems=problems))
+    nbytes = 0
+    try:
+        nbytes = sum(g.nbytes for g in gc.collect(zoo, dry_run=True, problems=problems))
+    except ZooError as e:
+        problems.append(str(e))  # what was to go is gone
     warn(problems)
     last = f"{size(nbytes)} are used by nothing now: 'jblock convert gc --delete' frees them"
     data = {"removed": removed, "garbage_bytes": nbytes}

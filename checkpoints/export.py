@@ -62,6 +62,7 @@ def export(
     """
     zoo = Zoo.open(zoo_path)
     chain = zoo.chain(name, version)
+    zoo.check_chain(chain)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is there and not empty: give a new folder")
     if chain.base is None and chain.derived:  # an adapter on such a model is what it was

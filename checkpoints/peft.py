@@ -51,7 +51,7 @@ def convert(
     config, source = open_adapter(source_path)
     if name == base.name:
         raise CheckpointError(f"--name {name!r} is the base itself: give the adapter its own name")
-    _check_base(zoo, base, base_named_by(config))
+    _check_base(zoo, base, base_named_by(config), progress)
     planned = plan_adapter(zoo, base, config, source)
     tokenizer = read_tokenizer(source_path)
     small = source.small_files(SMALL_FILES, tokenizer.given if tokenizer else ())
@@ -129,10 +129,18 @@ def _put_step(
     return dataclasses.replace(step, deltas=step.deltas + deltas)
 
 
-def _check_base(zoo: Zoo, base: Chain, named: str) -> None:
+def _check_base(zoo: Zoo, base: Chain, named: str, progress: Progress) -> None:
+    """Refuses a base of another name than the adapter says, if the zoo has one of that; tells where nothing
+    says that the base is the one that the adapter was made for."""
     declared = named.rstrip("/").rsplit("/", 1)[-1]
     if declared != base.name and declared in zoo.chains():
         raise CheckpointError(
             f"adapter_config.json: the base is {named!r}, which this zoo "
             f"holds as {declared!r}, but --base is {base.name!r}: give --base {declared}"
+        )
+    came_from = str(base.origin.get("source", "")).rstrip("/")
+    if declared not in ("", base.name, came_from.rsplit("/", 1)[-1]):
+        progress.note(
+            f"adapter_config.json: the base is {named!r}, and {base.name}@{base.version} came from "
+            f"{came_from!r}: nothing says that they are the same model"
         )

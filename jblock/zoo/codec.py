@@ -312,10 +312,15 @@ def read_file(path: str | Path, limit: int = RECORD_BYTES) -> bytes:
             raise DamagedError(
                 f"{path} is a link: a zoo holds everything itself; replace it by a copy"
             ) from e
-        raise UnreadableError(
-            f"{path} cannot be read ({e.strerror}): check its permissions and the disk; nothing says "
-            "that it is damaged"
-        ) from e
+        raise unreadable(path, e) from e
+
+
+def unreadable(path: str | Path, e: OSError) -> UnreadableError:
+    """The error for what is there and cannot be read."""
+    return UnreadableError(
+        f"{path} cannot be read ({e.strerror}): check its permissions and the disk; nothing says that it is "
+        "damaged"
+    )
 
 
 def _finite(text: str) -> float:

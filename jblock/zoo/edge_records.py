@@ -5,18 +5,18 @@ import hashlib
 import importlib.metadata
 import math
 import platform
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from jblock.blocks.spec_json import canonical_json
 from jblock.zoo import codec
-from jblock.zoo.records import Step, ZooError
+from jblock.zoo.records import VERSION_NAME, NewerError, Step, ZooError
 
 FOLDER = "edges"
 """The zoo's folder of edges."""
 
 _SIDES = ("original", "substitute")
+_MOST = 1 << 60  # the size of a number that an edge holds
 KINDS = {
     "equivalent": "near",  # a component of another model, measured to do about the same
     "quantized": "near",  # made from the original's own weights by a lossy codec
@@ -162,7 +162,7 @@ class Edge:
             )
         if self.probe is not None:
             codec.check_id(self.probe.digest)
-        if self.chain is not None and not re.fullmatch(r"[^@]+@[1-9][0-9]{0,8}", self.chain):
+        if self.chain is not None and not VERSION_NAME.fullmatch(self.chain):
             raise ZooError(f"edge: chain {self.chain!r} is not NAME@VERSION")
 
     @property
@@ -199,8 +199,10 @@ class Edge:
         """Inverse of `to_json`.
 
         Raises:
-          ZooError: fields missing, unknown or of a wrong type.
+          NewerError: a field, kind or measure that this version does not know.
+          ZooError: fields missing or of a wrong type.
         """
+        _check_known(data)
         try:
             fields = dict(data)
             if "stand_in" in fields:
@@ -209,18 +211,52 @@ class Edge:
                 fields[side] = tuple(Step.from_json(s) for s in fields[side])
             fields["scores"] = {n: _score(s) for n, s in fields["scores"].items()}
             if fields.get("probe") is not None:
-                fields["probe"] = Probe(**fields["probe"])
+                fields["probe"] = _probe(fields["probe"])
+            if not all(isinstance(fields.get(n, {}), dict) for n in ("provenance", "versions")):
+                raise TypeError("provenance and versions are objects")
             return cls(**fields)
         except (TypeError, KeyError, AttributeError) as e:
-            raise ZooError(f"edge has missing or unknown fields: {e}") from e
+            raise ZooError(f"edge has missing or malformed fields: {e}") from e
+
+
+def _check_known(data: Mapping[str, Any]) -> None:
+    """Raises NewerError for what this version does not know; what is malformed is found elsewhere."""
+    kind, scores, probe = (data.get(n) for n in ("kind", "scores", "probe"))
+    scores = scores if isinstance(scores, dict) else {}
+    known = (
+        ("field", data, {*_fields(Edge), "stand_in"}),
+        ("kind", [kind] if isinstance(kind, str) else (), KINDS),
+        ("measure", scores, MEASURES),
+        ("field", probe if isinstance(probe, dict) else (), _fields(Probe)),
+        *(("field", s, _fields(Score)) for s in scores.values() if isinstance(s, dict)),
+    )
+    for what, found, names in known:
+        unknown = sorted(set(found) - set(names))
+        if unknown:
+            raise NewerError(
+                f"edge has the {what} {unknown[0]!r}: a newer version of jblock wrote it; use that version"
+            )
+
+
+def _fields(record: type[Edge] | type[Score] | type[Probe]) -> set[str]:
+    return {f.name for f in dataclasses.fields(record)}
 
 
 def _score(data: Mapping[str, Any]) -> Score:
     score = Score(**data)
     numbers = (score.value, score.low, score.high)
-    if not all(n is None or isinstance(n, int | float) for n in numbers):
-        raise TypeError(f"score {dict(data)}")
+    if not all(n is None or (type(n) in (int, float) and abs(n) < _MOST) for n in numbers):
+        raise TypeError(f"score {str(dict(data))[:120]}")
+    if type(score.count) is not int or not 0 <= score.count < _MOST:
+        raise TypeError(f"score {str(dict(data))[:120]}")
     return score
+
+
+def _probe(data: Mapping[str, Any]) -> Probe:
+    probe = Probe(**data)
+    if not isinstance(probe.name, str) or type(probe.tokens) is not int:
+        raise TypeError(f"probe {str(dict(data))[:120]}")
+    return probe
 
 
 def _within(score: Score) -> bool:

@@ -9,7 +9,13 @@ import hashlib
 from jblock.blocks.spec_json import canonical_json
 from jblock.zoo import codec
 from jblock.zoo.edge_records import FOLDER, Edge
-from jblock.zoo.records import DamagedError, NotFoundError, ZooError, split_version
+from jblock.zoo.records import (
+    DamagedError,
+    NewerError,
+    NotFoundError,
+    ZooError,
+    split_version,
+)
 from jblock.zoo.store import Zoo
 
 
@@ -58,6 +64,8 @@ def edge(zoo: Zoo, id: str) -> Edge:
     try:
         found = Edge.from_json(codec.parse_json(data, path))
         same = found.id == id == hashlib.sha256(data.rstrip(b"\n")).hexdigest()
+    except NewerError as e:
+        raise NewerError(f"{path}: {e}") from e
     except (ZooError, ValueError, RecursionError) as e:
         raise DamagedError(f"edge {id}: {e}: measure it again, or remove {path}") from e
     if not same:

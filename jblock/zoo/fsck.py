@@ -135,8 +135,8 @@ def check_edge_file(zoo: Zoo, file: str) -> Iterator[Problem]:
         return
     try:
         edges.check_edge(zoo, edges.edge(zoo, id_))
-    except UnreadableError as e:
-        yield Problem(name, str(e), False)
+    except (UnreadableError, NewerError) as e:
+        yield Problem(name, _line(e), False)
     except (ZooError, *codec.DAMAGE) as e:
         if zoo.storage.exists(name):  # else it was removed in the meantime
             yield Problem(name, f"edge {id_}: {_line(e)}", True)

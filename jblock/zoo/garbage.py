@@ -7,6 +7,7 @@ written.
 
 import contextlib
 import dataclasses
+import math
 import re
 from collections.abc import Collection
 
@@ -14,7 +15,7 @@ from jblock.zoo import codec, journal, registry
 from jblock.zoo.edge_records import FOLDER as EDGES
 from jblock.zoo.objects import KINDS
 from jblock.zoo.pointer import NAMED
-from jblock.zoo.records import NotFoundError, ZooError
+from jblock.zoo.records import NotFoundError, UnreadableError, ZooError
 from jblock.zoo.storage import Changes, Storage
 
 _ID = re.compile(rb"\b[0-9a-f]{64}\b")
@@ -75,8 +76,7 @@ def _named(storage: Storage, problems: list[str]) -> tuple[set[str], float | Non
     """Every id that chains, edges, leases and journals name, and what those refer to in turn; and until when
     what could not be read was written."""
     found = storage.used() | journal.named(storage.root)
-    since: float | None = None
-    paths = [p for p, _ in _records(storage, problems)]
+    paths, since = _records(storage, problems)
     for path, data in storage.read_many(paths).items():
         if isinstance(data, NotFoundError):
             continue
@@ -109,17 +109,23 @@ def _named(storage: Storage, problems: list[str]) -> tuple[set[str], float | Non
     return found, since
 
 
-def _records(storage: Storage, problems: list[str]) -> list[tuple[str, str]]:
-    """Files that name ids: versions that a pointer lists, or all where it cannot be read, and edges."""
-    found = []
+def _records(storage: Storage, problems: list[str]) -> tuple[list[str], float | None]:
+    """Files that name ids: versions that a pointer lists, or all where it cannot be read, and edges; and until
+    when what is there may be named, which is for ever where a model's folder cannot be looked into."""
+    found, since = [], None
     for name in registry.models(storage):
         try:
             numbers = sorted(registry.read(storage, name).versions)
         except ZooError:
-            numbers = registry.version_files(storage, name)
-        found += [(registry.path_of(name, v), name) for v in numbers]
+            try:
+                numbers = registry.version_files(storage, name)
+            except UnreadableError as e:
+                problems.append(str(e))
+                since = math.inf
+                continue
+        found += [registry.path_of(name, v) for v in numbers]
     names = storage.names(EDGES)
-    return [*found, *((f"{EDGES}/{n}", "") for n in names if n.endswith(".json"))]
+    return [*found, *(f"{EDGES}/{n}" for n in names if n.endswith(".json"))], since
 
 
 def _short_ids(storage: Storage, path: str) -> set[str]:

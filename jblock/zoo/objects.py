@@ -146,10 +146,11 @@ class Objects:
         """
         folder = self.folder("tokenizers", id)
         if self.verification.wanted:
-            paths = [folder / name for name in sorted(os.listdir(folder))]
-            with self.verification.checked(id, paths) as check:
-                if check:
-                    self.files("tokenizers", id)
+            with self.reading("tokenizers", id):
+                paths = [folder / name for name in sorted(os.listdir(folder))]
+                with self.verification.checked(id, paths) as check:
+                    if check:
+                        self.files("tokenizers", id)
         return folder
 
     def folder(self, kind: str, id: str) -> Path:
@@ -167,31 +168,34 @@ class Objects:
 
         Raises:
           NotFoundError: the zoo does not hold it, or another process removed it meanwhile.
-          ZooError, OSError: what the block raises, of a folder that is still there.
+          UnreadableError: its folder cannot be read.
+          ZooError: what the block raises, of a folder that is still there.
         """
         folder = self.folder(kind, id)
-        before = disk.identity(folder)
+        before = _identity(folder)
         try:
             yield folder
         except (ZooError, OSError) as e:
             # Removed by one rename, and perhaps added again.
-            if before is None or disk.identity(folder) != before:
+            if before is None or _identity(folder) != before:
                 raise NotFoundError(
                     f"{self.storage.location} has no {kind[:-1]} {id} any more: it was removed while it was "
                     "read"
                 ) from e
             if isinstance(e, NotFoundError):
                 raise DamagedError(f"{kind[:-1]} {id} lacks a file ({e}): run fsck") from e
+            if isinstance(e, OSError):
+                raise codec.unreadable(e.filename or folder, e) from e
             raise
 
     def _record(self, kind: str, id: str, parse: Callable[[str, dict[str, Any]], Any]) -> Any:
         # Immutable, so it is parsed once; that it is still there is asked every time.
         key = (kind, id)
         known = self._records.get(key)
-        if known is not None and known[0] == disk.identity(self.folder(kind, id) / "spec.json"):
+        if known is not None and known[0] == _identity(self.folder(kind, id) / "spec.json"):
             return known[1]
         with self.reading(kind, id) as folder:
-            identity = disk.identity(folder / "spec.json")
+            identity = _identity(folder / "spec.json")
             found = parse(id, codec.read_json(folder / "spec.json"))
         with self._lock:
             self._records[key] = (identity, found)
@@ -218,6 +222,13 @@ class Objects:
                 if check:
                     check_hash(record.id, codec.header(record), tensors)
             return tensors
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    try:
+        return disk.identity(path)
+    except OSError as e:
+        raise codec.unreadable(path, e) from e
 
 
 def check_hash(id: str, header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from jblock.zoo import codec
 from jblock.zoo.ids import DTYPES, raw_bytes, tensor_records
 from jblock.zoo.records import DamagedError, TensorRecord, UnreadableError, ZooError
 
@@ -243,10 +244,7 @@ def _open(path: Path):
     except OSError as e:
         if path.is_symlink() or path.is_dir() or isinstance(e, NotADirectoryError):
             raise _damaged(path, str(e.strerror)) from e
-        raise UnreadableError(
-            f"{path} cannot be read ({e.strerror}): check its permissions and the disk; nothing says "
-            "that it is damaged"
-        ) from e
+        raise codec.unreadable(path, e) from e
 
 
 def _no_links(path: str, flags: int) -> int:

@@ -97,8 +97,14 @@ class Step:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Step":
-        """Inverse of `to_json`; KeyError or TypeError where it is not one."""
+        """Inverse of `to_json`; KeyError or TypeError where it is not one, NewerError for a field that this
+        version does not know."""
         deltas = data["deltas"]
+        unknown = data.keys() - _STEP_FIELDS
+        if unknown:
+            raise NewerError(
+                f"a step has the field {min(unknown)!r}: a newer version of jblock wrote it; use that version"
+            )
         if not isinstance(deltas, list | tuple):
             raise TypeError(f"step {str(dict(data))[:120]} has something else than ids")
         key = (data["component"], tuple(deltas), data.get("joined", False) is True)
@@ -113,6 +119,7 @@ class Step:
         return known
 
 
+_STEP_FIELDS = {"component", "deltas", "joined"}
 # Steps that were read and checked: models of one zoo have most of theirs in common.
 _STEPS: dict[tuple[str, tuple[str, ...], bool], Step] = {}
 _MOST_STEPS = 1 << 17
@@ -317,7 +324,7 @@ def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
 _CHAIN_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": (lambda v: isinstance(v, str), "a name"),
     "version": (lambda v: type(v) is int and 0 <= v < 2**31, "a number"),
-    "family": (lambda v: isinstance(v, str), "a name"),
+    "family": (lambda v: isinstance(v, str) and v.isascii() and v.isidentifier(), "a name"),
     "steps": (lambda v: isinstance(v, list | tuple), "a list"),
     "tokenizer": (_optional(_is_id), "an id or null"),
     "tokenizer_files": (_optional(_is_id), "an id or null"),

@@ -93,7 +93,11 @@ def _set_users_aside(zoo: Zoo, changes: Changes) -> list[str]:
 def _users(zoo: Zoo) -> dict[str, list[str]]:
     users: dict[str, list[str]] = {}
     for name in zoo.models():
-        for version in registry.version_files(zoo.storage, name):
+        try:
+            versions = registry.version_files(zoo.storage, name)
+        except UnreadableError:
+            continue  # told by fsck
+        for version in versions:
             try:
                 chain, _ = registry.record(zoo.storage, name, version)
             except ZooError:

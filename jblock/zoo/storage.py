@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jblock.zoo import codec, disk, lease
-from jblock.zoo.records import DamagedError, NotFoundError, UnreadableError, ZooError
+from jblock.zoo.records import DamagedError, NotFoundError, ZooError
 
 QUARANTINE = "quarantine"
 
@@ -118,7 +118,7 @@ class FolderStorage:
         except FileNotFoundError:
             return []
         except OSError as e:
-            raise UnreadableError(f"{self.root / folder} cannot be read: {e.strerror}") from e
+            raise codec.unreadable(self.root / folder, e) from e
 
     def exists(self, name: str) -> bool:
         """See `Storage`."""

@@ -162,6 +162,19 @@ def test_an_adapter_is_pinned_to_a_version_of_its_base(filled, tmp_path):
     ]
 
 
+def test_a_base_that_may_be_another_is_told(filled, tmp_path):
+    """The adapter says "base": the base is called so, or came from a folder or repository of that name."""
+    adapter = tmp_path / "a"
+    assert "nothing says" not in filled("peft", adapter, "--base", "base", "--name", "b").err
+    other = Cli(tmp_path / "other", filled._capsys)
+    other.ok("hf", tmp_path / "base", "--name", "one")
+    other.ok("hf", tmp_path / "t", "--name", "two")
+    assert "nothing says" not in other("peft", adapter, "--base", "one", "--name", "x").err
+    assert (
+        "'base', and two@1 came from" in other("peft", adapter, "--base", "two", "--name", "y").err
+    )
+
+
 def test_one_odd_file_stops_nothing(filled, tmp_path):
     ffn = Zoo.open(filled.zoo).chain("tuned").steps[4].component
     (filled.zoo / "components" / ffn / "spec.json").write_text("{")

@@ -7,8 +7,12 @@ import os
 import pytest
 import zoos
 
+from jblock.zoo import edges
+from jblock.zoo.acceptance import AcceptancePolicy
+from jblock.zoo.edge_records import Edge, Score
 from jblock.zoo.fsck import fsck
-from jblock.zoo.inventory import inventory
+from jblock.zoo.inventory import edge_inventory, inventory
+from jblock.zoo.records import NewerError
 from jblock.zoo.repair import repair
 from jblock.zoo.store import Zoo
 
@@ -94,6 +98,42 @@ def test_a_record_of_a_newer_version_is_told_and_left_alone(zoo):
     zoos.fill(zoo, name="other", seed=1)
     assert [row["name"] for row in inventory(zoo)["chains"]] == ["other"]
     assert path.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.update(surprise=1),
+        lambda d: d.update(kind="better"),
+        lambda d: d["scores"].update(bleu={"value": 1.0}),
+        lambda d: d["scores"]["parameter_cosine"].update(unit="none"),
+        lambda d: d["original"][0].update(layer=3),
+    ],
+)
+def test_an_edge_of_a_newer_version_is_told_and_left_alone(zoo, change):
+    step = zoo.chain("m").steps[1]
+    scores = {"parameter_cosine": Score(value=0.9)}
+    edge = Edge(kind="equivalent", original=(step,), substitute=(step,), scores=scores)
+    (id_,) = edges.put_edges(zoo, edge)
+    path = zoo.path / "edges" / f"{id_}.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    (line,) = fsck(zoo)
+    assert "newer version" in line
+    assert repair(zoo) == [] and path.exists()
+    assert edge_inventory(zoo, AcceptancePolicy())["problems"] != []
+
+
+def test_a_step_of_a_newer_version_is_not_read_as_another(zoo):
+    path = zoo.path / "chains" / "m" / "1.json"
+    data = json.loads(path.read_text())
+    data["steps"][1]["scale"] = 2
+    path.write_text(json.dumps(data))
+    zoos.forget_records(zoo, "m")
+    with pytest.raises(NewerError, match="scale"):
+        zoo.chain("m")
+    assert repair(zoo) == [] and path.exists()
 
 
 def test_what_is_nothing_of_a_zoo_is_moved_away(zoo):

@@ -14,7 +14,9 @@ import zoos
 from jblock.families import families
 from jblock.zoo import gc, lease
 from jblock.zoo.fsck import fsck
+from jblock.zoo.inventory import inventory
 from jblock.zoo.lease import LockedError
+from jblock.zoo.listing import list_models
 from jblock.zoo.records import Chain
 from jblock.zoo.repair import repair
 from jblock.zoo.storage import FolderStorage
@@ -132,6 +134,33 @@ def test_a_lease_that_cannot_be_read_expires_by_the_time_of_its_folder(shared):
 
 
 # Of one user
+
+
+def goes_on_without(path):
+    zoo = Zoo.open(path)
+    zoos.fill(zoo, "new", seed=3)
+    for found in (inventory(zoo), list_models(zoo)):
+        assert "new" in [row["name"] for row in found["chains"]]
+    problems = []
+    gc.remove(zoo, "new", problems=problems)
+    gc.collect(zoo, dry_run=False, problems=problems)
+    assert any("nothing says that it is damaged" in line for line in fsck(zoo))
+    assert repair(zoo) == []
+
+
+@needs_root
+@pytest.mark.parametrize("file", ["components/{c}", "deltas/{d}", "tokenizers/{t}", "chains/n"])
+def test_a_folder_that_cannot_be_read_stops_nothing_else_and_stays(shared, file):
+    assert as_user(ADA, 0o002, make, shared) == 0
+    assert as_user(ADA, 0o002, fill, shared, "n", 1) == 0
+    zoo = Zoo.open(shared)
+    chain = zoo.chain("n")
+    step = chain.steps[1]
+    folder = shared / file.format(c=step.component, d=step.deltas[0], t=chain.tokenizer)
+    folder.chmod(0)
+    assert as_user(BOB, 0o002, goes_on_without, shared) == 0
+    folder.chmod(0o2775)
+    assert fsck(zoo) == [] and zoo.chain("n") == chain
 
 
 def test_who_waits_says_for_whom_and_gives_up(tmp_path, monkeypatch, capsys):
