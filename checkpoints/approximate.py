@@ -62,7 +62,7 @@ def stitch(
     Raises:
       CheckpointError, ZooError: models that cannot be joined so, or bad files.
     """
-    lower, upper = zoo.chain(lower_name), zoo.chain(upper_name)
+    lower, upper = zoo.checked_chain(lower_name), zoo.checked_chain(upper_name)
     wanted = [_join(text) for text in joins]
     stitching.check(zoo, lower, upper, wanted)
     probe = probes.probe(zoo, upper, data.probe, [upper.name, name])
@@ -156,7 +156,7 @@ def surrogate(
     Raises:
       CheckpointError, ZooError: layers that have no surrogate, or bad files.
     """
-    chain = zoo.chain(of)
+    chain = zoo.checked_chain(of)
     starts = stitching.layer_starts(zoo, chain)
     first, last = _range(layers, len(starts) - 1)
     begin, end = starts[first], starts[last]

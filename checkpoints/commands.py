@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.outcome import Outcome, added, lines, progress_of
-from jblock.zoo.records import ZooError, printable
+from jblock.zoo.records import DamagedError, ZooError, printable
 
 
 def compress(args: argparse.Namespace) -> Outcome:
@@ -17,7 +17,7 @@ def compress(args: argparse.Namespace) -> Outcome:
     from jblock.zoo.store import Zoo
 
     zoo, options = Zoo.open(args.zoo), _probe_options(args)
-    chain, base = (zoo.chain(*name_and_version(n)) for n in (args.name, args.base))
+    chain, base = (zoo.checked_chain(*name_and_version(n)) for n in (args.name, args.base))
     name = args.copy_name or f"{chain.name}-small"
     steps = zip(chain.steps, base.steps, strict=False)
     changed = [a.component for a, b in steps if a.component != b.component]
@@ -37,7 +37,7 @@ def quantize(args: argparse.Namespace) -> Outcome:
     from jblock.zoo.store import Zoo
 
     zoo, options = Zoo.open(args.zoo), _probe_options(args)
-    chain = zoo.chain(*name_and_version(args.name))
+    chain = zoo.checked_chain(*name_and_version(args.name))
     spec = QuantSpec(bits=args.bits, group=args.group)
     name = args.copy_name or f"{chain.name}-int{args.bits}"
     total = sum(zoo.component(s.component).nbytes for s in chain.steps)
@@ -55,7 +55,7 @@ def measure(args: argparse.Namespace) -> Outcome:
     from jblock.zoo.store import Zoo
 
     zoo, options = Zoo.open(args.zoo), _probe_options(args)
-    model, against = (zoo.chain(*name_and_version(n)) for n in (args.name, args.other))
+    model, against = (zoo.checked_chain(*name_and_version(n)) for n in (args.name, args.other))
     data = measure(zoo, model, against, options, accepted(args), progress_of(args))
     return Outcome(data, lambda: printing.print_measured(data))
 
@@ -164,11 +164,18 @@ def copy(args: argparse.Namespace) -> Outcome:
     source, target = Zoo.open(args.zoo), Zoo.create(args.to)
     rows: dict[str, dict[str, Any]] = {}
     problems: list[str] = []
+    left_out: list[str] = []
     for text in args.names or source.chains():
         name, version = name_and_version(text)
         activate = not args.no_activate
-        with progress_of(args).bar(text, _size(source, source.chain(name, version))) as advance:
-            copied = copy(source, target, name, version, advance, activate, problems)
+        try:
+            with progress_of(args).bar(text, _size(source, source.chain(name, version))) as advance:
+                copied = copy(source, target, name, version, advance, activate, problems)
+        except DamagedError as e:
+            if args.names:
+                raise
+            left_out.append(f"{text} is not copied: {e}")  # stops no other
+            continue
         for one in copied:
             at = f"{one.chain.name}@{one.chain.version}"
             before = rows.get(at, {})  # a base that came along for another one
@@ -188,9 +195,10 @@ def copy(args: argparse.Namespace) -> Outcome:
         + ("" if row["asked_for"] else ", came along as a base")
         for at, row in rows.items()
     ]
+    problems = [*left_out, *problems]
     warn(problems)
     data = {"to": target.storage.location, "models": list(rows.values()), "problems": problems}
-    return Outcome(data, lines(*told))
+    return Outcome(data, lines(*told), code=1 if left_out else 0)
 
 
 def activate(args: argparse.Namespace) -> Outcome:

@@ -60,7 +60,7 @@ def run(zoo: Zoo, options: Options, progress: Progress) -> dict[str, Any]:
     exact = {name: chain for name, chain in active.items() if chain.policy == "exact"}
     # An adapter's own steps stay, and what replaces its base's is measured with its base.
     plain = {n: c for n, c in exact.items() if not any(s.deltas for s in c.steps)}
-    chains = {name: zoo.chain(name) for name in options.names} or plain
+    chains = {name: zoo.checked_chain(name) for name in options.names} or plain
     used = candidates.users(exact | chains)
     total = sum(zoo.component(id_).nbytes for id_ in used)
     with progress.bar("comparing", total) as advance:

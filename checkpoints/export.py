@@ -20,7 +20,7 @@ from checkpoints import layouts, tokenizer_identity
 from checkpoints.adapter import SMALL_FILES as ADAPTER_FILES
 from checkpoints.adapter import plan_adapter
 from checkpoints.bitfit import with_vectors
-from checkpoints.errors import CheckpointError
+from checkpoints.errors import CheckpointError, fitting
 from checkpoints.hf import LEFT_OUT, SMALL_FILES
 from checkpoints.progress import Progress
 from checkpoints.safetensors_file import TensorInfo, parse_header, unpack_tensors
@@ -61,8 +61,7 @@ def export(
       ZooError: no such model, or the zoo is damaged.
     """
     zoo = Zoo.open(zoo_path)
-    chain = zoo.chain(name, version)
-    zoo.check_chain(chain)
+    chain = zoo.checked_chain(name, version)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is there and not empty: give a new folder")
     if chain.base is None and chain.derived:  # an adapter on such a model is what it was
@@ -72,13 +71,24 @@ def export(
             f"{chain.name}@{chain.version} was not made from files (or by an early version), so "
             "there are none to write again"
         )
-    kept = zoo.files("sources", chain.source_files)
+    with fitting(f"{chain.name}@{chain.version}"):
+        return _export(zoo, chain, out, progress)
+
+
+def _export(zoo: Zoo, chain: Chain, out: Path, progress: Progress) -> list[str]:
+    kept = zoo.files("sources", chain.source_files or "")
     headers = {n.removesuffix(_HEADER): raw for n, raw in kept.items() if n.endswith(_HEADER)}
     small = {n: b for n, b in kept.items() if not n.endswith(_HEADER)}
     left_out = _left_out(small)
     small |= _tokenizer(zoo, chain, small)
     _check_names(chain, headers, small)
     _check_config(chain, small)
+    for file in sorted(small):
+        if file.endswith("config.json") and b'"auto_map"' in small[file]:
+            progress.note(
+                f"{file} names code (auto_map), as the file that it is made from does; no code is "
+                "written, and what loads it should not be told to trust any"
+            )
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.parent / f".{out.name}.{secrets.token_hex(4)}"
     with disk.disk_errors(out):
@@ -91,7 +101,7 @@ def export(
             for file, data in small.items():
                 (aside / file).write_bytes(data)
             total = sum(t.nbytes for t in source.tensors.values())
-            with progress.bar(f"{name}: writing", total) as advance:
+            with progress.bar(f"{chain.name}: writing", total) as advance:
                 missing = set(source.tensors)
                 for values in (left_out, *_values(zoo, chain, plan, source)):
                     for tensor in values.keys() & missing:
@@ -257,7 +267,7 @@ def _values(
 
 def _adapter(zoo: Zoo, chain: Chain, source: Source) -> Iterator[dict[str, np.ndarray]]:
     base_name, _, version = (chain.base or "").rpartition("@")
-    base = zoo.chain(base_name, int(version))
+    base = zoo.checked_chain(base_name, int(version))
     planned = plan_adapter(zoo, base, chain.adapter, source)
     columns: dict[str, dict[int, np.ndarray]] = {}  # of tensors that several deltas share
     for i, (step, under) in enumerate(zip(chain.steps, base.steps, strict=True)):

@@ -59,7 +59,7 @@ def merge(
       CheckpointError: adapters that cannot be combined; the message says why.
     """
     zoo = Zoo.open(zoo_path)
-    chains = [zoo.chain(adapter) for adapter, _ in adapters]
+    chains = [zoo.checked_chain(adapter) for adapter, _ in adapters]
     bases = {chain.base for chain in chains}
     if len(adapters) < 2 or len({a for a, _ in adapters}) < len(adapters):
         raise CheckpointError("give --adapter NAME=WEIGHT at least twice, for different adapters")
@@ -68,7 +68,7 @@ def merge(
         raise CheckpointError(
             f"only adapters on the same version of one base can be merged: {told}"
         )
-    base = zoo.chain(*split_version(chains[0].base or ""))
+    base = zoo.checked_chain(*split_version(chains[0].base or ""))
     with tempfile.TemporaryDirectory() as scratch:
         parts = []
         for chain, (_, weight) in zip(chains, adapters, strict=True):

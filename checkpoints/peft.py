@@ -47,7 +47,7 @@ def convert(
     """
     check_name(name)
     zoo = Zoo.open(zoo_path)
-    base = zoo.chain(base_name)
+    base = zoo.checked_chain(base_name)
     config, source = open_adapter(source_path)
     if name == base.name:
         raise CheckpointError(f"--name {name!r} is the base itself: give the adapter its own name")

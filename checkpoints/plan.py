@@ -132,7 +132,7 @@ def _checkpoint(path: Path, zoo: Zoo | None, name: str, progress: Progress) -> P
 
 
 def _adapter(path: Path, zoo: Zoo, name: str, base_name: str, progress: Progress) -> Planned:
-    base = zoo.chain(base_name)
+    base = zoo.checked_chain(base_name)
     config, source = open_adapter(path)
     nbytes, rows, steps = {}, [], list(base.steps)
     planned = plan_adapter(zoo, base, config, source)

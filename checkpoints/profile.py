@@ -47,7 +47,14 @@ def profile(
     from jblock.engine.weights.loader import Loads, weights_of
 
     zoo = Zoo.open(zoo_path)
-    chains = {n: zoo.chain(n) for n in names or zoo.chains()}
+    chains = {}
+    for name in names or zoo.chains():
+        try:
+            chains[name] = zoo.checked_chain(name)
+        except ZooError as e:
+            if names:
+                raise
+            progress.note(f"{name} is left out: {e}")
     if not chains:
         raise ZooError(f"{zoo.path} has no models to measure: convert one first")
     config = EngineConfig(max_num_seqs=16, decode_sizes=(1, 4, 16), max_model_len=512)

@@ -8,6 +8,7 @@ import numpy as np
 from checkpoints.adapter import open_adapter, plan_adapter
 from checkpoints.bitfit import with_vectors
 from checkpoints.checkpoint import Checkpoint
+from checkpoints.errors import fitting
 from checkpoints.folders import is_adapter
 from checkpoints.hf import LEFT_OUT
 from checkpoints.multimodal import TextSource
@@ -31,6 +32,11 @@ def verify(zoo_path: str | Path, name: str, source_path: Path, progress: Progres
     """
     zoo = Zoo.open(zoo_path)
     chain = zoo.chain(name)
+    with fitting(f"{chain.name}@{chain.version}"):
+        return _differences(zoo, chain, source_path, progress)
+
+
+def _differences(zoo: Zoo, chain: Chain, source_path: Path, progress: Progress) -> list[str]:
     made: Mapping[str, bytes] = {}
     if is_adapter(source_path):
         differences = _adapter(zoo, chain, source_path, progress)
@@ -113,7 +119,7 @@ def _adapter(zoo: Zoo, chain: Chain, path: Path, progress: Progress) -> list[str
     if chain.base is None:
         return [f"{chain.name} is a whole model, {path} an adapter"]
     base_name, _, version = chain.base.rpartition("@")
-    base = zoo.chain(base_name, int(version))
+    base = zoo.checked_chain(base_name, int(version))
     planned = plan_adapter(zoo, base, config, source)
     differences = [] if config == chain.adapter else ["adapter_config.json differs"]
     total = sum(t.nbytes for t in source.tensors.values())

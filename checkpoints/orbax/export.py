@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from checkpoints.bitfit import with_vectors
-from checkpoints.errors import CheckpointError
+from checkpoints.errors import CheckpointError, fitting
 from checkpoints.export import tokenizer_files
 from checkpoints.progress import Progress
 from jblock.blocks.spec import EmbeddingSpec, UnembeddingSpec
 from jblock.families import families
 from jblock.zoo import disk
+from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
 
 
@@ -40,10 +41,8 @@ def export(
         family whose tensors do not have Llama's names.
       ZooError: no such model, or the zoo is damaged.
     """
-    import orbax.checkpoint as ocp
-
     zoo = Zoo.open(zoo_path)
-    chain = zoo.chain(name, version)
+    chain = zoo.checked_chain(name, version)
     label = f"{chain.name}@{chain.version}"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is there and not empty: give a new folder")
@@ -55,6 +54,13 @@ def export(
         raise CheckpointError(
             f"{label} is no float checkpoint ({chain.derived}): export its original"
         )
+    with fitting(label):
+        return _export(zoo, chain, label, out, progress)
+
+
+def _export(zoo: Zoo, chain: Chain, label: str, out: Path, progress: Progress) -> list[str]:
+    import orbax.checkpoint as ocp
+
     plan = families()[chain.family].plan(chain.source)
     embedding = plan.steps[0].tensors["weight"]
     if embedding != "model.embed_tokens.weight" or len(plan.steps) != len(chain.steps):
@@ -63,7 +69,7 @@ def export(
         )
     tree: dict[str, Any] = {}
     total = sum(zoo.component(s.component).nbytes for s in chain.steps)
-    with progress.bar(f"{name}: reading", total) as advance:
+    with progress.bar(f"{chain.name}: reading", total) as advance:
         for planned, step in zip(plan.steps, chain.steps, strict=True):
             stored = with_vectors(zoo, step.component, step.deltas)
             tied = (

@@ -110,8 +110,8 @@ def _named(storage: Storage, problems: list[str]) -> tuple[set[str], float | Non
 
 
 def _records(storage: Storage, problems: list[str]) -> tuple[list[str], float | None]:
-    """Files that name ids: versions that a pointer lists, or all where it cannot be read, and edges; and until
-    when what is there may be named, which is for ever where a model's folder cannot be looked into."""
+    """Files that name ids: versions that a pointer lists, or all where it cannot be read, and edges; and
+    until when what is there may be named, which is for ever where a model's folder cannot be looked into."""
     found, since = [], None
     for name in registry.models(storage):
         try:

@@ -80,6 +80,13 @@ class Models(Objects):
                 ) from None
             raise self._unknown(model, version) from None
 
+    def checked_chain(self, name: str, version: int | str | None = None) -> Chain:
+        """One version of a model that is about to be worked with: read as `chain` does, and checked as
+        `check_chain` does."""
+        chain = self.chain(name, version)
+        self.check_chain(chain)
+        return chain
+
     def active(self, name: str) -> int:
         """The active version of a model.
 

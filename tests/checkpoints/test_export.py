@@ -108,6 +108,42 @@ def test_only_files_of_a_checkpoint_are_written(cli, tmp_path, files):
         evil = writer.put_files("sources", kept | files)
     zoo.publish(dataclasses.replace(chain, name="evil", version=0, source_files=evil))
     result = cli("export", "evil", "--out", tmp_path / "out")
-    assert (result.code, "do not trust" in result.err or "is none" in result.err) == (2, True)
+    assert (result.code, "do not trust" in result.err or "no JSON" in result.err) == (2, True)
     assert not (tmp_path / "out").exists()
     assert cli("verify", "evil", "--against", source).code == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda steps: [steps[0], steps[2], steps[1], *steps[3:]],
+        lambda steps: [*steps[:1], *steps[3:]],
+        lambda steps: [*steps[:3], *steps[1:]],
+    ],
+)
+@pytest.mark.parametrize("name", ["m", "a"])
+def test_steps_that_its_files_do_not_have_are_told(cli, tmp_path, name, change):
+    source = tiny.write_checkpoint(tmp_path / "src")
+    cli.ok("hf", source, "--name", "m")
+    cli.ok("peft", tiny.write_adapter(tmp_path / "adapter"), "--base", "m", "--name", "a")
+    zoo = Zoo.open(cli.zoo)
+    chain = zoo.chain(name)
+    odd = dataclasses.replace(chain, name="odd", version=0, steps=tuple(change(chain.steps)))
+    zoo.publish(odd)
+    against = source if name == "m" else tmp_path / "adapter"
+    for command in (
+        ("export", "odd", "--out", tmp_path / "out"),
+        ("export", "odd", "--format", "orbax", "--out", tmp_path / "out"),
+    ):
+        result = cli(*command)
+        assert (result.code, result.err.count("\n"), "Traceback" in result.err) == (2, 1, False)
+    assert cli("verify", "odd", "--against", against).code in (1, 2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_code_that_a_configuration_names_is_told(cli, tmp_path):
+    """As checkpoints that were saved from ones with code of their own have it."""
+    config = CONFIG | {"auto_map": {"AutoModelForCausalLM": "org/repository--modeling.Model"}}
+    cli.ok("hf", tiny.write_checkpoint(tmp_path / "src", config), "--name", "m")
+    result = cli("export", "m", "--out", tmp_path / "out")
+    assert (result.code, "names code" in result.err) == (0, True)

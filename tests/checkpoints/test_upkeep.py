@@ -203,6 +203,10 @@ def test_one_odd_file_stops_nothing(filled, tmp_path):
         result = filled(*command)
         assert result.code == 0, (command, result.err)
     assert "warning" in filled("list").err
+    result = filled("copy", "--to", tmp_path / "all")  # all that are sound, and says which are not
+    assert (result.code, "tuned is not copied" in result.err) == (1, True)
+    assert Zoo.open(tmp_path / "all").chains() == ["a", "base", "new"]
+    assert filled("copy", "tuned", "--to", tmp_path / "all").code == 2
     assert filled("fsck").code == 1
     filled("fsck", "--repair")
     assert filled("fsck").out.endswith("clean\n")
