@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -179,8 +180,10 @@ class MemoryZoo:
         rank: int,
         targets: Sequence[str] = ("q", "k", "v", "o"),
         first_layer: int = 0,
+        invocation: tuple[int, ...] = (),
     ) -> Chain:
-        """LoRA of one rank on `targets` of every layer of the chain `base`, or of those from one on."""
+        """LoRA of one rank on `targets` of every layer of the chain `base`, or of those from one on; with an
+        invocation an activated one."""
         steps = []
         for at, step in enumerate(self.served[base].steps):
             spec = self._components[step.component].spec
@@ -188,10 +191,14 @@ class MemoryZoo:
             mine = [t for t in targets if adapted and f"{t}.weight" in spec.tensors()]
             deltas: tuple[str, ...] = ()
             if mine:
-                lora = LoraSpec(targets={t: LoraTarget(rank=rank, scale=0.5) for t in mine})
+                lora = LoraSpec(
+                    targets={t: LoraTarget(rank=rank, scale=0.5) for t in mine},
+                    invocation=invocation,
+                )
                 deltas = (self._delta(lora, step.component, name),)
             steps.append(dataclasses.replace(step, deltas=deltas))
-        return self._publish(name, tuple(steps), f"{base}@1")
+        config = {"alora_invocation_tokens": list(invocation)} if invocation else {}
+        return self._publish(name, tuple(steps), f"{base}@1", config)
 
     def chains(self) -> list[str]:
         """Names of the chains, sorted."""
@@ -271,7 +278,13 @@ class MemoryZoo:
         text = canonical_json([plain, label, self.seed])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _publish(self, name: str, steps: tuple[Step, ...], base: str | None = None) -> Chain:
+    def _publish(
+        self,
+        name: str,
+        steps: tuple[Step, ...],
+        base: str | None = None,
+        adapter: dict[str, Any] | None = None,
+    ) -> Chain:
         versions = self._versions.setdefault(name, [])
         versions.append(
             Chain(
@@ -283,6 +296,7 @@ class MemoryZoo:
                 max_position=1 << 20,
                 vocab_size=self._components[steps[-1].component].spec.vocab_size,
                 base=base,
+                adapter=adapter or {},
             )
         )
         self.served[name] = versions[-1]

@@ -73,6 +73,11 @@ def check_stack(zoo: Zoo, base: Chain, plan: AdapterPlan) -> None:
       CheckpointError: one needs the float weight of what is stored in few bits, or a model would have two
         of what it can have once.
     """
+    if base.invocation and plan.deltas:
+        raise CheckpointError(
+            f"{base.name} is an activated LoRA, which acts on a part of a sequence alone: nothing can ride "
+            f"on it; give --base {base.base or 'the model that it rides on'}"
+        )
     before = [[zoo.delta(d).spec for d in step.deltas] for step in base.steps]
     virtual = (PromptSpec, PrefixSpec)
     if any(isinstance(s, virtual) for specs in before for s in specs) and any(

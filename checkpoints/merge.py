@@ -99,6 +99,7 @@ class _Part:
             raise CheckpointError(f"{name} is {settings.method}: only LoRA can be merged")
         more = {"use_dora": lora.dora, "lora_bias": lora.b_bias, "bias": lora.bias != "none"}
         more["modules_to_save"] = bool(settings.saved)
+        more["alora_invocation_tokens"] = bool(lora.invocation)
         if any(more.values()):
             field = next(f for f, there in more.items() if there)
             raise CheckpointError(f"{name} has {field}: only plain LoRA can be merged")

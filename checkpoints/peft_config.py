@@ -22,6 +22,7 @@ _HARMLESS = {
     "task_type",
 }
 _LORA = _HARMLESS | {
+    "alora_invocation_tokens",
     "alpha_pattern",
     "bias",
     "corda_config",
@@ -93,6 +94,7 @@ class LoraSettings:
       dora: use_dora.
       b_bias: lora_bias.
       bias: "none", "all" or "lora_only": which biases of the base come with it.
+      invocation: alora_invocation_tokens; () without.
     """
 
     rank: int
@@ -103,6 +105,7 @@ class LoraSettings:
     dora: bool
     b_bias: bool
     bias: str
+    invocation: tuple[int, ...] = ()
 
     def rank_and_scale(self, module: str) -> tuple[int, float]:
         """Rank of the adapter on `module`, and what its product is multiplied by."""
@@ -234,7 +237,28 @@ def _lora_settings(config: Mapping[str, Any]) -> LoraSettings:
         dora=bool(config.get("use_dora")),
         b_bias=bool(config.get("lora_bias")),
         bias=bias,
+        invocation=_invocation(config, bias),
     )
+
+
+def _invocation(config: Mapping[str, Any], bias: str) -> tuple[int, ...]:
+    """Of an activated LoRA, the tokens that invoke it. What else it changes would act before them too."""
+    field = "alora_invocation_tokens"
+    tokens = config.get(field)
+    if not tokens:
+        return ()
+    if not isinstance(tokens, list) or not all(type(t) is int and 0 <= t < 2**31 for t in tokens):
+        raise _refuse(field, tokens, "give a list of token ids")
+    others = {
+        "use_dora": config.get("use_dora"),
+        "bias": bias != "none",
+        "modules_to_save": config.get("modules_to_save"),
+    }
+    for other in (name for name, there in others.items() if there):
+        raise _refuse(
+            other, config[other], f"with {field} it cannot be served: train without one of them"
+        )
+    return tuple(tokens)
 
 
 def _endings(config: Mapping[str, Any], field: str) -> tuple[str, ...] | None:

@@ -41,6 +41,8 @@ def plan_peft(zoo: Zoo, base: Chain, settings: Settings, source: Source) -> Adap
       CheckpointError: a tensor that has no place in the base, has another shape or rank than
         expected, or is missing.
     """
+    if settings.lora is not None and settings.lora.invocation:
+        _check_activated(base, settings.lora.invocation)
     modules = modules_of(base, source)
     planner = _Planner(zoo, base, settings, source, modules)
     if settings.virtual_tokens:
@@ -49,6 +51,23 @@ def plan_peft(zoo: Zoo, base: Chain, settings: Settings, source: Source) -> Adap
         planner.take_module(path, module)
     planner.take_tied_head()
     return planner.plan()
+
+
+def _check_activated(base: Chain, invocation: tuple[int, ...]) -> None:
+    """Raises CheckpointError where a base cannot have an activated LoRA, which before its invocation is the
+    base's components alone."""
+    unknown = [token for token in invocation if token >= base.vocab_size]
+    if unknown:
+        raise CheckpointError(
+            f"adapter_config.json: alora_invocation_tokens has {unknown[0]}, the vocabulary of {base.name} "
+            f"ends with {base.vocab_size - 1}: the adapter is for another base"
+        )
+    if any(step.deltas for step in base.steps):
+        raise CheckpointError(
+            f"adapter_config.json: alora_invocation_tokens is {list(invocation)}, and {base.name} has deltas "
+            "of its own: an activated LoRA can be served on whole components only; export the base and "
+            "convert it into a zoo of its own, or merge its deltas"
+        )
 
 
 class _Planner:
@@ -104,7 +123,8 @@ class _Planner:
                     spec: DeltaSpec = BiasNormSpec(names=names)
                     deltas.append(PlannedDelta(index=index, spec=spec, tensors=tensors))
             if index in self._lora:
-                spec = LoraSpec(targets=self._lora[index])
+                invocation = self._settings.lora.invocation if self._settings.lora else ()
+                spec = LoraSpec(targets=self._lora[index], invocation=invocation)
                 deltas.append(self._delta(index, spec))
             if index in self._outputs or index in self._inputs:
                 spec = Ia3Spec(
@@ -224,6 +244,11 @@ class _Planner:
             names["magnitude"], shapes["magnitude"] = f"{stem}magnitude_vector", (out,)
         if b_bias:
             names["b_bias"], shapes["b_bias"] = f"{stem}B.bias", (out,)
+        if settings.invocation and embedding:
+            raise CheckpointError(
+                f"alora_invocation_tokens with an adapter on {path!r} cannot be served, nor does PEFT "
+                "compute with it: leave the embedding out"
+            )
         if settings.dora and embedding and getattr(self._spec(index), "scale", 1.0) != 1.0:
             raise CheckpointError(
                 f"use_dora on {path!r}, whose rows are scaled, cannot be served: leave it out, or "

@@ -43,6 +43,7 @@ _ALL = (
     Scenario(
         "trunk", "time to first token of a prompt that another fine-tune of the trunk has had"
     ),
+    Scenario("alora", "time to first token of an adapter invoked behind what its base has had"),
     Scenario("host", "the host's work of a step, its programs empty, over an earlier commit's"),
     Scenario("overlap", "the device's idle share while decoding, from a trace of XLA's profiler"),
     Scenario("stalls", "gaps between the tokens of streams while long prompts arrive"),

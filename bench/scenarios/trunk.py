@@ -81,7 +81,7 @@ def _measure(
     )
     names = sorted(chains)
     progress(f"loading and compiling {len(names)} models of {shape.layers} layers")
-    asker = _Asker(Stepper(zoo, chains, config, args.cache))
+    asker = Asker(Stepper(zoo, chains, config, args.cache))
     for name in names:  # The first touch of weights and pages is nobody's time.
         asker.ask(name, asker.stepper.prompt(name, lengths[0]), f"first {name}")
     times, flops, details, same = [], [], [], []
@@ -112,7 +112,7 @@ def _measure(
     }
 
 
-class _Asker:
+class Asker:
     """Asks one engine, one request after another.
 
     Attributes:

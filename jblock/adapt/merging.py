@@ -34,6 +34,8 @@ def unmergeable(zoo: Zoo, steps: Sequence[Step]) -> str | None:
 def _reason(base: ComponentSpec, delta: DeltaSpec) -> str | None:
     if not isinstance(delta, LowRankSpec | BitDeltaSpec | BiasNormSpec | LoraSpec | Ia3Spec):
         return f"is {delta.kind}, which cannot be merged to measure"
+    if isinstance(delta, LoraSpec) and delta.invocation:
+        return "acts from its invocation on alone, and so cannot be merged"
     if isinstance(delta, LoraSpec) and not isinstance(
         base, AttentionSpec | FfnSpec | EmbeddingSpec
     ):

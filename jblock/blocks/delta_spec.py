@@ -57,10 +57,17 @@ class LoraSpec:
 
     Attributes:
       targets: projection as `projection_shape` knows it ("q", "gate_up", ...) -> its rank and scale.
+      invocation: of an activated LoRA (arXiv 2504.12397), the tokens from whose last occurrence in a prompt
+        on it acts, these included; it is not there for what comes before. (): it always acts.
     """
 
     kind: ClassVar[str] = "lora"
     targets: dict[str, LoraTarget]
+    invocation: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if not all(type(token) is int and 0 <= token < 2**31 for token in self.invocation):
+            raise SpecError(f"the invocation tokens {self.invocation} are no token ids")
 
     def tensors(self, base: ComponentSpec) -> Shapes:
         """Name -> shape, for a delta on a component with spec `base`.
@@ -227,7 +234,8 @@ def delta_to_json(spec: DeltaSpec) -> dict[str, Any]:
         return compressed_to_json(spec)
     if isinstance(spec, LoraSpec):
         targets = {n: fields_to_json(t) for n, t in sorted(spec.targets.items())}
-        return {"kind": spec.kind, "targets": targets}
+        invocation = {"invocation": list(spec.invocation)} if spec.invocation else {}
+        return {"kind": spec.kind, "targets": targets} | invocation
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in fields_to_json(spec).items()}
     return {"kind": spec.kind, **plain}
 
@@ -246,7 +254,10 @@ def delta_from_json(data: Mapping[str, Any]) -> DeltaSpec:
         if kind in (LowRankSpec.kind, BitDeltaSpec.kind):
             return compressed_from_json(data)
         if kind == LoraSpec.kind:
-            return LoraSpec(targets={n: LoraTarget(**t) for n, t in fields["targets"].items()})
+            targets = {n: LoraTarget(**t) for n, t in fields.pop("targets").items()}
+            return LoraSpec(
+                targets=targets, invocation=tuple(fields.pop("invocation", ())), **fields
+            )
         return KINDS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
     except (TypeError, KeyError, AttributeError) as e:
         raise SpecError(f"delta of kind {kind!r} has missing or unknown fields: {e}") from e

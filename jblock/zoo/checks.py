@@ -65,6 +65,12 @@ def check_steps(
         raise DamagedError(
             f"{what} has vocab_size {chain.vocab_size}, its embedding {embedding.vocab_size}"
         )
+    acting = {getattr(delta, "invocation", ()) for each in deltas for delta in each}
+    if acting and acting != {chain.invocation}:
+        raise DamagedError(
+            f"{what} is invoked by {list(chain.invocation) or 'nothing'}, its deltas by "
+            f"{sorted(list(a) for a in acting)}: an activated LoRA stands alone on components of its base"
+        )
     least = content_policy(chain, specs, deltas)
     if POLICIES.index(chain.policy) < POLICIES.index(least):
         raise DamagedError(

@@ -200,6 +200,12 @@ class Chain:
         return hashlib.sha256(canonical_json(covered).encode()).hexdigest()
 
     @property
+    def invocation(self) -> tuple[int, ...]:
+        """Of an activated LoRA, the tokens from whose last occurrence in a prompt on its deltas act."""
+        tokens = self.adapter.get("alora_invocation_tokens")
+        return tuple(tokens) if isinstance(tokens, list) else ()
+
+    @property
     def ids(self) -> list[str]:
         """The distinct ids of its components and deltas, in order."""
         return list(dict.fromkeys(i for s in self.steps for i in (s.component, *s.deltas)))

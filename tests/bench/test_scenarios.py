@@ -28,6 +28,7 @@ KEYS = {
     "lora": {"tokens_per_second_ratio", "registered_1000_ratio"},
     "prefix": {"ttft_ratio"},
     "trunk": {"ttft_ratio", "prefill_flops_ratio", "identical"},
+    "alora": {"ttft_ratio", "identical"},
     "host": {"one_chain_b64", "one_chain_b256", "finetunes_8x32_b64", "exhausted_200"},
     "overlap": {"b8_idle", "b32_idle"},
     "stalls": {"gap_max_ms", "gap_max_ratio", "gap_p99_ratio", "prompt_ratio"},

@@ -84,6 +84,50 @@ def test_an_adapter_on_the_text_model_within_a_multimodal_one(base, tmp_path, pr
         taken(base, tiny.write_adapter(tmp_path / "head", ADAPTER, both), name="head")
 
 
+ACTIVATED = ADAPTER | {"alora_invocation_tokens": [7, 8]}
+
+
+def test_an_activated_lora_is_told_from_a_plain_one(base, tmp_path):
+    """What it does is another thing, though its tensors are the same; and it is taken as it was saved."""
+    for name, config in (("plain", ADAPTER), ("ad", ACTIVATED)):
+        taken(base, tiny.write_adapter(tmp_path / name, config), name=name)
+    zoo = Zoo.open(base.zoo)
+    plain, activated = zoo.chain("plain"), zoo.chain("ad")
+    assert (plain.invocation, activated.invocation) == ((), (7, 8))
+    assert components(base, "ad") == components(base, "base")
+    assert plain.digest != activated.digest
+    assert {zoo.delta(d).spec.invocation for s in activated.steps for d in s.deltas} == {(7, 8)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"alora_invocation_tokens": "go"}, ["alora_invocation_tokens", "'go'", "token ids"]),
+        ({"alora_invocation_tokens": [7, -1]}, ["[7, -1]", "token ids"]),
+        ({"alora_invocation_tokens": [7, True]}, ["token ids"]),
+        ({"alora_invocation_tokens": [7, 32]}, ["32", "vocabulary", "31"]),
+        ({"use_dora": True}, ["use_dora", "alora_invocation_tokens"]),
+        ({"bias": "all"}, ["bias", "'all'", "alora_invocation_tokens"]),
+        ({"modules_to_save": ["norm"]}, ["modules_to_save", "alora_invocation_tokens"]),
+    ],
+    ids=str,
+)
+def test_what_would_act_before_the_invocation_is_refused(base, tmp_path, fields, words):
+    source = tiny.write_adapter(tmp_path / "ad", ACTIVATED | fields)
+    refused(base, words, "peft", source, "--base", "base", "--name", "ad")
+
+
+def test_nothing_rides_on_an_activated_lora_nor_it_on_deltas(base, tmp_path):
+    source = tiny.write_adapter(tmp_path / "ad", ACTIVATED | {"base_model_name_or_path": ""})
+    plain = tiny.write_adapter(tmp_path / "plain", UNNAMED)
+    base.ok("peft", source, "--base", "base", "--name", "ad")
+    base.ok("peft", plain, "--base", "base", "--name", "plain")
+    refused(base, ["activated", "--base base@1"], "peft", plain, "--base", "ad", "--name", "on")
+    refused(base, ["has deltas"], "peft", source, "--base", "plain", "--name", "on")
+    words = ["alora_invocation_tokens", "only plain LoRA"]
+    refused(base, words, "merge", "--name=m", "--adapter", "ad=0.5", "--adapter", "plain=0.5")
+
+
 def test_what_adapts_the_vision_part_is_left_out(base, tmp_path):
     """And written again by an export; an adapter of nothing else is none."""
     tensors = tiny.adapter_weights()

@@ -14,7 +14,9 @@ from jblock.zoo.store import Zoo
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 MODELS = sorted(p.parent for p in FIXTURES.glob("hf/*/config.json"))
 ADAPTERS = sorted(
-    p.parent for k in ("peft", "deltas") for p in FIXTURES.glob(f"{k}/*/adapter_config.json")
+    p.parent
+    for k in ("peft", "deltas", "activated")
+    for p in FIXTURES.glob(f"{k}/*/adapter_config.json")
 )
 
 

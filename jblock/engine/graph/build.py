@@ -29,10 +29,11 @@ from jblock.engine.graph.graph import (
 )
 from jblock.engine.graph.layer_runs import layer_runs
 from jblock.engine.graph.order import visiting_order
+from jblock.engine.graph.page_names import kv_digests, plain_digests
 from jblock.engine.graph.segments import segments
 from jblock.engine.graph.span_placement import HOME, Layout, SpanPlacement, layout_of
 from jblock.engine.graph.stitches import check_widths, positions
-from jblock.engine.kv_cache.prefix_keys import layer_digests, step_digests
+from jblock.engine.kv_cache.prefix_keys import step_digests
 from jblock.engine.kv_cache.sequence_pages import Boundary
 from jblock.engine.kv_cache.spec import KVShape
 from jblock.engine.signature import Signature, TableForm
@@ -177,7 +178,8 @@ class _Builder:
             chain.name: self._keep(("digests", chain.steps), lambda c=chain: step_digests(c.steps))
             for chain in chains.values()
         }
-        parting = partings(digests.values())
+        # An activated LoRA finds its base's pages instead.
+        parting = partings(digests[c.name] for c in chains.values() if not c.invocation)
         stages, parts = {}, {}
         for layout, name in first.items():
             specs = self._specs(layout.components)
@@ -192,7 +194,9 @@ class _Builder:
                 parts[of[name]],
                 stages[of[name]],
                 # Where a chain leaves this agent, its rows are not kept.
-                () if self.spans else boundaries(stages[of[name]], digests[chain.name], parting),
+                ()
+                if self.spans or chain.invocation
+                else boundaries(stages[of[name]], digests[chain.name], parting),
             )
             for name, chain in chains.items()
         }
@@ -250,7 +254,8 @@ class _Builder:
             route = Route(
                 needs=Needs(chain, parts, weights, adapter),
                 stages=stages,
-                kv_digests=_kv_digests(whole, layout, parts),
+                kv_digests=kv_digests(whole, layout, parts),
+                plain_digests=plain_digests(whole, layout, parts),
                 virtual_tokens=self._virtual.get(chain.name, 0),
                 boundaries=parted,
                 whole=whole if layout.agents else None,
@@ -379,15 +384,3 @@ class _Builder:
             ),
             kv_shape=shapes[0] if shapes else None,
         )
-
-
-def _kv_digests(
-    chain: Chain, layout: Layout, parts: Sequence[Part]
-) -> dict[KVShape, tuple[bytes, ...]]:
-    """Of the attentions that lie here: what decides their pages is all of the chain below."""
-    here = [i for i in range(len(chain.steps)) if layout.is_here(i)]
-    at = {i: p.spec for i, p in zip(here, parts, strict=True) if isinstance(p.spec, AttentionSpec)}
-    out: dict[KVShape, list[bytes]] = {}
-    for spec, digest in zip(at.values(), layer_digests(chain.steps, at), strict=True):
-        out.setdefault(KVShape.of(spec), []).append(digest)
-    return {shape: tuple(digests) for shape, digests in out.items()}

@@ -186,6 +186,7 @@ class Route:
       needs: what it needs on the device.
       stages: the blocks a row of it visits, in order.
       kv_digests: of each KV shape, what names the content of its attentions' pages.
+      plain_digests: the same before an activated LoRA acts; None where that is not what it is.
       virtual_tokens: how many its sequences begin with (prompt or prefix tuning).
       boundaries: where chains leave it, the lowest first.
       whole: the record of a chain of which `needs` names what lies on this agent alone; None: all of it.
@@ -194,6 +195,7 @@ class Route:
     needs: Needs
     stages: tuple[Stage, ...]
     kv_digests: LayerDigests
+    plain_digests: LayerDigests | None = None
     virtual_tokens: int = 0
     boundaries: tuple[Boundary, ...] = ()
     whole: Chain | None = None

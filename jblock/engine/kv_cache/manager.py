@@ -10,11 +10,15 @@ from jblock.engine.kv_cache.page_pool import PagePool
 from jblock.engine.kv_cache.page_tables import PageTables
 from jblock.engine.kv_cache.prefix_keys import token_hashes, token_root
 from jblock.engine.kv_cache.row_cache import RowCache
-from jblock.engine.kv_cache.sequence_pages import Entry, SequencePages
+from jblock.engine.kv_cache.sequence_pages import Entry, LayerDigests, SequencePages
 from jblock.engine.kv_cache.spec import KVShape, PageShape, Pool
 
 # Cached pages that a pool keeps when its size changes: a second's worth of copying, at most.
 RESIZE_BYTES = 256 * 10**6
+
+
+PageKey = tuple[bytes, PageShape, bytes]
+"""The hash of all tokens up to a page's end, what the page is of, and the digest that names it."""
 
 
 class PageStore(Protocol):
@@ -94,7 +98,7 @@ class KVCacheManager:
         self.page_bytes = {shape: s.page_bytes for shape, s in shapes.items()}
         self._page_size, self._store = page_size, store
         # What running sequences are about to compute, KV of a whole chain or rows, and who.
-        self._computing: dict[tuple[bytes, PageShape, bytes], SequencePages] = {}
+        self._computing: dict[PageKey, SequencePages] = {}
         self.rows = RowCache(self.pools, self.tables.table, page_size)
 
     def prefix_in_flight(self, pages: SequencePages, tokens: Sequence[int], limit: int) -> bool:
@@ -109,10 +113,8 @@ class KVCacheManager:
         """
         if pages.host_copy is not None or not self._computing or not pages.layers:
             return False
-        names = self._names(pages)
         return any(
-            span.end < span.most
-            and (pages.hashes[span.end], *names[span.number]) in self._computing
+            span.end < span.most and self._keys(pages, span.end)[span.number] in self._computing
             for span in self._spans(pages, tokens, limit)
         )
 
@@ -178,10 +180,10 @@ class KVCacheManager:
             self.hit_tokens += computed
             self.trunk_tokens += spans[-1].end * self._page_size - computed
         ends = {span.number: span.end for span in spans}
-        for number, name in self._names(pages).items():
-            begin = max(ends.get(number, 0), computed // self._page_size)
-            for tokens_hash in self._hashes(pages, tokens)[begin:]:
-                self._computing.setdefault((tokens_hash, *name), pages)
+        for page in range(computed // self._page_size, len(self._hashes(pages, tokens))):
+            for number, key in self._keys(pages, page).items():
+                if page >= ends.get(number, 0):
+                    self._computing.setdefault(key, pages)
         return computed
 
     def copy_bytes(self, pages: SequencePages, num_tokens: int) -> int:
@@ -226,30 +228,29 @@ class KVCacheManager:
         computing, be found by others."""
         full = num_tokens // self._page_size
         hashes = self._hashes(pages, tokens)
-        names = self._names(pages)
         for i in range(pages.cached, full):
-            for shape, digests in pages.layers.items():
+            for shape, digests in self._digests(pages, i).items():
                 ids = self.tables[shape][: len(digests), pages.slot, i].tolist()
                 self.pools[shape].cache(hashes[i], digests, ids)
             self.rows.cache(pages, i)
-            for name in names.values():
-                self._computing.pop((hashes[i], *name), None)
+            for key in self._keys(pages, i).values():
+                self._computing.pop(key, None)
         pages.cached = max(pages.cached, full)
 
     def invalidate(self, pages: SequencePages) -> None:
         """Stops everything this sequence computed or found from being found: what it holds is not what its
         key says."""
-        for tokens_hash in pages.hashes:
-            for shape, digests in pages.layers.items():
+        for page, tokens_hash in enumerate(pages.hashes):
+            for shape, digests in self._digests(pages, page).items():
                 self.pools[shape].invalidate(tokens_hash, digests)
         self.rows.invalidate(pages)
 
     def release(self, pages: SequencePages) -> None:
         """Gives back all pages."""
-        for name in self._names(pages).values():
-            for tokens_hash in pages.hashes:
-                if self._computing.get((tokens_hash, *name)) is pages:
-                    del self._computing[tokens_hash, *name]
+        for page in range(len(pages.hashes) if self._computing else 0):
+            for key in self._keys(pages, page).values():
+                if self._computing.get(key) is pages:
+                    del self._computing[key]
         for shape, digests in pages.layers.items():
             self.pools[shape].free(self._ids(pages, shape, pages.count))
             self.tables.clear(shape, pages.slot, len(digests), pages.count)
@@ -307,22 +308,25 @@ class KVCacheManager:
     ) -> int:
         """The first page, from `first` to `most`, that is not cached in the layers below a boundary or whose
         rows are not."""
-        wanted: list[tuple[PageShape, Sequence[bytes]]] = [
-            (shape, pages.layers[shape][:count]) for shape, count in below.items()
-        ]
-        if number is not None:
-            wanted.append((pages.boundaries[number].shape, [pages.boundaries[number].digest]))
+        named: LayerDigests | None = None
+        wanted: list[tuple[PageShape, Sequence[bytes]]] = []
         for i in range(first, most):
+            if named is not self._digests(pages, i):
+                named = self._digests(pages, i)
+                wanted = [(shape, named[shape][:count]) for shape, count in below.items()]
+                if number is not None:
+                    boundary = pages.boundaries[number]
+                    wanted.append((boundary.shape, [boundary.digest]))
             if any(self.pools[s].lookup(pages.hashes[i], digests) is None for s, digests in wanted):
                 return i
         return max(first, most)
 
     def _found(self, pages: SequencePages, span: Span, shape: KVShape) -> list[int]:
         """The cached pages of a span, page by page."""
-        digests = pages.layers[shape][: span.below.get(shape, 0)]
         ids: list[int] = []
-        for tokens_hash in pages.hashes[span.first : span.end]:
-            ids += self.pools[shape].lookup(tokens_hash, digests) or ()
+        for page in range(span.first, span.end):
+            digests = self._digests(pages, page)[shape][: span.below.get(shape, 0)]
+            ids += self.pools[shape].lookup(pages.hashes[page], digests) or ()
         return ids
 
     def _extend(
@@ -362,14 +366,18 @@ class KVCacheManager:
             hashes.extend(token_hashes(parent, tokens[begin:], self._page_size))
         return hashes[:full]
 
-    def _names(self, pages: SequencePages) -> dict[int | None, tuple[PageShape, bytes]]:
-        """What names, beside its tokens, a page of a whole chain (None), by the last attention, and one of
-        the rows at each boundary that has some."""
-        names: dict[int | None, tuple[PageShape, bytes]] = {}
-        if pages.layers:
-            shape, digests = list(pages.layers.items())[-1]
-            names[None] = (shape, digests[-1])
+    def _digests(self, pages: SequencePages, page: int) -> LayerDigests:
+        return pages.digests((page + 1) * self._page_size)
+
+    def _keys(self, pages: SequencePages, page: int) -> dict[int | None, PageKey]:
+        """What names a page of a whole chain (None), by the last attention, and one of the rows at each
+        boundary that has some."""
+        tokens, layers = pages.hashes[page], self._digests(pages, page)
+        keys: dict[int | None, PageKey] = {}
+        if layers:
+            shape, digests = list(layers.items())[-1]
+            keys[None] = (tokens, shape, digests[-1])
         for number, boundary in enumerate(pages.boundaries):
             if boundary.shape in self.pools:
-                names[number] = (boundary.shape, boundary.digest)
-        return names
+                keys[number] = (tokens, boundary.shape, boundary.digest)
+        return keys

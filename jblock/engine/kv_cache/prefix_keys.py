@@ -36,6 +36,12 @@ def step_digests(steps: Sequence[Step]) -> list[bytes]:
     return digests
 
 
+def activated(digests: Iterable[bytes], at: int) -> tuple[bytes, ...]:
+    """What names the layers of an activated LoRA behind its invocation at token `at`: before it they are its
+    base's, and where that ends decides what follows."""
+    return tuple(hashlib.sha256(d + at.to_bytes(8, "little")).digest() for d in digests)
+
+
 def token_root(salt: str) -> bytes:
     """The hash of no tokens. Pages are only found under the salt they were computed for."""
     return hashlib.sha256(salt.encode()).digest()

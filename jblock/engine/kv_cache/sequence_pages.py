@@ -49,6 +49,8 @@ class SequencePages:
 
     Attributes:
       layers: digests of its attention layers, by KV shape.
+      plain: those of the pages before an activated LoRA acts, which are its base's; None without one.
+      plain_until: of so many first tokens.
       salt: of its tenant.
       slot: its row in the page tables; -1 without pages.
       count: pages in each layer.
@@ -68,6 +70,12 @@ class SequencePages:
     host_copy: HostCopy | None = None
     boundaries: Sequence[Boundary] = ()
     entries: list[Entry] = dataclasses.field(default_factory=list)
+    plain: LayerDigests | None = None
+    plain_until: int = 0
+
+    def digests(self, until: int) -> LayerDigests:
+        """What names the layers of a page that ends with token `until`, not counting that."""
+        return self.plain if self.plain is not None and until <= self.plain_until else self.layers
 
     def uses(self, shape: PageShape) -> bool:
         """Whether it may hold pages of a shape."""

@@ -164,7 +164,7 @@ def batches(
         sizes = sorted(b.num_seqs for b in buckets if b.q_len == chunk)
         for size in (cover or _smallest(sizes))(chunk, len(group)):
             # Those of one adapter lie together, for kernels that read an adapter once a run of rows.
-            together = sorted(group[:size], key=lambda item: item.sequence.adapter_slot)
+            together = sorted(group[:size], key=lambda item: item.adapter_slot)
             yield Batch(Bucket(size, chunk), tuple(together))
             group = group[size:]
 
@@ -187,7 +187,7 @@ def index_array(batch: Batch, num_rows: int) -> np.ndarray:
         index[i, :INDEX_COLUMNS] = (
             item.start,
             item.q_len,
-            sequence.adapter_slot,
+            item.adapter_slot,
             sequence.seq_slot,
         )
         index[i, INDEX_COLUMNS : INDEX_COLUMNS + item.q_len] = item.rows

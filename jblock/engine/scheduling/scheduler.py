@@ -214,6 +214,8 @@ class Scheduler:
             entry = sequence.pages.entry(start)
             boundary = sequence.route.boundaries[entry.number] if entry else None
             end = entry.until if entry else sequence.prefill
+            if start < sequence.adapter_from < end:
+                end = sequence.adapter_from  # A chunk is all without its adapter, or all with it.
             length, chunk = chunk_for(end - start, tuple(machine.chunks))
             if start >= sequence.prompt_len and sequence.prefill - start == 1:
                 # What an offload leaves to compute: the token it was about to decode, on the same grid.
@@ -259,9 +261,7 @@ class Scheduler:
                 item = WorkItem(sequence, start, 1, 1, [sequence.row], (), True)
                 sequence.decode_item = item if sequence.constraint is None else None
             item.start, item.at, sequence.sampled = start, 0, sampled + 1
-            sequence.item = (
-                item  # its own from now on: it may still give way to one that comes later
-            )
+            sequence.item = item  # its own from now on: it may yet give way to a later one
             items.append(item)
             if start >= sequence.charged:
                 sequence.charged = start + 1

@@ -3,16 +3,21 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from jblock.engine.api import Request
 from jblock.engine.graph.graph import Route, Stage
+from jblock.engine.kv_cache.prefix_keys import activated
 from jblock.engine.kv_cache.sequence_pages import Boundary, SequencePages
 from jblock.engine.programs.logprobs import best_tokens
 from jblock.engine.structured_output.grammars import Constraint
 from jblock.engine.weights.lease import Lease
+
+NEVER = 2**62
+"""A token that no sequence comes to."""
 
 
 class Picked(NamedTuple):
@@ -68,6 +73,7 @@ class SequenceState:
       seed: of its draws.
       lease: on all its chain needs on the device.
       adapter_slot: its adapter's slot in the tables; 0 without.
+      adapter_from: the first token for which its adapter acts.
       seq_slot: its entry in the device's last-token array; -1 while waiting.
       row: its register row for decoding.
       pages: its KV pages.
@@ -106,6 +112,7 @@ class SequenceState:
     seed: int
     lease: Lease
     adapter_slot: int = 0
+    adapter_from: int = -1
     seq_slot: int = -1
     row: int = -1
     pages: SequencePages = dataclasses.field(init=False)
@@ -130,15 +137,16 @@ class SequenceState:
     item: "WorkItem | None" = None
     decode_item: "WorkItem | None" = None
     finished: bool = False
-    most_found: int = 2**62
+    most_found: int = NEVER
     elsewhere: Elsewhere | None = None
     guest: Guest | None = None
 
     def __post_init__(self):
         route = self.route
-        self.pages = SequencePages(
-            route.kv_digests, self.request.cache_salt, boundaries=route.boundaries
-        )
+        if self.adapter_from < 0:
+            self.adapter_from = invoked_at(self.request.token_ids, route.chain.invocation)
+        self.pages = SequencePages({}, self.request.cache_salt)
+        self.bind(route)
         wanted = self.request.sampling
         self.prompt_len = self.virtual + len(self.request.token_ids)
         self.tokens_only = self.constraint is None and not (
@@ -158,8 +166,11 @@ class SequenceState:
 
     def bind(self, route: Route) -> None:
         """Takes another route of the same chain, while it waits."""
-        self.route = route
-        self.pages.layers, self.pages.boundaries = route.kv_digests, route.boundaries
+        self.route, pages = route, self.pages
+        pages.layers, pages.boundaries = route.kv_digests, route.boundaries
+        if route.plain_digests is not None:
+            pages.plain, pages.plain_until = route.plain_digests, self.adapter_from
+            pages.layers = {s: activated(d, self.adapter_from) for s, d in pages.layers.items()}
 
     @property
     def virtual(self) -> int:
@@ -328,6 +339,12 @@ class WorkItem:
         return self.sequence.route.stages[self.at]
 
     @property
+    def adapter_slot(self) -> int:
+        """The adapter that acts on its tokens; 0: none does."""
+        sequence = self.sequence
+        return sequence.adapter_slot if self.start >= sequence.adapter_from else 0
+
+    @property
     def first_layer(self) -> int:
         """Of the block it is at, the layer it begins with."""
         return self.entry.layer if self.entry and self.entry.stage == self.at else 0
@@ -336,6 +353,18 @@ class WorkItem:
     def of_prompt(self) -> bool:
         """Whether it is of what its sequence computes before it decodes."""
         return self.start < self.sequence.prefill
+
+
+def invoked_at(tokens: Sequence[int], invocation: Sequence[int]) -> int:
+    """The token of a prompt from which on an adapter acts: where its invocation stands last, as PEFT has it,
+    0 for one that needs none. It never acts on a prompt without."""
+    if not invocation:
+        return 0
+    length, found = len(invocation), tuple(invocation)
+    for at in reversed(range(len(tokens) - length + 1)):
+        if tokens[at] == found[0] and tuple(tokens[at : at + length]) == found:
+            return at
+    return NEVER
 
 
 def chunk_for(remaining: int, chunks: tuple[int, ...]) -> tuple[int, int]:

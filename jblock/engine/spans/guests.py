@@ -91,6 +91,7 @@ class Guests:
             seed=0,
             lease=self._weight_cache.acquire(route.needs),
             most_found=message.found,
+            adapter_from=message.adapter_from,
             guest=GuestSpan(self, key),
         )
         self._open[key] = sequence

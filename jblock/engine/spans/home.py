@@ -69,6 +69,7 @@ class OpenSpans:
                 token_ids=(*request.token_ids, *sequence.generated),
                 length=sequence.prompt_len + sequence.max_tokens,
                 found=min(found, self._most),
+                adapter_from=sequence.adapter_from,
                 salt=request.cache_salt,
                 tenant=request.tenant,
                 weight=request.weight,

@@ -14,6 +14,7 @@ class Open(msgspec.Struct, frozen=True, kw_only=True, tag="open"):
       token_ids: all tokens known so far, virtual ones not counted.
       length: most tokens that it may come to, virtual ones counted.
       found: of how many leading tokens the KV need not be computed, at most.
+      adapter_from: the first token for which its adapter acts.
       salt: KV is found under this one only.
       tenant, weight, priority: of the request.
     """
@@ -24,6 +25,7 @@ class Open(msgspec.Struct, frozen=True, kw_only=True, tag="open"):
     token_ids: tuple[int, ...]
     length: int
     found: int
+    adapter_from: int
     salt: str
     tenant: str
     weight: float
