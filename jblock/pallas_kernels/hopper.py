@@ -22,6 +22,10 @@ SHARED_MEMORY = 227 * 1024 - 2048
 
 MULTIPROCESSORS = 132
 
+COPY_ARRIVALS = 2 * 32
+"""How often threads arrive at a barrier for a copy that one warp makes: each for three others, then for
+itself and for the copy's bytes."""
+
 # jax 0.10 wants an index; later ones take none.
 _NO_INDEX: tuple[Any, ...] = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
 
@@ -44,6 +48,15 @@ def swizzled(shape: tuple[int, ...], dtype: Any, columns: int | None = None) -> 
     swizzle = columns * bits_of(dtype) // 8
     transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)
     return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def by_one_warp(act: Callable[[], None]) -> None:
+    """act(), copies and scalars alone, by one warp of the warpgroup: a copy takes COPY_ARRIVALS arrivals at
+    its barrier so, which count as the warpgroup's 128 all the same. The warpgroup goes on together."""
+
+    @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
+    def _warps() -> None:
+        pl.when(jax.lax.axis_index("warp") == 0)(act)
 
 
 def whole_tiles(x: jax.Array) -> jax.Array:

@@ -6,9 +6,9 @@ cases run in a worker that was started with enough.
 
 What of the kernels the interpreter (jax 0.10 and 0.12) cannot run is in `jblock/.../hopper.py` and is
 replaced here: register layouts (there are none), matmuls with an operand in registers or a transposed
-one, products summed in registers across matmuls, and transposed stores; `mosaic_gpu_copies` counts copies and
-adds those that add to what is there. Copies, barriers, loops over pages, masks and warp specialization run
-as they stand.
+one, products summed in registers across matmuls, transposed stores, and what one warp of a warpgroup does
+alone; `mosaic_gpu_copies` counts copies and adds those that add to what is there. Copies, barriers, loops
+over pages, masks and warp specialization run as they stand.
 """
 
 import dataclasses
@@ -334,6 +334,7 @@ def _replace_operations() -> None:
     hopper.matmul = matmul
     hopper.add_product = lambda total, a, b, then=None: total + matmul(a, b, then=then)
     hopper.sum_of_products = sum_of_products
+    hopper.by_one_warp = lambda act: act()
     hopper.accumulator = lambda shape, value: jnp.full(shape, value, jnp.float32)
     hopper.per_row = lambda rows, value: jnp.full((rows,), value, jnp.float32)
     hopper.iota = lambda shape, dimension: jax.lax.broadcasted_iota(jnp.int32, shape, dimension)

@@ -74,13 +74,14 @@ def test_attention_compiles_for_h200(h200, model, batch, dtype, monkeypatch, cap
     assert program.memory_analysis().alias_size_in_bytes == pages, "pages are updated in place"
 
 
-def test_a_step_takes_few_barrier_operations():
-    """One arrival of a warpgroup for the keys and one for the values: no fewer can bring them."""
+@pytest.mark.parametrize("dtype, copies", [("bfloat16", 1), ("int8", 2)])
+def test_a_step_takes_few_barrier_operations(dtype, copies):
+    """Two arrivals of a warp for each copy: of the keys, the values, and with 8 bits the scales of each."""
     (model,) = (m for m in shapes.MODELS if m.name == "llama-3-8b")
-    (batch,) = (b for b in shapes.BATCHES if b.name == "mixed")
-    fn, (q, k, _, pages, ragged) = shapes.program("mosaic_gpu", model, batch, "bfloat16")
-    plan = mosaic_gpu.plan_of(q, k, pages, ragged, **fn.keywords)
-    assert 2 * 128 <= plan.barrier_ops <= 300
+    for batch in shapes.BATCHES:
+        fn, (q, k, _, pages, ragged) = shapes.program("mosaic_gpu", model, batch, dtype)
+        plan = mosaic_gpu.plan_of(q, k, pages, ragged, **fn.keywords)
+        assert plan.barrier_ops == 2 * copies * 64 <= 300
 
 
 OPS = {

@@ -1,10 +1,11 @@
 """What the memory warpgroup of the Hopper kernel does: it brings keys and values, and writes the new ones.
 
 Keys and values arrive by TMA through a ring of shared memory buffers, new ones from the call's own arrays.
-A block that is seen whole arrives by one copy a page, on the barrier that the compute warpgroups wait for:
-every copy costs that barrier 128 arrivals. A block that is seen in part comes in runs of 16 keys on a
-barrier of its own, which the memory warpgroup awaits before it passes the block on. The tile's new rows are
-stored into the pages as soon as the last block is on its way, to slots that no block reads as cached.
+A block that is seen whole arrives by one copy a page, on the barrier that the compute warpgroups wait for.
+One warp has them made: a copy takes half the arrivals of a whole warpgroup's so. A block that is seen in part
+comes in runs of 16 keys on a barrier of its own, which the memory warpgroup awaits before it passes the block
+on. The tile's new rows are stored into the pages as soon as the last block is on its way, to slots that no
+block reads as cached.
 
 Values of 8 bits arrive as they are, their scales by copies of their own beside them, which the same barriers
 count; the compute warpgroups widen them, see to what is not seen, and scale. So their pages are read whole.
@@ -127,24 +128,26 @@ class Fetcher:
 
             @pl.when(new if way is k else new & jnp.logical_not(is_apart))
             def _new(way: _Way = way, full: Ref = full) -> None:
-                self._from_new(way, full, plan.arrivals, block, slot)
+                hopper.by_one_warp(lambda: self._from_new(way, full, plan.arrivals, block, slot))
 
             @pl.when(cached & jnp.logical_not(is_apart))
             def _whole(way: _Way = way, full: Ref = full) -> None:
-                self._from_pages(way, full, block, ids, slot)
+                hopper.by_one_warp(lambda: self._from_pages(way, full, block, ids, slot))
 
             if plan.scaled:
                 continue
 
             @pl.when(cached & is_apart)
             def _edges(way: _Way = way) -> None:
-                self._edges_from_pages(way, block, ids, slot)
+                hopper.by_one_warp(lambda: self._edges_from_pages(way, block, ids, slot))
 
             if way is v:
 
                 @pl.when(new & is_apart)
                 def _new_apart() -> None:
-                    self._from_new(v, v.edges_full, plan.edges, block, slot)
+                    hopper.by_one_warp(
+                        lambda: self._from_new(v, v.edges_full, plan.edges, block, slot)
+                    )
 
         if not plan.scaled:
             pl.when(k_apart)(functools.partial(self._pass_on, k, slot))

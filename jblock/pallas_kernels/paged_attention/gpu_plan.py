@@ -16,8 +16,6 @@ ROWS = 64
 LAUNCH_REGISTERS = 168
 """Of a thread, where a block is three warpgroups: all that a multiprocessor has, in whole eights."""
 
-_THREADS = 128  # of a warpgroup
-
 WRITE_ROWS = 16
 """New rows that are staged at a time at most."""
 
@@ -126,9 +124,8 @@ class Plan:
 
     @property
     def barrier_ops(self) -> int:
-        """How often threads arrive at barriers for the keys and values of a whole cached block: a copy makes
-        all threads of its warpgroup arrive."""
-        return 2 * self.arrivals * _THREADS
+        """How often threads arrive at barriers for the keys and values of a whole cached block."""
+        return 2 * self.arrivals * hopper.COPY_ARRIVALS
 
     @property
     def wide_keys(self) -> int:
@@ -166,7 +163,7 @@ def scratch(plan: Plan) -> dict[str, Any]:
         "k_write": plgpu.SMEM((plan.write_rows, plan.write_pad, d), plan.kv_dtype),
         "v_write": plgpu.SMEM((plan.write_rows, plan.write_pad, d), plan.kv_dtype),
         "q_ready": plgpu.Barrier(num_arrivals=queries, num_barriers=wgs),
-        # A copy arrives with all 128 threads of its warpgroup: whole blocks take one for each page.
+        # Whole blocks take one arrival for each page, and one for its scales.
         "k_full": plgpu.Barrier(num_arrivals=plan.arrivals, num_barriers=plan.stages),
         "v_full": plgpu.Barrier(num_arrivals=plan.arrivals, num_barriers=plan.stages),
         # Of keys, and of values, of a block that is seen in part.
