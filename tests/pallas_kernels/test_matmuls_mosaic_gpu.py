@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jblock.pallas_kernels.grouped_block_matmul import mosaic_gpu as block_gpu
+from jblock.pallas_kernels.grouped_delta_matmul import gpu_kernel, gpu_plan
 from jblock.pallas_kernels.grouped_delta_matmul import mosaic_gpu as delta_gpu
 from jblock.pallas_kernels.grouped_delta_matmul import shapes as delta_shapes
 from jblock.pallas_kernels.models import MODELS
@@ -152,7 +153,7 @@ def test_what_the_kernels_serve():
 @given(total=st.integers(1, 300), parts=st.integers(1, 16))
 def test_parts_share_all_steps(total, parts):
     parts = min(parts, total)
-    shares = [delta_gpu.share(np.int32(total), np.int32(p), np.int32(parts)) for p in range(parts)]
+    shares = [gpu_kernel.share(np.int32(total), np.int32(p), np.int32(parts)) for p in range(parts)]
     steps = [int(begin) + i for begin, count in shares for i in range(int(count))]
     assert steps == list(range(total)) and all(count > 0 for _, count in shares)
 
@@ -194,7 +195,7 @@ def test_delta_plans_fit_the_chip():
                         dataclasses.replace(plan, shrink=False),
                     )
                 ):
-                    arrays = delta_gpu.scratch(half).values()
+                    arrays = gpu_plan.scratch(half).values()
                     memory = [a for a in arrays if hasattr(a, "dtype")]
                     sizes = [
                         np.prod(a.shape) * np.dtype(a.dtype).itemsize for a in memory if a.shape

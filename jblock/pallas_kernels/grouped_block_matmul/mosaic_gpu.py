@@ -7,7 +7,7 @@ it is still less than reading the weights takes (64 products a weight of 2 bytes
 time).
 """
 
-import types
+import dataclasses
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jblock.pallas_kernels import hopper
 from jblock.pallas_kernels.grouped_block_matmul import xla
 from jblock.pallas_kernels.groups import Items, choose, items
+from jblock.pallas_kernels.hopper import Ref
 from jblock.pallas_kernels.pieces import piece_bound
 
 ROWS = 64
@@ -27,6 +28,27 @@ ROWS = 64
 _INPUTS = 64  # of a step: a row of 128 bytes, the widest swizzle
 _MOST_VARIANTS = 16
 """Of one kernel, which has code for each; more are served by several."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arrays:
+    """Of a call, in device memory; N items."""
+
+    table: Ref  # int32 [N, 4] of block, group, first and last row
+    x: Ref  # [T, in]
+    weights: tuple[Ref, ...]  # [out, in] each
+    out: Ref  # float32 [T, out]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scratch:
+    """Of a CUDA block, in shared memory."""
+
+    x: Ref  # [stages, rows, _INPUTS]
+    w: Ref  # [stages, columns, _INPUTS]
+    result: Ref  # float32 [warpgroups, ROWS, columns]
+    full: Ref  # barriers [stages]: rows and weights are there
+    free: Ref  # barriers [stages]: all warpgroups have read them
 
 
 def grouped_block_matmul(
@@ -85,9 +107,9 @@ def _call(
 
     def body(table_ref: Any, x_ref: Any, *refs: Any) -> None:
         at = refs[: len(weights)]
-        named = types.SimpleNamespace(table=table_ref, x=x_ref, weights=at, out=refs[-1])
+        arrays = _Arrays(table=table_ref, x=x_ref, weights=at, out=refs[-1])
         pl.run_scoped(
-            lambda **s: _body(named, types.SimpleNamespace(**s), warpgroups, stages, steps),
+            lambda **s: _body(arrays, _Scratch(**s), warpgroups, stages, steps),
             collective_axes="wg",
             x=hopper.swizzled((stages, size, _INPUTS), jnp.bfloat16),
             w=hopper.swizzled((stages, columns, _INPUTS), jnp.bfloat16),
@@ -113,9 +135,8 @@ def _call(
     return kernel(table, x, *weights, *(() if result is None else (result,)))
 
 
-def _body(refs: Any, s: Any, warpgroups: int, stages: int, steps: int) -> None:
-    """One item by some columns. refs: table int32 [N, 4] of block, group, first and last row; x [T, in];
-    weights [out, in] each; out [T, out]. s: what `_call` allots."""
+def _body(refs: _Arrays, s: _Scratch, warpgroups: int, stages: int, steps: int) -> None:
+    """One item by some columns."""
     size = s.w.shape[1]
     column, item = lax.axis_index("columns") * size, lax.axis_index("item")
     block, group, first, last = (refs.table[item, i] for i in range(4))

@@ -13,7 +13,6 @@ of rows, unless all inputs are one block of it too. Weights of their own arrays 
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jblock.pallas_kernels.groups import choose, even_windows, for_window, items
+from jblock.pallas_kernels.refs import refs
 from jblock.pallas_kernels.tuning import Tuning, matrix_unit
 
 LANES = 128
@@ -87,6 +87,29 @@ def heuristic(shape: Shape) -> Blocks:
 TUNING = Tuning("grouped_block_matmul", Blocks, heuristic)
 
 
+@refs
+class _Scalars:
+    """Of N items, in scalar memory: int32 [N] each."""
+
+    block: Any  # of rows
+    group: Any  # its variant; behind the last one: rows of none
+    first: Any  # row of the block
+    last: Any  # behind its last row
+    begins: Any  # 1: it is its variant's first item
+    following: Any  # see `_following`
+
+
+@refs
+class _Scratch:
+    """The kernel's buffers."""
+
+    weights: Any  # [2, columns, in], of the present variant and of the next one
+    sems: Any  # DMA [2]
+    begun: Any  # int32 [1] in SMEM: variants until now
+    total: Any  # float32 [rows, unit], see `_multiply`
+    zeros: Any  # int32 [1 + columns / unit] in SMEM, likewise
+
+
 def grouped_block_matmul(
     x: jax.Array,
     weights: tuple[jax.Array, ...],
@@ -124,23 +147,24 @@ def grouped_block_matmul(
     weighs = (todo.group < len(weights)) & (jnp.arange(todo.group.size) < todo.count)
     begins = todo.changes(todo.group) * weighs
     following = _following(begins, todo.group)
+    scratch: Any = _Scratch(
+        weights=pltpu.VMEM((2, columns, width), dtype),
+        sems=pltpu.SemaphoreType.DMA((2,)),
+        begun=pltpu.SMEM((1,), jnp.int32),
+        total=pltpu.VMEM((size, unit), jnp.float32),
+        zeros=pltpu.SMEM((1 + columns // unit,), jnp.int32),
+    )
     return pl.pallas_call(
-        functools.partial(_kernel, variants=len(weights)),
+        _kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=6,
+            num_scalar_prefetch=1,
             grid=(out // columns, todo.count),
             in_specs=[
-                pl.BlockSpec((size, width), lambda n, i, block, *_: (block[i], 0)),
-                *[pl.BlockSpec(memory_space=pl.ANY)] * len(weights),
+                pl.BlockSpec((size, width), lambda n, i, scalars: (scalars.block[i], 0)),
+                (pl.BlockSpec(memory_space=pl.ANY),) * len(weights),
             ],
-            out_specs=pl.BlockSpec((size, columns), lambda n, i, block, *_: (block[i], n)),
-            scratch_shapes=[
-                pltpu.VMEM((2, columns, width), dtype),
-                pltpu.SemaphoreType.DMA((2,)),
-                pltpu.SMEM((1,), jnp.int32),
-                pltpu.VMEM((size, unit), jnp.float32),
-                pltpu.SMEM((1 + columns // unit,), jnp.int32),
-            ],
+            out_specs=pl.BlockSpec((size, columns), lambda n, i, scalars: (scalars.block[i], n)),
+            scratch_shapes=[scratch],
         ),
         out_shape=jax.ShapeDtypeStruct((padded, out), jnp.float32),
         compiler_params=pltpu.CompilerParams(
@@ -149,9 +173,16 @@ def grouped_block_matmul(
         interpret=interpret,
         name="grouped_block_matmul",
     )(
-        *(todo.block, todo.group, todo.first, todo.last, begins, following),
+        _Scalars(
+            block=todo.block,
+            group=todo.group,
+            first=todo.first,
+            last=todo.last,
+            begins=begins,
+            following=following,
+        ),
         jnp.pad(x.astype(dtype), ((0, padded - rows), (0, 0))),
-        *weights,
+        tuple(weights),
     )[:rows]
 
 
@@ -173,50 +204,50 @@ def dividing(out: int, most: int) -> int:
     return LANES * max(n for n in range(1, most // LANES + 1) if registers % n == 0)
 
 
-def _kernel(block, group, first, last, begins, following, x, *refs: Any, variants: int):
-    """One item by some columns. refs: weights in HBM; out [rows, columns]; scratch."""
-    weights, (out, buffer, sems, begun, total, zeros) = refs[:variants], refs[variants:]
+def _kernel(items: _Scalars, x: Any, weights: tuple[Any, ...], out: Any, s: _Scratch) -> None:
+    """One item by some columns: x [rows, in]; weights [out, in] each, in HBM; out [rows, columns]."""
     n, i = pl.program_id(0), pl.program_id(1)
-    size, columns = out.shape
+    (size, columns), variants = out.shape, len(weights)
+    group, following, first = items.group[i], items.following[i], items.first[i]
 
     def copy(weight: Any, n: Any, slot: Any) -> Any:
         part = weight.at[pl.ds(n * columns, columns)]
-        return pltpu.make_async_copy(part, buffer.at[slot], sems.at[slot])
+        return pltpu.make_async_copy(part, s.weights.at[slot], s.sems.at[slot])
 
     def bring(variant: Any, n: Any, slot: Any) -> None:
         choose(variant, variants, lambda v: copy(weights[v], n, slot).start())
 
     @pl.when((n == 0) & (i == 0))
     def _first() -> None:
-        begun[0] = 0
-        for z in range(zeros.shape[0]):
-            zeros[z] = 0
+        s.begun[0] = 0
+        for z in range(s.zeros.shape[0]):
+            s.zeros[z] = 0
 
-    @pl.when(begins[i] == 1)
+    @pl.when(items.begins[i] == 1)
     def _begin() -> None:
-        nth = begun[0]
+        nth = s.begun[0]
         slot = lax.rem(nth, 2)
-        begun[0] = nth + 1
-        pl.when(nth == 0)(lambda: bring(group[i], n, slot))
-        pl.when(following[i] >= 0)(lambda: bring(following[i], n, 1 - slot))
+        s.begun[0] = nth + 1
+        pl.when(nth == 0)(lambda: bring(group, n, slot))
+        pl.when(following >= 0)(lambda: bring(following, n, 1 - slot))
         # Behind the last variant comes the first one, which item 0 has, with the next columns.
-        around = (following[i] < 0) & (n + 1 < pl.num_programs(0))
-        pl.when(around)(lambda: bring(group[0], n + 1, 1 - slot))
+        around = (following < 0) & (n + 1 < pl.num_programs(0))
+        pl.when(around)(lambda: bring(items.group[0], n + 1, 1 - slot))
         copy(weights[0], n, slot).wait()
 
-    slot = lax.rem(begun[0] + 1, 2)
+    slot = lax.rem(s.begun[0] + 1, 2)
 
     def mine(begin: Any, shape: tuple[int, ...]) -> jax.Array:
-        return lax.broadcasted_iota(jnp.int32, shape, 0) >= first[i] - begin
+        return lax.broadcasted_iota(jnp.int32, shape, 0) >= first - begin
 
     def multiply(begin: Any, rows: int) -> None:
-        _multiply(x, buffer.at[slot], out, total, zeros, begin, rows, mine)
+        _multiply(x, s.weights.at[slot], out, s, begin, rows, mine)
 
-    @pl.when(group[i] < variants)
+    @pl.when(group < variants)
     def _rows_of_a_variant() -> None:
-        for_window(first[i], last[i], even_windows(size, PART), PART, multiply)
+        for_window(first, items.last[i], even_windows(size, PART), PART, multiply)
 
-    @pl.when(group[i] == variants)
+    @pl.when(group == variants)
     def _rows_of_none() -> None:
         pltpu.store(out, jnp.zeros(out.shape, jnp.float32), mask=mine(0, out.shape))
 
@@ -225,8 +256,7 @@ def _multiply(
     x: Any,
     weight: Any,
     out: Any,
-    total: Any,
-    zeros: Any,
+    s: _Scratch,
     begin: Any,
     rows: int,
     mine: Callable[[Any, tuple[int, ...]], jax.Array],
@@ -237,8 +267,8 @@ def _multiply(
     No register is spilled, because sums are added up in vector memory, a few rows at a time, and x is
     loaded anew for each columns. What is stored at 0 is loaded at zeros that only the program knows:
     else the compiler would keep all of it in registers."""
-    (columns, width), unit = weight.shape, total.shape[1]
-    zero = [pl.multiple_of(zeros[n], PART) for n in range(1 + columns // unit)]
+    (columns, width), unit, total = weight.shape, s.total.shape[1], s.total
+    zero = [pl.multiple_of(s.zeros[n], PART) for n in range(1 + columns // unit)]
     for n, column in enumerate(range(0, columns, unit)):
         at = pl.ds(column, unit)
         for k in range(0, width, _INPUTS):

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jblock.pallas_kernels.groups import doubling_windows, for_window, items
+from jblock.pallas_kernels.refs import refs
 from jblock.pallas_kernels.tuning import Tuning
 
 LANES = 128
@@ -86,6 +87,29 @@ def heuristic(shape: Shape) -> Blocks:
 TUNING = Tuning("grouped_delta_matmul", Blocks, heuristic)
 
 
+@refs
+class _Scalars:
+    """Of N items, G groups and their pieces, in scalar memory: int32."""
+
+    block: Any  # [N], of rows
+    group: Any  # [N]
+    first: Any  # [N], row of the block
+    last: Any  # [N], behind its last row
+    opens: Any  # [N], 1: it is the first of its block
+    counts: Any  # [G], pieces of each group
+    pieces: Any  # [G * turns], which ones
+
+
+@refs
+class _Scratch:
+    """The kernel's buffers."""
+
+    a: Any  # [2, run, R, in]
+    b: Any  # [2, run, R, out]
+    sems: Any  # DMA [2], of both
+    begun: Any  # int32 [1] in SMEM: runs until now
+
+
 def grouped_delta_matmul(
     y: jax.Array,
     x: jax.Array,
@@ -128,93 +152,95 @@ def grouped_delta_matmul(
     some = todo.count > 0
     last = jnp.where(some, todo.last, 0)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    y_block = pl.BlockSpec((size, out), lambda i, block, *_: (block[i], 0))
-    scalars = (
-        *(todo.block, todo.group, todo.first, last, todo.changes(todo.block)),
-        *(jnp.where(some, counts, 0), pieces.reshape(-1)),
+    y_block = pl.BlockSpec((size, out), lambda i, scalars: (scalars.block[i], 0))
+    scalars = _Scalars(
+        block=todo.block,
+        group=todo.group,
+        first=todo.first,
+        last=last,
+        opens=todo.changes(todo.block),
+        counts=jnp.where(some, counts, 0),
+        pieces=pieces.reshape(-1),
+    )
+    scratch: Any = _Scratch(
+        a=pltpu.VMEM((2, run, rank, width), dtype),
+        b=pltpu.VMEM((2, run, rank, out), dtype),
+        sems=pltpu.SemaphoreType.DMA((2,)),
+        begun=pltpu.SMEM((1,), jnp.int32),
     )
     return pl.pallas_call(
         functools.partial(_kernel, turns=turns),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
+            num_scalar_prefetch=1,
             grid=(jnp.maximum(todo.count, 1),),
             in_specs=[
-                pl.BlockSpec((size, width), lambda i, block, *_: (block[i], 0)),
+                pl.BlockSpec((size, width), lambda i, scalars: (scalars.block[i], 0)),
                 *(anywhere, anywhere, y_block),
             ],
             out_specs=y_block,
-            scratch_shapes=[
-                pltpu.VMEM((2, run, rank, width), dtype),
-                pltpu.VMEM((2, run, rank, out), dtype),
-                pltpu.SemaphoreType.DMA((2,)),
-                pltpu.SMEM((1,), jnp.int32),
-            ],
+            scratch_shapes=[scratch],
         ),
         out_shape=jax.ShapeDtypeStruct((padded, out), jnp.float32),
-        input_output_aliases={len(scalars) + 3: 0},
+        input_output_aliases={len(jax.tree.leaves(scalars)) + 3: 0},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=_VMEM_BYTES
         ),
         interpret=interpret,
         name="grouped_delta_matmul",
-    )(*scalars, jnp.pad(x.astype(dtype), padding), a, b, jnp.pad(y, padding))[:rows]
+    )(scalars, jnp.pad(x.astype(dtype), padding), a, b, jnp.pad(y, padding))[:rows]
 
 
-def _kernel(*refs: Any, turns: int):
-    """One item. Refs: block, group, first, last, opens, counts, pieces in SMEM; x [rows, in]; a, b in HBM;
-    y [rows, out] as read and as written; scratch."""
-    block, group, first, last, opens, counts, pieces, x, a_hbm, b_hbm, y, out, *scratch = refs
-    del block
-    a_buffer, b_buffer, sems, begun = scratch
+def _kernel(
+    items: _Scalars, x: Any, a: Any, b: Any, y: Any, out: Any, s: _Scratch, *, turns: int
+) -> None:
+    """One item: x [rows, in]; a [P, R, in], b [P, R, out] in HBM; y [rows, out] as read, out as written."""
     i = pl.program_id(0)
-    run, rank, width = a_buffer.shape[1:]
+    run, rank, width = s.a.shape[1:]
     size, columns = out.shape
-
-    def runs(i: Any) -> Any:
-        return pl.cdiv(counts[group[i]], run)
 
     def for_pieces(i: Any, r: Any, slot: Any, act: Any) -> Any:
         """Does `act` to the copies of run r of item i; returns how many pieces it has."""
-        number = jnp.minimum(counts[group[i]] - r * run, run)
+        group = items.group[i]
+        number = jnp.minimum(items.counts[group] - r * run, run)
 
         @pl.loop(0, number)
         def _piece(k: Any) -> None:
-            piece = pieces[group[i] * turns + r * run + k]
-            for hbm, buffer in ((a_hbm, a_buffer), (b_hbm, b_buffer)):
-                act(pltpu.make_async_copy(hbm.at[piece], buffer.at[slot, k], sems.at[slot]))
+            piece = items.pieces[group * turns + r * run + k]
+            for hbm, buffer in ((a, s.a), (b, s.b)):
+                act(pltpu.make_async_copy(hbm.at[piece], buffer.at[slot, k], s.sems.at[slot]))
 
         return number
 
     @pl.when(i == 0)
     def _first() -> None:
-        begun[0] = 0
+        s.begun[0] = 0
         for_pieces(0, 0, 0, lambda copy: copy.start())
 
-    @pl.when(opens[i] == 1)
+    @pl.when(items.opens[i] == 1)
     def _open() -> None:
         out[...] = y[...]
 
     def add(begin: Any, rows: int, slot: Any, used: int) -> None:
         part = pl.ds(begin, rows)
-        inner = _dot(x[part], a_buffer[slot, :used].reshape(used * rank, width), 1)
+        inner = _dot(x[part], s.a[slot, :used].reshape(used * rank, width), 1)
         row = begin + lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
-        mine = (row >= first[i]) & (row < last[i])
+        mine = (row >= items.first[i]) & (row < items.last[i])
         step = columns if columns % LANES else _dividing(columns)
 
         def add_columns(at: Any) -> None:
-            b = b_buffer[slot, :used, :, at].reshape(used * rank, step)
-            added = _dot(inner.astype(b.dtype), b, 0)
+            wide = s.b[slot, :used, :, at].reshape(used * rank, step)
+            added = _dot(inner.astype(wide.dtype), wide, 0)
             out[part, at] += jnp.where(mine, added, 0.0)
 
         for c in range(columns // step):
             add_columns(pl.ds(c * step, step))
 
-    total = runs(i)
+    total = pl.cdiv(items.counts[items.group[i]], run)
 
     @pl.loop(0, total)
     def _run(r: Any) -> None:
-        slot = lax.rem(begun[0], 2)
-        begun[0] += 1
+        slot = lax.rem(s.begun[0], 2)
+        s.begun[0] += 1
 
         @pl.when(r + 1 < total)
         def _bring_next_run() -> None:
@@ -235,11 +261,11 @@ def _kernel(*refs: Any, turns: int):
                 # Where no piece was brought lie another adapter's, whose NaN would be ours.
                 @pl.loop(number, used)
                 def _clear(k: Any) -> None:
-                    a_buffer[slot, k] = jnp.zeros((rank, width), a_buffer.dtype)
-                    b_buffer[slot, k] = jnp.zeros((rank, columns), b_buffer.dtype)
+                    s.a[slot, k] = jnp.zeros((rank, width), s.a.dtype)
+                    s.b[slot, k] = jnp.zeros((rank, columns), s.b.dtype)
 
                 for_window(
-                    *(first[i], last[i], doubling_windows(size, PART), PART),
+                    *(items.first[i], items.last[i], doubling_windows(size, PART), PART),
                     lambda at, rows: add(at, rows, slot, used),
                 )
 

@@ -1,24 +1,16 @@
 """Where the TPU kernel's arrays and buffers are, with their shapes, and the item that it is at."""
 
 import dataclasses
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any
 
-import jax
+from jblock.pallas_kernels.refs import refs
 
 LANES = 128
 KV_BUFFERS = 3
 ITEM, BLOCK = 0, 1  # of Scratch.turns
 
-T = TypeVar("T")
 
-
-@dataclass_transform(kw_only_default=True, frozen_default=True)
-def _refs(cls: type[T]) -> type[T]:
-    """A dataclass that pallas_call takes for a tree of arrays."""
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
-
-
-@_refs
+@refs
 class Batch:
     """The lengths and the page table, in scalar memory."""
 
@@ -28,7 +20,7 @@ class Batch:
     page_table: Any  # int32 [S * max_pages]
 
 
-@_refs
+@refs
 class Rows:
     """The new tokens, in HBM. G is the query heads of a kv head, and what fills a tile."""
 
@@ -38,7 +30,7 @@ class Rows:
     scales: Any  # float32 [T, 1, lanes], those of k's heads, then those of v's; None: the pages have none
 
 
-@_refs
+@refs
 class Pools:
     """The pages, in HBM, as `tpu.abstract_pages` has them."""
 
@@ -46,7 +38,7 @@ class Pools:
     scales: Any  # float32 [pages, 2 * kv_heads, lanes]; None: there are none
 
 
-@_refs
+@refs
 class Scratch:
     """Buffers; N is the tokens of an item, B the tiles of a block of pages."""
 

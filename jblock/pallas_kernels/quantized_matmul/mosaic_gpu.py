@@ -10,7 +10,6 @@ Zeros are taken off outside: their share is a product of the sums of x over each
 """
 
 import dataclasses
-import types
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jblock.pallas_kernels import hopper
+from jblock.pallas_kernels.hopper import Ref
 from jblock.pallas_kernels.quantized_matmul import xla
 
 COLUMNS = 64
@@ -59,6 +59,27 @@ class Plan:
     def columns(self) -> int:
         """Columns of a block."""
         return COLUMNS * self.warpgroups
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arrays:
+    """Of a call, in device memory."""
+
+    x: Ref  # [T, in]
+    w: Ref  # int8 or int4 [out, in]
+    scales: Ref  # float32 [out, groups]
+    out: Ref  # float32 [parts, rows, out]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scratch:
+    """Of a CUDA block, in shared memory."""
+
+    x: Ref  # [stages, rows, inputs]
+    w: Ref  # [stages, columns, inputs]
+    result: Ref  # float32 [warpgroups, rows, COLUMNS]
+    full: Ref  # barriers [stages]: rows and weights are there
+    free: Ref  # barriers [stages]: all warpgroups have read them
 
 
 def serves(x: jax.Array, w_q: jax.Array, scales: jax.Array) -> bool:
@@ -118,9 +139,9 @@ def _call(plan: Plan, x: jax.Array, w_q: jax.Array, scales: jax.Array, interpret
     stages, inputs = plan.stages, plan.inputs
 
     def body(x_ref: Any, w_ref: Any, scales_ref: Any, out_ref: Any) -> None:
-        refs = types.SimpleNamespace(x=x_ref, w=w_ref, scales=scales_ref, out=out_ref)
+        arrays = _Arrays(x=x_ref, w=w_ref, scales=scales_ref, out=out_ref)
         pl.run_scoped(
-            lambda **s: _body(plan, refs, types.SimpleNamespace(**s)),
+            lambda **s: _body(plan, arrays, _Scratch(**s)),
             collective_axes="wg",
             x=hopper.swizzled((stages, plan.rows, inputs), jnp.bfloat16),
             w=hopper.swizzled((stages, plan.columns, inputs), w_q.dtype),
@@ -148,9 +169,8 @@ def _call(plan: Plan, x: jax.Array, w_q: jax.Array, scales: jax.Array, interpret
     return (parts[0] if plan.parts == 1 else parts.sum(axis=0))[: x.shape[0]]
 
 
-def _body(plan: Plan, refs: Any, s: Any) -> None:
-    """One block. refs: x [T, in]; w [out, in]; scales [out, groups]; out [parts, rows, out]. s: what `_call`
-    allots."""
+def _body(plan: Plan, refs: _Arrays, s: _Scratch) -> None:
+    """One block."""
     part = lax.axis_index("part")
     column = lax.axis_index("columns") * plan.columns
     rows = pl.ds(lax.axis_index("rows") * plan.rows, plan.rows)
