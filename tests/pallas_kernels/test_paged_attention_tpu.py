@@ -66,7 +66,7 @@ def small(case: Case) -> Blocks:
         q_tokens=1 if case.max_q_len == 1 else 4,
         q_tiles=2,
         kv_pages=4,
-        chunk_pages=2,
+        chunk_pages=max(1, 16 // case.page_size),
         many_rows=case.max_q_len > 4,
     )
 
@@ -94,6 +94,10 @@ def test_the_spread_meets_everything():
     assert {c.form for c in SPREAD} == set(FORMS)
     for feature in ("window", "softcap", "scale"):
         assert any(getattr(c, feature) is not None for c in SPREAD)
+    # Windows that are behind all rows of a strip at their edge, and one that is not.
+    many = [(c, small(c)) for c in SPREAD if c.window and small(c).many_rows]
+    spans = [b.q_tokens + b.chunk_pages * c.page_size for c, b in many]
+    assert {c.window < span for (c, _), span in zip(many, spans, strict=True)} == {False, True}
 
 
 @pytest.mark.parametrize("fault", faults.FAULTS)
@@ -203,6 +207,44 @@ def test_what_points_outside_the_arrays_is_not_followed(wrong):
     got, written = attend(lists, table)
     np.testing.assert_array_equal(written, right)
     np.testing.assert_array_equal(got[[0, 2]], wanted[[0, 2]])
+
+
+@pytest.mark.parametrize("window", [None, 1, 40, 191, 192, 500, 1024])
+@pytest.mark.parametrize("chunk_pages", [1, 4])
+def test_every_key_that_is_seen_has_its_turn_and_its_mask(window, chunk_pages):
+    """Strips at the window's edge hide nothing for being later, those at the diagonal nothing behind it."""
+    blocks = Blocks(q_tokens=64, q_tiles=1, kv_pages=8, chunk_pages=chunk_pages, many_rows=True)
+    form = tpu_softmax.Form(
+        blocks=blocks,
+        kv_heads=1,
+        groups=2,
+        head_dim=128,
+        tile=16,
+        page_size=128,
+        scaled=False,
+        dtype=jnp.bfloat16,
+        sliding_window=window,
+        softcap=None,
+        scale=1.0,
+    )
+    strip = 128
+    # Tiles of one token, and whole ones, from all positions before, in and behind the block.
+    q_first = np.tile(np.arange(-64, 2200, dtype=np.int32), 2)
+    q_last = q_first + np.repeat(np.asarray([0, 63], np.int32), q_first.size // 2)
+    found = tpu_many_rows.stretches(form, strip, jnp.asarray(q_first), jnp.asarray(q_last))
+    key, first, last = np.arange(form.block), q_first[:, None], q_last[:, None]
+    edge, whole, diagonal = (
+        (key >= np.asarray(begin)[:, None] * unit) & (key < np.asarray(end)[:, None] * unit)
+        for (begin, end), unit in zip(found, (strip, form.chunk, strip), strict=True)
+    )
+    behind = (lambda q: key <= q - window) if window else (lambda q: np.zeros(1, bool))
+    turns = edge.astype(int) + whole + diagonal
+    assert turns.max() == 1
+    assert np.all(turns[(key <= last) & ~behind(first)] == 1), "some row sees it"
+    assert not np.any(whole & (behind(last) | (key > first)))
+    assert not np.any(diagonal & behind(last))
+    if window is None or window >= blocks.q_tokens + strip:
+        assert not np.any(edge & (key > first))
 
 
 LENGTHS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), min_size=3, max_size=3)

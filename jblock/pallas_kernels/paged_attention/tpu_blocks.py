@@ -5,6 +5,11 @@ import dataclasses
 from jblock.pallas_kernels.tuning import Tuning
 
 _STATE_BYTES = 30 * 2**20
+_BLOCK_BYTES = 2**21  # far over what hides a copy's latency
+_MOST_BLOCK_BYTES = 2**22
+_CHUNK = (
+    512  # keys of a long product: fewer cost a fifth more a key on v6e, and on v5e spill registers
+)
 _TILE_ROWS = 128
 
 
@@ -66,8 +71,8 @@ class Blocks:
 
 def heuristic(shape: Shape) -> Blocks:
     """Prefill: tiles of 128 rows, a register's width, up to eight of them to a pass over the keys (more FLOPs
-    for a byte read than any chip needs), fewer where many heads would fill the memory; chunks of 512 keys.
-    Decoding: the rows there are. Blocks of 2 MB, far over what hides a copy's latency."""
+    for a byte read than any chip needs), fewer where many heads would fill the memory; chunks of 512 keys,
+    where they fit. Decoding: the rows there are."""
     groups = shape.heads // shape.kv_heads
     many_rows = shape.max_q_len * groups >= 128
     q_tokens = min(_up(shape.max_q_len), _down(max(1, _TILE_ROWS // groups)))
@@ -77,9 +82,11 @@ def heuristic(shape: Shape) -> Blocks:
     q_tiles = min(8, -(-64 // shape.kv_heads), -(-shape.max_q_len // q_tokens), fitting)
     item = {"float32": 4, "bfloat16": 2}.get(shape.kv_dtype, 1)
     token_bytes = 2 * shape.kv_heads * shape.head_dim * item
-    tokens = max(128, min(1024, _down(2**21 // token_bytes)))
+    tokens = max(128, min(1024, _down(_BLOCK_BYTES // token_bytes)))
+    if many_rows and _CHUNK * token_bytes <= _MOST_BLOCK_BYTES:
+        tokens = max(tokens, _CHUNK)
     kv_pages = _down(max(1, tokens // shape.page_size))
-    chunk_pages = min(kv_pages, _down(max(1, 512 // shape.page_size)))
+    chunk_pages = min(kv_pages, _down(max(1, _CHUNK // shape.page_size)))
     many_rows = many_rows and chunk_pages * shape.page_size % 128 == 0
     return Blocks(
         q_tokens=q_tokens,

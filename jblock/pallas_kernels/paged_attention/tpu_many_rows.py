@@ -4,19 +4,18 @@ So the keys stream through the matrix unit past a tile of queries, a row's stati
 not a register of their own, and its largest score is found by comparing registers, without moving anything
 across lanes. Values are transposed for that once a block, whatever number of query tiles it serves.
 
-Long chunks of keys that all rows of a tile see need no mask; what is left at the diagonal and at a window's
-edge goes in strips of 128 keys, masked. Scores and weights pass through vector memory on purpose, two
-buffers of each: the products of one head then overlap with the exponentials of another, and no register is
-spilled.
+Long chunks of keys that all rows of a tile see need no mask; what is left goes in strips of 128 keys, those
+at the window's edge and those at the diagonal apart, each with its one mask: two take too many registers.
+Scores and weights pass through vector memory on purpose, two buffers of each: the products of one head then
+overlap with the exponentials of another, and no register is spilled.
 
-Weights are summed by the matrix unit, over rows of ones behind the values; behind a window, where few keys
-beside the masked ones are left, from their buffer, which saves the sixteenth that the ones cost.
+Weights are summed by the matrix unit, over rows of ones behind the values.
 """
 
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +40,15 @@ _NONE_SEEN = (
 _ZEROS = 4  # of scores when the best is sought and when weights are made, of weights, and of sums
 _SUMMED = 40  # rows of the transposed sum that are added to at a time
 _ONES = 16  # a register tile of bfloat16
+_TOGETHER = 8  # heads at most that stand in one stretch of code; of more, registers are spilled
 _AHEAD = 1  # heads whose scores are made while the values of one are added; of more, registers are spilled
+
+
+class Masks(NamedTuple):
+    """Which keys are hidden from some rows, see `Form.seen`."""
+
+    causal: bool
+    windowed: bool
 
 
 @functools.partial(jax.tree_util.register_dataclass)
@@ -50,15 +57,14 @@ class ManyState:
     """Of each query tile and kv head, then of the present head, then of the present block."""
 
     best: Any  # [1, rows]
-    # [d + SUBLANES, rows]; behind d the sum of the weights in each row, or in parts (`_ones`)
-    acc: Any
+    acc: Any  # [d + SUBLANES, rows]; in the rows behind d the sum of the weights
     scores: Any  # AHEAD + 1 of float32 [2, chunk, rows], of which the first half is used
     weights: Any  # as many of the products' dtype, likewise
-    zeros: Any  # int32 [ZEROS + kv_heads] in SMEM, 0: see `ManyRows._attend_keys`
+    zeros: Any  # int32 [ZEROS + TOGETHER] in SMEM, 0: see `ManyRows._attend_heads`
     tokens: Any  # int32 [1, 1, rows], each row's token of its tile
     queries: Any  # [q_tiles, kv_heads, rows, d], the item's without gaps
     keys: Any  # [kv_heads, block, d] widened; None: they need not be
-    values: Any  # [kv_heads, d + ones, block], in the rows behind d ones
+    values: Any  # [kv_heads, d + ONES, block], in the rows behind d ones
 
 
 class ManyRows(FewRows):
@@ -73,11 +79,11 @@ class ManyRows(FewRows):
             acc=form.state(d + _SUBLANES, form.rows),
             scores=[pltpu.VMEM((2, form.chunk, form.rows), jnp.float32)] * (_AHEAD + 1),
             weights=[pltpu.VMEM((2, form.chunk, form.rows), form.dtype)] * (_AHEAD + 1),
-            zeros=pltpu.SMEM((_ZEROS + kv_heads,), jnp.int32),
+            zeros=pltpu.SMEM((_ZEROS + _TOGETHER,), jnp.int32),
             tokens=pltpu.VMEM((1, 1, form.rows), jnp.int32),
             queries=pltpu.VMEM((form.blocks.q_tiles, kv_heads, form.rows, d), form.dtype),
             keys=pltpu.VMEM((kv_heads, block, d), form.dtype) if form.scaled else None,
-            values=pltpu.VMEM((kv_heads, d + _ones(form), block), form.dtype),
+            values=pltpu.VMEM((kv_heads, d + _ONES, block), form.dtype),
         )
 
     @property
@@ -116,26 +122,18 @@ class ManyRows(FewRows):
         def one_tile(u):
             q_first = item.begin + u * form.blocks.q_tokens
             q_last = jnp.minimum(q_first + form.blocks.q_tokens, item.end) - 1
-            low, high = jnp.int32(0), jnp.clip(q_last + 1 - start, 0, form.block)
-            all_low, all_high = low, jnp.clip(q_first + 1 - start, 0, form.block)
-            if form.sliding_window is not None:
-                low = jnp.clip(q_first - form.sliding_window + 1 - start, 0, form.block)
-                all_low = jnp.clip(q_last - form.sliding_window + 1 - start, 0, form.block)
-            # Of strips: what some row sees, and in it the long chunks that all rows see.
-            low, high = lax.div(low, strip), pl.cdiv(high, strip)
-            whole = pl.cdiv(all_low, form.chunk), lax.div(all_high, form.chunk)
-            several = form.chunk // strip
-            some = whole[0] < whole[1]
-            left = jnp.where(some, whole[0] * several, high)
-            right = jnp.where(some, whole[1] * several, high)
+            edge, whole, diagonal = stretches(form, strip, q_first - start, q_last - start)
 
-            def attend(keys, masked, c):
+            def attend(keys, masks, c):
                 at = pl.multiple_of(c * keys, keys)
-                self._attend_keys(u, slot, at, keys, masked, q_first, start)
+                self._attend_keys(u, slot, at, keys, masks, q_first - start - at)
 
-            pl.loop(low, left)(functools.partial(attend, strip, True))
-            pl.loop(*whole)(functools.partial(attend, form.chunk, False))
-            pl.loop(right, high)(functools.partial(attend, strip, True))
+            if form.sliding_window is not None:
+                # No row is in a strip at its edge, unless it is as short as what rows and keys span.
+                short = form.sliding_window < form.blocks.q_tokens + strip
+                pl.loop(*edge)(functools.partial(attend, strip, Masks(short, True)))
+            pl.loop(*whole)(functools.partial(attend, form.chunk, Masks(False, False)))
+            pl.loop(*diagonal)(functools.partial(attend, strip, Masks(True, False)))
 
     def _lay_values(self, s: Any, slot: Any, begin: Any, end: Any) -> None:
         """Widens a strip's values and transposes them, and widens its keys where they need it."""
@@ -144,9 +142,8 @@ class ManyRows(FewRows):
         at = pl.ds(pl.multiple_of(s * strip, strip), strip)
         for h in range(form.kv_heads):
             k, v = (kv[slot, i, h, tiles].reshape(strip, form.head_dim) for i in (0, 1))
-            d, ones = form.head_dim, _ones(form)
-            if ones:
-                self.state.values[h, pl.ds(d, ones), at] = jnp.ones((ones, strip), form.dtype)
+            d = form.head_dim
+            self.state.values[h, pl.ds(d, _ONES), at] = jnp.ones((_ONES, strip), form.dtype)
             if form.scaled:
                 v = v.astype(jnp.float32).T * self._strip_scales(slot, s, form.kv_heads + h)
                 # The scale of a token not copied is whatever was there before.
@@ -174,24 +171,34 @@ class ManyRows(FewRows):
         at = pl.ds(pl.multiple_of(lax.rem(s, each) * strip, strip), strip)
         return scales[slot, lax.div(s, each), pl.ds(row, 1), at]
 
-    def _attend_keys(self, u, slot, at, keys, masked, q_first, start) -> None:
-        """One query tile over `keys` keys of the block (static) from `at`, all heads: the scores of a
-        head are made before the values of the one before are added."""
-        ahead = q_first - start - at if masked else None
+    def _attend_keys(self, u, slot, at, keys, masks, ahead) -> None:
+        """One query tile over `keys` keys of the block (static) from `at`, all heads; ahead: tokens from the
+        first of these keys to the tile's first query."""
+        kv_heads = self.form.kv_heads
+        together = max(n for n in range(1, _TOGETHER + 1) if kv_heads % n == 0)
+
+        @pl.loop(0, kv_heads // together)
+        def some_heads(i):
+            heads = [i * together + j for j in range(together)]
+            self._attend_heads(u, slot, at, keys, masks, ahead, heads)
+
+    def _attend_heads(self, u, slot, at, keys, masks, ahead, heads) -> None:
+        """Some heads: the scores of one are made before the values of the one before are added."""
         # What is stored at 0 is loaded at indices that only the program knows. Else the compiler leaves
         # out the store and keeps all scores in registers, of which there are too few, from when they are
         # made, or from when they are loaded first, until they are needed last.
         zero = [self.state.zeros[i] for i in range(_ZEROS)]
         best: list[Any] = []
-        for step in range(self.form.kv_heads + _AHEAD):
-            if step < self.form.kv_heads:
-                best.append(self._score(u, slot, at, keys, ahead, zero, step))
+        for step in range(len(heads) + _AHEAD):
+            if step < len(heads):
+                best.append(self._score(u, slot, at, keys, masks, ahead, zero, heads[step], step))
             if step >= _AHEAD:
-                self._add(u, at, keys, masked, zero, step - _AHEAD, best[step - _AHEAD])
+                i = step - _AHEAD
+                self._add(u, at, keys, zero, heads[i], i, best[i])
 
-    def _score(self, u, slot, at, keys, ahead, zero, h: int) -> jax.Array:
-        """Leaves a head's scores in their buffer; returns each row's best so far [1, rows]. ahead: tokens
-        from the first of these keys to the tile's first query, if they are to be masked, else None."""
+    def _score(self, u, slot, at, keys, masks, ahead, zero, h, i: int) -> jax.Array:
+        """Leaves the scores of a head, the i-th of those together, in their buffer; returns each row's best
+        so far [1, rows]."""
         form, scratch, state = self.form, self.walk.scratch, self.state
         if state.keys is None:
             tiles = pl.ds(lax.div(at, form.tile), keys // form.tile)
@@ -199,28 +206,28 @@ class ManyRows(FewRows):
         else:
             k = state.keys[h, pl.ds(at, keys)]
         products = dot(k, state.queries[u, h], 1, 1)
-        buffer = state.scores[h % (_AHEAD + 1)]
+        buffer = state.scores[i % (_AHEAD + 1)]
         best = jnp.broadcast_to(state.best[u, h], (_SUBLANES, form.rows))
         # Masks are made for each head anew: one for all would take registers all the while.
-        if ahead is not None:
-            mine = state.zeros[_ZEROS + h]
+        if any(masks):
+            mine = state.zeros[_ZEROS + i]
             query = state.tokens[mine] + (ahead + mine)
         for begin in range(0, keys, _step(keys)):
             part = slice(begin, begin + _step(keys))
             scores = form.scores(products[part])
-            if ahead is not None:
+            if any(masks):
                 key = lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-                scores = jnp.where(form.seen(query - begin, key), scores, MASKED)
+                scores = jnp.where(form.seen(query - begin, key, *masks), scores, MASKED)
             buffer[0, part] = scores
         for begin in range(0, keys, _step(keys)):
             scores = buffer[zero[0], begin : begin + _step(keys)]
             best = jnp.maximum(best, scores.reshape(-1, _SUBLANES, form.rows).max(axis=0))
         return best.max(axis=0, keepdims=True)
 
-    def _add(self, u, at, keys, masked, zero, h: int, best: jax.Array) -> None:
+    def _add(self, u, at, keys, zero, h, i: int, best: jax.Array) -> None:
         """Adds the values of a head whose scores are in their buffer."""
         form, state = self.form, self.state
-        scores, weights = (a[h % (_AHEAD + 1)] for a in (state.scores, state.weights))
+        scores, weights = (a[i % (_AHEAD + 1)] for a in (state.scores, state.weights))
         keep = jnp.exp2(state.best[u, h] - best)
         d = form.head_dim
         for begin in range(0, keys, _step(keys)):
@@ -230,20 +237,12 @@ class ManyRows(FewRows):
         state.best[u, h] = best
         values = state.values[h, :, pl.ds(at, keys)]
         added = dot(values, weights[zero[2], pl.ds(0, keys)], 1, 0)
-        summed = d + _SUBLANES if _ones(form) else d
+        summed = d + _SUBLANES
         # A strip's sums are loaded when the head before has stored its own: not all of them at once.
-        few, old = (_SUMMED, h + zero[3]) if masked else (summed, h)
+        few, old = (_SUMMED, h + zero[3]) if keys == self.strip else (summed, h)
         for begin in range(0, summed, few):
             part = slice(begin, min(begin + few, summed))
             state.acc[u, h, part] = state.acc[u, old, part] * keep + added[part]
-        if not _ones(form):
-            # From vector memory: the compiler adds late, and would keep all weights in registers until then.
-            total = jnp.zeros((_SUBLANES, form.rows), jnp.float32)
-            for begin in range(0, keys, _step(keys)):
-                weight = weights[zero[2], begin : begin + _step(keys)].astype(jnp.float32)
-                total += weight.reshape(-1, _SUBLANES, form.rows).sum(axis=0)
-            sums = pl.ds(d, _SUBLANES)
-            state.acc[u, h, sums] = state.acc[u, old, sums] * keep + total
 
     def end(self, item: Item, rows_slot: Any) -> None:
         """Lays the item's results into the buffer of results."""
@@ -254,19 +253,30 @@ class ManyRows(FewRows):
         def finish(u):
             @pl.loop(0, form.kv_heads)
             def head(h):
-                # One of the rows that hold it all, or all that hold a part.
-                sums = 1 if _ones(form) else _SUBLANES
-                total = self.state.acc[u, h, pl.ds(form.head_dim, sums)]
-                total = total.sum(axis=0, keepdims=True)
+                total = self.state.acc[u, h, pl.ds(form.head_dim, 1)]
                 result = self.state.acc[u, h, pl.ds(0, form.head_dim)]
                 result = (result / jnp.where(total > 0, total, 1.0)).T
                 result = result.reshape(tokens, form.groups, form.head_dim).astype(out.dtype)
                 out[rows_slot, pl.ds(u * tokens, tokens), h] = result
 
 
-def _ones(form: Form) -> int:
-    """Rows of ones behind the values."""
-    return _ONES if form.sliding_window is None else 0
+def stretches(
+    form: Form, strip: int, q_first: Any, q_last: Any
+) -> tuple[tuple[Any, Any], tuple[Any, Any], tuple[Any, Any]]:
+    """What queries of positions q_first .. q_last, from a block's first key on, see of it, as (begin, end):
+    strips at the window's edge, then chunks that all of them see, then strips at the diagonal."""
+    high, all_high = (jnp.clip(q + 1, 0, form.block) for q in (q_last, q_first))
+    low = all_low = jnp.zeros_like(high)
+    if form.sliding_window is not None:
+        low, all_low = (
+            jnp.clip(q - form.sliding_window + 1, 0, form.block) for q in (q_first, q_last)
+        )
+    low, high = lax.div(low, strip), pl.cdiv(high, strip)
+    whole = pl.cdiv(all_low, form.chunk), lax.div(all_high, form.chunk)
+    # Without a chunk, strips are the window's until all rows see the first key of one.
+    several, edge = form.chunk // strip, jnp.minimum(pl.cdiv(all_low, strip), high)
+    left, right = (jnp.where(whole[0] < whole[1], w * several, edge) for w in whole)
+    return (low, left), whole, (right, high)
 
 
 def _step(keys: int) -> int:

@@ -72,11 +72,15 @@ class Form:
         capped = jnp.tanh(products * (self.scale / self.softcap))
         return capped * (self.softcap * _LOG2_E)
 
-    def seen(self, query: jax.Array, key: jax.Array) -> jax.Array:
-        """Whether a query's position sees a key's."""
-        seen = key <= query
-        if self.sliding_window is not None:
-            seen &= key > query - self.sliding_window
+    def seen(
+        self, query: jax.Array, key: jax.Array, causal: bool = True, windowed: bool = True
+    ) -> jax.Array:
+        """Whether a query's position sees a key's: that it is not later (causal), nor behind the window."""
+        seen = key <= query if causal else None
+        if self.sliding_window is not None and windowed:
+            inside = key > query - self.sliding_window
+            seen = inside if seen is None else seen & inside
+        assert seen is not None
         return seen
 
     def state(self, *shape: int) -> Any:
