@@ -13,6 +13,7 @@ from jblock.zoo.records import DamagedError, ZooError, printable
 
 def compress(args: argparse.Namespace) -> Outcome:
     """Makes a copy of a fine-tune that is deltas on its base."""
+    from jblock.adapt import estimate
     from jblock.adapt.compression import CODECS, compress_chain
     from jblock.zoo.store import Zoo
 
@@ -22,16 +23,19 @@ def compress(args: argparse.Namespace) -> Outcome:
     steps = zip(chain.steps, base.steps, strict=False)
     changed = [a.component for a, b in steps if a.component != b.component]
     total = 2 * sum(zoo.component(c).nbytes for c in changed)
+    codecs = args.codec or CODECS
+    progress_of(args).note(f"{name}: encoding {estimate.encoding(zoo, changed, codecs)}")
     with progress_of(args).bar(name, total) as advance:
-        made = compress_chain(zoo, chain, base, name, args.budget, args.codec or CODECS, advance)
-    codecs = ", ".join(f"{n} x {label}" for label, n in made.derived["codecs"].items())
+        made = compress_chain(zoo, chain, base, name, args.budget, codecs, advance)
+    chosen = ", ".join(f"{n} x {label}" for label, n in made.derived["codecs"].items())
     lost = f"{made.derived['change_error']:.2%} of what the fine-tune changed is lost"
     measured = _measured(args, zoo, made, chain, options, "change_error")
-    return _lossy(made, "changed components", measured, lost, f"codecs: {codecs}")
+    return _lossy(made, "changed components", measured, lost, f"codecs: {chosen}")
 
 
 def quantize(args: argparse.Namespace) -> Outcome:
     """Makes a quantized copy of a model."""
+    from jblock.adapt import estimate
     from jblock.adapt.quantization import quantize_chain
     from jblock.blocks.quant_spec import QuantSpec
     from jblock.zoo.store import Zoo
@@ -40,6 +44,8 @@ def quantize(args: argparse.Namespace) -> Outcome:
     chain = zoo.checked_chain(*name_and_version(args.name))
     spec = QuantSpec(bits=args.bits, group=args.group)
     name = args.copy_name or f"{chain.name}-int{args.bits}"
+    ids = list(dict.fromkeys(s.component for s in chain.steps))
+    progress_of(args).note(f"{name}: encoding {estimate.encoding(zoo, ids, ('quantize',))}")
     total = sum(zoo.component(s.component).nbytes for s in chain.steps)
     with progress_of(args).bar(name, total) as advance:
         made = quantize_chain(zoo, chain, name, spec, advance)

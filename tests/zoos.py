@@ -62,13 +62,14 @@ def fill(zoo, name="m", seed=0):
     )
 
 
-def fit_record(zoo, name):
-    """Makes a model's pointer say of its first version what the record says, as a hostile zoo's does."""
-    data = (zoo.path / "chains" / name / "1.json").read_bytes()
+def fit_record(zoo, name, version=1):
+    """Makes a model's pointer say of a version what the record says, as a hostile zoo's does."""
+    data = (zoo.path / "chains" / name / f"{version}.json").read_bytes()
     path = zoo.path / "chains" / name / "model.json"
     model = json.loads(path.read_text())
     entry = msgspec.to_builtins(entry_of(Chain.from_json(json.loads(data)), data))
-    model["versions"] = [entry if e["version"] == 1 else e for e in model["versions"]]
+    entry["version"] = version
+    model["versions"] = [entry if e["version"] == version else e for e in model["versions"]]
     path.write_text(json.dumps(model))
 
 

@@ -22,6 +22,11 @@ from jblock.zoo.store import Zoo
 _SIZE = 1024  # of the product that is timed
 _SHARE = 0.5  # of its speed that a layer reaches, with attention and norms
 _RUNTIME_BYTES = 300 << 20  # programs, and what the allocator keeps
+# What encoding a weight takes, in operations of a layer's products; `python -m bench adapt` measures both.
+_OPERATIONS = {"low_rank": 16_000, "bits": 7 * 1_200, "quantize": 350}
+_COMPILE_SECONDS = {"low_rank": 2.0, "bits": 1.0, "quantize": 0.1}  # for each shape of matrix
+# Of a weight that is encoded: its own value, the base's, their difference, and what is tried.
+_WEIGHT_BYTES = 24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +46,7 @@ class Estimate:
         if minutes > 90:
             long = f"{minutes / 60:.0f} hours"
         else:
-            long = f"{minutes:.0f} minutes" if minutes > 1.5 else f"{self.seconds:.0f} seconds"
+            long = f"{minutes:.0f} minutes" if minutes > 1.5 else f"{max(1, self.seconds):.0f} s"
         return f"about {long} and {self.nbytes / 1e9:.1f} GB on {jax.default_backend()}"
 
 
@@ -58,6 +63,25 @@ def measuring(zoo: Zoo, steps: Sequence[Step], data: ProbeData, chains: int) -> 
     held = max(2 * hidden, min((chains + 1) * hidden, metrics.LIVE_BYTES))
     return Estimate(
         seconds=(chains + 1) * flops / speed(), nbytes=sizes.in_memory() + held + _RUNTIME_BYTES
+    )
+
+
+def encoding(zoo: Zoo, components: Sequence[str], codecs: Sequence[str]) -> Estimate:
+    """Of making few bits of some components, one after another.
+
+    Args:
+      zoo: has them.
+      components: their ids.
+      codecs: that are tried: "low_rank", "bits" or "quantize".
+    """
+    specs = [zoo.component(id_).spec for id_ in components]
+    sizes = [scalars(spec) for spec in specs]
+    shapes = {s for spec in specs for s in unquantized(spec).tensors().values() if len(s) == 2}
+    compiling = len(shapes) * sum(_COMPILE_SECONDS[codec] for codec in codecs)
+    operations = sum(_OPERATIONS[codec] for codec in codecs)
+    return Estimate(
+        seconds=compiling + operations * sum(sizes) / speed(),
+        nbytes=_WEIGHT_BYTES * max(sizes, default=0) + _RUNTIME_BYTES,
     )
 
 

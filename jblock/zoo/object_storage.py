@@ -59,9 +59,19 @@ class ObjectStorage:
             raise ZooError(str(e)) from e
 
     def create(self, zoo_json: bytes) -> None:
-        """Puts zoo.json where there is none."""
-        with contextlib.suppress(FileExistsError):
-            self._put_new("zoo.json", zoo_json)
+        """Puts zoo.json where there is none.
+
+        Raises:
+          ZooError: there is no such bucket, or it cannot be written to.
+        """
+        try:
+            with contextlib.suppress(FileExistsError):
+                self._put_new("zoo.json", zoo_json)
+        except NotFoundError as e:
+            raise ZooError(
+                f"{self.location} cannot be made: there is no such bucket, or these credentials do not see "
+                "it: make the bucket first"
+            ) from e
 
     def names(self, folder: str) -> list[str]:
         """See `Storage`."""

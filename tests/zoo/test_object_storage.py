@@ -234,6 +234,12 @@ def test_other_urls_are_told(bad, tmp_path, monkeypatch):
         Zoo.open(bad)
 
 
+def test_a_bucket_that_nobody_made_is_told(url):
+    if url.startswith("s3://"):
+        with pytest.raises(ZooError, match="no such bucket"):
+            Zoo.create("s3://nobody-made-it/zoo")
+
+
 def test_a_bucket_that_is_away_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     storage = ObjectStorage("memory://away/zoo")

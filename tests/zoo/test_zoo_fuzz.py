@@ -1,5 +1,6 @@
 """Odd content of a zoo: whatever a file holds, commands say so in a line, and none runs away with memory."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -102,6 +103,10 @@ def damage(rng, root):
             value = put(value, spot, odd)
         text = json.dumps(value)
         path.write_text(text, errors="surrogatepass")
+        if path.parts[-3] == "chains" and path.name != "model.json" and rng.integers(2):
+            # As in a zoo that someone made to do harm.
+            with contextlib.suppress(ZooError):
+                zoos.fit_record(Zoo.open(root), path.parts[-2], int(path.stem))
     elif way == 4:
         path.write_bytes(data[: rng.integers(len(data) + 1)])
     elif way == 5:
