@@ -282,10 +282,10 @@ def test_compress_says_what_is_lost_of_the_change_and_what_that_costs(cli, words
     }
     convert(cli, words, "base", tiny.CONFIG, base)
     convert(cli, words, "tuned", tiny.CONFIG, tuned)
-    made = json.loads(
-        cli.ok("compress", "tuned", "--base", "base", "--budget", 0.4, "--codec", "low_rank",
-               *files(words)[2:6], "--tokens", 512, "--row_tokens", 64, "--json")
-    )  # fmt: skip
+    result = cli("compress", "tuned", "--base", "base", "--budget", 0.4, "--codec", "low_rank",
+                 *files(words)[2:6], "--tokens", 512, "--row_tokens", 64, "--json")  # fmt: skip
+    assert "encoding about" in result.err and "beside tuned: about" in result.err
+    made = json.loads(result.out)
     assert 0.3 < made["change_error"] < 1
     scores = made["measured"]["scores"]
     assert scores["change_error"]["value"] == made["change_error"]
