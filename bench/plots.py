@@ -91,4 +91,22 @@ def _deltas(axes, result: dict[str, Any]) -> None:
     axes.legend(fontsize=6)
 
 
-_DRAWINGS = {"deltas": _deltas, "sharing": _sharing, "block_tax": _block_tax, "roofline": _roofline}
+def _speculate(axes, result: dict[str, Any]) -> None:
+    ramp = result["ramp"]
+    axes.plot(ramp["rows"], ramp["drafts"], "o-", label="tokens drafted a row and step")
+    axes.plot(ramp["rows"], ramp["speedup"], "s--", label="tokens a second, over none drafted")
+    axes.axhline(1.0, color="black", linewidth=0.5)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ramp["rows"], [str(r) for r in ramp["rows"]])
+    axes.set_xlabel("sequences at a time")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+
+
+_DRAWINGS = {
+    "deltas": _deltas,
+    "sharing": _sharing,
+    "block_tax": _block_tax,
+    "roofline": _roofline,
+    "speculate": _speculate,
+}

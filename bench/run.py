@@ -121,7 +121,8 @@ class InlineEngine:
 
 def make_engine(zoo: Any, config: EngineConfig, cache: Path) -> ThreadEngine:
     """An engine over all chains of a zoo in memory, every program compiled or taken from the folder
-    `cache`."""
+    `cache`. Models of random weights soon say the same again and again: nothing is drafted for them."""
+    config = dataclasses.replace(config, max_draft_tokens=0)
     engine = ThreadEngine(zoo, dict(zoo.served), config, ExecutableCache(cache))
     engine.wait_until_warm()
     return engine

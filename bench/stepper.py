@@ -79,10 +79,19 @@ class Stepper:
       config: settings.
     """
 
-    def __init__(self, zoo: Any, chains: Mapping[str, Chain], config: EngineConfig, cache: Path):
+    def __init__(
+        self,
+        zoo: Any,
+        chains: Mapping[str, Chain],
+        config: EngineConfig,
+        cache: Path,
+        max_draft_tokens: int = 0,
+    ):
         """Loads `chains` of `zoo` (or of anything with a zoo's readers) and compiles, or takes programs
-        from the folder `cache`. Steps have no time limit: a batch begins at once and stays whole."""
-        self.config = config = dataclasses.replace(config, step_ms=NO_LIMIT)
+        from the folder `cache`. Steps have no time limit: a batch begins at once and stays whole. Models of
+        random weights soon say the same again and again, so nothing is drafted unless that is asked for."""
+        settings = {"step_ms": NO_LIMIT, "max_draft_tokens": max_draft_tokens}
+        self.config = config = dataclasses.replace(config, **settings)
         self.graph = assemble(zoo, chains, config)
         self.device = WatchedDevice(self.graph, config, ExecutableCache(cache))
         buckets = (*config.decode_buckets, *config.prefill_buckets)

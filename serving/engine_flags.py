@@ -59,6 +59,14 @@ _FLAGS = (
         None,
         _help("step_ms", "Milliseconds a step should take at most while answers stream."),
     ),
+    flags.DEFINE_integer(
+        "max_draft_tokens",
+        None,
+        _help(
+            "max_draft_tokens",
+            "Tokens drafted and verified in one step of a sequence, at most, where it pays; 0: none.",
+        ),
+    ),
     flags.DEFINE_string(
         "mesh", None, "Devices to split every block over, such as tp=4; default: one."
     ),

@@ -45,6 +45,8 @@ class GatewayCollector(Collector):
             "prefix_cache_hits": ("Prompt tokens found there.", stats.cached_tokens),
             "num_preemptions": ("Sequences that gave their pages to others.", stats.preemptions),
             "generation_tokens": ("Tokens generated.", stats.generated_tokens),
+            "spec_decode_num_draft_tokens": ("Tokens drafted.", stats.drafted_tokens),
+            "spec_decode_num_accepted_tokens": ("Drafted tokens taken.", stats.accepted_tokens),
         }
         if self._prefix == PREFIXES["vllm"]:
             # `jblock_prompt_tokens` counts what was computed.

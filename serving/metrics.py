@@ -50,6 +50,8 @@ _HELP = {
     "kv_offloads": ("counter", "How many of those went by copies of their pages on the host."),
     "host_kv_bytes": ("gauge", "Host memory that copies of pages take."),
     "generated_tokens": ("counter", "Tokens generated."),
+    "drafted_tokens": ("counter", "Tokens drafted ahead of the model and verified by it."),
+    "accepted_tokens": ("counter", "How many of those came true."),
     "hung_reads": ("counter", "Reads of the zoo that took too long and were given up."),
     "restarts": ("counter", "Engine processes that died or froze and were replaced."),
     "resumed_requests": ("counter", "Requests that went on in a new engine process."),

@@ -19,7 +19,7 @@ ENGINE = (
     ("programs",),
     ("scheduling",),
     ("runner",),
-    ("spans",),
+    ("spans", "speculation"),
     ("stats", "model_infos", "watchdog", "constrained"),
     ("loop", "compile_tiers"),
     ("model_updates",),

@@ -55,6 +55,7 @@ _ALL = (
     Scenario(
         "cluster", "a model in spans on two processes of a core each over one; what a hop takes"
     ),
+    Scenario("speculate", "tokens a second with guessed tokens over those without"),
     Scenario("front", "gRPC and HTTP over the engine alone, and over bare servers of constants"),
     Scenario(
         "structured",

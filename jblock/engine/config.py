@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from jblock.parallel.rules import MeshShape, ShardingRules
 
+# Tokens of a sequence that one step verifies, at most.
+MAX_DRAFT_TOKENS = 8
 DTYPES = ("float32", "bfloat16")
 KV_DTYPES = ("float32", "bfloat16", "int8")
 
@@ -56,6 +58,8 @@ class EngineConfig:
       read_seconds: how long reading one adapter or component may take; after that its storage hangs, and
         who waits for it gets an error.
       pinned: chains that are loaded before they are asked for and never give way.
+      max_draft_tokens: tokens of a sequence that may be drafted and verified in one step, where measured
+        times say that it pays (`speculation`); 0 drafts none.
       compile_workers: threads that compile, before the first request and in the background.
       mesh: devices the agent spans, such as "tp=4"; "" is one. With dp sizes are of each group of devices.
     """
@@ -84,6 +88,7 @@ class EngineConfig:
     host_cache_mb: int = 512
     read_seconds: float = 60.0
     pinned: tuple[str, ...] = ()
+    max_draft_tokens: int = MAX_DRAFT_TOKENS
     compile_workers: int = 2
     mesh: str = ""
 
@@ -105,7 +110,7 @@ class EngineConfig:
                 f"max_model_len is {self.max_model_len!r}; give a whole number of at least 2: one token "
                 "of prompt and one of output; or 0 for what the models take"
             )
-        for field in ("kv_memory_mb", "host_kv_memory_mb"):
+        for field in ("kv_memory_mb", "host_kv_memory_mb", "max_draft_tokens"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{field} is {value!r}; give a whole number of at least 0")
@@ -116,6 +121,10 @@ class EngineConfig:
                     f"{field} is {value!r}; give a whole number of at least "
                     f"{int(field == 'adapter_slots')}"
                 )
+        if self.max_draft_tokens > MAX_DRAFT_TOKENS:
+            raise ValueError(
+                f"max_draft_tokens is {self.max_draft_tokens}; give at most {MAX_DRAFT_TOKENS}"
+            )
         if not self.read_seconds > 0:
             raise ValueError(f"read_seconds is {self.read_seconds}; give more than 0")
         if not self.decode_sizes or not self.prefill_grids:

@@ -335,7 +335,7 @@ class ThreadEngine(Engine):
         no more than this call. False: nothing to time, or not now."""
         if self._measured.is_set() or not self._tiers.warm_up_done:
             return False
-        if self._loop.measure() or self._loop.measure_again():
+        if self._loop.measure() or self._loop.profile.measure_again():
             return True
         self._measured.set()
         return False

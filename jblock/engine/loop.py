@@ -21,6 +21,7 @@ from jblock.engine.kv_cache.host_offload import HostPool
 from jblock.engine.kv_cache.manager import KVCacheManager
 from jblock.engine.programs.needed import Pools
 from jblock.engine.runner.latency_profile import Pace, Profile
+from jblock.engine.runner.resizing import resize_pools
 from jblock.engine.runner.runner import Runner
 from jblock.engine.runner.step import BlockQueues, Step, Stepper
 from jblock.engine.scheduling import request_checks
@@ -31,6 +32,7 @@ from jblock.engine.scheduling.sequence import Picked, SequenceState
 from jblock.engine.scheduling.step_budget import PROMPT_SHARE
 from jblock.engine.spans.port import Port
 from jblock.engine.spans.spans import Spans
+from jblock.engine.speculation.speculation import speculation_of
 from jblock.engine.stats import BlockTable, collect_stats
 from jblock.engine.weights.loader import Loads, Targets
 from jblock.engine.weights.residents import Adapter
@@ -70,6 +72,9 @@ class Loop:
         parts = (device, self._sequences, self._stepper, self.weight_cache, self._finish)
         self.spans = Spans(port, *parts) if port else None
         self.constrained = ConstrainedSampling(device, self._sequences, self._finish)
+        # Drafts need all blocks here.
+        parts = (device, self.profile, self._pace, self._sequences)
+        self._speculation = None if port else speculation_of(*parts)
         self._outputs: list[Output] = []
         self._in_flight: Step | None = None
         self._generated_tokens = 0
@@ -109,24 +114,8 @@ class Loop:
         self.profile.forget()
 
     def resize_pools(self, pools: Pools) -> None:
-        """Gives pools other sizes, adds those that are new, and removes those that no request needs. Where a
-        smaller pool does not hold the pages of running sequences, the youngest are preempted."""
-        state, sequences = self.device.state, self._sequences
-        for shape in [s for s in state.pool_shapes if s not in pools]:
-            if not any(sequence.pages.uses(shape) for sequence in sequences):
-                self.kv.remove(shape)
-                state.remove_pool(shape)
-        sizes = {shape: pool.num_pages for shape, pool in state.pool_shapes.items()}
-        for shape, pool in sorted(pools.items(), key=lambda p: p[1].num_pages - sizes.get(p[0], 0)):
-            if state.pool_shapes.get(shape) == pool:
-                continue
-            sequences.free_pages(shape, pool.num_pages - 1)
-            moves = self.kv.resize(shape, pool)
-            if shape in state.pool_shapes:
-                state.resize_pool(shape, pool, moves)
-            else:
-                state.add_pool(shape, pool)
-        self.device.forget_calls()
+        """See `resizing.resize_pools`."""
+        resize_pools(self.device, self._sequences, pools)
 
     def _widen(self, targets: Targets, adapter: Adapter) -> None:
         """Makes tables for more projections, where nobody else does it."""
@@ -242,13 +231,15 @@ class Loop:
             self._finish(sequence, "error", error_message=deadline_problem(sequence), **fields)
 
     def _forward(self) -> None:
-        """Enqueues a step, and reads the one before. Where it fails, what may still be read is in flight."""
-        enqueued = self._enqueue()
-        before, self._in_flight = self._in_flight, None
-        if before is not None:
-            with TraceAnnotation("read_tokens"):
-                self._collect(before)
-            self._pace.note(before.enqueued, before.seconds, bool(before.sampled))
+        """Enqueues a step, and reads the one before; the other way round where drafts are worth it. Where
+        it fails, what may still be read is in flight."""
+        before, drafts = self._in_flight, self._speculation
+        # 0 until it is measured: nothing is drafted.
+        decoding = before.decode_seconds if before else 0.0
+        if before and drafts and (decoding or drafts.sent) and drafts.reads_first(before):
+            self._read()
+        enqueued = self._enqueue(decoding)
+        self._read()
         self._in_flight = enqueued
         if self.constrained.open:
             idle = enqueued is before is None
@@ -256,6 +247,16 @@ class Loop:
         if self.kv.host.used:
             self.kv.host.land()
         self._sequences.note_step()
+
+    def _read(self) -> None:
+        """Reads the step in flight, if there is one."""
+        before, self._in_flight = self._in_flight, None
+        if before is not None:
+            with TraceAnnotation("read_tokens"):
+                self._collect(before)
+            self._pace.note(before.enqueued, before.seconds, bool(before.sampled))
+            if self._speculation and self._speculation.sent:
+                self._speculation.learn()
 
     def _give_way(self, error: Exception) -> None:
         """After a step for which the device had no memory: all sequences start over from the tokens they
@@ -292,22 +293,19 @@ class Loop:
         self.profile.measure_one()
         return True
 
-    def measure_again(self) -> bool:
-        """Times one call once more that an earlier start measured. Call it when idle, after `measure`;
-        False: none is left."""
-        return self.profile.measure_again()
-
-    def _enqueue(self) -> Step | None:
-        """Plans a step and sends it to the device; None when there is nothing to do."""
+    def _enqueue(self, decoding: float) -> Step | None:
+        """Plans a step, of which decoding takes about so many seconds, and sends it to the device; None when
+        there is nothing to do."""
         sequences = self._sequences
         running, budget = sequences.running.values(), self.config.step_ms / 1e3 / self._pace.ratio
         # Nobody waits for the next token of a prompt: only streams need steps that end soon.
         streams = any(s.computed >= s.prefill for s in running)
-        decoding = self._in_flight.decode_seconds if self._in_flight else 0.0
         # Under a full load of decoding a prompt still moves on.
         for_prompts = max(budget - decoding, PROMPT_SHARE * budget) if streams else math.inf
         with TraceAnnotation("schedule"):
             items = sequences.schedule(self.profile.machine(), for_prompts)
+            if self._speculation and decoding and self._in_flight is None:
+                items = self._speculation.add_drafts(items, budget)
         if self.spans is not None:
             self.spans.take_rows()
         if not items and all(s.item is None or s.item.is_away for s in running):
@@ -324,6 +322,7 @@ class Loop:
             self.loads,
             self.graph,
             self._generated_tokens,
+            self._speculation,
         )
 
     def refuse(self, request: Request, code: str, message: str) -> None:
@@ -340,7 +339,7 @@ class Loop:
             for i, item in enumerate(sampled.batch.items):
                 sequence = item.sequence
                 # A sequence that ended a step ago still had this row in flight.
-                if sequence.finished:
+                if sequence.finished or (item.is_draft and not sequence.confirms(item)):
                     continue
                 if sequence.tokens_only and item.samples and read.finite[i]:
                     self._plain_token(sequence, read.tokens[i])

@@ -13,6 +13,7 @@ from jblock.engine.runner.runner import Runner
 from jblock.engine.runner.step import BlockQueue, BlockQueues, Counters
 from jblock.engine.scheduling import step_budget
 from jblock.engine.scheduling.scheduler import Scheduler
+from jblock.engine.speculation.speculation import Speculation
 from jblock.engine.stats_records import joined_blocks
 from jblock.engine.weights.loader import Loads
 from jblock.pallas_kernels import backends
@@ -65,6 +66,7 @@ def collect_stats(
     loads: Loads,
     graph: ServingGraph,
     generated_tokens: int,
+    speculation: Speculation | None,
 ) -> EngineStats:
     """What the parts of a loop say, on the thread that owns them."""
     executables, kv, weight_cache = device.executables, sequences.kv, loads.weight_cache
@@ -103,6 +105,8 @@ def collect_stats(
         kv_offloads=sequences.offloads,
         host_kv_bytes=kv.host.used,
         generated_tokens=generated_tokens,
+        drafted_tokens=speculation.drafted if speculation else 0,
+        accepted_tokens=speculation.accepted if speculation else 0,
         kernels_replaced=len(backends.replaced()),
         tenants=tuple(
             TenantStats(tenant=name, waiting=waiting, running=running, served_seconds=seconds)

@@ -87,6 +87,8 @@ class EngineStats:
       kv_offloads: how many of them by copies of their pages on the host; the others were computed anew.
       host_kv_bytes: host memory those copies take now.
       generated_tokens: tokens generated.
+      drafted_tokens: tokens that were drafted and verified.
+      accepted_tokens: those of them that came true.
       hung_reads: reads of adapters and parameters that took longer than the limit and were given up.
       restarts: engine processes that died or froze and were replaced.
       resumed_requests: requests that went on in a new process after their tokens so far.
@@ -128,6 +130,8 @@ class EngineStats:
     kv_offloads: int = 0
     host_kv_bytes: int = 0
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     hung_reads: int = 0
     restarts: int = 0
     resumed_requests: int = 0

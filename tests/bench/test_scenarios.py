@@ -70,6 +70,7 @@ KEYS = {
         "throughput_over_fcfs",
     },
     "restart": {"restart"},
+    "speculate": {"ngram_speedup", "b1_speedup", "b4_speedup", "full_ratio", "acceptance"},
     "cluster": {"failed", "identical", "differ", "pipeline_ratio", "hop_ms_socket_idle"},
     "cycles": {"tpu", "h200"},
 }
@@ -121,7 +122,7 @@ _NO_SERVING = {
 # Start processes that compile everything, or several engines.
 _LONG = {"coldstart", "kv", "peers", "stalls", "registry", "restart", "front", "fairness", "host"}
 _LONG |= {"lora", "overlap", "oversubscription", "roofline", "block_tax", "deltas", "structured"}
-_LONG |= {"cluster", "hotswap", "kernels"}
+_LONG |= {"cluster", "hotswap", "kernels", "speculate"}
 _MARKS = {name: pytest.mark.long for name in _LONG} | {"cycles": pytest.mark.compilers}
 
 

@@ -177,3 +177,43 @@ def test_rows_share_what_was_loaded(monkeypatch, groups, q_len, rows):
 def test_an_op_without_machine_code_takes_xlas():
     assert backends.module("paged_attention", "cpu").__name__.endswith(".cpu")
     assert backends.module("quantized_matmul", "cpu").__name__.endswith(".xla")
+
+
+@pytest.mark.parametrize("kv", ["float32", "int8"])
+def test_rows_of_one_sequence_may_be_neighbors_in_a_grid(kv):
+    """Drafted tokens are verified so: each sees those before it, bit for bit as if they had come one by one,
+    while XLA's other threads help."""
+    heads, kv_heads, d, page = 4, 2, 32, 16
+    # Of three sequences five, one and two rows, from these positions on; then padding. One begins in the last
+    # token of a page, and two have their first page in common.
+    runs, starts = [(0, 5), (1, 1), (2, 2)], [159, 144, 150]
+    owner = np.repeat(*np.array(runs).T)
+    first = np.concatenate([starts[s] + np.arange(n) for s, n in runs]).astype(np.int32)
+    tables = 1 + np.arange(3 * 12, dtype=np.int32).reshape(3, 12)
+    tables[1, 0] = tables[0, 0]
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    shapes = PAGES(3 * 12 + 1, page, kv_heads, d, dtype=kv)
+    empty = [jnp.zeros(s.shape, s.dtype) for s in shapes]
+
+    def call(q, k, v, pages, starts, table, q_lens=None):
+        q_lens = np.ones(len(starts), np.int32) if q_lens is None else q_lens
+        grid = Ragged.grid(jnp.asarray(starts), jnp.asarray(q_lens), jnp.asarray(table), 1)
+        return ATTEND(q, k, v, pages, grid)
+
+    pages = tuple(empty)
+    for at in range(160):  # what is cached
+        rows = draw(3, heads, d), draw(3, kv_heads, d), draw(3, kv_heads, d)
+        alive = np.array([at < s for s in starts], np.int32)
+        _, pages = call(*rows, pages, np.full(3, at, np.int32), tables, alive)
+    q, k, v = draw(10, heads, d), draw(10, kv_heads, d), draw(10, kv_heads, d)
+    table = np.zeros((10, 12), np.int32)
+    table[:8] = tables[owner]
+    q_lens = np.array([1] * 8 + [0] * 2, np.int32)
+    together, after = call(q, k, v, pages, np.append(first, [0, 0]).astype(np.int32), table, q_lens)
+    for r in range(8):
+        own = lambda a, r=r: a[r : r + 1]
+        alone, pages = call(own(q), own(k), own(v), pages, own(first), own(table))
+        np.testing.assert_array_equal(together[r], alone[0])
+    for got, wanted in zip(after, pages, strict=True):
+        np.testing.assert_array_equal(got, wanted)

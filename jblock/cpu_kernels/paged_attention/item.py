@@ -15,6 +15,7 @@ _POINTERS = (
 SHARED = (
     *_POINTERS,
     *("kv_heads", "max_pages", "num_pages", "heads_of_item", "chunks", "rows", "rows_of_seq"),
+    *("writes", "attends"),
 )
 """Slots of what the items of a call share (int64 or pointer each)."""
 
@@ -86,14 +87,16 @@ class _Item:
         self._take_bounds()
         if self.form.grid:
             f.loop(self.got["rows_of_seq"], self._clear, first=self.new)
-        f.loop(self.new, self._write)
+        writes = b.icmp_signed("!=", self.got["writes"], I64(0))
+        f.loop(b.select(writes, self.new, I64(0)), self._write)
         self._make_state()
 
         def head_runs(n: Value) -> None:
             head = b.add(self.first_head, b.mul(n, self.run))
             f.loop(f.up(self.new, self.tile), lambda u: self._one_tile(u, head))
 
-        there = b.icmp_signed(">", self.new, I64(0))
+        attends = b.icmp_signed("!=", self.got["attends"], I64(0))
+        there = b.and_(b.icmp_signed(">", self.new, I64(0)), attends)
         runs = b.select(there, b.sdiv(b.sub(self.end_head, self.first_head), self.run), I64(0))
         f.loop(runs, head_runs)
         f.end()

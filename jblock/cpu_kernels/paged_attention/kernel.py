@@ -4,7 +4,8 @@ Pages are read where they lie, once for all heads that share a KV head, with an 
 2205.14135) a page at a time. K is `[page, kv_head, d, token]`, so scores of neighboring tokens are one
 vector; V is `[page, kv_head, token, d]`. A call's items are (sequence, run of KV heads): an item first
 writes its sequence's new keys and values for its heads, then attends, so items depend on nothing but
-their own pages, and a row's bits on nothing but its own sequence.
+their own pages, and a row's bits on nothing but its own sequence. Where neighbors in a grid are tokens of
+one sequence, all items write before the first attends.
 """
 
 from collections.abc import Sequence
@@ -60,15 +61,62 @@ def emit(module: ir.Module, name: str, fields: Sequence[str]) -> None:
             "num_pages": f.int64(pages[0].dims, 0), "heads_of_item": heads_of_item,
             "chunks": chunks, "rows": f.int64(q.dims, 0),
             "rows_of_seq": b.sdiv(f.int64(q.dims, 0), seqs),
+            "writes": I64(1), "attends": I64(1),
         }  # fmt: skip
         for at, slot in enumerate(SHARED):
             f.store(values[slot], shared, 8 * at)
         if not form.grid:  # Rows in no run belong to no item.
             rows = b.mul(f.int64(q.dims, 0), b.mul(kv_heads, I64(form.groups)))
             zero(f, form, out.data, b.mul(rows, I64(form.d)))
-        threads.parallel_for(f, pool, b.mul(seqs, chunks), helpers, item, shared)
+
+        def run() -> None:
+            threads.parallel_for(f, pool, b.mul(seqs, chunks), helpers, item, shared)
+
+        if not form.grid:
+            run()
+        else:
+            writes, attends = (8 * SHARED.index(n) for n in ("writes", "attends"))
+            joined = _are_joined(f, form, q_lens.data, kv_lens.data, table.data, seqs, max_pages)
+            with b.if_else(b.icmp_signed(">", joined, I64(0))) as (apart, at_once):
+                with apart:
+                    f.store(I64(0), shared, attends)
+                    run()
+                    f.store(I64(0), shared, writes)
+                    f.store(I64(1), shared, attends)
+                    run()
+                with at_once:
+                    run()
 
     ffi.handler(module, name, 7 + count, 1 + count, body)
+
+
+def _are_joined(
+    f: Function,
+    form: Form,
+    q_lens: Value,
+    kv_lens: Value,
+    table: Value,
+    seqs: Value,
+    max_pages: Value,
+) -> Value:
+    """int64, over 0 if a sequence of the grid writes to a page that the one behind it reads: they are tokens
+    of one sequence, for nothing else may hold a page that is written."""
+    b = f.b
+    last = b.sub(max_pages, I64(1))
+
+    def look(s: Value, found: Value) -> list[Value]:
+        behind = b.add(s, I64(1))
+        first = b.sub(f.int32(kv_lens, s), f.int32(q_lens, s))
+        column = f.smaller(f.larger(b.sdiv(first, I64(form.page)), I64(0)), last)
+        own, other = (f.int32(table, b.add(b.mul(n, max_pages), column)) for n in (s, behind))
+        both = b.and_(
+            b.icmp_signed(">", f.int32(q_lens, s), I64(0)),
+            b.icmp_signed(">", f.int32(q_lens, behind), I64(0)),
+        )
+        same = b.and_(b.icmp_signed("==", own, other), b.icmp_signed(">", own, I64(0)))
+        return [b.add(found, b.zext(b.and_(both, same), I64))]
+
+    return f.loop(b.sub(seqs, I64(1)), look, (I64(0),))[0]
 
 
 _HELPER_WORK = 300_000  # Bytes to read that make up for waking a thread, which takes some 10 us.

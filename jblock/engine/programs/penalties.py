@@ -10,12 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jblock.engine.api import MAX_END_IDS, MAX_LOGIT_BIAS
+from jblock.engine.config import MAX_DRAFT_TOKENS
 
 # Columns of a row of controls: repetition, presence and frequency penalty (float32 bits), whether
-# the last token is to be counted; then ids, then what is added to them (float32 bits).
+# the last token is to be counted; then ids, then what is added to them (float32 bits); then ids that are
+# drafted in front of the row, and count as generated for it alone.
 FIXED_COLUMNS = 4
 BIAS_COLUMNS = MAX_LOGIT_BIAS + MAX_END_IDS
-CONTROL_COLUMNS = FIXED_COLUMNS + 2 * BIAS_COLUMNS
+DRAFT_COLUMNS = MAX_DRAFT_TOKENS
+CONTROL_COLUMNS = FIXED_COLUMNS + 2 * BIAS_COLUMNS + DRAFT_COLUMNS
 
 IN_PROMPT = 1 << 30
 
@@ -45,14 +48,14 @@ def adjust(
         slots = meta[:, 3]
         counted = jnp.where((controls[:, 3] > 0) & (meta[:, 1] > 0), slots, counts.shape[0])
         counts = counts.at[counted, last_tokens[slots]].add(1, mode="drop")
-        seen = counts[slots]
+        rows = jnp.arange(logits.shape[0])[:, None]
+        seen = counts[slots].at[rows, controls[:, -DRAFT_COLUMNS:]].add(1, mode="drop")
         generated = (seen & (IN_PROMPT - 1)).astype(jnp.float32)
 
         floats = jax.lax.bitcast_convert_type(controls, jnp.float32)
         repetition, presence, frequency = floats[:, 0:1], floats[:, 1:2], floats[:, 2:3]
         ids = controls[:, FIXED_COLUMNS : FIXED_COLUMNS + BIAS_COLUMNS]
-        biases = floats[:, FIXED_COLUMNS + BIAS_COLUMNS :]
-        rows = jnp.arange(logits.shape[0])[:, None]
+        biases = floats[:, FIXED_COLUMNS + BIAS_COLUMNS : -DRAFT_COLUMNS]
         x = logits.at[rows, ids].add(biases, mode="drop")
         punished = jnp.where(x < 0, x * repetition, x / repetition)
         x = jnp.where(seen > 0, punished, x)

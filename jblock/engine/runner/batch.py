@@ -14,7 +14,12 @@ from jblock.engine.kv_cache.page_tables import PageTables
 from jblock.engine.kv_cache.spec import KVShape, RowShape
 from jblock.engine.programs.constraints import mask_words
 from jblock.engine.programs.forward import INDEX_COLUMNS
-from jblock.engine.programs.penalties import BIAS_COLUMNS, CONTROL_COLUMNS, FIXED_COLUMNS
+from jblock.engine.programs.penalties import (
+    BIAS_COLUMNS,
+    CONTROL_COLUMNS,
+    DRAFT_COLUMNS,
+    FIXED_COLUMNS,
+)
 from jblock.engine.programs.sampling import OPTION_COLUMNS
 from jblock.engine.runner.state import DeviceState
 from jblock.engine.scheduling.sequence import WorkItem
@@ -163,10 +168,14 @@ def batches(
     for (chunk, _), group in sorted(groups.items(), key=lambda g: g[0]):
         sizes = sorted(b.num_seqs for b in buckets if b.q_len == chunk)
         for size in (cover or _smallest(sizes))(chunk, len(group)):
-            # Those of one adapter lie together, for kernels that read an adapter once a run of rows.
-            together = sorted(group[:size], key=lambda item: item.adapter_slot)
-            yield Batch(Bucket(size, chunk), tuple(together))
+            yield Batch(Bucket(size, chunk), tuple(sorted(group[:size], key=_neighbors)))
             group = group[size:]
+
+
+def _neighbors(item: WorkItem) -> tuple[int, int]:
+    """Rows of one adapter lie together, for kernels that read an adapter once a run of rows; and those of one
+    sequence, its drafts behind its last token."""
+    return item.adapter_slot, item.sequence.seq_slot
 
 
 def _smallest(sizes: Sequence[int]) -> Callable[[int, int], Sequence[int]]:
@@ -326,6 +335,7 @@ def control_array(batch: Batch) -> np.ndarray:
     floats[:, 0] = 1.0
     # Ids past every vocabulary are dropped.
     controls[:, FIXED_COLUMNS : FIXED_COLUMNS + BIAS_COLUMNS] = 2**31 - 1
+    controls[:, -DRAFT_COLUMNS:] = 2**31 - 1
     for i, item in enumerate(batch.items):
         sequence = item.sequence
         sampling = sequence.request.sampling
@@ -338,6 +348,7 @@ def control_array(batch: Batch) -> np.ndarray:
         )
         # The token an item of the prompt ends with is counted with the prompt.
         controls[i, 3] = not item.tokens
+        controls[i, CONTROL_COLUMNS - DRAFT_COLUMNS :][: len(item.drafted)] = item.drafted
         pairs = list(sampling.logit_bias)
         if item.start + item.q_len - sequence.prompt_len < sampling.min_tokens:
             pairs += [(token, -np.inf) for token in sequence.end_ids]

@@ -65,12 +65,15 @@ class Profile:
     What is measured is one layer (an embedding, a layer, a head with the greedy sampler) on rows that do
     not exist and the null page. A block takes the sum of its layers; attention over cached tokens and
     what else the machine does are not in it (the loop learns how much slower real steps are).
+
+    Attributes:
+      version: changes with every time that becomes known, and with what is to be timed.
     """
 
     def __init__(self, device: Runner):
         """Takes what earlier starts measured from beside the compiled programs."""
         cache = device.executables.cache
-        self._device = device
+        self._device, self.version = device, 0
         self._path = _path(cache.folder) if cache else None
         self._seconds: dict[str, float] = _read(self._path) if self._path else {}
         # Of these nothing is known about the machine when they were measured: it may have been busy.
@@ -91,7 +94,8 @@ class Profile:
         scope = (tuple(map(id, instances)), self._device.buckets)
         if scope == self._scope:
             return
-        self._scope, self._memo, self._covers, self._token_memo = scope, {}, {}, {}
+        self._scope = scope
+        self._forget_sums()
         missing: dict[str, tuple[str, list[Layer], Bucket]] = {}
         kept: dict[str, tuple[str, list[Layer], Bucket]] = {}
         for instance in instances:
@@ -124,7 +128,7 @@ class Profile:
         if len(tries) == _REPEATS:
             self._seconds[name] = min(self._tries.pop(name))
             self._todo.pop()
-            self._memo, self._covers, self._token_memo = {}, {}, {}
+            self._forget_sums()
             if not self._todo and self._path:
                 _write(self._path, self._seconds)
 
@@ -139,7 +143,7 @@ class Profile:
             self._kept.discard(name)
             if seconds < self._seconds[name]:
                 self._seconds[name] = seconds
-                self._memo, self._covers, self._token_memo = {}, {}, {}
+                self._forget_sums()
             if not self._again and self._path:
                 _write(self._path, self._seconds)
             return True
@@ -153,7 +157,13 @@ class Profile:
 
     def forget(self) -> None:
         """Call it when other blocks are served."""
-        self._scope, self._memo, self._covers, self._token_memo = (), {}, {}, {}
+        self._scope = ()
+        self._forget_sums()
+
+    def _forget_sums(self) -> None:
+        """What was worked out of the times."""
+        self._memo, self._covers, self._token_memo = {}, {}, {}
+        self.version += 1
 
     def layer_seconds(self, layer: Layer, bucket: Bucket) -> float | None:
         """Seconds of one layer on one grid; None as long as it is not measured."""

@@ -132,14 +132,16 @@ class Sampler:
         return program
 
     def _adjust(self, logits: jax.Array, meta: jax.Array, batch: Batch) -> jax.Array:
-        """Logits with biases and penalties; sequences that begin here bring their counts."""
+        """Logits with biases and penalties; sequences that begin here, or whose last token comes from the
+        host, bring their counts."""
         state, vocab = self._state, logits.shape[1]
         counts = state.counts.pop(vocab, None)
         if counts is None:
             counts = state.zeros((self._executables.geometry.max_num_seqs, vocab), jnp.int32)
         for item in batch.items:
             sequence = item.sequence
-            if item.tokens and sequence.adjusts_logits:
+            begins = item.of_prompt or (item.tokens and sequence.has_penalties)
+            if begins and sequence.adjusts_logits and not item.is_draft:
                 row = count_row(sequence.request.token_ids, sequence.generated, vocab)
                 slot = np.array([sequence.seq_slot], np.int32)
                 program = self._executables.get(ProgramKey(kind="set_counts", vocab_size=vocab))

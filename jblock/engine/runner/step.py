@@ -153,6 +153,7 @@ class Step:
       seconds: what it should take by the profile; 0 if not known.
       decode_seconds: the part of that for decoding.
       enqueued: clock when it began to be enqueued.
+      host_seconds: what enqueuing it took.
     """
 
     sampled: tuple[Sampled, ...]
@@ -160,6 +161,7 @@ class Step:
     seconds: float
     decode_seconds: float
     enqueued: float
+    host_seconds: float
 
 
 class Stepper:
@@ -213,8 +215,11 @@ class Stepper:
         self._device.begin_step()
         self._cuts.begin_step(self._device.buckets)
         for item in items:
-            item.sequence.item = item
-        self._grant([*in_flight, *(item for item in items if item.chunk > 1)], prompt_seconds)
+            if not item.is_draft:
+                item.sequence.item = item
+        chunks = [*in_flight, *(item for item in items if item.chunk > 1)]
+        if chunks:
+            step_budget.grant(chunks, prompt_seconds)
         self._sampled, self._waiting = [], []
         self._seconds = self._decode_seconds = 0.0
         number, traced = self.counters.steps, enabled()
@@ -233,21 +238,8 @@ class Stepper:
             self._seconds,
             self._decode_seconds,
             enqueued,
+            time.perf_counter() - enqueued,
         )
-
-    @staticmethod
-    def _grant(chunks: Sequence[WorkItem], prompt_seconds: float) -> None:
-        """Shares the time for prompts out to the chunks in flight."""
-        if not chunks:
-            return
-        if math.isinf(prompt_seconds):
-            for item in chunks:
-                item.allowance = math.inf
-            return
-        granted = step_budget.allowances([i.seconds_left for i in chunks], prompt_seconds)
-        for item, allowance in zip(chunks, granted, strict=True):
-            # A chunk nobody has measured passes as a whole.
-            item.allowance = allowance if item.seconds_left else math.inf
 
     def _visit_all(self) -> None:
         """Visits blocks in order until none has anything ready."""
@@ -271,8 +263,12 @@ class Stepper:
         decode = [item for item in ready if item.chunk == 1]
         queue.wanted = max(len(decode), _MEMORY * queue.wanted)
         if len(decode) > queue.limit:
-            self._hold(queue, decode[queue.limit :])
-            decode = decode[: queue.limit]
+            decode, over = decode[: queue.limit], decode[queue.limit :]
+            with_them = {
+                item.sequence for item in decode
+            }  # Drafts go with the row they are behind.
+            decode += [i for i in over if i.is_draft and i.sequence in with_them]
+            self._hold(queue, [i for i in over if not (i.is_draft and i.sequence in with_them)])
         for batch in self._cuts.batches(instance, decode, cover) if decode else ():
             self._decode_seconds += self._run(instance, queue, batch)
             self.pass_on(batch)
@@ -356,6 +352,8 @@ class Stepper:
             for item in items:
                 if item is item.sequence.decode_item:
                     item.sequence.item = None
+                elif item.is_draft:
+                    self._rows.free(item.rows)
                 else:
                     self.complete(item)
 
@@ -397,4 +395,4 @@ class Stepper:
             self._counted = items, buckets, calls
         counters.model_calls += calls
         counters.model_rows += sum([i.q_len for i in items])
-        counters.prompt_tokens += sum([len(i.tokens) for i in items])
+        counters.prompt_tokens += sum([len(i.tokens) for i in items if i.of_prompt])

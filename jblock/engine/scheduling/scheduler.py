@@ -8,7 +8,7 @@ from jblock.engine.config import EngineConfig
 from jblock.engine.kv_cache.host_offload import Rates
 from jblock.engine.kv_cache.manager import KVCacheManager
 from jblock.engine.kv_cache.page_pool import IdAllocator
-from jblock.engine.kv_cache.spec import KVShape, PageShape
+from jblock.engine.kv_cache.spec import KVShape
 from jblock.engine.scheduling import fairness
 from jblock.engine.scheduling.fairness import VirtualTokenCounter, WaitingQueue
 from jblock.engine.scheduling.machine import Machine
@@ -244,6 +244,8 @@ class Scheduler:
         for sequence in list(self.running.values()):
             if sequence.item is not None or sequence.seq_slot < 0 or sequence.guest is not None:
                 continue  # on its way, preempted a moment ago, or sent by its home
+            if sequence.verifying:
+                continue  # it is not known yet which tokens it has
             if sequence.constraint is not None and sequence.sits_out:
                 continue
             if sequence.computed < sequence.prefill:
@@ -257,15 +259,18 @@ class Scheduler:
             if start >= room and not self.make_room(sequence, start + 1):
                 continue
             item = sequence.decode_item
-            if item is None or sequence.constraint is not None:
-                item = WorkItem(sequence, start, 1, 1, [sequence.row], (), True)
-                sequence.decode_item = item if sequence.constraint is None else None
+            if item is None or sequence.constraint is not None or not sequence.last_on_device:
+                last = () if sequence.last_on_device else (sequence.generated[-1],)
+                item = WorkItem(sequence, start, 1, 1, [sequence.row], last, True)
+                keeps = sequence.constraint is None and not last
+                sequence.decode_item = item if keeps else None
+                sequence.last_on_device = True
             item.start, item.at, sequence.sampled = start, 0, sampled + 1
             sequence.item = item  # its own from now on: it may yet give way to a later one
             items.append(item)
             if start >= sequence.charged:
-                sequence.charged = start + 1
-                served[sequence.request.tenant] += sequence.token_seconds
+                more, sequence.charged = start + 1 - sequence.charged, start + 1
+                served[sequence.request.tenant] += more * sequence.token_seconds
         for tenant, seconds in served.items():
             self.counter.charge(tenant, seconds)
         gave_way = self.preemptions > preemptions
@@ -302,13 +307,6 @@ class Scheduler:
             if victim is sequence:
                 return False
         return True
-
-    def free_pages(self, shape: PageShape, count: int) -> None:
-        """Preempts sequences until a pool would do with so many pages."""
-        pool = self.kv.pools.get(shape)
-        while pool is not None and pool.total - pool.num_free > count:
-            rivals = [s for s in self.running.values() if s.pages.uses(shape)]
-            self.preempt(fairness.most_served(self.counter, rivals))
 
     def end(self, sequence: SequenceState, *, poisoned: bool) -> None:
         """Forgets a sequence and takes back all it held; what a poisoned one computed is not found again."""
@@ -369,6 +367,7 @@ class Scheduler:
         self.rows.free([sequence.row])
         self._give_back(sequence)
         sequence.computed, sequence.decode_item = 0, None
+        sequence.verifying, sequence.last_on_device = False, True
         if sequence.elsewhere is not None:
             sequence.elsewhere.close(poisoned=not cache)
 
@@ -382,8 +381,9 @@ class Scheduler:
         item = sequence.item
         if item is None:
             return
-        self._withdraw(item)
-        self.rows.free(item.rows[1:])
+        for one in (item, *item.drafts):
+            self._withdraw(one)
+            self.rows.free(one.rows if one.is_draft else one.rows[1:])
         sequence.item = None
         sequence.sampled -= item.samples
         if item.of_prompt:

@@ -79,6 +79,7 @@ class SequenceState:
       pages: its KV pages.
       prompt_len: tokens of the prompt, virtual ones included.
       adjusts_logits: anything but the way of drawing differs from the plain model.
+      has_penalties: what it may pick depends on what it has seen so far.
       tokens_only: nothing is asked for beside tokens, and no grammar is kept to.
       prefill: tokens to compute before it decodes: the prompt, and after a preemption what it had
         generated too.
@@ -100,6 +101,8 @@ class SequenceState:
       item: what is on its way through the blocks; None between steps, unless a step ended before it.
       decode_item: the item it decodes with, the same in every step; None until it has decoded since it was
         admitted.
+      verifying: rows of drafted tokens are on their way, or were not read yet.
+      last_on_device: the device's entry for it holds its last token.
       finished: its last output has been sent.
       most_found: of how many leading tokens it may find the KV, at most: what other agents have too.
       elsewhere: its spans on other agents; None: its chain lies here whole.
@@ -118,6 +121,7 @@ class SequenceState:
     pages: SequencePages = dataclasses.field(init=False)
     prompt_len: int = dataclasses.field(init=False)
     adjusts_logits: bool = dataclasses.field(init=False)
+    has_penalties: bool = dataclasses.field(init=False)
     tokens_only: bool = dataclasses.field(init=False)
     prefill: int = 0
     prompt_work: float = 0.0
@@ -136,6 +140,8 @@ class SequenceState:
     constraint: Constraint | None = None
     item: "WorkItem | None" = None
     decode_item: "WorkItem | None" = None
+    verifying: bool = False
+    last_on_device: bool = True
     finished: bool = False
     most_found: int = NEVER
     elsewhere: Elsewhere | None = None
@@ -157,9 +163,8 @@ class SequenceState:
             wanted.presence_penalty,
             wanted.frequency_penalty,
         )
-        self.adjusts_logits = (
-            penalties != (1, 0, 0) or bool(wanted.logit_bias) or wanted.min_tokens > 0
-        )
+        self.has_penalties = penalties != (1, 0, 0)
+        self.adjusts_logits = self.has_penalties or bool(wanted.logit_bias) or wanted.min_tokens > 0
         if self.request.sampling.prompt_logprobs:
             self.prompt_logprobs = [0.0] * (len(self.request.token_ids) - 1)
             self.prompt_best = [(0, 0.0)] * len(self.prompt_logprobs)
@@ -216,6 +221,13 @@ class SequenceState:
         self.sampled -= 1
         if item.tokens:
             self.computed = item.start
+
+    def confirms(self, draft: "WorkItem") -> bool:
+        """Whether the row of a drafted token followed from the tokens read so far. If so, what was picked
+        there is the next token: as if the row had been computed after they were read."""
+        is_next = draft.start == self.num_tokens - 1 and draft.tokens == (self.generated[-1],)
+        self.sampled += is_next
+        return is_next
 
     def take(self, picked: Picked, best: np.ndarray | None) -> tuple[str | None, dict[str, Any]]:
         """Takes a token that was read, and the best ones beside it, as a row of `top_logprobs`.
@@ -316,6 +328,9 @@ class WorkItem:
       seconds_left: of a chunk of a prompt: what it is expected to take from here; 0 if not known.
       allowance: how many of them it may use in this step.
       is_away: it is on another agent.
+      drafts: rows behind it of tokens that are drafted, each an item of its own that travels with it.
+      drafted: of one of these, the tokens drafted up to its own, which it takes for generated; its row is its
+        own.
     """
 
     sequence: SequenceState
@@ -332,6 +347,8 @@ class WorkItem:
     seconds_left: float = 0.0
     allowance: float = math.inf
     is_away: bool = False
+    drafts: "tuple[WorkItem, ...]" = ()
+    drafted: tuple[int, ...] = ()
 
     @property
     def stage(self) -> Stage:
@@ -348,6 +365,11 @@ class WorkItem:
     def first_layer(self) -> int:
         """Of the block it is at, the layer it begins with."""
         return self.entry.layer if self.entry and self.entry.stage == self.at else 0
+
+    @property
+    def is_draft(self) -> bool:
+        """Whether its token is drafted."""
+        return bool(self.drafted)
 
     @property
     def of_prompt(self) -> bool:

@@ -10,7 +10,10 @@ A step visits all instances once. Its time is shared out twice:
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
+
+from jblock.engine.scheduling.sequence import WorkItem
 
 # Under a full load of decoding a prompt still moves on, at a quarter of the speed it would have alone.
 PROMPT_SHARE = 0.25
@@ -107,3 +110,15 @@ def allowances(left: Sequence[float], seconds: float) -> list[float]:
         granted.append(min(need, seconds))
         seconds -= granted[-1]
     return granted
+
+
+def grant(chunks: Sequence[WorkItem], prompt_seconds: float) -> None:
+    """Shares the time for prompts out to the chunks in flight."""
+    if math.isinf(prompt_seconds):
+        for item in chunks:
+            item.allowance = math.inf
+        return
+    granted = allowances([i.seconds_left for i in chunks], prompt_seconds)
+    for item, allowance in zip(chunks, granted, strict=True):
+        # A chunk nobody has measured passes as a whole.
+        item.allowance = allowance if item.seconds_left else math.inf

@@ -15,7 +15,15 @@ from jblock.pallas_kernels.backends import BACKENDS, backend_of
 from jblock.pallas_kernels.paged_attention.quantize import is_scaled
 from jblock.pallas_kernels.paged_attention.ragged import Ragged
 
-__all__ = ["BACKENDS", "KvPages", "abstract_pages", "backend_of", "module", "paged_attention"]
+__all__ = [
+    "BACKENDS",
+    "KvPages",
+    "abstract_pages",
+    "backend_of",
+    "joins_rows",
+    "module",
+    "paged_attention",
+]
 
 KvPages = tuple[jax.Array, ...]
 """The page arrays of one layer, as abstract_pages shapes them."""
@@ -54,6 +62,11 @@ def abstract_pages(
     return module(backend).abstract_pages(
         num_pages, page_size, num_kv_heads, head_dim, jnp.dtype(dtype)
     )
+
+
+def joins_rows(backend: str | None = None) -> bool:
+    """Whether rows of a grid of one row a sequence may be neighboring tokens of one sequence."""
+    return getattr(module(backend), "JOINS_ROWS", False)
 
 
 @jax.named_scope("paged_attention")

@@ -13,6 +13,7 @@ from jblock.pallas_kernels.paged_attention import xla
 from jblock.pallas_kernels.paged_attention.ragged import Ragged
 
 abstract_pages = xla.abstract_pages
+JOINS_ROWS = True
 
 
 def paged_attention(

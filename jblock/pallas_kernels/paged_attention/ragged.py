@@ -18,7 +18,7 @@ class Ragged:
 
     Row `row_starts[s] + i` is token `i` of sequence `s`'s new ones, at position
     `kv_lens[s] - q_lens[s] + i`. Decoding has one new token a sequence, a chunk of prefill or the
-    verification of guessed tokens several, a mixed batch both. Rows in no run are padding.
+    verification of drafted tokens several, a mixed batch both. Rows in no run are padding.
 
     Attributes:
       row_starts: int32 [S], row of each sequence's first new token; runs do not overlap.
@@ -41,7 +41,9 @@ class Ragged:
     def grid(
         cls, starts: jax.Array, q_lens: jax.Array, page_table: jax.Array, max_q_len: int
     ) -> "Ragged":
-        """The engine's grid: `max_q_len` rows a sequence, of which the first q_lens are real.
+        """The engine's grid: `max_q_len` rows a sequence, of which the first q_lens are real. With one row a
+        sequence, neighbors may be consecutive tokens of one, each of which sees those before it, where the
+        backend says `JOINS_ROWS`: the verification of drafted tokens beside sequences that decode.
 
         Args:
           starts: int32 [S], position of each sequence's first new token.

@@ -20,6 +20,7 @@ from jblock.pallas_kernels.paged_attention.quantize import is_scaled, quantize
 from jblock.pallas_kernels.paged_attention.ragged import Ragged
 
 _MASKED = -1e30
+JOINS_ROWS = True  # All rows are written before one is attended to.
 
 
 def abstract_pages(
