@@ -73,8 +73,8 @@ class Loop:
         self.spans = Spans(port, *parts) if port else None
         self.constrained = ConstrainedSampling(device, self._sequences, self._finish)
         # Drafts need all blocks here.
-        parts = (device, self.profile, self._pace, self._sequences)
-        self._speculation = None if port else speculation_of(*parts)
+        known = (device, self.profile, self._pace, self._sequences)
+        self._speculation = None if port else speculation_of(*known)
         self._outputs: list[Output] = []
         self._in_flight: Step | None = None
         self._generated_tokens = 0
