@@ -334,10 +334,17 @@ def test_the_likeliest_guesses_come_first_and_bounds_hold():
     assert chosen() == [0, 6] and chosen(room=1) == [0, 1]
 
 
-def test_a_full_device_has_no_use_for_guesses():
-    assert least_rate((FLAT,), 1, 8, 0.0) < 0.1
-    assert least_rate((FLAT,), 16, 64, 0.0) > 1 and least_rate((STEEP,), 1, 8, 0.0) > 1
-    assert least_rate((FLAT,), 1, 8, 9.0) > 1  # reading first would cost more than it brings
+def test_a_full_device_has_no_use_for_drafts():
+    def least(times: Times, rows: int, pause: float = 0.0, beside: int = 0) -> float:
+        step = StepTime()
+        step.add((times,), rows)
+        step.add((dataclasses.replace(times),), beside)
+        return least_rate(step, (times,), rows + beside, 8 * rows, pause)
+
+    assert least(FLAT, 1) < 0.1 < 1 < least(FLAT, 16) and least(STEEP, 1) > 1
+    assert least(FLAT, 1, pause=9.0) > 1  # reading first would cost more than it brings
+    # A block of its own that has room, beside one that is full.
+    assert least(FLAT, 1, beside=16) < 1
 
 
 def test_the_rate_follows_what_comes_true():

@@ -52,6 +52,10 @@ class StepTime:
         self._times: dict[int, Times] = {}
         self.seconds = 0.0
 
+    def rows(self, times: Times) -> int:
+        """Those that pass a block."""
+        return self._rows.get(id(times), 0)
+
     def add(self, blocks: Sequence[Times], rows: int = 1) -> None:
         """Takes more rows through blocks, each known by its record."""
         for times in blocks:
@@ -60,25 +64,28 @@ class StepTime:
             self.seconds += times.of(before + rows) - (times.of(before) if before else 0.0)
 
 
-def least_rate(times: Sequence[Times], rows: int, most: int, pause: float) -> float:
-    """How often drafts have to come true for any to be worth verifying.
+def least_rate(
+    step: StepTime, blocks: Sequence[Times], tokens: int, most: int, pause: float
+) -> float:
+    """How often drafts of some sequences have to come true for any to be worth verifying.
 
     Args:
-      times: of the blocks that all rows pass.
-      rows: that decode.
-      most: drafts that may come on top of them.
+      step: of what is decoded anyway, their rows included.
+      blocks: that their rows pass.
+      tokens: that the step brings.
+      most: drafts there may be.
       pause: seconds for which the device rests because drafts wait for what was read.
 
     Returns:
       Over 1 where none is.
     """
-    alone = sum(t.of(rows) for t in times)
+    counts = [(times, step.rows(times)) for times in blocks]
     best = math.inf
-    for size in sorted({size for t in times for size in t.sizes} | {rows + most}):
-        more = min(size - rows, most)
-        if more > 0:
-            ratio = (sum(t.of(rows + more) for t in times) + pause) / alone
-            best = min(best, rows * (GAIN * ratio - 1) / more)
+    for more in {size - rows for times, rows in counts for size in times.sizes} | {most}:
+        if 0 < more <= most:
+            added = sum(times.of(rows + more) - times.of(rows) for times, rows in counts)
+            ratio = 1 + (added + pause) / step.seconds
+            best = min(best, tokens * (GAIN * ratio - 1) / more)
     return best
 
 

@@ -14,6 +14,7 @@ Drafts need the tokens that came last. While some are worth their rows the step 
 next is planned; otherwise steps run ahead as ever.
 """
 
+import collections
 import dataclasses
 import math
 import weakref
@@ -94,6 +95,21 @@ class _Sent:
     rate: Acceptance
 
 
+@dataclasses.dataclass(frozen=True)
+class _Load:
+    """What decodes in a step.
+
+    Attributes:
+      routes: of each row.
+      counts: rows by route.
+      step: what it takes.
+    """
+
+    routes: list[Route] = dataclasses.field(default_factory=list)
+    counts: collections.Counter[Route] = dataclasses.field(default_factory=collections.Counter)
+    step: StepTime = dataclasses.field(default_factory=StepTime)
+
+
 class Speculation:
     """That of one loop.
 
@@ -113,7 +129,8 @@ class Speculation:
         )
         self._blocks: dict[Route, tuple[Times, ...]] = {}
         self._of_block: dict[BlockInstance, Times | None] = {}
-        self._least: dict[tuple[Route, int, int], float] = {}
+        self._load = _Load()
+        self._least: dict[tuple, float] = {}
         self._version = -1
         self._pace, self._pause, self._pause_step = pace, _FIRST_PAUSE, 0
 
@@ -125,9 +142,9 @@ class Speculation:
         self._pause_step = round(math.log(self._pause / self._pace.ratio, _PAUSES))
         if self.sent:
             return True
-        decoding = self._decoding()
-        rows = len(decoding)
-        return any(self._look(s, rows) is not None for s in decoding)
+        decoding = [s for s in self._sequences.running.values() if s.computed >= s.prefill]
+        self._take_load([s.route for s in decoding])
+        return any(self._look(s) is not None for s in decoding)
 
     def learn(self) -> None:
         """Call it when all that is on its way was read."""
@@ -152,9 +169,10 @@ class Speculation:
           budget: seconds of the step, by the profile.
         """
         rows = [item for item in items if item.chunk == 1 and not item.of_prompt]
+        self._take_load([item.sequence.route for item in rows])
         found: dict[WorkItem, tuple[Match, Acceptance]] = {}
         for item in rows:
-            look = self._look(item.sequence, len(rows))
+            look = self._look(item.sequence)
             if look is not None:
                 found[item] = look
         if not found:
@@ -198,9 +216,6 @@ class Speculation:
         self.sent.append(_Sent(sequence, len(sequence.generated), count, rate))
         return (lead, *drafts)
 
-    def _decoding(self) -> list[SequenceState]:
-        return [s for s in self._sequences.running.values() if s.computed >= s.prefill]
-
     @staticmethod
     def _may(sequence: SequenceState) -> bool:
         """Whether drafts could be verified: what each row may pick is known when it is enqueued."""
@@ -211,9 +226,9 @@ class Speculation:
             and len(sequence.generated) > 0
         )
 
-    def _look(self, sequence: SequenceState, rows: int) -> tuple[Match, Acceptance] | None:
-        """What may follow a sequence's tokens, if among so many rows it may be worth verifying."""
-        least = self._least_rate(sequence.route, rows)
+    def _look(self, sequence: SequenceState) -> tuple[Match, Acceptance] | None:
+        """What may follow a sequence's tokens, if at this load it may be worth verifying."""
+        least = self._least_rate(sequence.route)
         if least > 1 or not self._may(sequence):
             return None
         drafter = self._drafters.get(sequence)
@@ -224,25 +239,34 @@ class Speculation:
             return None
         return found
 
-    def _least_rate(self, route: Route, rows: int) -> float:
-        """See `lengths.least_rate`; as if all rows were on one route."""
-        blocks = self._times(route)
-        key = route, rows, self._pause_step
-        if key not in self._least:
-            most = rows * self._most
-            least = (
-                least_rate(blocks, rows, most, _PAUSES**self._pause_step) if blocks else math.inf
-            )
-            self._least[key] = least
-        return self._least[key]
-
-    def _times(self, route: Route) -> tuple[Times, ...]:
-        """Of the blocks of a route; () where one is not measured."""
+    def _take_load(self, routes: list[Route]) -> None:
+        """Takes up which rows decode; mostly the same as in the last step."""
         if self._version != self._profile.version:
             self._version = self._profile.version
             self._blocks.clear()
             self._of_block.clear()
-            self._least.clear()
+        elif routes == self._load.routes:
+            return
+        step, counts = StepTime(), collections.Counter(routes)
+        for route, count in counts.items():
+            step.add(self._times(route), count)
+        self._load = _Load(routes, counts, step)
+        self._least.clear()
+
+    def _least_rate(self, route: Route) -> float:
+        """See `lengths.least_rate`."""
+        key = route, self._pause_step
+        if key not in self._least:
+            load, blocks = self._load, self._times(route)
+            self._least[key] = math.inf
+            if blocks:
+                most, pause = load.counts[route] * self._most, _PAUSES**self._pause_step
+                least = least_rate(load.step, blocks, len(load.routes), most, pause)
+                self._least[key] = least
+        return self._least[key]
+
+    def _times(self, route: Route) -> tuple[Times, ...]:
+        """Of the blocks of a route; () where one is not measured."""
         if route not in self._blocks:
             for instance in route.instances:
                 if instance not in self._of_block:
