@@ -223,8 +223,7 @@ class SequenceState:
             self.computed = item.start
 
     def confirms(self, draft: "WorkItem") -> bool:
-        """Whether the row of a drafted token followed from the tokens read so far. If so, what was picked
-        there is the next token: as if the row had been computed after they were read."""
+        """Whether the row of a drafted token followed from what was read; if so its pick is the next."""
         is_next = draft.start == self.num_tokens - 1 and draft.tokens == (self.generated[-1],)
         self.sampled += is_next
         return is_next
@@ -329,8 +328,7 @@ class WorkItem:
       allowance: how many of them it may use in this step.
       is_away: it is on another agent.
       drafts: rows behind it of tokens that are drafted, each an item of its own that travels with it.
-      drafted: of one of these, the tokens drafted up to its own, which it takes for generated; its row is its
-        own.
+      drafted: of one of these, the tokens drafted up to its own, which it takes for generated.
     """
 
     sequence: SequenceState
