@@ -26,7 +26,7 @@ def test_chunks_cover_the_prompt(length):
 
 def with_slot(slot):
     """What stands for a sequence whose adapter has a slot."""
-    return types.SimpleNamespace(adapter_slot=slot, seq_slot=0)
+    return types.SimpleNamespace(adapter_slot=slot, adapter_from=0, seq_slot=0)
 
 
 @given(st.lists(st.sampled_from((1, 16, 64, 256)), max_size=60))
