@@ -10,7 +10,7 @@ import time
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 
@@ -62,7 +62,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "speculate": {**figures, "acceptance": found["ngram"]["acceptance"]},
         "model": target.name,
         "drafts": "n-grams",
-        "detail": {name: one | {"ratios": spread(one["ratios"])} for name, one in found.items()},
+        "detail": {
+            name: one | {key: spread(one[key]) for key in ("ratios", "cpu_ratios")}
+            for name, one in found.items()
+        },
         "ramp": {
             "rows": list(ramp),
             "drafts": [one["drafts_a_row"] for one in ramp.values()],
@@ -95,50 +98,66 @@ class _Sides:
     def measure(
         self, what: str, groups: Sequence[Sequence[Sequence[int]]], rounds: int = 0
     ) -> dict[str, Any]:
-        """Every group of requests at once, one group after the other, on both sides in each round."""
-        seconds: dict[bool, list[float]] = {True: [], False: []}
-        answers: dict[bool, list[list[int]]] = {}
+        """Every group of requests at once, on one side and then on the other, in each round."""
+        runs: dict[bool, list[_Run]] = {True: [], False: []}
         drafts = self._drafts
         assert drafts is not None
-        drafted, accepted, rows = drafts.drafted, drafts.accepted, 0
+        drafted, accepted = drafts.drafted, drafts.accepted
         for turn in range(rounds or self._rounds):
-            for on in (True, False) if turn % 2 else (False, True):
-                self._loop._speculation = drafts if on else None
-                runs = [self._decode(group) for group in groups]
-                seconds[on].append(sum(r[0] for r in runs) / sum(r[1] for r in runs))
-                answers[on] = [tokens for run in runs for tokens in run[2]]
-                rows += sum(r[3] for r in runs) * on
+            for at, group in enumerate(groups):
+                for on in (True, False) if (turn + at) % 2 else (False, True):
+                    self._loop._speculation = drafts if on else None
+                    runs[on].append(self._decode(group))
         drafted, accepted = drafts.drafted - drafted, drafts.accepted - accepted
-        pairs = zip(seconds[False], seconds[True], strict=True)
-        same = [a == b for a, b in zip(answers[True], answers[False], strict=True)]
-        ratios = [without / having for without, having in pairs]
+        pairs = list(zip(runs[False], runs[True], strict=True))
+        same = [a == b for x, y in pairs for a, b in zip(x.answers, y.answers, strict=True)]
+        rate = lambda on: round(1 / statistics.median(r.seconds for r in runs[on]), 1)
         found = {
-            "ratios": ratios,
+            "ratios": [x.seconds / y.seconds for x, y in pairs],
+            "cpu_ratios": [x.cpu_seconds / y.cpu_seconds for x, y in pairs],
             "acceptance": round(accepted / max(drafted, 1), 3),
-            "drafts_a_row": round(drafted / max(rows, 1), 3),
-            "tokens_per_second": round(1 / statistics.median(seconds[True]), 1),
-            "tokens_per_second_without": round(1 / statistics.median(seconds[False]), 1),
+            "drafts_a_row": round(drafted / max(sum(r.rows for r in runs[True]), 1), 3),
+            "tokens_per_second": rate(True),
+            "tokens_per_second_without": rate(False),
             "identical": sum(same),
             "of": len(same),
         }
         progress(f"{what}: {found}")
         return found
 
-    def _decode(self, prompts: Sequence[Sequence[int]]) -> tuple[float, int, list[list[int]], int]:
-        """Seconds from when all have begun to decode until all are done, the tokens they brought in that
-        time, all tokens, and rows of sequences."""
+    def _decode(self, prompts: Sequence[Sequence[int]]) -> "_Run":
+        """From when all have begun to decode until all are done."""
         loop, stepper = self._loop, self._target.stepper
         ids = [stepper.submit(self._target.chain, prompt, self._tokens) for prompt in prompts]
         made: dict[str, list[int]] = {i: [] for i in ids}
-        begin, before, rows = 0.0, 0, 0
+        begin = cpu = 0.0
+        before = rows = 0
         while not loop.idle:
             rows += len(loop._sequences.running) if begin else 0
             for output in loop.step():
                 made[output.request_id] += output.token_ids
             if not begin and all(made.values()):
-                begin, before = time.perf_counter(), sum(map(len, made.values()))
+                begin, cpu = time.perf_counter(), time.process_time()
+                before = sum(map(len, made.values()))
         count = sum(map(len, made.values())) - before
-        return time.perf_counter() - begin, count, list(made.values()), rows
+        seconds = (time.perf_counter() - begin) / count
+        return _Run(seconds, (time.process_time() - cpu) / count, list(made.values()), rows)
+
+
+class _Run(NamedTuple):
+    """Some requests together, while they decoded.
+
+    Attributes:
+      seconds: of a token.
+      cpu_seconds: of this process, of a token.
+      answers: all tokens of each.
+      rows: of sequences, in all steps.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    answers: list[list[int]]
+    rows: int
 
 
 def _target(args: argparse.Namespace, folder: Path) -> _Target:
