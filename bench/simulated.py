@@ -94,9 +94,13 @@ class SimulatedEngine:
         kv = KVCacheManager({_SHAPE: pool}, page_size, max_num_seqs, config.max_pages, _Store())
         rows = 4 * max(costs.chunks)
         self.scheduler = Scheduler(config, kv, max_num_seqs + rows, lambda item: None)
-        self._chain = types.SimpleNamespace(name="sim", eos_token_ids=())
+        self._chain = types.SimpleNamespace(name="sim", eos_token_ids=(), invocation=())
         self._route: Any = types.SimpleNamespace(
-            virtual_tokens=0, kv_digests={_SHAPE: (b"0",)}, boundaries=(), chain=self._chain
+            virtual_tokens=0,
+            kv_digests={_SHAPE: (b"0",)},
+            plain_digests=None,
+            boundaries=(),
+            chain=self._chain,
         )
         self._lease: Any = types.SimpleNamespace(ready=True, slot=0, error="")
         self._done: dict[str, int] = {}

@@ -21,8 +21,8 @@ from jblock.engine.api import Engine, Request, SamplingParams
 from jblock.engine.process.client import ProcessEngine
 from jblock.engine.process.seats import Seat, share_out
 from jblock.scheduler.pipeline import Pipeline
+from serving.engine_processes import FACTORY
 
-_FACTORY = "jblock.engine.factory:build_engine"
 _AGENTS, _STREAMS = 2, 32
 _HOP_ROWS, _HOP_WIDTH = 32, 1024
 
@@ -45,23 +45,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "prefill_grids": [[4, 64]],
         }
         seats = share_out(_AGENTS, 1)
-        one = _serve(ProcessEngine(_FACTORY, kwargs, seat=Seat(seats[0].cores[:1])), few)
+        one = _serve(ProcessEngine(FACTORY, kwargs, seat=Seat(seats[0].cores[:1])), few)
         progress(f"one agent: {one.tokens_per_second:.1f} tokens/s")
 
         def start(agent: int, served: Sequence[str], notify: Any) -> ProcessEngine:
             own = {**kwargs, "span_agent": agent, "span_agents": _AGENTS, "span_folder": folder}
             seat = Seat(seats[agent].cores[:1], seats[agent].environment)
-            return ProcessEngine(_FACTORY, own, seat=seat, notify=notify)
+            return ProcessEngine(FACTORY, own, seat=seat, notify=notify)
 
         two = _serve(Pipeline(start, _AGENTS), many)
         progress(f"two agents: {two.tokens_per_second:.1f} tokens/s")
     gaps = _gaps(zoo, chain, few, one.tokens, two.tokens)
     return {
-        "failed": one.failed + two.failed,
-        "identical": len(few) - len(gaps),
-        "differ": sum(gap >= 10 * LOGIT_ERROR for gap in gaps),
-        "pipeline_ratio": round(two.tokens_per_second / one.tokens_per_second, 3),
-        "hop_ms_socket_idle": round(hop_ms(20 if args.quick else 500), 4),
+        "cluster": {
+            "failed": one.failed + two.failed,
+            "identical": len(few) - len(gaps),
+            "differ": sum(gap >= 10 * LOGIT_ERROR for gap in gaps),
+            "pipeline_ratio": round(two.tokens_per_second / one.tokens_per_second, 3),
+            "hop_ms_socket_idle": round(hop_ms(20 if args.quick else 500), 4),
+        },
         "compiles_on_serving_path": one.compiles + two.compiles,
         "detail": {
             "tokens_per_second": [round(m.tokens_per_second, 1) for m in (one, two)],
@@ -77,7 +79,7 @@ class _Served:
     Attributes:
       tokens: by request id.
       failed: requests that did not run to their length.
-      tokens_per_second: while every stream had its first token and none its last.
+      tokens_per_second: from the first request to the last one's end, prompts included.
       compiles: programs compiled while they waited.
     """
 
@@ -110,25 +112,17 @@ def _grew(engine: Engine) -> bool:
 
 def _once(engine: Engine, requests: Sequence[Request]) -> _Served:
     tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}
-    waiting, ended, failed = set(tokens), set(), 0
-    counted, begin, seconds = 0, 0.0, 0.0
+    ended, failed, begin = 0, 0, time.monotonic()
     for request in requests:
         engine.submit(request)
-    while len(ended) < len(tokens):
+    while ended < len(tokens):
         for output in engine.poll(1.0):
-            now = time.monotonic()
             tokens[output.request_id] += output.token_ids
-            waiting.discard(output.request_id)
             if output.finish_reason:
-                ended.add(output.request_id)
+                ended += 1
                 failed += output.finish_reason != "length"
-            if waiting:
-                begin = now
-            elif seconds == 0.0:
-                counted += len(output.token_ids)
-                if ended:
-                    seconds = now - begin
-    return _Served(tokens, failed, counted / seconds, engine.stats().compiles_on_serving_path)
+    speed = sum(map(len, tokens.values())) / (time.monotonic() - begin)
+    return _Served(tokens, failed, speed, engine.stats().compiles_on_serving_path)
 
 
 def _requests(vocab: int, count: int, tokens: int) -> list[Request]:

@@ -23,10 +23,10 @@ from bench.models import MODEL_250M, TINY, MemoryZoo, save
 from bench.report import median, progress, spread
 from jblock.engine.api import Request, SamplingParams
 from jblock.engine.process.client import ProcessEngine
+from serving.engine_processes import FACTORY
 
 _STREAMS = 32
 _PROMPT = 16
-_FACTORY = "jblock.engine.factory:build_engine"
 Prompts = Sequence[tuple[int, ...]]
 
 
@@ -209,7 +209,7 @@ class _Direct:
 
 @contextlib.contextmanager
 def _engine(settings: dict[str, Any]) -> Iterator[_Direct]:
-    engine = ProcessEngine(_FACTORY, settings)
+    engine = ProcessEngine(FACTORY, settings)
     try:
         engine.models()
         yield _Direct(engine)

@@ -69,7 +69,7 @@ KEYS = {
         "flooded_ttft_ratio",
         "throughput_over_fcfs",
     },
-    "restart": {"restart"},
+    "restart": {"lost", "differ", "pause_s", "pause_stopped_s", "refused_alone"},
     "speculate": {"ngram_speedup", "b1_speedup", "b4_speedup", "full_ratio", "acceptance"},
     "cluster": {"failed", "identical", "differ", "pipeline_ratio", "hop_ms_socket_idle"},
     "cycles": {"tpu", "h200"},

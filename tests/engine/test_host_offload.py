@@ -30,7 +30,10 @@ SHAPES = {
     for s, n in LAYERS.items()
 }
 HOST_BYTES = 5 * sum(LAYERS[s] * p.page_bytes for s, p in SHAPES.items())
-ROUTE = types.SimpleNamespace(virtual_tokens=0, kv_digests=DIGESTS, boundaries=())
+CHAIN = types.SimpleNamespace(invocation=())
+ROUTE = types.SimpleNamespace(
+    virtual_tokens=0, kv_digests=DIGESTS, plain_digests=None, boundaries=(), chain=CHAIN
+)
 
 
 class Cells:

@@ -25,9 +25,11 @@ class Route:
     virtual_tokens = 0
     boundaries = ()
     kv_digests: ClassVar[dict] = {}
+    plain_digests = None
 
     class chain:
         eos_token_ids = (2,)
+        invocation = ()
 
 
 def item(slot: int, prompt, generated, decoding: bool, **sampling) -> WorkItem:
