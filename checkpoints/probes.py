@@ -8,7 +8,15 @@ from typing import Any
 
 from checkpoints import chat
 from checkpoints.errors import CheckpointError
-from jblock.adapt.probe import ProbeData, Rows, Tokenizer, item_rows, read_items, text_rows
+from jblock.adapt.probe import (
+    ProbeData,
+    Rows,
+    Tokenizer,
+    item_rows,
+    read_items,
+    read_text,
+    text_rows,
+)
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo
 
@@ -49,7 +57,13 @@ def tokenizer(zoo: Zoo, chain: Chain) -> Tokenizer:
     """
     from tokenizers import Tokenizer as Loaded
 
-    loaded: Any = Loaded.from_file(str(_tokenizer_folder(zoo, chain) / "tokenizer.json"))
+    path = _tokenizer_folder(zoo, chain) / "tokenizer.json"
+    try:
+        loaded: Any = Loaded.from_file(str(path))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # Bare Exception, or PanicException, which is not even that.
+        raise CheckpointError(f"{path} is no tokenizer ({e}); convert {chain.name} again") from e
     return loaded
 
 
@@ -121,7 +135,7 @@ def train_items(zoo: Zoo, chain: Chain, path: Path, max_items: int | None = None
 
 
 def _text(zoo: Zoo, chain: Chain, path: Path, width: int, max_rows: int | None) -> Rows:
-    content = path.read_text(encoding="utf-8")
+    content = read_text(path)
     if path.suffix == ".jsonl":
         render = chat.renderer(_template_folder(zoo, chain), chain.name)
         content = "\n".join(render(m, False) for m in _conversations(path, content))
@@ -136,7 +150,7 @@ def _conversations(path: Path, content: str) -> list[chat.Messages]:
             continue
         try:
             found.append(json.loads(line)["messages"])
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise CheckpointError(
                 f'{path}:{number}: give {{"messages": [...]}}, or text in a file of another suffix'
             ) from e

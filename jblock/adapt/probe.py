@@ -151,6 +151,18 @@ def item_rows(tokenizer: Tokenizer, items: Sequence[Mapping[str, Any]], eos: int
     return Rows(tokens, target)
 
 
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+      ZooError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ZooError(f"{path} is no UTF-8 text ({e}): convert it, as with iconv") from e
+
+
 def read_items(path: Path) -> list[dict[str, Any]]:
     """Task items of a JSON Lines file.
 
@@ -158,12 +170,12 @@ def read_items(path: Path) -> list[dict[str, Any]]:
       ZooError: a line that is no item.
     """
     items = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
             item = json.loads(line)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise ZooError(f"{path}:{number}: {e}: give one JSON object a line") from e
         asks = isinstance(item, dict) and ("prompt" in item) != ("messages" in item)
         if not asks or "answer" not in item:

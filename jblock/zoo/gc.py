@@ -97,13 +97,7 @@ def _model(zoo: Zoo, name: str) -> Model:
         model = registry.read(zoo.storage, name)
         return registry.completed(zoo.storage, model)
     except DamagedError:
-        numbers = registry.version_files(zoo.storage, name)
-        return Model(
-            name=name,
-            next=max(numbers, default=0) + 1,
-            versions=registry.blank(numbers),
-            state=zoo.storage.pointer(f"chains/{name}/{registry.POINTER}")[1],
-        )
+        return registry.rebuilt(zoo.storage, name)
 
 
 def _users(zoo: Zoo, name: str, removed: Iterable[str], problems: list[str]) -> list[str]:

@@ -32,6 +32,7 @@ POINTER = "model.json"
 _OLD_POINTER = "current"  # of zoos of format 1: the number of the active version
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 _VERSION_FILE = re.compile(r"([1-9][0-9]{0,8})\.json")
+_SHOWN = re.compile(rb'"version":\s*([1-9][0-9]{0,8})\b')
 _ORIGIN = ("source", "revision", "license")  # of a chain's origin, what history tells
 
 
@@ -53,7 +54,11 @@ def read(storage: Storage, name: str) -> Model:
     try:
         text = storage.read(f"{folder}/{_OLD_POINTER}", 64)
     except NotFoundError:
-        return Model(name=name, state=state)  # never published
+        if version_files(storage, name) not in ([], [1]):
+            raise DamagedError(
+                f"{storage.location}/{folder}/{POINTER} is missing: run 'fsck --repair'"
+            ) from None
+        return Model(name=name, state=state)  # never published, or its first writer was killed
     numbers = version_files(storage, name)
     if not text.strip().isdigit() or int(text) not in numbers:
         raise DamagedError(
@@ -143,6 +148,18 @@ def parse_chain(data: bytes, name: str, version: int, where: str) -> Chain:
             f"{where} describes {found.name}@{found.version}: the zoo is damaged; run fsck"
         )
     return found
+
+
+def rebuilt(storage: Storage, name: str) -> Model:
+    """A pointer made of a model's version files, in place of a damaged one. Numbers that the damaged one
+    still shows are not given again."""
+    numbers = version_files(storage, name)
+    data, state = storage.pointer(f"chains/{name}/{POINTER}")
+    seen = [int(m[1]) for m in _SHOWN.finditer(data or b"")]
+    model = Model(
+        name=name, next=max([*numbers, *seen], default=0) + 1, versions=blank(numbers), state=state
+    )
+    return completed(storage, model)
 
 
 def write(changes: Changes, model: Model) -> None:

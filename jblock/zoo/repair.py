@@ -5,7 +5,7 @@ import dataclasses
 from jblock.zoo import codec, edges, registry
 from jblock.zoo.fsck import Problem, check_edge_file, check_object, problems
 from jblock.zoo.objects import KINDS
-from jblock.zoo.pointer import Model, check_record, entry_of
+from jblock.zoo.pointer import check_record, entry_of
 from jblock.zoo.records import DamagedError, NewerError, UnreadableError, ZooError
 from jblock.zoo.storage import QUARANTINE, Changes
 from jblock.zoo.store import Zoo
@@ -113,7 +113,7 @@ def _repair_model(zoo: Zoo, changes: Changes, name: str) -> list[str]:
     try:
         model = registry.completed(zoo.storage, registry.read(zoo.storage, name))
     except DamagedError:
-        model = _pointer_again(zoo, name)
+        model = registry.rebuilt(zoo.storage, name)
         done.append(f"{name}: its pointer was damaged, is made again from its versions")
     except ZooError:
         return []  # unreadable, or of a newer version
@@ -157,14 +157,3 @@ def _repair_model(zoo: Zoo, changes: Changes, name: str) -> list[str]:
     )
     registry.write(changes, model.did("repair", active or 0))
     return done
-
-
-def _pointer_again(zoo: Zoo, name: str) -> Model:
-    numbers = registry.version_files(zoo.storage, name)
-    model = Model(
-        name=name,
-        next=max(numbers, default=0) + 1,
-        versions=registry.blank(numbers),
-        state=zoo.storage.pointer(f"chains/{name}/{registry.POINTER}")[1],
-    )
-    return registry.completed(zoo.storage, model)

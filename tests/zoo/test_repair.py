@@ -7,12 +7,12 @@ import os
 import pytest
 import zoos
 
-from jblock.zoo import edges
+from jblock.zoo import edges, gc
 from jblock.zoo.acceptance import AcceptancePolicy
 from jblock.zoo.edge_records import Edge, Score
 from jblock.zoo.fsck import fsck
 from jblock.zoo.inventory import edge_inventory, inventory
-from jblock.zoo.records import NewerError
+from jblock.zoo.records import NewerError, ZooError
 from jblock.zoo.repair import repair
 from jblock.zoo.store import Zoo
 
@@ -73,6 +73,32 @@ def test_the_newest_sound_version_becomes_active(zoo, pointer):
     assert (zoo.active("m"), zoo.versions("m")) == (2, [1, 2])
     assert fsck(zoo) == []
     assert zoos.fill(zoo, seed=3).version == 4  # 3 is never given again
+
+
+def test_a_pointer_that_went_missing_is_no_model_that_never_was(zoo):
+    zoos.fill(zoo, seed=1)
+    (zoo.path / "chains" / "m" / "model.json").unlink()
+    assert any(
+        "model.json is missing" in line for line in (*inventory(zoo)["problems"], *fsck(zoo))
+    )
+    assert gc.collect(zoo, dry_run=False) == []
+    with pytest.raises(ZooError, match="is missing"):
+        zoos.fill(zoo, seed=2)
+    repair(zoo)
+    assert (zoo.active("m"), zoo.versions("m"), fsck(zoo)) == (2, [1, 2], [])
+    assert zoos.fill(zoo, seed=2).version == 3
+
+
+@pytest.mark.parametrize("away", ["fsck --repair", "rm"])
+def test_a_damaged_pointer_lets_no_number_be_given_again(zoo, away):
+    zoos.fill(zoo, seed=1)
+    zoos.fill(zoo, seed=2)
+    zoo.activate("m", 1)
+    gc.remove(zoo, "m", 3)
+    path = zoo.path / "chains" / "m" / "model.json"
+    path.write_bytes(path.read_bytes()[:-40])
+    repair(zoo) if away != "rm" else gc.remove(zoo, "m")
+    assert zoos.fill(zoo, seed=5).version == 4
 
 
 def test_what_cannot_be_read_is_not_taken_for_damage(zoo, monkeypatch):
