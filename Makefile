@@ -32,12 +32,14 @@ MINUTES ?= 30
 soak: $(VENV)/.installed
 	PYTHONPATH=. $(BIN)/python tests/serving/soak.py --minutes $(MINUTES)
 
-# The kernels' cycles, counted in what the real compilers emit; an environment of its own, so that `make test` is
-# as quick as without them.
+# All that wants the compilers of absent chips, the kernels' cycles first; an environment of its own, so that
+# `make test` is as quick as without them.
 compilers:
 	$(PYTHON) -m venv $(VENV)-compilers
 	$(VENV)-compilers/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,compile]'
-	$(VENV)-compilers/bin/python -m pytest -m compilers tests
+	$(VENV)-compilers/bin/python -m pytest -m 'not long' tests/pallas_kernels/test_cycles.py \
+	  tests/pallas_kernels/test_mosaic_gpu_compiles.py tests/parallel/test_compile_check.py
+	$(VENV)-compilers/bin/python -m pytest -m compilers tests/bench
 
 # Clients as others publish them, against the server, and the chat templates of published packages; an environment
 # of its own, since what they need is much.

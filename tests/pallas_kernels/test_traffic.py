@@ -24,6 +24,7 @@ PREFILL = {
     "2048 new": ((0, 2048),),
     "ragged": ((0, 1500), (4000, 2000), (1024, 1024), (0, 700)),
     "chunk at 6144": ((6144, 2048),),
+    "few at 6144": ((6144, 256),),
 }
 
 
@@ -78,6 +79,7 @@ def test_decoding_moves_little_more_than_it_must(model, name, dtype):
     "model, name",
     [
         (LLAMA, "2048 new"),
+        (GEMMA, "few at 6144"),
         later(LLAMA, "ragged"),
         later(LLAMA, "chunk at 6144"),
         later(QWEN, "ragged"),
@@ -87,8 +89,8 @@ def test_decoding_moves_little_more_than_it_must(model, name, dtype):
 def test_prefill_computes_little_more_than_it_must(model, name):
     got = traffic(model, PREFILL[name], "bfloat16")
     _, must = shapes.needed(model, PREFILL[name], "bfloat16")
-    # A window's edge and the diagonal cost half a strip of 128 keys each.
-    assert must <= got.flops <= 1.15 * must
+    # A window's edge and the diagonal cost half a strip of 128 keys each, sums of weights a sixteenth.
+    assert must <= got.flops <= (1.15 if model.window is None else 1.2) * must
     assert got.outside_flops == 0
 
 
