@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from harness import Agent, collect_tokens, oracle, request
 from jax.experimental.compilation_cache import compilation_cache
@@ -180,6 +181,32 @@ def test_programs_are_renewed_while_a_request_runs(zoo, folder):
     assert greedy(one) == oracle(MODEL)["greedy"].tolist()
     assert one.stats().compiles_on_serving_path == 0
     one.close()
+
+
+def test_a_head_that_picks_gives_what_head_and_sampler_give(zoo, folder):
+    """To the bit: which of them a row meets depends on the other rows of its batch."""
+    one = engine(zoo, ExecutableCache(folder))
+    one.wait_until_warm()
+    device = one._loop.device
+    one.close()
+    heads = [k for k in device.segment_keys(one._loop.graph) if k.kind == "greedy_head"]
+    assert heads
+    (head,) = (i.layers[0] for i in one._loop.graph.instances if i.is_head)
+    registers = device.state.registers[head.width]
+    registers = jax.random.normal(jax.random.key(0), registers.shape, registers.dtype)
+    for key in heads:
+        count = key.bucket.num_seqs
+        index = np.zeros((count, 6), np.int32)
+        index[:, 1], index[:, 3], index[:, 4] = 1, np.arange(count), np.arange(count)[::-1]
+        last = np.full(device.executables.geometry.max_num_seqs, 7, np.int32)
+        args = (head.params, head.tables, registers)
+        get = device.executables.get
+        together = get(key)(*args, jax.device_put(last), index)
+        separate = get(dataclasses.replace(key, kind="head"))(*args, index)
+        sampler = device._sampler.program("greedy", separate[0])
+        apart = sampler(separate[0], separate[0], jax.device_put(last), separate[1])
+        for a, b in zip(together, apart, strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_the_profile_is_measured_kept_and_mended(zoo, folder):

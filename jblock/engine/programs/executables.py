@@ -232,6 +232,13 @@ class Executables:
                 (self._params(signature), tables[0], registers, index),
                 by_rows,
             )
+        if key.kind == "greedy_head":
+            return (
+                forward.greedy_head_program(signature, bucket, platform),
+                (3,),
+                (self._params(signature), tables[0], registers, last_tokens, index),
+                by_rows,
+            )
         if key.kind == "prompt_logprobs":
             targets = struct((s, bucket.q_len), i32, "rows")
             return (

@@ -35,6 +35,7 @@ from jblock.blocks.spec import (
 )
 from jblock.blocks.stitch import Stitch
 from jblock.engine.config import Bucket
+from jblock.engine.programs import sampling
 from jblock.engine.signature import Signature
 from jblock.pallas_kernels.paged_attention.api import KvPages, paged_attention
 from jblock.pallas_kernels.paged_attention.ragged import Ragged
@@ -226,3 +227,18 @@ def head_program(
         return logits, index[:, :INDEX_COLUMNS]
 
     return head
+
+
+def greedy_head_program(
+    signature: Signature, bucket: Bucket, platform: Platform
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """(params, tables, registers, last_tokens, index) -> (last_tokens, packed): `head_program` and
+    `sampling.greedy` in one, to the bit what they give one after the other."""
+    head = head_program(signature, bucket, platform)
+
+    def both(params: Any, tables: Any, registers: jax.Array, last_tokens: jax.Array, index: Any):
+        logits, meta = head(params, tables, registers, index)
+        logits = jax.lax.optimization_barrier(logits)
+        return sampling.greedy(logits, logits, last_tokens, meta)
+
+    return both

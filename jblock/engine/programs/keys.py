@@ -31,14 +31,14 @@ class ProgramKey:
     """Names one program: its kind, and what decides its shapes.
 
     Attributes:
-      kind: "embedding", "layer" (one, or a segment of them), "stitch", "head", "prompt_logprobs",
-        "pooling", "adjust", "constrain", "greedy", "sampled", "top_logprobs", "set_counts", "zero_pages",
-        "gather_pages", "scatter_pages", "read_rows", "write_rows", "take_rows", "put_rows", "write_pieces"
-        or "write_vectors".
+      kind: "embedding", "layer" (one, or a segment of them), "stitch", "head", "greedy_head",
+        "prompt_logprobs", "pooling", "adjust", "constrain", "greedy", "sampled", "top_logprobs",
+        "set_counts", "zero_pages", "gather_pages", "scatter_pages", "read_rows", "write_rows", "take_rows",
+        "put_rows", "write_pieces" or "write_vectors".
       bucket: grid of the batch; what works on logits ignores its q_len, and carries 1; of write_pieces
         the number of pieces is in num_seqs, of take_rows and put_rows that of rows.
-      signatures: of an embedding, a head, prompt_logprobs or pooling, of the layers of a segment in order,
-        or of one component with slot tables.
+      signatures: of an embedding, a head, greedy_head, prompt_logprobs or pooling, of the layers of a segment
+        in order, or of one component with slot tables.
       pool: of layers with an attention and of what works on pages.
       vocab_size: of what works on logits, and of set_counts.
       width: of the registers that take_rows and put_rows work on.
@@ -57,7 +57,7 @@ class ProgramKey:
         what = self.signatures[0].name if self.signatures else self.kind
         if len(self.signatures) > 1:
             what = f"{len(self.signatures)}x{what}"
-        if self.kind in ("prompt_logprobs", "pooling"):
+        if self.kind in ("prompt_logprobs", "pooling", "greedy_head"):
             what = f"{self.kind}_{what}"
         if self.kind in WRITING:
             what = self.kind

@@ -72,13 +72,17 @@ def program_keys(
 
 
 def segment_keys(graph: ServingGraph, pools: Pools, config: EngineConfig) -> Iterator[ProgramKey]:
-    """Programs that run several layers in one call: a tier that saves time but that nothing waits for.
-    Decoding only; a chunk of prefill is long enough to hide what a call costs."""
+    """Programs that run several layers, or a head and the picking of the best tokens, in one call: a tier
+    that saves time but that nothing waits for. Decoding only; a chunk of prefill is long enough to hide what
+    a call costs."""
     for instance in graph.instances:
         for segment in instance.segments:
             if len(segment.layers) > 1:
                 for bucket in config.decode_buckets:
                     yield layer_key(segment.layers, bucket, pools)
+    for head in (layer for i in graph.instances if i.is_head for layer in i.layers):
+        for bucket in config.decode_buckets:
+            yield greedy_head_key(head, bucket)
 
 
 def resize_keys(old: Pools, new: Pools) -> Iterator[ProgramKey]:
@@ -108,6 +112,11 @@ def scoring_key(layer: Layer, bucket: Bucket) -> ProgramKey:
 def pooling_key(layer: Layer, bucket: Bucket) -> ProgramKey:
     """The program that sums up the hidden rows that go through a head."""
     return ProgramKey(kind="pooling", bucket=bucket, signatures=(layer.signature,))
+
+
+def greedy_head_key(layer: Layer, bucket: Bucket) -> ProgramKey:
+    """The program that runs a head and picks the best tokens."""
+    return ProgramKey(kind="greedy_head", bucket=bucket, signatures=(layer.signature,))
 
 
 def moving_key(kind: str, width: int, size: int) -> ProgramKey:

@@ -66,6 +66,12 @@ class Batch:
         return any(i.sequence.request.sampling.top_logprobs for i in self.items)
 
     @functools.cached_property
+    def is_plain(self) -> bool:
+        """Whether the best token of each row is all that is asked for."""
+        more = self.adjusts_logits or self.is_constrained or self.wants_top or self.scores
+        return self.is_greedy and not (more or self.pools)
+
+    @functools.cached_property
     def scores(self) -> bool:
         """Whether log-probabilities of prompt tokens are wanted."""
         return any(i.scores for i in self.items)

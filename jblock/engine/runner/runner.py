@@ -302,22 +302,7 @@ class Runner:
             if instance.kind == "embedding":
                 self._embed(layer, program, index)
                 return None
-            registers = self.state.registers[layer.width]
-            logits, meta = program(layer.params, layer.tables, registers, index)
-            sampled: Sampled | Logits = Logits(batch, logits, meta)
-            if not batch.is_constrained:
-                sampled = self._sampler.sample(logits, meta, batch)
-            if batch.scores:
-                program = self.executables.get(needed.scoring_key(layer, batch.bucket))
-                targets = self.state.put(batching.target_array(batch))
-                scores = program(layer.params, layer.tables, registers, index, targets)
-                sampled = dataclasses.replace(sampled, scores=scores)
-            if batch.pools:
-                program = self.executables.get(needed.pooling_key(layer, batch.bucket))
-                firsts = self.state.put(batching.first_array(batch))
-                pooled = program(layer.params, layer.tables, registers, index, firsts)
-                sampled = dataclasses.replace(sampled, pooled=pooled)
-            return sampled
+            return self._sampler.run_head(layer, program, index, batch)
 
     def sample(self, waiting: Logits) -> Sampled:
         """Enqueues sampling of a batch with grammars; rows whose mask is not there sit out."""

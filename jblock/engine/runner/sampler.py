@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jblock.engine.config import Bucket
+from jblock.engine.graph.graph import Layer
+from jblock.engine.programs import needed
 from jblock.engine.programs.executables import Executables
 from jblock.engine.programs.keys import ProgramKey
 from jblock.engine.programs.penalties import count_row
@@ -90,7 +92,58 @@ class Sampler:
     def __init__(self, state: DeviceState, executables: Executables):
         self._state, self._executables = state, executables
         self._programs: dict[tuple[str, int, int], Any] = {}
+        self._heads: dict[tuple[Layer, Bucket], Any] = {}
         self._version = -1
+
+    def run_head(self, layer: Layer, program: Any, index: Any, batch: Batch) -> Sampled | Logits:
+        """Enqueues a head and sampling, by the programs that its batch asks for. Where that is the best
+        tokens alone, one does both as soon as it is compiled.
+
+        Args:
+          layer: the head.
+          program: of it.
+          index: the batch's, on the device.
+          batch: whose.
+        """
+        state, registers = self._state, self._state.registers[layer.width]
+        both = self._greedy_head(layer, batch.bucket) if batch.is_plain else None
+        if both is not None:
+            state.last_tokens, packed = both(
+                layer.params, layer.tables, registers, state.last_tokens, index
+            )
+            return Sampled(batch, packed)
+        logits, meta = program(layer.params, layer.tables, registers, index)
+        sampled: Sampled | Logits = Logits(batch, logits, meta)
+        if not batch.is_constrained:
+            sampled = self.sample(logits, meta, batch)
+        if batch.scores:
+            program = self._executables.get(needed.scoring_key(layer, batch.bucket))
+            targets = state.put(batching.target_array(batch))
+            scores = program(layer.params, layer.tables, registers, index, targets)
+            sampled = dataclasses.replace(sampled, scores=scores)
+        if batch.pools:
+            program = self._executables.get(needed.pooling_key(layer, batch.bucket))
+            firsts = state.put(batching.first_array(batch))
+            pooled = program(layer.params, layer.tables, registers, index, firsts)
+            sampled = dataclasses.replace(sampled, pooled=pooled)
+        return sampled
+
+    def _greedy_head(self, layer: Layer, bucket: Bucket) -> Any | None:
+        """The program that runs a head and picks the best tokens; None where it is not compiled."""
+        self._look()
+        program = self._heads.get((layer, bucket), False)
+        if program is False:
+            key = needed.greedy_head_key(layer, bucket)
+            program = self._executables.get(key) if key in self._executables else None
+            self._heads[layer, bucket] = program
+        return program
+
+    def _look(self) -> None:
+        """Forgets what was looked up before programs were added."""
+        if self._version != self._executables.version:
+            self._version = self._executables.version
+            self._programs.clear()
+            self._heads.clear()
 
     def sample(
         self, logits: jax.Array, meta: jax.Array, batch: Batch, masked: bool = False
@@ -122,9 +175,7 @@ class Sampler:
     def program(self, kind: str, logits: jax.Array) -> Any:
         """A program that works on logits of this shape."""
         size, vocab = logits.shape
-        if self._version != self._executables.version:
-            self._version = self._executables.version
-            self._programs.clear()
+        self._look()
         program = self._programs.get((kind, size, vocab))
         if program is None:
             key = ProgramKey(kind=kind, bucket=Bucket(size, 1), vocab_size=vocab)
