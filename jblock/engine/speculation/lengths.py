@@ -17,6 +17,7 @@ _MEMORY = 0.85
 _ASSUMED = 2.0
 # What drafting has to gain at least: times are measured, and the next step is planned a little later for it.
 GAIN = 1.05
+_RATES = tuple(n / 20 for n in range(1, 21))
 
 
 @dataclasses.dataclass
@@ -65,28 +66,41 @@ class StepTime:
 
 
 def least_rate(
-    step: StepTime, blocks: Sequence[Times], tokens: int, most: int, pause: float
+    step: StepTime, blocks: Sequence[Times], sequences: int, tokens: int, most: int, pause: float
 ) -> float:
-    """How often drafts of some sequences have to come true for any to be worth verifying.
+    """How often drafts of some sequences have to come true for it to be worth reading the step on its way
+    before the next is planned. There will be drafts only if the token that is not read yet comes true.
 
     Args:
       step: of what is decoded anyway, their rows included.
       blocks: that their rows pass.
+      sequences: how many.
       tokens: that the step brings.
-      most: drafts there may be.
-      pause: seconds for which the device rests because drafts wait for what was read.
+      most: drafts of a sequence.
+      pause: seconds for which the device rests meanwhile.
 
     Returns:
       Over 1 where none is.
     """
     counts = [(times, step.rows(times)) for times in blocks]
-    best = math.inf
-    for more in {size - rows for times, rows in counts for size in times.sizes} | {most}:
-        if 0 < more <= most:
-            added = sum(times.of(rows + more) - times.of(rows) for times, rows in counts)
-            ratio = 1 + (added + pause) / step.seconds
-            best = min(best, tokens * (GAIN * ratio - 1) / more)
-    return best
+    grids = {size - rows for times, rows in counts for size in times.sizes}
+    added = {
+        rows_more: sum(times.of(rows + rows_more) - times.of(rows) for times, rows in counts)
+        for rows_more in grids | {sequences * most}
+        if 0 < rows_more <= sequences * most
+    }
+    for rate in _RATES:
+        for rows_more, seconds in added.items():
+            expected = sequences * sum_of_powers(rate, rows_more / sequences)
+            ratio = 1 + (rate * seconds + pause) / step.seconds
+            if rate * expected >= tokens * (GAIN * ratio - 1):
+                return rate
+    return math.inf
+
+
+def sum_of_powers(rate: float, count: float) -> float:
+    """How many of `count` drafts in a row come true."""
+    return count if rate >= 1 else rate * (1 - rate**count) / (1 - rate)
 
 
 @dataclasses.dataclass(frozen=True)

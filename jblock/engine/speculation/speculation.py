@@ -33,7 +33,7 @@ from jblock.pallas_kernels.paged_attention.api import backend_of, joins_rows
 
 # How likely the next token is the drafted one, before it is known of a sequence, by how many tokens in front
 # of it agree: 2, up to 4, more.
-_ASSUMED = ((2, 0.3), (4, 0.5), (math.inf, 0.7))
+_ASSUMED = ((2, 0.2), (4, 0.4), (math.inf, 0.7))
 # Seconds for which the device rests between reading a step and the next: what enqueuing takes. Before it is
 # known, and what a newer one counts.
 _FIRST_PAUSE, _WEIGHT, _PAUSES = 1e-3, 0.1, 1.3
@@ -260,9 +260,9 @@ class Speculation:
             load, blocks = self._load, self._times(route)
             self._least[key] = math.inf
             if blocks:
-                most, pause = load.counts[route] * self._most, _PAUSES**self._pause_step
-                least = least_rate(load.step, blocks, len(load.routes), most, pause)
-                self._least[key] = least
+                counts = load.counts[route], len(load.routes), self._most
+                pause = _PAUSES**self._pause_step
+                self._least[key] = least_rate(load.step, blocks, *counts, pause)
         return self._least[key]
 
     def _times(self, route: Route) -> tuple[Times, ...]:
