@@ -15,7 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from examples.demo_reference import DemoError
 
-_READY = re.compile(r"^jblock: serving .* on ([\w.]+:\d+), metrics on port (\d+)$", re.MULTILINE)
+_READY = re.compile(
+    r"^jblock: serving .* on ([\w.]+:\d+), metrics on port (\d+)(?:;.*)?$", re.MULTILINE
+)
 _START_SECONDS = 600
 # After SIGTERM: what open requests get, and what the whole process gets before it is killed.
 _DRAIN_SECONDS = 2

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Sequence
 
 from absl import app, flags
 
@@ -111,7 +112,8 @@ def _announce(server: Server) -> None:
     # What is there now stays; the collector need not walk over it while tokens come.
     gc.collect()
     gc.freeze()
-    models = f"{server.num_models} model" + "s" * (server.num_models != 1)
+    count = len(server.models)
+    models = f"{count} model" + "s" * (count != 1)
     http = f", HTTP on port {server.http_port}" if server.http_port else ""
     metrics = f", metrics on port {server.metrics_port}" if server.metrics_port else ""
     if _PORT_FILE.value:
@@ -121,7 +123,20 @@ def _announce(server: Server) -> None:
             file.write(f"{server.port}\n")
         os.replace(aside, _PORT_FILE.value)
     where = addresses.address(_HOST.value, server.port)
-    print(f"jblock: serving {models} on {where}{http}{metrics}", flush=True)
+    with_what = _with_what(server.models)
+    print(f"jblock: serving {models} on {where}{http}{metrics}{with_what}", flush=True)
+
+
+def _with_what(infos: Sequence[api.ModelInfo]) -> str:
+    """How long contexts are and what limits them, dtypes, KV and devices; "" where nobody knows."""
+    if not infos or not infos[0].runs_on:
+        return ""
+    lengths = sorted({info.max_model_len for info in infos})
+    context = " to ".join(f"{n:,}" for n in dict.fromkeys((lengths[0], lengths[-1])))
+    limits = " or ".join(sorted({info.limited_by for info in infos if info.limited_by}))
+    kv = min(info.kv_tokens for info in infos)
+    room = f", room for {kv:,} tokens" if kv else ""
+    return f"; context {context} tokens ({limits}), {infos[0].runs_on}{room}"
 
 
 async def _serve(config: ServerConfig, engine: api.Engine) -> bool:

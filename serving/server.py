@@ -174,9 +174,9 @@ class Server:
         return self._dispatcher.up
 
     @property
-    def num_models(self) -> int:
-        """How many models are served."""
-        return len(self._dispatcher.models)
+    def models(self) -> tuple[api.ModelInfo, ...]:
+        """What is served."""
+        return tuple(model.info for model in self._dispatcher.models.values())
 
     async def start(self) -> None:
         """Listens; requests are answered UNAVAILABLE, and health NOT_SERVING, until `warm`.

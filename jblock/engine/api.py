@@ -154,6 +154,9 @@ class ModelInfo:
       blocks: how many blocks its chain has.
       shared_blocks: how many of them at least one other served chain uses too.
       policy: "exact", "near" or "adaptive": what its answers are, and what who asks has to accept.
+      limited_by: what max_model_len comes from: "its own", "max_model_len" or "KV memory"; "" if not known.
+      kv_tokens: tokens of it that the KV pools hold at most; 0 if not known.
+      runs_on: dtypes and devices, in words.
     """
 
     name: str
@@ -166,6 +169,9 @@ class ModelInfo:
     blocks: int = 0
     shared_blocks: int = 0
     policy: str = "exact"
+    limited_by: str = ""
+    kv_tokens: int = 0
+    runs_on: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

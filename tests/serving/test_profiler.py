@@ -56,7 +56,10 @@ def server(tmp_path):
         text=True,
     )
     assert process.stdout is not None
-    assert "serving 1 model" in process.stdout.readline()
+    line = process.stdout.readline()
+    assert "serving 1 model" in line
+    words = "; context 64 tokens (max_model_len), float32 weights and float32 KV on cpu, room for 64 tokens"
+    assert line.rstrip().endswith(words)
     yield int((tmp_path / "port").read_text()), profiler
     process.terminate()
     process.communicate()

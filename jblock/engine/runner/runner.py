@@ -50,6 +50,7 @@ class Runner:
       state: the arrays.
       buckets: grids that may be used now; replaced as a whole when more are compiled.
       rates: of offloading and of prefill, once measured; until then nothing is offloaded.
+      context_by_memory: nobody said how long sequences may be, and memory decided it.
       greedy_only: only what plain greedy requests need is compiled yet; others wait.
     """
 
@@ -73,11 +74,13 @@ class Runner:
         self.kv_bytes = config.kv_memory_mb * 10**6 or ways * free_memory.kv_budget(
             self.placement.devices
         )
+        self.context_by_memory = False
         if not config.max_model_len:
             longest = max(route.chain.max_position for route in graph.routes.values())
             own = sizing.own_context(
                 graph.kv_layers, longest, self.kv_bytes, config, self.placement
             )
+            self.context_by_memory = own < min(longest, sizing.MOST_CONTEXT)
             config = dataclasses.replace(config, max_model_len=max(own, 2))
         self.config = config
         # Chunks of prompts in a step: those of the largest grid; where steps may take longer, more.
