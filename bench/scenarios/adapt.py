@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """One layer of the shape with random weights: seconds forward and back to its input for a token, the
-    unembedding for a token, and encoding all its projections. `hours`: of each command for all layers, by
-    `_hours`."""
+    unembedding for a token, and encoding all its projections. From these the hours of each command for all
+    layers, by `_hours`: by the clock, and in `detail` of one core, which work beside it lengthens less."""
     if args.quick:
         args.hidden_size, args.intermediate_size, args.heads, args.kv_heads = 64, 192, 4, 2
         args.layers, args.vocab_size, args.tokens = 2, 128, 16
@@ -59,33 +59,33 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     layer, top = _random((attention, ffn), rng), _random(head, rng)
     x = jnp.asarray(rng.standard_normal((1, args.tokens, d), np.float32))
     progress("one layer, forward and back")
-    forward = _seconds(lambda: layers.through(layer, x, 0)) / args.tokens
-    back = _seconds(lambda: layers.back(layer, x, 0, x)) / args.tokens
+    s = {
+        "forward": _seconds(lambda: layers.through(layer, x, 0)) / args.tokens,
+        "back": _seconds(lambda: layers.back(layer, x, 0, x)) / args.tokens,
+    }
     rows = x[:, : min(args.tokens, _HEAD_TOKENS)]
-    logits = _seconds(lambda: layers.logits(top, rows)) / rows.shape[1]
-    codes = dict.fromkeys(("svd", "bits", "quantize"), 0.0)
+    s["logits"] = _seconds(lambda: layers.logits(top, rows)) / rows.shape[1]
+    s |= {name: np.zeros(2) for name in ("svd", "bits", "quantize")}
     for tensors in layer.tensors:
         for name, value in tensors.items():
             if value.ndim != 2:
                 continue
             progress(f"encoding {name} {value.shape}")
             matrix = np.asarray(value, np.float32)
-            codes["svd"] += _seconds(lambda m=matrix: codecs.decompose(m, _RANK))
+            s["svd"] += _seconds(lambda m=matrix: codecs.decompose(m, _RANK))
             target = BitsTarget(bits=2)
-            codes["bits"] += _seconds(lambda m=matrix, t=target: codecs.few_bits(m, t)[0]["scales"])
+            s["bits"] += _seconds(lambda m=matrix, t=target: codecs.few_bits(m, t)[0]["scales"])
             spec = QuantSpec(bits=4, group=min(64, matrix.shape[1]))
-            codes["quantize"] += _seconds(
-                lambda m=matrix, s=spec: quantize.quantize(m, s)["scales"]
-            )
-    figures = {"forward": forward, "back": back, "logits": logits, **codes}
+            s["quantize"] += _seconds(lambda m=matrix, s=spec: quantize.quantize(m, s)["scales"])
+    wall, cpu = ({name: float(of[i]) for name, of in s.items()} for i in (0, 1))
     return {
-        "adapt": {k: round(v, 3) for k, v in _hours(figures, args.layers).items()},
+        "adapt": _hours(wall, args.layers),
         "detail": {
+            "core_hours": _hours(cpu, args.layers),
             "layer_parameters": sum(t.size for ts in layer.tensors for t in ts.values()),
-            "forward_us_per_token": round(1e6 * forward, 1),
-            "back_us_per_token": round(1e6 * back, 1),
-            "logits_us_per_token": round(1e6 * logits, 1),
-            "encode_s": {name: round(seconds, 2) for name, seconds in codes.items()},
+            **{f"{n}_us_per_token": round(1e6 * wall[n], 1) for n in ("forward", "back", "logits")},
+            "encode_s": {name: round(wall[name], 2) for name in ("svd", "bits", "quantize")},
+            "core_s": {name: round(seconds, 6) for name, seconds in cpu.items()},
             "dtype": layers.compute_dtype(),
             "layers": args.layers,
         },
@@ -117,7 +117,7 @@ def _hours(s: dict[str, float], count: int) -> dict[str, float]:
         ),
         "equivalence": 2 * 2 * count * once / 2,
     }
-    return {name: seconds / 3600 for name, seconds in hours.items()}
+    return {name: round(seconds / 3600, 3) for name, seconds in hours.items()}
 
 
 def _random(specs: tuple[Any, ...], rng: np.random.Generator) -> Weights:
@@ -135,9 +135,9 @@ def _random(specs: tuple[Any, ...], rng: np.random.Generator) -> Weights:
     return Weights(specs, tensors)
 
 
-def _seconds(work: Callable[[], Any]) -> float:
-    """Of the second call; the first compiles."""
+def _seconds(work: Callable[[], Any]) -> np.ndarray:
+    """Of the second call, by the clock and of all cores together; the first compiles."""
     jax.block_until_ready(work())
-    begin = time.perf_counter()
+    begin, used = time.perf_counter(), time.process_time()
     jax.block_until_ready(work())
-    return time.perf_counter() - begin
+    return np.array([time.perf_counter() - begin, time.process_time() - used])
