@@ -134,8 +134,8 @@ def test_quick_run(name, quick):
         assert line["compiles_on_serving_path"] == 0
     figures = line[name]
     assert KEYS[name] <= set(figures)
-    if name in ("peers", "kernels", "gpu", "kv", "host"):
-        return  # One object an engine, which test_peers.py knows, an op, a dtype or a scene: see below.
+    if name in ("peers", "kernels", "gpu", "kv", "host", "cycles"):
+        return  # One object an engine, which test_peers.py knows, an op, a dtype, a scene or a chip.
     signed = ("accuracy_delta", "accuracy_change_at_8x", "ttfb_ms")
     assert all(value >= 0 for key, value in figures.items() if key not in signed)
     if name in ("block_tax", "roofline", "lora"):
