@@ -365,7 +365,9 @@ class Stepper:
     def complete(self, item: WorkItem) -> None:
         """All of an item is enqueued: what it wrote is there for the next to read."""
         self.end(item)
-        sequence, end = item.sequence, item.start + item.q_len
+        sequence = item.sequence
+        # A guest knows the tokens it was opened with; its home may have read one more since.
+        end = min(item.start + item.q_len, sequence.num_tokens)
         if item.of_prompt and self._kv.has_uncached(sequence.pages, end):
             self._kv.cache(sequence.pages, sequence.all_token_ids, end)
 
