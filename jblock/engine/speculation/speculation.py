@@ -144,7 +144,7 @@ class Speculation:
             return True
         decoding = [s for s in self._sequences.running.values() if s.computed >= s.prefill]
         self._take_load([s.route for s in decoding])
-        return any(self._look(s) is not None for s in decoding)
+        return self._may_pay and any(self._look(s) is not None for s in decoding)
 
     def learn(self) -> None:
         """Call it when all that is on its way was read."""
@@ -170,6 +170,8 @@ class Speculation:
         """
         rows = [item for item in items if item.chunk == 1 and not item.of_prompt]
         self._take_load([item.sequence.route for item in rows])
+        if not self._may_pay:
+            return list(items)
         found: dict[WorkItem, tuple[Match, Acceptance]] = {}
         for item in rows:
             look = self._look(item.sequence)
@@ -252,6 +254,11 @@ class Speculation:
             step.add(self._times(route), count)
         self._load = _Load(routes, counts, step)
         self._least.clear()
+
+    @property
+    def _may_pay(self) -> bool:
+        """Whether at this load drafts that are sure to come true would be worth it on some route."""
+        return any(self._least_rate(route) <= 1 for route in self._load.counts)
 
     def _least_rate(self, route: Route) -> float:
         """See `lengths.least_rate`."""
