@@ -103,7 +103,8 @@ def damage(rng, root):
             value = put(value, spot, odd)
         text = json.dumps(value)
         path.write_text(text, errors="surrogatepass")
-        if path.parts[-3] == "chains" and path.name != "model.json" and rng.integers(2):
+        record = path.parts[-3] == "chains" and path.name != "model.json"
+        if record and isinstance(value, dict) and rng.integers(2):
             # As in a zoo that someone made to do harm.
             with contextlib.suppress(ZooError):
                 zoos.fit_record(Zoo.open(root), path.parts[-2], int(path.stem))
