@@ -145,10 +145,9 @@ def test_variants_without_rows_are_not_read():
     assert all_of_one.hbm_bytes <= 1.15 * must
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    "model, tokens",
-    [pytest.param(MIXTRAL, 2048, marks=LONG), pytest.param(LLAMA, 2048, marks=LONG), (LLAMA, 512)],
-    ids=["experts", "fine-tunes", "fine-tunes of few rows"],
+    "model, tokens", [(MIXTRAL, 2048), (LLAMA, 2048)], ids=["experts", "fine-tunes"]
 )
 def test_prefill_of_variants_computes_little_more_than_it_must(model, tokens):
     rows = tokens * (model.top_k or 1)
