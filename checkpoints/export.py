@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints import layouts, tokenizer_identity
-from checkpoints.adapter import SMALL_FILES as ADAPTER_FILES
-from checkpoints.adapter import plan_adapter
+from checkpoints.adapters.adapter import SMALL_FILES as ADAPTER_FILES
+from checkpoints.adapters.adapter import plan_adapter
 from checkpoints.bitfit import with_vectors
 from checkpoints.errors import CheckpointError, fitting
 from checkpoints.hf import LEFT_OUT, SMALL_FILES

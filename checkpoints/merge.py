@@ -15,10 +15,10 @@ import numpy as np
 import safetensors.numpy
 
 from checkpoints import peft
-from checkpoints.adapterhub import is_adapterhub
+from checkpoints.adapters.adapterhub import is_adapterhub
+from checkpoints.adapters.peft_config import LoraSettings, read_settings
 from checkpoints.errors import CheckpointError
 from checkpoints.export import export
-from checkpoints.peft_config import LoraSettings, read_settings
 from checkpoints.progress import Progress
 from checkpoints.source import Source, open_source, read_json
 from jblock.zoo.records import Chain, split_version

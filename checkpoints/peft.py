@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints.adapter import SMALL_FILES, base_named_by, open_adapter, plan_adapter
-from checkpoints.adapter_plan import AdapterPlan, component_tensors
+from checkpoints.adapters.adapter import SMALL_FILES, base_named_by, open_adapter, plan_adapter
+from checkpoints.adapters.adapter_plan import AdapterPlan, component_tensors
 from checkpoints.errors import CheckpointError
 from checkpoints.hf import again_if_gone, left_out, note_tokenizer
 from checkpoints.progress import Progress

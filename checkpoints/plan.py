@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import hf
-from checkpoints.adapter import open_adapter, plan_adapter
-from checkpoints.adapter_plan import component_tensors
+from checkpoints.adapters.adapter import open_adapter, plan_adapter
+from checkpoints.adapters.adapter_plan import component_tensors
 from checkpoints.bitfit import BitFitMatcher
 from checkpoints.errors import CheckpointError
 from checkpoints.folders import is_adapter

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints.adapter import open_adapter, plan_adapter
+from checkpoints.adapters.adapter import open_adapter, plan_adapter
 from checkpoints.bitfit import with_vectors
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.errors import fitting

@@ -11,7 +11,7 @@ import pytest
 import zoos
 
 from checkpoints import hf, peft
-from checkpoints.adapter import base_named_by
+from checkpoints.adapters.adapter import base_named_by
 from checkpoints.progress import Progress
 from jblock.adapt import forward, merging
 from jblock.blocks.delta_spec import Ia3Spec, LoraSpec, LoraTarget

@@ -10,7 +10,7 @@ from test_bad_input import refused
 from test_export import same_files
 from tiny_checkpoints import ADAPTER, CONFIG
 
-from checkpoints.peft_config import read_settings
+from checkpoints.adapters.peft_config import read_settings
 from jblock.zoo.store import Zoo
 
 UNNAMED = ADAPTER | {"base_model_name_or_path": ""}

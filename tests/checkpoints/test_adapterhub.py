@@ -7,7 +7,7 @@ import pytest
 import tiny_checkpoints as tiny
 from converter_cli import Cli
 
-from checkpoints.adapterhub import _reads
+from checkpoints.adapters.adapterhub import _reads
 from checkpoints.errors import CheckpointError
 
 HIDDEN, RANK = tiny.CONFIG["hidden_size"], 4

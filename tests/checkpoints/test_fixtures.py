@@ -7,7 +7,7 @@ import pytest
 from converter_cli import Cli
 from test_export import same_files
 
-from checkpoints.adapter import base_named_by
+from checkpoints.adapters.adapter import base_named_by
 from jblock.families import family_for
 from jblock.zoo.store import Zoo
 

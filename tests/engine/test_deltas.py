@@ -13,7 +13,7 @@ from test_parity import TOLERANCE
 from test_sharing import transcript
 
 from checkpoints import hf, peft
-from checkpoints.adapter import base_named_by
+from checkpoints.adapters.adapter import base_named_by
 from checkpoints.errors import CheckpointError
 from checkpoints.merge import merge
 from checkpoints.progress import Progress

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints.adapter_plan import AdapterPlan, check_stack
-from checkpoints.adapterhub import is_adapterhub, plan_bottlenecks
+from checkpoints.adapters.adapter_plan import AdapterPlan, check_stack
+from checkpoints.adapters.adapterhub import is_adapterhub, plan_bottlenecks
+from checkpoints.adapters.peft_config import read_settings
+from checkpoints.adapters.peft_plan import plan_peft
 from checkpoints.errors import CheckpointError
 from checkpoints.folders import ADAPTER_CONFIG, expect_adapter
-from checkpoints.peft_config import read_settings
-from checkpoints.peft_plan import plan_peft
 from checkpoints.source import Source, open_source, read_json
 from jblock.zoo.records import Chain
 from jblock.zoo.store import Zoo

@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 
 from checkpoints import naming
-from checkpoints.adapter_plan import AdapterPlan, PlannedDelta, TensorSource
+from checkpoints.adapters.adapter_plan import AdapterPlan, PlannedDelta, TensorSource
+from checkpoints.adapters.peft_config import LoraSettings, Settings
+from checkpoints.adapters.peft_names import PREFIX, Module, modules_of, of_other_parts
 from checkpoints.errors import CheckpointError
-from checkpoints.peft_config import LoraSettings, Settings
-from checkpoints.peft_names import PREFIX, Module, modules_of, of_other_parts
 from checkpoints.source import Source
 from jblock.blocks.delta_spec import (
     BiasNormSpec,

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from checkpoints.adapter_plan import AdapterPlan, PlannedDelta, TensorSource
+from checkpoints.adapters.adapter_plan import AdapterPlan, PlannedDelta, TensorSource
 from checkpoints.errors import CheckpointError
 from checkpoints.source import Source
 from jblock.blocks.delta_spec import BottleneckSpec
