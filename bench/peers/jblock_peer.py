@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 import time
@@ -59,8 +60,11 @@ class JblockPeer:
         self._target = f"127.0.0.1:{port_file.read_text().strip()}"
         self.notes: dict[str, Any] = {"arrangement": "one server for all"}
         self._settled = False
-        # "... on 127.0.0.1:8470, metrics on port 9090"
-        self._metrics = self._server.stdout.readline().split()[-1]
+        line = self._server.stdout.readline()
+        found = re.search(r"metrics on port (\d+)", line)
+        if found is None:
+            raise RuntimeError(f"the server's first line names no metrics port: {line!r}")
+        self._metrics = found[1]
         self._loop = asyncio.new_event_loop()
 
     def run(self, clock: Clock) -> None:
