@@ -122,11 +122,17 @@ class Result:
         return not self.failures and self.fits == self.expected
 
 
-def keys(model: Model, dtype: str, placement: Placement) -> Iterator[ProgramKey]:
-    """The programs that serve a model: plain greedy requests on two grids."""
+def keys(model: Model, dtype: str, placement: Placement, memory: int) -> Iterator[ProgramKey]:
+    """The programs that serve a model: plain greedy requests on two grids.
+
+    A compiler refuses arguments over a chip's `memory` (bytes), and what is to be seen of a model that is too
+    large is whether its programs compile at all: pages take at most half of it.
+    """
     ends = model.ends(dtype, placement.rules)
     layers = model.layer_signatures(dtype, placement.rules)
     pool = pool_shape(model, dtype, placement)
+    most = memory // 2 * placement.rules.ways("heads") // pool.page_bytes
+    pool = dataclasses.replace(pool, num_pages=min(pool.num_pages, most))
     vocab = model.unembedding.vocab_size
     for bucket in BUCKETS:
         for signature in ends:
@@ -189,7 +195,8 @@ class Checker:
     def model(self, name: str, dtype: str) -> Callable[[], Result]:
         """Queues a model's programs; returns what waits for them and adds up its memory."""
         model, rules = MODELS[name], self.placement.rules
-        needed = list(dict.fromkeys(keys(model, dtype, self.placement)))
+        chip = CHIPS[self.target.chip]
+        needed = list(dict.fromkeys(keys(model, dtype, self.placement, chip.memory)))
         lower = self._executables.lower
         # Layers that differ in their window have one name.
         outcome = self._queue(
@@ -204,7 +211,6 @@ class Checker:
             kv = pool.page_bytes * pool.num_pages // rules.ways("heads")
             analyses, reported = outcome()
             temp = max((a.temp_size_in_bytes + _fresh_outputs(a) for a in analyses), default=0)
-            chip = CHIPS[self.target.chip]
             return Result(
                 model=name,
                 dtype=dtype,
