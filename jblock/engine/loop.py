@@ -339,7 +339,7 @@ class Loop:
             for i, item in enumerate(sampled.batch.items):
                 sequence = item.sequence
                 # A sequence that ended a step ago still had this row in flight.
-                if sequence.finished or (item.is_draft and not sequence.confirms(item)):
+                if sequence.finished or (item.drafted and not sequence.confirms(item)):
                     continue
                 if sequence.tokens_only and item.samples and read.finite[i]:
                     self._plain_token(sequence, read.tokens[i])

@@ -5,10 +5,10 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 
-from jblock.engine.config import Bucket
 from jblock.engine.graph.graph import BlockInstance, Hop
 from jblock.engine.kv_cache.manager import KVCacheManager
 from jblock.engine.kv_cache.page_pool import IdAllocator
@@ -112,11 +112,11 @@ class BlockQueues:
 
     def add(self, items: Iterable[WorkItem]) -> None:
         """Makes items ready at the blocks they stand at."""
-        stage, ready = None, None
+        route, at, ready = None, 0, None
         for item in items:
-            if ready is None or item.stage is not stage:
-                stage = item.stage
-                ready = self._queues[stage.instance].ready
+            if ready is None or item.at != at or item.sequence.route is not route:
+                route, at = item.sequence.route, item.at
+                ready = self._queues[item.stage.instance].ready
             ready.append(item)
 
 
@@ -187,7 +187,8 @@ class Stepper:
         self.leave: Callable[[Hop, Sequence[WorkItem]], None] = lambda hop, items: None
         self._device, self._profile, self._rows, self._kv = device, profile, rows, kv
         self._cuts = Cuts()
-        self._counted: tuple[Sequence[WorkItem], Sequence[Bucket], int] = ((), (), 0)
+        # Of a step and its grids what it added to the counters: the next has the same while all decode.
+        self._counted: tuple[Any, Any, tuple[int, int, int]] = ((), (), (0, 0, 0))
         self._sampled: list[Sampled] = []
         self._waiting: list[Logits] = []
         self._seconds = self._decode_seconds = 0.0
@@ -215,7 +216,7 @@ class Stepper:
         self._device.begin_step()
         self._cuts.begin_step(self._device.buckets)
         for item in items:
-            if not item.is_draft:
+            if not item.drafted:
                 item.sequence.item = item
         chunks = [*in_flight, *(item for item in items if item.chunk > 1)]
         if chunks:
@@ -264,9 +265,8 @@ class Stepper:
         queue.wanted = max(len(decode), _MEMORY * queue.wanted)
         if len(decode) > queue.limit:
             decode, over = decode[: queue.limit], decode[queue.limit :]
-            with_them = {
-                item.sequence for item in decode
-            }  # Drafts go with the row they are behind.
+            # Drafts go with the row they are behind.
+            with_them = {item.sequence for item in decode}
             decode += [i for i in over if i.is_draft and i.sequence in with_them]
             self._hold(queue, [i for i in over if not (i.is_draft and i.sequence in with_them)])
         for batch in self._cuts.batches(instance, decode, cover) if decode else ():
@@ -290,8 +290,7 @@ class Stepper:
     def _walk(self, instance: BlockInstance, queue: BlockQueue, partial: PartialBatch) -> None:
         """Takes a batch of prompts through a block call by call while it has time; at least one call
         where any of it has been granted, so that it gets there."""
-        batch, begin = partial.batch, partial.done
-        end = len(instance.layers)
+        batch, begin, end = partial.batch, partial.done, len(instance.layers)
         alone = self._profile.chunk_seconds((instance,), batch.bucket.q_len) or 0.0
         together = self._profile.block_seconds(instance, batch.bucket) or 0.0
         call, share = alone / end, together / end / len(batch.items)
@@ -388,13 +387,14 @@ class Stepper:
 
     def _count(self, items: Sequence[WorkItem]) -> None:
         counters, buckets = self.counters, self._device.buckets
-        counted, grids, calls = self._counted
-        if items != counted or buckets is not grids:
+        if items != self._counted[0] or buckets is not self._counted[1]:
             by_route: dict[int, list[WorkItem]] = {}
             for item in items:
                 by_route.setdefault(id(item.sequence.route), []).append(item)
             calls = sum(len(list(batches(own, buckets))) for own in by_route.values())
-            self._counted = items, buckets, calls
+            tokens = sum(len(i.tokens) for i in items if i.of_prompt)
+            self._counted = items, buckets, (calls, sum(i.q_len for i in items), tokens)
+        calls, rows, tokens = self._counted[2]
         counters.model_calls += calls
-        counters.model_rows += sum([i.q_len for i in items])
-        counters.prompt_tokens += sum([len(i.tokens) for i in items if i.of_prompt])
+        counters.model_rows += rows
+        counters.prompt_tokens += tokens

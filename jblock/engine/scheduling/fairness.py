@@ -242,13 +242,15 @@ def most_served(counter: VirtualTokenCounter, sequences: Sequence[SequenceState]
     """Of running sequences, oldest first, the one that gives way: of those with the least urgent priority
     the youngest of the tenant that was served most. Tenants count as served alike where less than one
     sequence lies between them: the youngest has least to lose."""
-    lowest = max(s.request.priority for s in sequences)
+    lowest = max([s.request.priority for s in sequences])
     among = [s for s in sequences if s.request.priority == lowest]
-    level = counter.level
+    levels = {tenant: counter.level(tenant) for tenant in {s.request.tenant for s in among}}
+    if len(levels) == 1:
+        return among[-1]
     least = max(
-        level(s.request.tenant) - s.token_seconds * s.num_tokens / s.request.weight for s in among
+        levels[s.request.tenant] - s.token_seconds * s.num_tokens / s.request.weight for s in among
     )
-    return [s for s in among if level(s.request.tenant) >= least][-1]
+    return [s for s in among if levels[s.request.tenant] >= least][-1]
 
 
 def who_may_yield(

@@ -78,8 +78,8 @@ class Scheduler:
     @property
     def prompts_in_flight(self) -> list[WorkItem]:
         """Chunks of prompts on their way through the blocks, those of the oldest sequence first."""
-        items = (s.item for s in self.running.values())
-        return [i for i in items if i is not None and i.chunk > 1 and not i.is_away]
+        running = self.running.values()
+        return [i for s in running if (i := s.item) and i.chunk > 1 and not i.is_away]
 
     def admit(self, machine: Machine) -> None:
         """Starts waiting requests, those of the tenant that was served least first. One that lacks pages
@@ -299,9 +299,10 @@ class Scheduler:
         """Pages for one more token of a sequence; under pressure the youngest sequences of the tenant that
         was served most, with pages of its shapes, are preempted until there is room again. False: it was one
         of them itself."""
-        shapes = sequence.pages.layers.keys()
+        own = sequence.pages.layers
         while not self.kv.grow(sequence.pages, num_tokens):
-            rivals = [s for s in self.running.values() if not shapes.isdisjoint(s.pages.layers)]
+            pages = ((s, s.pages.layers) for s in self.running.values())
+            rivals = [s for s, of in pages if of is own or not own.keys().isdisjoint(of)]
             victim = fairness.most_served(self.counter, rivals)
             self.preempt(victim)
             if victim is sequence:
