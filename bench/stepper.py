@@ -31,6 +31,7 @@ _GREEDY = {
     "write_rows",
     "write_pieces",
     "write_vectors",
+    "write_bits",
 }
 
 

@@ -1,6 +1,6 @@
 """What is a row's own: reading the slot tables of a component.
 
-Every sequence names a slot; slot 0 has no delta. Four kinds of tables belong to a component:
+Every sequence names a slot; slot 0 has no delta. These tables belong to a component:
 
 * pieces of PIECE_RANK rows, `[pieces, PIECE_RANK, width]`, which `pieces` (int32 [slots, turns], 0 where
   a slot has no more) names for each slot: both halves of LoRA pairs ("q.a", "q.b"), virtual tokens
@@ -8,8 +8,10 @@ Every sequence names a slot; slot 0 has no delta. Four kinds of tables belong to
   ("bottleneck.sum.relu.a", ".b", ".a_bias"). Piece 0 is all zeros;
 * vectors, `[slots, width]`, NaN where a slot has none of its own: "q.bias" and "norm.weight" stand for
   the component's own, "q.scale" and "q.in_scale" for 1, "bottleneck.sum.relu.b_bias" for 0;
-* codes of few bits, uint8 [slots, out, m] ("q.bits2.codes"), and their scales, float32 [slots, out, groups]
-  ("q.bits2.scales"), as BitDeltaSpec describes them; scales of 0 where a slot has none;
+* codes of few bits, uint8 [places, out, m] ("q.bits2.codes"), and their scales, float32
+  [places, out, groups] ("q.bits2.scales"), as BitDeltaSpec describes them; scales of 0 where there are
+  none, and always in place 0. `places`, int32 [slots], names the place of each slot: few have one, and an
+  entry is large;
 * `virtual`, int32 [slots]: how many virtual tokens a slot's sequences begin with.
 
 So rows of every kind of delta, and of none, go through one matmul of the shared weight. What a row
@@ -103,8 +105,8 @@ class Slots:
     def add_bits(self, name: str, y: jax.Array, x: jax.Array, rows: Rows | None) -> jax.Array:
         """`y [T, out] + x @ d.T` with each row's own difference `d [out, in]` in few bits.
 
-        A difference is widened only while it is used, once a call for all decoding rows of its slot, or
-        for each sequence of a prefill. So a call takes time by how many of its slots have one.
+        A difference is widened only while it is used, once a call for all decoding rows of its place, or
+        for each sequence of a prefill. So a call takes time by how many of its places have one.
         """
         for bits in BITS:
             if f"{name}.bits{bits}.codes" in self._tables:
@@ -135,13 +137,13 @@ class Slots:
 
     def _add_bits(self, table: str, bits: int, y: jax.Array, x: jax.Array, rows: Rows) -> jax.Array:
         codes, scales = self._tables[f"{table}.codes"], self._tables[f"{table}.scales"]
-        slots = rows.slots
-        there = scales[:, 0, 0][slots] > 0
+        places = self._tables["places"][rows.slots]
+        there = scales[:, 0, 0][places] > 0
 
-        def times(slot: jax.Array, x: jax.Array) -> jax.Array:
+        def times(place: jax.Array, x: jax.Array) -> jax.Array:
             """[n, in] -> [n, out]"""
-            packed = jax.lax.dynamic_index_in_dim(codes, slot, keepdims=False)
-            mine = jax.lax.dynamic_index_in_dim(scales, slot, keepdims=False)
+            packed = jax.lax.dynamic_index_in_dim(codes, place, keepdims=False)
+            mine = jax.lax.dynamic_index_in_dim(scales, place, keepdims=False)
             planes = [(packed >> (bits * k)) & (2**bits - 1) for k in range(8 // bits)]
             levels = jnp.concatenate(planes, axis=1).astype(jnp.float32) - (2**bits - 1) / 2
             out, groups = mine.shape
@@ -152,12 +154,12 @@ class Slots:
 
         if rows.q_len == 1:
             order = jnp.arange(rows.num_seqs)
-            earlier = (slots[:, None] == slots[None, :]) & (order[None, :] < order[:, None])
+            earlier = (places[:, None] == places[None, :]) & (order[None, :] < order[:, None])
             first = there & ~jnp.any(earlier, axis=1)
 
             def add(i: jax.Array, y: jax.Array) -> jax.Array:
                 def some(y: jax.Array) -> jax.Array:
-                    return y + jnp.where((slots == slots[i])[:, None], times(slots[i], x), 0.0)
+                    return y + jnp.where((places == places[i])[:, None], times(places[i], x), 0.0)
 
                 return jax.lax.cond(first[i], some, lambda y: y, y)
 
@@ -167,7 +169,7 @@ class Slots:
         def add_to(i: jax.Array, ys: jax.Array) -> jax.Array:
             def some(ys: jax.Array) -> jax.Array:
                 mine = jax.lax.dynamic_index_in_dim(xs, i, keepdims=False)
-                return ys.at[i].add(times(slots[i], mine))
+                return ys.at[i].add(times(places[i], mine))
 
             return jax.lax.cond(there[i], some, lambda ys: ys, ys)
 

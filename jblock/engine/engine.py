@@ -249,10 +249,16 @@ class ThreadEngine(Engine):
         """See ModelUpdates."""
         self._between_steps(lambda loop: loop.resize_pools(pools))
 
-    def _retire(self) -> None:
+    def _retire(self, abandoned: ServingGraph | None) -> None:
         """See ModelUpdates."""
+
+        def retire(loop: Loop) -> None:
+            if abandoned is not None:
+                loop.loads.note_replaced(abandoned.resident_set)
+            loop.retire()
+
         with contextlib.suppress(EngineDied):
-            self._between_steps(Loop.retire)
+            self._between_steps(retire)
 
     def _switch(self, graph: ServingGraph, leases: list[Lease], pools: Pools) -> None:
         """See ModelUpdates."""

@@ -104,7 +104,7 @@ class Loop:
           pools: their sizes once the last of those has ended; None: as they are.
         """
         self.graph = graph
-        self.weight_cache.switch(graph.resident_set)
+        self.loads.switch(graph.resident_set)
         for sequence in self._sequences.waiting:
             route = graph.routes.get(sequence.route.chain.name)
             if route is not None and route.needs is sequence.lease.needs:
@@ -126,13 +126,14 @@ class Loop:
             if graph is None:
                 self.weight_cache.refuse(adapter, f"{adapter.name} cannot be served: {error}")
             else:
+                graph.make_tables()
                 self.switch(graph)
 
         make = functools.partial(assemble, old.zoo, chains, self.config, old, targets)
         self.loads.background("adapter", adapter.name, make, done)
 
     def retire(self) -> None:
-        """Lets go of blocks, registers and pools that neither the graph nor a running request needs."""
+        """Lets go of blocks, registers, tables, pools that neither the graph nor a running request needs."""
         graph, device = self.graph, self.device
         old = [s.route for s in self._sequences if not graph.has(s.route)]
         order, widths, layers = graph.instances, set(graph.widths), dict(graph.kv_layers)
@@ -147,6 +148,7 @@ class Loop:
         device.state.set_registers(widths)
         if not device.pools_held:
             device.kv_layers = layers
+            self.loads.drop_tables(route.needs for route in old)
             if not old and self._pools_after is not None:
                 self.resize_pools(self._pools_after)
                 self._pools_after = None

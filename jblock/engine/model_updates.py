@@ -43,7 +43,7 @@ class ModelUpdates:
         warm: Callable[[ServingGraph, Sequence[Route]], list[Lease]],
         resize: Callable[[Pools], None],
         switch: Callable[[ServingGraph, list[Lease], Pools], None],
-        retire: Callable[[], None],
+        retire: Callable[[ServingGraph | None], None],
     ):
         """Updates a graph.
 
@@ -58,7 +58,7 @@ class ModelUpdates:
           resize: has the loop change the sizes of its pools; returns when it has.
           switch: hands the loop another graph, the leases it may give back then, and the sizes of pools
             once no request runs on the old one; returns when it has taken the graph up.
-          retire: has the loop let go of what no request needs.
+          retire: has the loop let go of what no request needs, and of a graph that is not taken up after all.
         """
         self.graph = graph
         self._zoo, self._device, self._config, self._tiers = zoo, device, config, tiers
@@ -81,13 +81,17 @@ class ModelUpdates:
                 raise EngineDied("the engine was closed; build another one")
             old = self.graph
             now = {name: route.chain for name, route in old.routes.items()}
+            abandoned: ServingGraph | None = None
+            # From here on nothing leaves that the new graph may take over.
+            self._device.pools_held = True
+            self._retire(None)
             try:
-                graph = assemble(self._zoo, change(now), self._config, old, targets)
+                abandoned = graph = assemble(self._zoo, change(now), self._config, old, targets)
                 self._change_over(graph)
+                abandoned = None
             finally:
-                if self._device.pools_held:
-                    self._device.pools_held = False
-                    self._retire()
+                self._device.pools_held = False
+                self._retire(abandoned)
             self.graph = graph
             self._tiers.take_up(graph)
             return graph
@@ -116,8 +120,9 @@ class ModelUpdates:
             if name not in now or now[name].chain != route.chain or name in graph.pinned
         ]
         try:
-            # Where the memory is full, pools make room before weights come.
+            # Where the memory is full, pools make room before tables and weights come.
             self._resize(pools.during)
+            graph.make_tables()
             self._switch(graph, self._warm(graph, fresh), pools.after)
         except Exception:
             self._resize(self._device.pools_for(self.graph))
@@ -131,7 +136,6 @@ class ModelUpdates:
           ValueError: the memory does not hold them, or what is served would have to be cut short.
         """
         device, old, make = self._device, self.graph, self._tiers.make
-        device.pools_held = True
         plan = device.plan_pools(graph)
         for pools in (plan.during, plan.after):
             device.check(old, graph, pools)

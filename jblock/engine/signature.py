@@ -25,14 +25,16 @@ class TableForm:
     Attributes:
       targets: what has tables, sorted: projections with LoRA ("q"; "weight" of an embedding or
         unembedding), vectors ("q.bias", "q.scale", "norm.weight"), "prompt", "prefix", ways to
-        compute bottlenecks ("bottleneck.sum.relu").
+        compute bottlenecks ("bottleneck.sum.relu"), codes of few bits ("q.bits2").
       slots: slots of deltas, slot 0 (none) included.
       pieces: pieces of PIECE_RANK rows a table holds, piece 0 (zeros) included.
+      places: entries of tables of few bits, entry 0 (none) included; 0 where there are no such tables.
     """
 
     targets: tuple[str, ...]
     slots: int
     pieces: int
+    places: int = 0
 
     @property
     def turns(self) -> int:

@@ -2,19 +2,23 @@
 LoRA tenants and of compressed ones in the same calls, none of which sees the others."""
 
 import dataclasses
+import gc
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from harness import FIXTURES, Agent, oracle, request
+from harness import FIXTURES, Agent, collect_tokens, oracle, request, shared_programs
 
 from checkpoints import hf, peft
 from checkpoints.progress import Progress
 from jblock.adapt import forward
 from jblock.adapt.compression import compress_chain
 from jblock.engine.config import EngineConfig
+from jblock.engine.engine import ThreadEngine
+from jblock.engine.graph.build import assemble
 from jblock.zoo.store import Zoo
 
 TOLERANCE = 1e-4
@@ -156,6 +160,71 @@ def test_a_slot_that_changes_hands_keeps_nothing(zoo):
         together = agent.generate({m: (m, prompt) for m in agent.graph.routes}, max_tokens=5)
         assert together == alone
     assert agent.loop.stats().evictions > 2
+
+
+def places_of(graph) -> set[int]:
+    """Entries of the tables of few bits, entry 0 not counted."""
+    arrays = [a for i in graph.instances for u in i.layers for t in u.tables for a in t.items()]
+    return {len(array) - 1 for name, array in arrays if name.endswith(".codes")}
+
+
+def few_bits_bytes() -> int:
+    """Bytes of all codes on the device."""
+    gc.collect()
+    return sum(a.nbytes for a in jax.live_arrays() if a.dtype == np.uint8 and a.ndim == 3)
+
+
+def test_tables_of_few_bits_have_places_for_what_is_served(zoo):
+    store, before = Zoo.open(zoo), few_bits_bytes()
+
+    def serve(names, previous=None):
+        chains = {n: store.chain(n) for n in ("llama_gqa_untied", *names)}
+        graph = assemble(store, chains, CONFIG, previous)
+        graph.make_tables()
+        return graph
+
+    one = serve(["lora_qv_r4", "bits"])
+    assert places_of(one) == {1} and one.routes["bits"].adapter.places == 1
+    assert one.routes["lora_qv_r4"].adapter.places == 0
+    two = serve(["lora_qv_r4", "bits", "mixed"], one)
+    assert places_of(two) == {2} and places_of(one) == {1}  # while requests still run on it
+    assert two.routes["lora_qv_r4"].adapter is one.routes["lora_qv_r4"].adapter
+    none = serve(["lora_qv_r4"], two)
+    assert places_of(none) == set()
+    assert none.table_bytes < one.table_bytes < two.table_bytes
+    for graph in (one, two):
+        for tables, form in graph.resident_set.tables.keys() - none.resident_set.tables.keys():
+            tables.drop(form)
+        del graph
+    del one, two, tables
+    assert few_bits_bytes() == before
+
+
+@pytest.mark.long
+def test_compressed_models_come_and_go_while_others_run(zoo, agent):
+    """Tables grow and shrink with what is served; nobody's tokens change, nothing compiles while a request
+    waits, and the bytes come back."""
+    store, base, lora = Zoo.open(zoo), "llama_gqa_untied", "lora_qv_r4"
+    prompt = oracle(base)["prompt"][:9]
+    expected = {m: agent.generate({m: (m, prompt)}, max_tokens=50)[m] for m in agent.graph.routes}
+    before = few_bits_bytes()
+    chains = {n: store.chain(n) for n in (base, lora)}
+    engine = ThreadEngine(store, chains, CONFIG, shared_programs())
+    start = engine.stats().resident_bytes
+    running: list[str] = []
+    for i, names in enumerate((["bits"], ["bits", "mixed"], ["mixed", "low"], ["mixed"], [])):
+        models = [base, lora, *names]
+        engine.serve(models)
+        running += [f"{m}/{i}" for m in models]
+        for m in models:  # and those before them go on
+            engine.submit(request(f"{m}/{i}", m, prompt, max_tokens=50))
+    for request_id, tokens in collect_tokens(engine, running).items():
+        assert tokens == expected[request_id.partition("/")[0]], request_id
+    assert engine.stats().compiles_on_serving_path == 0
+    engine.serve([base, lora])  # what ran on the last set has ended
+    assert few_bits_bytes() == before
+    assert engine.stats().resident_bytes == start
+    engine.close()
 
 
 def test_the_record_is_plain_json(zoo):

@@ -45,7 +45,7 @@ def vector_widths(spec: ComponentSpec, form: TableForm) -> dict[str, int]:
     widths: dict[str, int] = {}
     for target in form.targets:
         projection, _, vector = target.rpartition(".")
-        if vector.startswith("bits"):
+        if has_few_bits(target):
             continue
         if target.startswith(_BOTTLENECK):
             widths[f"{target}.b_bias"] = spec.hidden_size
@@ -57,12 +57,12 @@ def vector_widths(spec: ComponentSpec, form: TableForm) -> dict[str, int]:
 
 
 def bit_shapes(spec: ComponentSpec, form: TableForm) -> dict[str, tuple[tuple[int, int], np.dtype]]:
-    """Shape and dtype of a slot's entry in every table of few bits."""
+    """Shape and dtype of an entry of every table of few bits."""
     projections = layout.computed_widths(spec)
     shapes: dict[str, tuple[tuple[int, int], np.dtype]] = {}
     for target in form.targets:
         projection, _, kind = target.rpartition(".")
-        if kind.startswith("bits"):
+        if has_few_bits(target):
             out, inner = projections[projection]
             columns = inner * int(kind.removeprefix("bits")) // 8
             shapes[f"{target}.codes"] = ((out, columns), np.dtype(np.uint8))
@@ -71,9 +71,16 @@ def bit_shapes(spec: ComponentSpec, form: TableForm) -> dict[str, tuple[tuple[in
     return shapes
 
 
-def slot_tables(spec: ComponentSpec, form: TableForm) -> tuple[str, ...]:
-    """Names of the tables with an entry a slot: vectors, and codes and scales of few bits."""
-    return (*vector_widths(spec, form), *bit_shapes(spec, form))
+def written_tables(kind: str, spec: ComponentSpec, form: TableForm) -> tuple[str, ...]:
+    """Names of the tables that a program of a kind of `keys.WRITING` writes."""
+    if kind == "write_pieces":
+        return tuple(piece_widths(spec, form))
+    return tuple((vector_widths if kind == "write_vectors" else bit_shapes)(spec, form))
+
+
+def has_few_bits(target: str) -> bool:
+    """Whether a target of `TableForm.targets` has tables of codes."""
+    return target.rpartition(".")[2].startswith("bits")
 
 
 def abstract_tables(
@@ -106,13 +113,22 @@ def table_structs(
         axis = _axis(spec, name, placement)
         row = (form.slots, axis.size(width))
         tables[name] = placement.struct(row, jnp.float32, None, axis.logical)
-    for name, (entry, dtype) in bit_shapes(spec, form).items():
+    bits = bit_shapes(spec, form)
+    if bits:
+        tables["places"] = placement.struct((form.slots,), jnp.int32)
+    for name, (entry, dtype) in bits.items():
         if not placement.rules.single:
             raise ValueError(
                 "deltas of few bits have no rule for --mesh: compress to low rank instead"
             )
-        tables[name] = placement.struct((form.slots, *entry), dtype)
+        tables[name] = placement.struct((form.places, *entry), dtype)
     return tables
+
+
+def table_bytes(spec: ComponentSpec, form: TableForm, placement: Placement = SINGLE) -> int:
+    """Bytes of the slot tables of one component on all devices together."""
+    structs = table_structs(spec, form, placement).values()
+    return sum(s.size * s.dtype.itemsize for s in structs)
 
 
 def put_rows(spec: ComponentSpec, name: str, rows: np.ndarray, placement: Placement) -> jax.Array:

@@ -13,7 +13,6 @@ from jblock.blocks.spec import (
     ExpertSpec,
     RouterSpec,
 )
-from jblock.engine.adapters import compose as slot_content
 from jblock.engine.adapters.slot_tables import Tables
 from jblock.engine.config import EngineConfig
 from jblock.engine.graph.boundaries import boundaries, partings
@@ -33,6 +32,7 @@ from jblock.engine.graph.page_names import kv_digests, plain_digests
 from jblock.engine.graph.segments import segments
 from jblock.engine.graph.span_placement import HOME, Layout, SpanPlacement, layout_of
 from jblock.engine.graph.stitches import check_widths, positions
+from jblock.engine.graph.table_forms import TableForms, Targets, deltas_of, read_deltas
 from jblock.engine.kv_cache.prefix_keys import step_digests
 from jblock.engine.kv_cache.sequence_pages import Boundary
 from jblock.engine.kv_cache.spec import KVShape
@@ -54,12 +54,13 @@ def assemble(
     chains: Mapping[str, Chain],
     config: EngineConfig,
     previous: ServingGraph | None = None,
-    targets: Mapping[ComponentSpec, frozenset[str]] | None = None,
+    targets: Targets | None = None,
     placement: Placement | None = None,
     spans: SpanPlacement | None = None,
 ) -> ServingGraph:
     """Builds the routes of chains through shared blocks. A thousand adapters on one base
-    cost little more than ten.
+    cost little more than ten. Slot tables are made here where nothing is served yet; else
+    `ServingGraph.make_tables` is to be called before it is served.
 
     Args:
       zoo: where records are read from.
@@ -80,23 +81,26 @@ def assemble(
     if spans is None and previous:
         spans = previous.spans
     builder = _Builder(zoo, chains, config, previous, placement, spans)
-    builder.find_targets(targets or {})
+    builder.find_tables(targets or {})
     # Without sharing, every chain is an isolation domain of its own.
     domains = {"": dict(chains)} if config.share else {n: {n: c} for n, c in chains.items()}
     routes: dict[str, Route] = {}
     for domain, members in domains.items():
         routes |= builder.routes(domain, members)
-    return ServingGraph(
+    graph = ServingGraph(
         zoo=zoo,
         routes={name: routes[name] for name in chains},
         instances=visiting_order(routes.values()),
-        targets=builder.targets,
+        targets=builder.tables.lasting,
         pinned=tuple(name for name in config.pinned if name in chains),
         placement=builder.placement,
         plans=builder.plans,
         spans=spans,
         cache=builder.cache,
     )
+    if previous is None:
+        graph.make_tables()
+    return graph
 
 
 class _Builder:
@@ -115,11 +119,8 @@ class _Builder:
         self.placement, self.spans = placement, spans
         self.cache: dict[Any, Any] = {}
         self.plans: dict[str, BlockPlan] = {}
-        self.targets: dict[ComponentSpec, frozenset[str]] = {}
         self._previous = previous
         self._before = previous.cache if previous else {}
-        self._adapted: dict[str, set[str]] = {}
-        self._virtual: dict[str, int] = {}  # virtual tokens by chain
 
     def _keep(self, key: Any, make) -> Any:
         if key not in self.cache:
@@ -132,39 +133,24 @@ class _Builder:
     def _specs(self, ids: Sequence[str]) -> list[ComponentSpec]:
         return [self._record(component).spec for component in ids]
 
-    def find_targets(self, more: Mapping[ComponentSpec, frozenset[str]]) -> None:
-        """One set of targets for all adapted components of a spec, so that they share their programs.
+    def find_tables(self, more: Targets) -> None:
+        """What has tables, of what form; those of `more` too."""
 
-        Of a chain not met before one delta a spec is looked at, which nearly always tells of all; where it
-        does not, tables are widened when the chain is asked for.
-        """
-        before = self._previous.targets if self._previous else {}
-        found: dict[ComponentSpec, set[str]] = collections.defaultdict(set)
-        adapted: set[ComponentSpec] = set()
-        for chain in self.chains.values():
-            deltas: dict[ComponentSpec, tuple[str, ...]] = {}
-            for step in chain.steps:
-                if step.deltas:
-                    self._adapted.setdefault(step.component, set()).add(chain.name)
-                    deltas.setdefault(self._record(step.component).spec, step.deltas)
-            for spec, ids in deltas.items():
-                adapted.add(spec)
-                wanted, virtual = self._keep(
-                    ("targets", spec, ids), lambda spec=spec, ids=ids: self._targets(spec, ids)
-                )
-                found[spec] |= wanted
-                self._virtual[chain.name] = max(virtual, self._virtual.get(chain.name, 0))
-        for spec in adapted:
-            every = found[spec] | before.get(spec, frozenset()) | more.get(spec, frozenset())
-            self.targets[spec] = frozenset(every)
+        def read(spec: ComponentSpec, ids: tuple[str, ...]) -> tuple[frozenset[str], int]:
+            key = ("targets", spec, ids)
+            try:
+                return self._keep(key, lambda: read_deltas(spec, ids, self.zoo.delta))
+            except ValueError:
+                return frozenset(), 0  # who asks for the chain will hear of it
 
-    def _targets(self, spec: ComponentSpec, ids: Iterable[str]) -> tuple[frozenset[str], int]:
-        """What needs tables for some deltas, and their virtual tokens."""
-        try:
-            deltas = [self.zoo.delta(id_).spec for id_ in ids]
-            return slot_content.targets(spec, deltas), slot_content.virtual_tokens(deltas)
-        except ValueError:
-            return frozenset(), 0  # who asks for the chain will hear of it
+        self.tables = TableForms(
+            self.chains.values(),
+            lambda component: self._record(component).spec,
+            read,
+            self.config,
+            self._previous.targets if self._previous else {},
+            more,
+        )
 
     def routes(self, domain: str, chains: Mapping[str, Chain]) -> dict[str, Route]:
         """Routes of chains that share what they can."""
@@ -256,7 +242,7 @@ class _Builder:
                 stages=stages,
                 kv_digests=kv_digests(whole, layout, parts),
                 plain_digests=plain_digests(whole, layout, parts),
-                virtual_tokens=self._virtual.get(chain.name, 0),
+                virtual_tokens=self.tables.virtual.get(chain.name, 0),
                 boundaries=parted,
                 whole=whole if layout.agents else None,
             )
@@ -289,14 +275,7 @@ class _Builder:
         return self._keep(place, lambda: Stage(instance, before, at))
 
     def _form(self, domain: str, component: str) -> TableForm | None:
-        users = self._adapted.get(component, ())
-        if not users or (domain and domain not in users):
-            return None
-        return TableForm(
-            targets=tuple(sorted(self.targets[self._record(component).spec])),
-            slots=self.config.adapter_slots + 1,
-            pieces=self.config.adapter_pieces + 1,
-        )
+        return self.tables.form(component, self._record(component).spec, domain)
 
     def _tables(self, domain: str, component: str, form: TableForm) -> Tables:
         spec = self._record(component).spec
@@ -335,11 +314,14 @@ class _Builder:
         )
 
     def _adapter(self, domain: str, chain: Chain) -> Adapter | None:
-        deltas = tuple({s.component: s.deltas for s in chain.steps if s.deltas}.items())
+        deltas = deltas_of(chain)
         if not deltas:
             return None
-        name = f"the adapter of model {chain.name!r}"
-        return self._keep(("adapter", domain, deltas), lambda: Adapter(name=name, deltas=deltas))
+        places = self.tables.places_for(deltas)
+        make = functools.partial(
+            Adapter, name=f"the adapter of model {chain.name!r}", deltas=deltas, places=places
+        )
+        return self._keep(("adapter", domain, deltas, places), make)
 
     def _instance(
         self, domain: str, components: tuple[str, ...], forms: tuple[TableForm | None, ...]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jblock.blocks.spec import ComponentSpec
-from jblock.engine.adapters.slot_tables import Tables
+from jblock.engine.adapters.slot_layout import table_bytes
 from jblock.engine.graph.expert_parallel import ExpertGroup
 from jblock.engine.graph.span_placement import SpanPlacement
 from jblock.engine.kv_cache.sequence_pages import Boundary, LayerDigests
@@ -246,7 +246,7 @@ class ServingGraph:
       zoo: where they come from.
       routes: by chain name.
       instances: the blocks of all routes.
-      targets: what has tables, by spec.
+      targets: what has tables in the next graph too, by spec, while any chain adapts it.
       pinned: names of the routes that stay on the device.
       placement: the devices it is for.
       plans: which runs of components are blocks, by isolation domain; "" where blocks are shared.
@@ -283,10 +283,16 @@ class ServingGraph:
         """Bytes of all weights, were they all on the device."""
         return sum(r.size for r in self.cache.values() if isinstance(r, Weights))
 
-    @property
+    @functools.cached_property
     def table_bytes(self) -> int:
         """Bytes of all slot tables."""
-        return sum(t.nbytes for t in self.cache.values() if isinstance(t, Tables))
+        tables = self.resident_set.tables
+        return sum(table_bytes(p.spec, p.form, self.placement) for p in tables.values() if p.form)
+
+    def make_tables(self) -> None:
+        """Allocates the slot tables that are not there yet."""
+        for tables, form in self.resident_set.tables:
+            tables.make(form)
 
     def has(self, route: Route) -> bool:
         """Whether all blocks of a route are among its own."""

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 
 from jblock.engine.adapters.slot_layout import (
     abstract_tables,
-    piece_widths,
-    slot_tables,
     table_structs,
+    written_tables,
 )
 from jblock.engine.adapters.slot_tables import update_program
 from jblock.engine.config import Bucket
@@ -196,8 +195,8 @@ class Executables:
             spec, form = signature.specs[0], signature.forms[0]
             if form is None:
                 raise ValueError(f"program kind {key.kind!r} needs a form of tables")
-            names = (piece_widths if key.kind == "write_pieces" else slot_tables)(spec, form)
             all_tables = table_structs(spec, form, self.placement)
+            names = written_tables(key.kind, spec, form)
             held = {name: all_tables[name] for name in names}
             rows = {
                 n: jax.ShapeDtypeStruct((s, *a.shape[1:]), a.dtype, sharding=a.sharding)

@@ -7,7 +7,7 @@ from jblock.engine.config import Bucket
 from jblock.engine.kv_cache.spec import Pool
 from jblock.engine.signature import Signature
 
-WRITING = ("write_pieces", "write_vectors")
+WRITING = ("write_pieces", "write_vectors", "write_bits")
 _ANY = Bucket(1, 1)
 
 
@@ -34,7 +34,7 @@ class ProgramKey:
       kind: "embedding", "layer" (one, or a segment of them), "stitch", "head", "greedy_head",
         "prompt_logprobs", "pooling", "adjust", "constrain", "greedy", "sampled", "top_logprobs",
         "set_counts", "zero_pages", "gather_pages", "scatter_pages", "read_rows", "write_rows", "take_rows",
-        "put_rows", "write_pieces" or "write_vectors".
+        "put_rows", or one of WRITING.
       bucket: grid of the batch; what works on logits ignores its q_len, and carries 1; of write_pieces
         the number of pieces is in num_seqs, of take_rows and put_rows that of rows.
       signatures: of an embedding, a head, greedy_head, prompt_logprobs or pooling, of the layers of a segment

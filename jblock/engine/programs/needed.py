@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from jblock.blocks.spec import ComponentSpec
-from jblock.engine.adapters.slot_layout import piece_widths, slot_tables
+from jblock.engine.adapters.slot_layout import written_tables
 from jblock.engine.adapters.slot_tables import WRITE_SIZES
 from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.graph.graph import Layer, ServingGraph
 from jblock.engine.kv_cache.spec import PageShape, Pool, RowPool
 from jblock.engine.programs import row_moves
-from jblock.engine.programs.keys import ProgramKey, vocab_size
+from jblock.engine.programs.keys import WRITING, ProgramKey, vocab_size
 from jblock.engine.signature import Signature, TableForm
 
 Pools = Mapping[PageShape, Pool]
@@ -64,11 +64,12 @@ def program_keys(
             yield ProgramKey(kind="scatter_pages", pool=pool)
     for signature in {u.signature for u in layers}:
         for spec, form in zip(signature.specs, signature.forms, strict=True):
-            if form is not None and piece_widths(spec, form):
-                for count in WRITE_SIZES:
-                    yield writing_key("write_pieces", spec, form, count)
-            if form is not None and slot_tables(spec, form):
-                yield writing_key("write_vectors", spec, form, 1)
+            if form is None:
+                continue
+            for kind in WRITING:
+                if written_tables(kind, spec, form):
+                    for count in WRITE_SIZES if kind == "write_pieces" else (1,):
+                        yield writing_key(kind, spec, form, count)
 
 
 def segment_keys(graph: ServingGraph, pools: Pools, config: EngineConfig) -> Iterator[ProgramKey]:
@@ -125,6 +126,6 @@ def moving_key(kind: str, width: int, size: int) -> ProgramKey:
 
 
 def writing_key(kind: str, spec: ComponentSpec, form: TableForm, count: int) -> ProgramKey:
-    """The program that writes so many pieces, or a slot's vectors, into a component's tables."""
+    """The program that writes so many pieces, a slot's vectors, or a place's codes to tables."""
     signature = Signature(specs=(spec,), forms=(form,), dtype="float32")
     return ProgramKey(kind=kind, bucket=Bucket(count, 1), signatures=(signature,))

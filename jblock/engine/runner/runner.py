@@ -44,8 +44,8 @@ class Runner:
       num_rows: rows of each register.
       kv_bytes: that all pools together may take.
       kv_layers: what the pools there are were sized for: as `ServingGraph.kv_layers`.
-      pools_held: a change is being prepared; pools keep their sizes until it is there.
-      weight_room: bytes of weights beside which all of kv_bytes is free.
+      pools_held: a change is being prepared; pools keep their sizes, and tables stay, until it is there.
+      weight_room: bytes of weights and slot tables beside which all of kv_bytes is free.
       executables: the compiled programs.
       state: the arrays.
       buckets: grids that may be used now; replaced as a whole when more are compiled.
@@ -109,7 +109,8 @@ class Runner:
             pools = self.pools_for(graph)
         self.state = DeviceState(self.executables, pools)
         if not config.kv_memory_mb and not self.placement.abstract:
-            self.weight_room = graph.weight_bytes + free_memory.spare(self.placement.devices)
+            held = graph.weight_bytes + graph.table_bytes
+            self.weight_room = held + free_memory.spare(self.placement.devices)
         self.state.set_registers(graph.widths)
         self._sampler = Sampler(self.state, self.executables)
         self._arrays = BatchArrays(self.state, self.num_rows, config.max_pages)
@@ -128,7 +129,7 @@ class Runner:
         weights = graph.weight_bytes
         if self.config.weights_memory_mb:
             weights = min(weights, self.config.weights_memory_mb * 10**6)
-        budget = self.kv_bytes - max(0, weights - self.weight_room)
+        budget = self.kv_bytes - max(0, weights + graph.table_bytes - self.weight_room)
         return sizing.pool_shapes(layers, budget, self.config, self.placement)
 
     def plan_pools(self, graph: ServingGraph) -> PoolPlan:
@@ -237,6 +238,10 @@ class Runner:
     def vector_update(self, spec: ComponentSpec, form: TableForm) -> Any:
         """The program that writes a slot's vectors into a component's tables."""
         return self.executables.get(needed.writing_key("write_vectors", spec, form, 1))
+
+    def bits_update(self, spec: ComponentSpec, form: TableForm) -> Any:
+        """The program that writes codes of few bits to a place in a component's tables."""
+        return self.executables.get(needed.writing_key("write_bits", spec, form, 1))
 
     def begin_step(self) -> None:
         """Forgets the index arrays of the step before."""

@@ -21,7 +21,7 @@ from jblock.engine.weights import params as parameters
 from jblock.engine.weights.cache import WeightCache
 from jblock.engine.weights.host_cache import HostCache
 from jblock.engine.weights.lease import Lease
-from jblock.engine.weights.needs import Needs, ResidentSet
+from jblock.engine.weights.needs import Needs, ResidentSet, UsedTables, used_tables
 from jblock.engine.weights.readers import Done
 from jblock.engine.weights.residents import Adapter, Resident, Weights
 from jblock.parallel.placement import Placement
@@ -61,6 +61,10 @@ class AdapterUpdates(Protocol):
         """The program that writes a slot's vectors into a component's tables."""
         ...
 
+    def bits_update(self, spec: ComponentSpec, form: TableForm) -> Any:
+        """The program that writes codes of few bits to a place in a component's tables."""
+        ...
+
 
 class Warming(NamedTuple):
     """Chains that are brought to the device before they are asked for, and who waits for them."""
@@ -92,6 +96,7 @@ class Loads:
         self._placement = placement
         self.deferred: collections.deque = collections.deque()
         self.warming: list[Warming] = []
+        self._replaced: set[UsedTables] = set()
         self.weight_cache = WeightCache(
             served,
             self,
@@ -117,6 +122,24 @@ class Loads:
             self.pump()
         for lease in done.result():
             self.weight_cache.release(lease)
+
+    def switch(self, served: ResidentSet) -> None:
+        """Goes over to other chains; see `WeightCache.switch`."""
+        self.note_replaced(self._served)
+        self._served = served
+        self.weight_cache.switch(served)
+
+    def note_replaced(self, served: ResidentSet) -> None:
+        """Has `drop_tables` look at the tables of chains that are served no more."""
+        self._replaced |= served.tables.keys()
+
+    def drop_tables(self, running: Iterable[Needs]) -> None:
+        """Frees tables that neither what is served uses nor these chains."""
+        if self._replaced:
+            used = self._served.tables.keys() | used_tables(running).keys()
+            for tables, form in self._replaced - used:
+                tables.drop(form)
+            self._replaced &= used
 
     def pump(self) -> None:
         """Does what was put off, and answers for what was warmed."""
@@ -233,7 +256,7 @@ class Loads:
             for part in needs.parts
             if part.form is not None
         }
-        jax.block_until_ready([(w.parts, w.vectors) for w in writes.values()])
+        jax.block_until_ready([(w.parts, w.vectors, w.bits) for w in writes.values()])
         return writes
 
     # Writing, between two steps
@@ -249,8 +272,10 @@ class Loads:
             updates = Updates(
                 functools.partial(self._updates.piece_update, part.spec, part.form),
                 functools.partial(self._updates.vector_update, part.spec, part.form),
+                functools.partial(self._updates.bits_update, part.spec, part.form),
             )
-            part.tables.write(adapter.slot, adapter.pieces[: mine.count], part.form, mine, updates)
+            pieces = adapter.pieces[: mine.count]
+            part.tables.write(adapter.slot, adapter.place, pieces, part.form, mine, updates)
 
     # Where nobody else does the work
 

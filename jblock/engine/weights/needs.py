@@ -1,7 +1,8 @@
 """What a chain needs on the device, and who brings it there."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from jblock.blocks.spec import ComponentSpec
@@ -9,6 +10,8 @@ from jblock.engine.adapters.slot_tables import Tables
 from jblock.engine.signature import TableForm
 from jblock.engine.weights.residents import Adapter, Resident, WeightSet
 from jblock.zoo.records import Chain
+
+UsedTables = tuple[Tables, TableForm]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,11 +59,24 @@ class ResidentSet:
       needs: of each chain, by name.
       residents: all of it.
       pinned: names of the chains that stay on the device.
+      tables: the slot tables of their components, with the forms they are used in.
     """
 
     needs: Mapping[str, Needs]
     residents: Sequence[Resident]
     pinned: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def tables(self) -> Mapping[UsedTables, Part]:
+        """See there."""
+        return used_tables(self.needs.values())
+
+
+def used_tables(all_needs: Iterable[Needs]) -> dict[UsedTables, Part]:
+    """The slot tables that chains use, with their forms, and a component that has them."""
+    # Adapters of one base have the same parts.
+    runs = {id(needs.parts): needs.parts for needs in all_needs}
+    return {(p.tables, p.form): p for parts in runs.values() for p in parts if p.tables and p.form}
 
 
 class Worker(Protocol):

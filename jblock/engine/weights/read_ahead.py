@@ -63,9 +63,9 @@ def read_ahead(
 def read_new(
     readers: Readers, zoo: Zoo, models: Sequence[str], served: Collection[str]
 ) -> tuple[list[Chain], dict[ComponentSpec, frozenset[str]]]:
-    """The chains of some models and what they adapt, by spec; see `find_chains` and `read_ahead`. By itself,
-    so that storage that hangs holds up no other change, and tables are made for all that the new chains adapt
-    before any of them waits for its own.
+    """The chains of some models, and what exact ones adapt, by spec; see `find_chains`, `read_ahead`. By
+    itself, so that storage that hangs holds up no other change, and tables are made for all that the new
+    chains adapt before any of them waits for its own.
 
     Raises:
       UnknownChain, ZooError, OSError: see there.
@@ -78,7 +78,9 @@ def read_new(
     for chain in chains:
         whole = len(chains) <= _MOST_CHAINS
         read = functools.partial(read_ahead, zoo, chain, served, whole=whole)
-        for spec, adapted in readers.run("records", chain.name, read).items():
+        found = readers.run("records", chain.name, read)
+        # Of approximate ones the graph looks at all deltas anyway (graph/table_forms.py).
+        for spec, adapted in found.items() if chain.policy == "exact" else ():
             targets[spec] = targets.get(spec, frozenset()) | adapted
     return chains, targets
 

@@ -78,6 +78,8 @@ class Adapter(Resident):
       size: pieces it takes in the tables; 0 until its records were read.
       slot: its slot in all tables; 0 while it has none.
       pieces: ids of its pieces.
+      places: how many share the tables that its codes of few bits lie in; 0: it has none.
+      place: its place in these; 0 while it has none.
     """
 
     deltas: tuple[tuple[str, tuple[str, ...]], ...]
@@ -86,3 +88,5 @@ class Adapter(Resident):
     size: int = 0
     slot: int = 0
     pieces: list[int] = dataclasses.field(default_factory=list)
+    places: int = 0
+    place: int = 0

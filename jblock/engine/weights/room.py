@@ -1,4 +1,5 @@
-"""Room on the device for what is not always there: bytes of weights, slots and rank blocks of adapters."""
+"""Room on the device for what is not always there: bytes of weights; slots, rank blocks and places of
+adapters."""
 
 from collections.abc import Collection, Iterable, Sequence
 
@@ -15,12 +16,16 @@ class Room:
       pieces: of adapters, as many as each has; numbered from 1.
       weight_bytes: bytes of weights that are on the device or have their room there.
       max_weight_bytes: most of them; 0 is no bound.
+
+    Adapters with codes of few bits have a place each too, of as many as their tables have. Where another
+    number of them is served, those have other tables, and these places are given back with the last request.
     """
 
     def __init__(self, slots: int, pieces: int, max_weight_bytes: int):
         self.slots, self.pieces = IdAllocator(slots, 1), IdAllocator(pieces, 1)
         self.weight_bytes = 0
         self.max_weight_bytes = max_weight_bytes
+        self._places: dict[int, IdAllocator] = {}
 
     def occupy(self, resident: Resident) -> None:
         """Gives a resident its room; there must be enough."""
@@ -29,6 +34,8 @@ class Room:
         elif isinstance(resident, Adapter):
             (resident.slot,) = self.slots.allocate(1)
             resident.pieces = self.pieces.allocate(resident.size)
+            if resident.places:
+                (resident.place,) = self._places_of(resident).allocate(1)
 
     def vacate(self, resident: Resident) -> None:
         """Takes back the room of a resident."""
@@ -38,7 +45,9 @@ class Room:
         elif isinstance(resident, Adapter):
             self.slots.free([resident.slot])
             self.pieces.free(resident.pieces)
-            resident.slot, resident.pieces = 0, []
+            if resident.places:
+                self._places_of(resident).free([resident.place])
+            resident.slot, resident.pieces, resident.place = 0, [], 0
 
     def problem(self, needs: Needs, all_pinned: Collection[Resident]) -> str:
         """Why a chain can never have its room beside those that are pinned, or ""."""
@@ -65,28 +74,10 @@ class Room:
                     + (f" beside {len(others)} pinned adapters" if others else "")
                     + ": give more"
                 )
+            places = needs.adapter.places
+            if places and sum(r.places == places for r in others) >= places:
+                return f"all {places} places for codes of few bits are those of pinned models: pin fewer"
         return ""
-
-    def _shortage(self, cold: Iterable[Resident], free: Iterable[Resident]) -> tuple[int, int, int]:
-        """Bytes, slots and pieces that lack for `cold` once all of `free` have left."""
-        need_bytes = need_slots = need_pieces = 0
-        for part in cold:
-            if isinstance(part, Weights):
-                need_bytes += part.size
-            elif isinstance(part, Adapter):
-                need_slots, need_pieces = need_slots + 1, need_pieces + part.size
-        if self.max_weight_bytes:
-            need_bytes += self.weight_bytes - self.max_weight_bytes
-        else:
-            need_bytes = 0
-        need_slots -= self.slots.num_free
-        need_pieces -= self.pieces.num_free
-        for part in free:
-            if isinstance(part, Weights):
-                need_bytes -= part.size
-            elif isinstance(part, Adapter):
-                need_slots, need_pieces = need_slots - 1, need_pieces - part.size
-        return max(0, need_bytes), max(0, need_slots), max(0, need_pieces)
 
     def victims(
         self,
@@ -96,15 +87,48 @@ class Room:
     ) -> tuple[list[Resident], bool]:
         """The first candidates that help to make room for `cold`, beside those that leave anyway, and
         whether they suffice."""
+        # At most one of what is cold has a place: a chain has one adapter.
+        placed = next((r for r in cold if isinstance(r, Adapter) and r.places), None)
+        lack = self._shortage(cold, leaving, placed)
         chosen: list[Resident] = []
-        lack = self._shortage(cold, leaving)
         for part in candidates:
             if not any(lack):
                 break
-            if isinstance(part, Weights) and lack[0]:
+            given = _amounts(part, placed)
+            if any(n and g for n, g in zip(lack, given, strict=True)):
                 chosen.append(part)
-                lack = (max(0, lack[0] - part.size), *lack[1:])
-            elif isinstance(part, Adapter) and (lack[1] or lack[2]):
-                chosen.append(part)
-                lack = (lack[0], max(0, lack[1] - 1), max(0, lack[2] - part.size))
+                lack = [max(0, n - g) for n, g in zip(lack, given, strict=True)]
         return chosen, not any(lack)
+
+    def _shortage(
+        self, cold: Iterable[Resident], leaving: Iterable[Resident], placed: Adapter | None
+    ) -> list[int]:
+        """Bytes, slots, pieces and places that lack for `cold` once all of `leaving` have left."""
+        free = [
+            self.max_weight_bytes - self.weight_bytes,
+            self.slots.num_free,
+            self.pieces.num_free,
+            self._places_of(placed).num_free if placed else 0,
+        ]
+        needed = [0, 0, 0, 0]
+        for sign, parts in ((1, cold), (-1, leaving)):
+            for part in parts:
+                amounts = _amounts(part, placed)
+                needed = [n + sign * a for n, a in zip(needed, amounts, strict=True)]
+        if not self.max_weight_bytes:
+            needed[0] = free[0] = 0
+        return [max(0, n - f) for n, f in zip(needed, free, strict=True)]
+
+    def _places_of(self, adapter: Adapter) -> IdAllocator:
+        """The places of the tables that an adapter's codes lie in."""
+        return self._places.setdefault(adapter.places, IdAllocator(adapter.places, 1))
+
+
+def _amounts(resident: Resident, placed: Adapter | None) -> tuple[int, int, int, int]:
+    """Bytes, slots and pieces that something takes, and places of the tables of `placed`."""
+    if isinstance(resident, Weights):
+        return resident.size, 0, 0, 0
+    if not isinstance(resident, Adapter):
+        return 0, 0, 0, 0
+    beside = placed is not None and resident.places == placed.places
+    return 0, 1, resident.size, int(beside)
