@@ -24,7 +24,10 @@ _JSON = flags.DEFINE_string("json", None, "Where to write the report as JSON.")
 
 def build(target: str, kwargs: dict[str, Any]) -> "Report":
     """Builds what `jblock-serve` with these arguments needs on a target."""
-    from jblock.engine.factory import cache_folder, engine_config, served_chains
+    from jblock.blocks.platform import Platform
+    from jblock.engine.factory import cache_folder, served_chains
+    from jblock.engine.platform_defaults import default_backend, engine_config
+    from jblock.pallas_kernels import backends
     from jblock.parallel.targets import Target
     from jblock.tools.prebuild import prebuild
     from jblock.zoo.store import Zoo
@@ -33,9 +36,13 @@ def build(target: str, kwargs: dict[str, Any]) -> "Report":
     store = Zoo.open(settings.pop("zoo"), verify=settings.pop("verify", "once"))
     models = settings.pop("models", ())
     folder = cache_folder(store, settings.pop("executable_cache", ""))
-    config = engine_config(settings)
+    named, where = settings.pop("backend", ""), Target.parse(target)
+    platform = Platform.of(where.devices()[0])
+    config = engine_config(settings, platform)
+    if backend := named or default_backend(platform, config.kv_dtype):
+        backends.serve(platform.name, backend)
     chains = served_chains(store, models, config)
-    return prebuild(store, chains, config, Target.parse(target), folder, _progress)
+    return prebuild(store, chains, config, where, folder, _progress)
 
 
 def _progress(done: int, total: int) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 from absl import flags
 
 from jblock.engine.config import KV_DTYPES, EngineConfig
+from jblock.engine.platform_defaults import ACCELERATOR
 
 _BACKENDS = (
     "xla",
@@ -16,10 +17,14 @@ _BACKENDS = (
 
 def _help(name: str, text: str) -> str:
     """What a setting of the engine does, and what it is where nobody says."""
-    default = getattr(EngineConfig, name)
-    if isinstance(default, tuple):
-        default = ",".join(map(_word, default))
-    return f"{text} Default: {default}."
+    here, there = getattr(EngineConfig, name), ACCELERATOR.get(name)
+    on_accelerators = "" if there is None else f"; on accelerators {_words(there)}"
+    return f"{text} Default: {_words(here)}{on_accelerators}."
+
+
+def _words(default: Any) -> str:
+    """A setting, as its flag says it."""
+    return ",".join(map(_word, default)) if isinstance(default, tuple) else str(default)
 
 
 def _word(value: Any) -> str:
@@ -101,7 +106,10 @@ _FLAGS = (
         _help("prefill_grids", "Grids prompts are compiled for, sequences x tokens of each."),
     ),
     flags.DEFINE_enum(
-        "backend", None, _BACKENDS, "Whose kernels serve. Default: the platform's own."
+        "backend",
+        None,
+        _BACKENDS,
+        "Whose kernels serve. Default: the platform's own, mosaic_gpu on Hopper once it passed a self-test.",
     ),
     flags.DEFINE_list("pinned", None, "Chains that are always on the device."),
     flags.DEFINE_bool(

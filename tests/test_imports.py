@@ -12,6 +12,7 @@ PACKAGES = ("jblock", "serving", "checkpoints")
 ENGINE = (
     ("stats_records",),
     ("api", "config", "signature"),
+    ("platform_defaults",),
     ("kv_cache", "structured_output"),
     ("adapters",),
     ("weights",),

@@ -1,13 +1,14 @@
 """Builds the engine of a zoo on disk: one agent, a replica on every dp group of a mesh, or a pipeline."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import logging
 
+from jblock.blocks.platform import here
 from jblock.cpu_kernels.matmul import api as cpu_matmul
 from jblock.engine.api import Engine
 from jblock.engine.config import EngineConfig
@@ -15,6 +16,7 @@ from jblock.engine.engine import ThreadEngine
 from jblock.engine.graph.span_placement import even_spans
 from jblock.engine.groups.pipeline import PipelineEngine
 from jblock.engine.groups.replicas import DataParallelEngine
+from jblock.engine.platform_defaults import default_backend, engine_config
 from jblock.engine.programs.executable_cache import (
     ExecutableCache,
     default_folder,
@@ -54,15 +56,17 @@ def build_engine(
       span_agent: which of `span_agents` processes with a span of every chain this one is; 0 is the home.
       span_agents: how many.
       span_folder: where their sockets lie; empty: it is alone.
-      **settings: fields of EngineConfig.
+      **settings: fields of EngineConfig; those not given are the platform's own (platform_defaults.py).
 
     Raises:
       ZooError: the zoo or a chain cannot be read.
       ValueError: a setting that cannot be used.
     """
-    config = engine_config(settings)
+    platform = here()
+    config = engine_config(settings, platform)
+    backend = backend or default_backend(platform, config.kv_dtype)
     if backend:
-        backends.serve(jax.default_backend(), backend)
+        backends.serve(platform.name, backend)
         if backend == "xla":
             cpu_matmul.disable()
         environment.cache_clear()
@@ -84,14 +88,6 @@ def build_engine(
     if config.sharding.mesh.dp > 1:
         return DataParallelEngine(store, chains, config, cache)
     return ThreadEngine(store, chains, config, cache)
-
-
-def engine_config(settings: Mapping[str, Any]) -> EngineConfig:
-    """The settings of a server: what is not given is as EngineConfig has it, but for the context: that is
-    the models' own."""
-    grids = {n: tuple(map(tuple, settings[n])) for n in ("prefill_grids",) if n in settings}
-    sizes = {n: tuple(settings[n]) for n in ("decode_sizes",) if n in settings}
-    return EngineConfig(**{"max_model_len": 0, **settings, **grids, **sizes})
 
 
 def _tested(folder: Path, kv_dtype: str) -> ExecutableCache:
