@@ -61,6 +61,7 @@ _ALL = (
         "structured",
         "answers that keep to a schema over free ones, and schemas that explode beside",
     ),
+    Scenario("memory", "resident bytes of one model, seven, five with two compressed"),
     Scenario("peers", "vLLM, OpenVINO GenAI and transformers on the same work and machine"),
     Scenario("kv", "int8 KV over float32: bytes, speed over long contexts, changed answers"),
     Scenario("oversubscription", "KV for a quarter of what is offered: all finish, all the same"),

@@ -51,17 +51,26 @@ class Embedding(nnx.Module):
             x = rows.flat(self.slots.virtual("prompt", rows.by_sequence(x), rows))
         if self.positions is not None:
             # Only padding lies past the table's end, and what it holds is dropped.
-            x = x + self.positions[...].at[positions].get(mode="clip")
+            x = x + rows_of(self.positions[...], positions, mode="clip")
         return x
 
     def _look_up(self, token_ids: jax.Array) -> jax.Array:
         table = self.weight[...]
         if not self.mesh_axes:
-            return table[token_ids].astype(jnp.float32)
+            return rows_of(table, token_ids)
         local = token_ids - jax.lax.axis_index(self.mesh_axes) * table.shape[0]
         here = (local >= 0) & (local < table.shape[0])
-        rows = table.at[local].get(mode="clip").astype(jnp.float32)
+        rows = rows_of(table, local, mode="clip")
         return jax.lax.psum(jnp.where(here[:, None], rows, 0.0), self.mesh_axes)
+
+
+def rows_of(table: jax.Array, ids: jax.Array, mode: str | None = None) -> jax.Array:
+    """Rows of a table [n, width], float32 [T, width], for ids int32 [T]; mode as `jax.numpy` indexing has it.
+    bfloat16 is gathered as whole numbers of 16 bits: XLA's CPU gather would convert the whole table first."""
+    if table.dtype != jnp.bfloat16:
+        return table.at[ids].get(mode=mode).astype(jnp.float32)
+    words = jax.lax.bitcast_convert_type(table, jnp.uint16).at[ids].get(mode=mode)
+    return jax.lax.bitcast_convert_type(words, table.dtype).astype(jnp.float32)
 
 
 class Head(nnx.Module):

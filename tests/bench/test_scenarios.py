@@ -34,6 +34,7 @@ KEYS = {
     "stalls": {"gap_max_ms", "gap_max_ratio", "gap_p99_ratio", "prompt_ratio"},
     "hotswap": {"failed", "gap_ratio"},
     "coldstart": {"cached_ratio", "first_token_full_s", "first_token_empty_s"},
+    "memory": {"one", "seven", "five"},
     "peers": {"vllm", "openvino", "transformers", "jblock"},
     "kv": {"bfloat16", "int8"},
     "oversubscription": {
@@ -122,7 +123,7 @@ _NO_SERVING = {
 # Start processes that compile everything, or several engines.
 _LONG = {"coldstart", "kv", "peers", "stalls", "registry", "restart", "front", "fairness", "host"}
 _LONG |= {"lora", "overlap", "oversubscription", "roofline", "block_tax", "deltas", "structured"}
-_LONG |= {"cluster", "hotswap", "kernels", "speculate"}
+_LONG |= {"cluster", "hotswap", "kernels", "speculate", "memory"}
 _MARKS = {name: pytest.mark.long for name in _LONG} | {"cycles": pytest.mark.compilers}
 
 
@@ -134,8 +135,8 @@ def test_quick_run(name, quick):
         assert line["compiles_on_serving_path"] == 0
     figures = line[name]
     assert KEYS[name] <= set(figures)
-    if name in ("peers", "kernels", "gpu", "kv", "host", "cycles"):
-        return  # One object an engine, which test_peers.py knows, an op, a dtype, a scene or a chip.
+    if name in ("peers", "kernels", "gpu", "kv", "host", "cycles", "memory"):
+        return  # One object an engine, which test_peers.py knows, an op, a dtype, a scene, a chip or a set.
     signed = ("accuracy_delta", "accuracy_change_at_8x", "ttfb_ms")
     assert all(value >= 0 for key, value in figures.items() if key not in signed)
     if name in ("block_tax", "roofline", "lora"):

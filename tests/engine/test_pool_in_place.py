@@ -12,6 +12,7 @@ from jblock.engine.graph.build import assemble
 from jblock.engine.programs import needed
 from jblock.engine.programs.keys import ProgramKey
 from jblock.engine.runner.runner import Runner
+from jblock.engine.weights.params import abstract_params
 from jblock.parallel.placement import Placement
 from jblock.parallel.targets import Target
 
@@ -80,6 +81,21 @@ def test_bfloat16_is_widened_page_by_page_alone(backend):
         program = device.executables.lower(ProgramKey(kind=kind, pool=pool)).compile()
         assert not copies(program.as_text(), arrays), kind
         assert program.memory_analysis().temp_size_in_bytes < 10**6
+
+
+def test_an_embedding_of_bfloat16_is_read_in_place_and_held_once():
+    config = EngineConfig(kv_memory_mb=20, dtype="bfloat16")
+    zoo = MemoryZoo(dataclasses.replace(SHAPE, layers=1, tied=True))
+    graph = assemble(zoo, {"base": zoo.add_base()}, config)
+    layers = [layer for i in graph.instances for layer in i.layers]
+    (embedding,) = (layer for layer in layers if layer.kind == "embedding")
+    key = needed.layer_key((embedding,), Bucket(4, 1), {})
+    program = Runner(graph, config).executables.lower(key).compile()
+    (table,) = abstract_params(embedding.signature)[0].values()
+    assert table.dtype == "bfloat16" and not copies(program.as_text(), [table])
+    # Where a head reads the table as it lies, it is the same one.
+    (head,) = (layer for layer in layers if layer.kind == "head")
+    assert head.signature.tied == graph.placement.platform.out_in
 
 
 @pytest.mark.parametrize("target", ["tpu:v5e:1x1", "cuda:h200"])

@@ -295,7 +295,9 @@ class _Builder:
 
     def _weights(self, domain: str, component: str, part: int | None = None) -> Weights | Tied:
         record = self._record(component)
-        if record.refs and self.config.dtype == "float32":
+        # The table lies as an embedding's: a head that wants it the other way round has one of its own, in
+        # bfloat16 on a CPU without AVX-512. In float32 that is not worth its memory.
+        if record.refs and (self.config.dtype == "float32" or self.placement.platform.out_in):
             owner, tensor = record.refs["weight"]
             found = self._weights(domain, owner)
             if isinstance(found, Tied):

@@ -48,12 +48,12 @@ def _placement(
         return False, np.dtype(np.float32)
     if part == ORDER:
         return False, np.dtype(np.int32)
-    # XLA's CPU gather converts a whole bf16 table first, so there tables that are gathered are float32;
-    # routers are everywhere, for their rounding would send rows to other experts.
+    # Routers are float32, for their rounding would send rows to other experts; and on CPU the tables of a
+    # stitch, because XLA's gather there converts a whole bf16 one first (`embedding.rows_of` goes round it).
     matrix = len(shape) == 2
     positions = isinstance(spec, StitchSpec) and name.startswith("position.")
     gathered = tied or positions or isinstance(spec, EmbeddingSpec)
-    exact = not matrix or isinstance(spec, RouterSpec) or (gathered and platform.name == "cpu")
+    exact = not matrix or isinstance(spec, RouterSpec) or (positions and platform.name == "cpu")
     transposed = matrix and not gathered and not platform.out_in
     return transposed, _NUMPY_DTYPES["float32" if exact else dtype]
 
