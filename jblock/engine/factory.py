@@ -64,8 +64,8 @@ def build_engine(
     """
     platform = here()
     config = engine_config(settings, platform)
-    backend = backend or default_backend(platform, config.kv_dtype)
-    if backend:
+    by_default = "" if backend else default_backend(platform, config.kv_dtype)
+    if backend := backend or by_default:
         backends.serve(platform.name, backend)
         if backend == "xla":
             cpu_matmul.disable()
@@ -74,7 +74,8 @@ def build_engine(
     chains = served_chains(store, models, config)
     if profiler_port:
         jax.profiler.start_server(profiler_port)
-    cache = _tested(cache_folder(store, executable_cache), config.kv_dtype)
+    untrusted = platform.name if by_default else ""
+    cache = _tested(cache_folder(store, executable_cache), config.kv_dtype, untrusted)
     cache.prune()
     if span_folder:
         placement = Placement.on(config.sharding)
@@ -90,14 +91,31 @@ def build_engine(
     return ThreadEngine(store, chains, config, cache)
 
 
-def _tested(folder: Path, kv_dtype: str) -> ExecutableCache:
+def _tested(folder: Path, kv_dtype: str, untrusted: str) -> ExecutableCache:
     """The cache of programs, once the device's kernels have passed their self-test. It is run where no
-    earlier start passed it with the same code, versions and kind of device."""
+    earlier start passed it with the same code, versions and kind of device.
+
+    `untrusted` is the platform where nobody named its kernels and they may hang; "" elsewhere. Where the test
+    did not end at an earlier start, XLA serves."""
     cache = ExecutableCache(folder)
     key = f"kernels passed their self-test over {kv_dtype} pages"
     if cache.is_noted(key):
         return cache
-    if not self_test.run(kv_dtype):
+    begun, ended = f"{key}: begun", f"{key}: ended"
+    if untrusted and cache.is_noted(begun) and not cache.is_noted(ended):
+        logging.error(
+            "the self-test of this device's kernels did not end at an earlier start: XLA's forms serve; "
+            "name the kernels with --backend to try them again"
+        )
+        backends.serve(untrusted, "xla")
+        environment.cache_clear()
+        return ExecutableCache(folder)
+    if untrusted:
+        cache.note(begun)
+    failed = self_test.run(kv_dtype)
+    if untrusted:
+        cache.note(ended)
+    if not failed:
         cache.note(key)
         return cache
     # What was replaced belongs to what decides a program.

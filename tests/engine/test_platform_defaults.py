@@ -7,7 +7,7 @@ import pytest
 from jblock.blocks.platform import Platform
 from jblock.engine import factory
 from jblock.engine.config import Bucket, EngineConfig
-from jblock.engine.platform_defaults import ACCELERATOR, default_backend, engine_config
+from jblock.engine.platform_defaults import default_backend, engine_config
 from jblock.pallas_kernels import backends
 
 CPU, TPU = Platform("cpu", "cpu", True), Platform("tpu", "TPU v6 lite")
@@ -56,26 +56,51 @@ def test_hopper_has_its_own_kernels():
     assert [default_backend(p, "bfloat16") for p in (CPU, TPU, A100)] == ["", "", ""]
 
 
-@pytest.mark.parametrize(
-    "given, backend",
-    [({}, "mosaic_gpu"), ({"backend": "xla"}, "xla"), ({"kv_dtype": "float32"}, "")],
-)
-def test_an_engine_is_built_so(zoo, tmp_path, monkeypatch, request, given, backend):
-    """What `build_engine` hands on where a Hopper GPU computes, and what is tested before it serves."""
-    built, tested = [], []
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    """`build_engine` where a Hopper GPU computes, without anything that computes: what it hands on, and with
+    what backend the self-test ran."""
+    built = []
     monkeypatch.setattr(factory, "here", lambda: H200)
+    monkeypatch.setattr(factory.Zoo, "open", lambda *args, **options: None)
+    monkeypatch.setattr(factory, "served_chains", lambda *args: {})
+    monkeypatch.setattr(factory, "cache_folder", lambda *args: tmp_path)
     monkeypatch.setattr(factory, "ThreadEngine", lambda *args: built.append(args[2]))
-
-    def self_test(kv_dtype):
-        tested.append((kv_dtype, backends.backend_of("gpu")))
-        return {}
-
-    monkeypatch.setattr(factory.self_test, "run", self_test)
     monkeypatch.setattr(factory.cpu_matmul, "disable", lambda: None)
-    request.addfinalizer(factory.environment.cache_clear)  # It names the backends.
-    with backends.serving("gpu", "xla"):  # Puts back what was before.
-        backends._OF_PLATFORM.pop("gpu")
-        factory.build_engine(zoo=str(zoo), executable_cache=str(tmp_path), **given)
-    (config,) = built
-    assert config.dtype == ACCELERATOR["dtype"]
-    assert tested == [(config.kv_dtype, backend or "xla")]
+
+    def run(test=lambda: {}, **given):
+        tested = []
+
+        def self_test(kv_dtype):
+            tested.append((kv_dtype, backends.backend_of("gpu")))
+            return test()
+
+        monkeypatch.setattr(factory.self_test, "run", self_test)
+        with backends.serving("gpu", "xla"):  # Puts back what was before.
+            factory.build_engine(zoo="", **given)
+            return built.pop(), backends.backend_of("gpu"), tested
+
+    yield run
+    factory.environment.cache_clear()  # It names the backends.
+
+
+def test_an_engine_is_built_so(build):
+    config, backend, tested = build()
+    assert (config.dtype, config.kv_dtype) == ("bfloat16", "bfloat16")
+    assert backend == "mosaic_gpu" and tested == [("bfloat16", "mosaic_gpu")]
+    assert build()[1:] == ("mosaic_gpu", [])  # It passed at an earlier start.
+    assert build(kv_dtype="float32")[1:] == ("xla", [("float32", "xla")])
+    assert build(backend="xla")[1] == "xla"
+
+
+def test_kernels_whose_self_test_hangs_hold_up_one_start(build):
+    class Killed(BaseException):
+        pass
+
+    def hang():
+        raise Killed
+
+    with pytest.raises(Killed):
+        build(hang)
+    assert build(hang)[1:] == ("xla", [])
+    assert build(backend="mosaic_gpu")[1:] == ("mosaic_gpu", [("bfloat16", "mosaic_gpu")])
