@@ -14,6 +14,7 @@ from absl import logging
 from jblock.engine.api import EngineDied
 from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.graph.graph import ServingGraph
+from jblock.engine.kv_cache import free_memory
 from jblock.engine.programs.needed import Pools
 from jblock.engine.runner.runner import Runner
 
@@ -120,6 +121,7 @@ class CompileTiers:
                 if work is not None:
                     work()
                 elif not self._more.is_set():
+                    free_memory.give_back()
                     self._warm_up_done.set()
             if work is None:
                 self._more.wait()

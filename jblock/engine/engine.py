@@ -24,6 +24,7 @@ from jblock.engine.config import EngineConfig
 from jblock.engine.graph.build import assemble
 from jblock.engine.graph.graph import Route, ServingGraph
 from jblock.engine.graph.span_placement import Place, SpanPlacement
+from jblock.engine.kv_cache import free_memory
 from jblock.engine.loop import Loop
 from jblock.engine.model_infos import model_infos
 from jblock.engine.model_updates import ModelUpdates
@@ -93,6 +94,7 @@ class ThreadEngine(Engine):
         loads.background = self._in_turn
         # Weights first: what they leave free is the KV's.
         loads.preload(weights_of(graph.resident_set))
+        free_memory.give_back()
         device = self._device = Runner(graph, config, cache, placement)
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._outbox = outbox or queue.SimpleQueue()

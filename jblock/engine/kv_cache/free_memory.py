@@ -1,6 +1,7 @@
 """How much memory is free for KV pages and weights."""
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,13 @@ def spare(devices: Sequence[jax.Device] = ()) -> int:
     if devices[0].platform == "cpu":
         return int(available_ram() * CPU_FRACTION)
     return int(sum(map(_free, devices)) * DEVICE_FRACTION)
+
+
+def give_back() -> None:
+    """Has the C library hand what was freed back to the system, where it can: reading weights and compiling
+    leave much of it, which the library would keep."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _free(device: jax.Device) -> int:
