@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -50,7 +51,12 @@ def write(folder: Path, size: str) -> None:
                 deltas = (_compressed(store, step.component, at, rng),)
             steps.append(Step(component=step.component, deltas=deltas))
         derived = {"chain": f"tune-{i}@1", "command": "compress"}
-        changed = {"name": f"small-{i}", "version": 0, "policy": "near", "derived": derived}
+        changed: dict[str, Any] = {
+            "name": f"small-{i}",
+            "version": 0,
+            "policy": "near",
+            "derived": derived,
+        }
         store.publish(dataclasses.replace(base, steps=tuple(steps), **changed))
 
 
@@ -70,7 +76,7 @@ def _compressed(store: Zoo, component: str, at: int, rng: np.random.Generator) -
         if dtype.kind == "f":
             tensors[name] = np.full(shape, 1e-3, dtype)
         else:
-            tensors[name] = rng.integers(0, 127, shape, dtype)
+            tensors[name] = rng.integers(0, 127, shape).astype(dtype)
     return store.put_delta(spec, component, tensors)
 
 
@@ -123,7 +129,7 @@ def serve(zoo: str, size: str, models: str, slots: str, kv_mb: str, cache: str, 
     engine.close()
 
 
-def _build_engine():
+def _build_engine() -> Any:
     for name in ("jblock.engine.factory", "jblock.engine.agent"):
         try:
             return importlib.import_module(name).build_engine

@@ -117,7 +117,10 @@ class ModelUpdates:
         fresh = [
             route
             for name, route in graph.routes.items()
-            if name not in now or now[name].chain != route.chain or name in graph.pinned
+            if name not in now
+            or now[name].chain != route.chain
+            or now[name].adapter is not route.adapter  # whose tables have another size
+            or name in graph.pinned
         ]
         try:
             # Where the memory is full, pools make room before tables and weights come.

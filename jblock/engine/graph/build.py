@@ -32,7 +32,7 @@ from jblock.engine.graph.page_names import kv_digests, plain_digests
 from jblock.engine.graph.segments import segments
 from jblock.engine.graph.span_placement import HOME, Layout, SpanPlacement, layout_of
 from jblock.engine.graph.stitches import check_widths, positions
-from jblock.engine.graph.table_forms import TableForms, Targets, deltas_of, read_deltas
+from jblock.engine.graph.table_forms import TableForms, Targets, read_deltas
 from jblock.engine.kv_cache.prefix_keys import step_digests
 from jblock.engine.kv_cache.sequence_pages import Boundary
 from jblock.engine.kv_cache.spec import KVShape
@@ -316,10 +316,10 @@ class _Builder:
         )
 
     def _adapter(self, domain: str, chain: Chain) -> Adapter | None:
-        deltas = deltas_of(chain)
+        deltas = tuple({s.component: s.deltas for s in chain.steps if s.deltas}.items())
         if not deltas:
             return None
-        places = self.tables.places_for(deltas)
+        places = self.tables.places_for(chain.name)
         make = functools.partial(
             Adapter, name=f"the adapter of model {chain.name!r}", deltas=deltas, places=places
         )

@@ -11,7 +11,6 @@ from jblock.engine.signature import TableForm
 from jblock.zoo.records import Chain
 
 Targets = Mapping[ComponentSpec, frozenset[str]]
-Deltas = tuple[tuple[str, tuple[str, ...]], ...]
 ReadDeltas = Callable[[ComponentSpec, tuple[str, ...]], tuple[frozenset[str], int]]
 """From deltas on a component of a spec to what needs tables for them, and their virtual tokens."""
 
@@ -59,7 +58,7 @@ class TableForms:
         self.virtual: dict[str, int] = {}
         exact: dict[ComponentSpec, set[str]] = collections.defaultdict(set)
         found: dict[ComponentSpec, set[str]] = collections.defaultdict(set)
-        few_bits: set[Deltas] = set()
+        few_bits: set[str] = set()
         for chain in chains:
             looked_at: dict[tuple[ComponentSpec, Sequence[str]], tuple[str, ...]] = {}
             for step in chain.steps:
@@ -75,7 +74,7 @@ class TableForms:
                     exact[spec] |= wanted
                 self.virtual[chain.name] = max(virtual, self.virtual.get(chain.name, 0))
                 if any(map(has_few_bits, wanted)):
-                    few_bits.add(deltas_of(chain))
+                    few_bits.add(chain.name)
         for spec in found:
             lasting = exact[spec] | before.get(spec, frozenset()) | more.get(spec, frozenset())
             self.lasting[spec] = frozenset(lasting)
@@ -98,14 +97,9 @@ class TableForms:
             places=self.places + 1 if any(map(has_few_bits, targets)) else 0,
         )
 
-    def places_for(self, deltas: Deltas) -> int:
-        """How many places the tables have in which these deltas have one; 0 where they have none."""
-        return self.places if deltas in self._few_bits else 0
-
-
-def deltas_of(chain: Chain) -> Deltas:
-    """(component id, delta ids) of every step of a chain that has some."""
-    return tuple({s.component: s.deltas for s in chain.steps if s.deltas}.items())
+    def places_for(self, name: str) -> int:
+        """How many places the tables have in which a chain has one; 0 where it has none."""
+        return self.places if name in self._few_bits else 0
 
 
 def read_deltas(

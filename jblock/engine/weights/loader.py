@@ -97,6 +97,7 @@ class Loads:
         self.deferred: collections.deque = collections.deque()
         self.warming: list[Warming] = []
         self._replaced: set[UsedTables] = set()
+        self._writing: list[Needs] = []  # by the adapters that are being read
         self.weight_cache = WeightCache(
             served,
             self,
@@ -134,9 +135,9 @@ class Loads:
         self._replaced |= served.tables.keys()
 
     def drop_tables(self, running: Iterable[Needs]) -> None:
-        """Frees tables that neither what is served uses nor these chains."""
+        """Frees tables that neither what is served uses, nor these chains, nor what is being read."""
         if self._replaced:
-            used = self._served.tables.keys() | used_tables(running).keys()
+            used = self._served.tables.keys() | used_tables((*running, *self._writing)).keys()
             for tables, form in self._replaced - used:
                 tables.drop(form)
             self._replaced &= used
@@ -193,6 +194,7 @@ class Loads:
             kind, read = "weights", functools.partial(self._read_weights, resident)
             place = functools.partial(self._place_weights, resident)
         elif isinstance(resident, Adapter):
+            self._writing.append(needs)
             kind, read = "adapter", functools.partial(self._read_adapter, resident, needs)
             place = functools.partial(self._place_adapter, resident, needs)
         else:
@@ -204,6 +206,8 @@ class Loads:
                     place(content)
                 except Exception as e:  # It fails this load, not the loop.
                     error = e
+            if isinstance(resident, Adapter):
+                self._writing.remove(needs)
             self.weight_cache.note_loaded(resident, _words(resident, error) if error else "")
 
         self.background(kind, resident.name, read, done)
