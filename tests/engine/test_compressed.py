@@ -10,14 +10,13 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from harness import FIXTURES, Agent, collect_tokens, oracle, request, shared_programs
+from harness import FIXTURES, Agent, oracle, request
 
 from checkpoints import hf, peft
 from checkpoints.progress import Progress
 from jblock.adapt import forward
 from jblock.adapt.compression import compress_chain
 from jblock.engine.config import EngineConfig
-from jblock.engine.engine import ThreadEngine
 from jblock.engine.graph.build import assemble
 from jblock.zoo.store import Zoo
 
@@ -32,6 +31,7 @@ CONFIG = EngineConfig(
     kv_memory_mb=4,
     adapter_slots=6,
 )
+TWO_SLOTS = dataclasses.replace(CONFIG, adapter_slots=2)
 SETTINGS = {
     "low": ({"codecs": ("low_rank",), "budget": 0.6}, "low_rank"),
     "bits": ({"codecs": ("bits",), "budget": 0.2}, "bits"),
@@ -152,8 +152,7 @@ def test_a_row_is_bit_for_bit_the_same_whatever_else_is_in_the_batch(agent):
 
 def test_a_slot_that_changes_hands_keeps_nothing(zoo):
     """Two slots for five tenants, so that tables are written over while others run."""
-    config = dataclasses.replace(CONFIG, adapter_slots=2)
-    agent = Agent.make(zoo, ["llama_gqa_untied", "lora_qv_r4", *SETTINGS], config)
+    agent = Agent.make(zoo, ["llama_gqa_untied", "lora_qv_r4", *SETTINGS], TWO_SLOTS)
     prompt = oracle("llama_gqa_untied")["prompt"][:9]
     alone = {m: agent.generate({m: (m, prompt)}, max_tokens=5)[m] for m in agent.graph.routes}
     for _ in range(2):
@@ -200,31 +199,45 @@ def test_tables_of_few_bits_have_places_for_what_is_served(zoo):
     assert few_bits_bytes() == before
 
 
-@pytest.mark.long
-def test_compressed_models_come_and_go_while_others_run(zoo, agent):
-    """Tables grow and shrink with what is served; nobody's tokens change, nothing compiles while a request
-    waits, and the bytes come back."""
-    store, base, lora = Zoo.open(zoo), "llama_gqa_untied", "lora_qv_r4"
-    prompt = oracle(base)["prompt"][:9]
-    expected = {m: agent.generate({m: (m, prompt)}, max_tokens=50)[m] for m in agent.graph.routes}
-    before = few_bits_bytes()
-    chains = {n: store.chain(n) for n in (base, lora)}
-    engine = ThreadEngine(store, chains, CONFIG, shared_programs())
-    start = engine.stats().resident_bytes
-    running: list[str] = []
-    for i, names in enumerate((["bits"], ["bits", "mixed"], ["mixed", "low"], ["mixed"], [])):
-        models = [base, lora, *names]
-        engine.serve(models)
-        running += [f"{m}/{i}" for m in models]
-        for m in models:  # and those before them go on
-            engine.submit(request(f"{m}/{i}", m, prompt, max_tokens=50))
-    for request_id, tokens in collect_tokens(engine, running).items():
-        assert tokens == expected[request_id.partition("/")[0]], request_id
-    assert engine.stats().compiles_on_serving_path == 0
-    engine.serve([base, lora])  # what ran on the last set has ended
-    assert few_bits_bytes() == before
-    assert engine.stats().resident_bytes == start
-    engine.close()
+def test_compressed_models_come_and_go_while_others_run(zoo):
+    """Tables grow and shrink with what is served, and others' slots are few: nobody's tokens change, what
+    was begun ends on the tables it began with, and the bytes come back."""
+    store, prompt = Zoo.open(zoo), oracle("llama_gqa_untied")["prompt"][:9]
+    few = ["llama_gqa_untied", "lora_qv_r4", "low", "bits"]
+    agent = Agent.make(zoo, few, TWO_SLOTS)
+    start = few_bits_bytes()
+
+    def serve(names):
+        chains = {n: store.chain(n) for n in names}
+        graph = assemble(store, chains, TWO_SLOTS, agent.graph)
+        graph.make_tables()
+        agent.graph = graph
+        agent.loop.switch(graph)
+
+    def ask(names, at):
+        for name in names:
+            agent.loop.submit(request(f"{name}/{at}", name, prompt, max_tokens=8))
+
+    outputs = []
+    for at, names in enumerate((few, [*few, "mixed"], few)):
+        if at:
+            serve(names)
+        ask(names, at)
+        assert places_of(agent.graph) == {2 if "mixed" in names else 1}
+        for _ in range(4):  # Not to the end: what is served changes in the middle.
+            outputs += agent.loop.step()
+    assert few_bits_bytes() > start  # Some still run on the tables of two.
+    outputs += [o for own in agent.run().values() for o in own]
+    found = {}
+    for output in outputs:
+        assert not output.error_message, output
+        found.setdefault(output.request_id, []).extend(output.token_ids)
+    assert len(found) == 2 * len(few) + len(few) + 1
+    for request_id, tokens in found.items():
+        name = request_id.partition("/")[0]
+        assert tokens == found[f"{name}/{1 if name == 'mixed' else 0}"] and len(tokens) == 8
+    assert len(set(map(tuple, found.values()))) > 2
+    assert few_bits_bytes() == start
 
 
 def test_the_record_is_plain_json(zoo):

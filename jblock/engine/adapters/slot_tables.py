@@ -95,7 +95,7 @@ class Tables:
     def drop(self, form: TableForm) -> None:
         """Frees what only this form has; its view is not to be used any more."""
         with self._lock:
-            self._views.pop(form, None)
+            self._views.pop(form, {}).clear()
             kept = {(n, s.shape) for f in self._views for n, s in self._structs(f).items()}
             for table in self._arrays.keys() - kept:
                 del self._arrays[table]
