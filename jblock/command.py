@@ -22,6 +22,7 @@ class Command:
 COMMANDS = {
     "convert": Command("checkpoints.main", "fill a zoo with models, show, check and export them"),
     "serve": Command("serving.main", "serve the models of a zoo over gRPC"),
+    "agent": Command("jblock.hosts.main", "compute for a server on another host"),
     "client": Command("serving.client_main", "ask a server"),
     "compile": Command("serving.compile_main", "build programs ahead, for devices not here too"),
     "placement": Command(
@@ -67,7 +68,7 @@ def usage() -> str:
             *lines,
             "",
             "`jblock COMMAND --help` tells more, `jblock --version` the version. Some are also programs:",
-            "jblock-convert, jblock-serve, jblock-client, jblock-compile.",
+            "jblock-convert, jblock-serve, jblock-agent, jblock-client, jblock-compile.",
         )
     )
 

@@ -1,18 +1,21 @@
 """`jblock-serve`: serves the models of a zoo over gRPC."""
 
 import asyncio
+import functools
 import gc
 import os
 import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags
 
 from jblock.engine import api
 from jblock.engine.process.server import load_factory
 from jblock.engine.process.supervisor import SupervisedEngine
+from jblock.hosts.addresses import split
 from serving import addresses, config_file, engine_processes
 from serving.engine_flags import engine_kwargs
 from serving.server import Server, ServerConfig, serve
@@ -67,11 +70,21 @@ _REQUEST_LOG = flags.DEFINE_string(
 _ENGINE = flags.DEFINE_enum(
     "engine", "process", ["process", "thread"], "Where the engine's loop runs."
 )
-_AGENTS = flags.DEFINE_integer(
+_AGENTS = flags.DEFINE_string(
     "agents",
-    1,
-    "Engine processes, each with a share of the processors and with devices of its own.",
-    lower_bound=1,
+    "1",
+    "Engine processes on this machine, each with a share of the processors and with devices of its own; or "
+    "where jblock-agent listens on each of several hosts: host:port,host:port.",
+)
+_AGENTS_CREDENTIALS = (
+    flags.DEFINE_string(
+        "agents_secret_file", None, "Secret that this server and agents on other hosts have."
+    ),
+    flags.DEFINE_string(
+        "agents_tls_cert_file", None, "In place of a secret: this server's certificate, PEM."
+    ),
+    flags.DEFINE_string("agents_tls_key_file", None, "The private key of it, PEM."),
+    flags.DEFINE_string("agents_tls_ca_file", None, "The authority of agents' certificates, PEM."),
 )
 _HEARTBEAT = flags.DEFINE_float(
     "heartbeat_seconds",
@@ -106,6 +119,29 @@ def _certificates() -> Certificates | None:
     if not cert_file or not key_file:
         raise ValueError("tls_cert_file: and tls_key_file belong together; give both")
     return Certificates(cert_file, key_file, _TLS_CLIENT_CA_FILE.value)
+
+
+def _agents() -> int | list[str]:
+    """How many engine processes there are here, or the addresses of agents on other hosts."""
+    if not _AGENTS.value.isdecimal():
+        addresses_ = _AGENTS.value.split(",")
+        for address in addresses_:
+            split(address)
+        return addresses_
+    count = int(_AGENTS.value)
+    if not 0 < count < 1000:
+        raise ValueError(f"agents: {count}; give a number from 1 on, or addresses of agents")
+    return count
+
+
+def _start_agents(kwargs: dict[str, Any], agents: int | list[str], folder: str) -> api.Engine:
+    if _ENGINE.value != "process":
+        raise ValueError(f"agents: {_AGENTS.value} of them are processes; give --engine=process")
+    if isinstance(agents, int):
+        return engine_processes.start_agents(kwargs, agents, folder, _HEARTBEAT.value)
+    places = [functools.partial(str, address) for address in agents]
+    files = {f.name.removeprefix("agents_"): f.value for f in _AGENTS_CREDENTIALS if f.value}
+    return engine_processes.start_on_hosts(kwargs, places, files, _HEARTBEAT.value)
 
 
 def _announce(server: Server) -> None:
@@ -190,14 +226,9 @@ def main(argv: list[str]) -> int:
             kwargs["profiler_port"] = _PROFILER_PORT.value
         engine: api.Engine
         with tempfile.TemporaryDirectory(prefix="jblock-") as folder:
-            if _AGENTS.value > 1:
-                if _ENGINE.value != "process":
-                    raise ValueError(
-                        f"agents: {_AGENTS.value} of them are processes; give --engine=process"
-                    )
-                engine = engine_processes.start_agents(
-                    kwargs, _AGENTS.value, folder, _HEARTBEAT.value
-                )
+            agents = _agents()
+            if agents != 1:
+                engine = _start_agents(kwargs, agents, folder)
             elif _ENGINE.value == "process":
                 engine = SupervisedEngine(
                     lambda served: engine_processes.start_engine(kwargs, served, _HEARTBEAT.value)

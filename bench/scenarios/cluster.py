@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import queue
+import secrets
+import socket
 import statistics
 import subprocess
 import sys
@@ -18,13 +20,13 @@ from bench.exactness import LOGIT_ERROR, logit_gap
 from bench.models import MODEL_250M, TINY, MemoryZoo, save
 from bench.report import progress
 from jblock.engine.api import Engine, Request, SamplingParams
-from jblock.engine.process.client import ProcessEngine
+from jblock.engine.process.client import FACTORY, ProcessEngine
 from jblock.engine.process.seats import Seat, share_out
 from jblock.scheduler.pipeline import Pipeline
-from serving.engine_processes import FACTORY
 
 _AGENTS, _STREAMS = 2, 32
 _HOP_ROWS, _HOP_WIDTH = 32, 1024
+_HOPS = ("shared_memory", "grpc")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -56,13 +58,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         two = _serve(Pipeline(start, _AGENTS), many)
         progress(f"two agents: {two.tokens_per_second:.1f} tokens/s")
     gaps = _gaps(zoo, chain, few, one.tokens, two.tokens)
+    rounds = 20 if args.quick else 500
     return {
         "cluster": {
             "failed": one.failed + two.failed,
             "identical": len(few) - len(gaps),
             "differ": sum(gap >= 10 * LOGIT_ERROR for gap in gaps),
             "pipeline_ratio": round(two.tokens_per_second / one.tokens_per_second, 3),
-            "hop_ms_socket_idle": round(hop_ms(20 if args.quick else 500), 4),
+            **{f"hop_ms_{kind}_idle": round(hop_ms(kind, rounds), 4) for kind in _HOPS},
         },
         "compiles_on_serving_path": one.compiles + two.compiles,
         "detail": {
@@ -150,21 +153,29 @@ def _gaps(zoo: Any, chain: Any, requests: Sequence[Request], one: Any, two: Any)
     return gaps
 
 
-def hop_ms(rounds: int) -> float:
-    """Half of the median time in which rows go to another process and come back, both idle."""
+def hop_ms(kind: str, rounds: int) -> float:
+    """Half of the median time in which rows go to another process and come back, both idle.
+
+    Args:
+      kind: "shared_memory" or "grpc".
+      rounds: how often.
+    """
     from jblock.engine.spans.messages import Gone, RowItem, Rows
-    from jblock.engine.spans.sockets import SocketPort
-    from jblock.parallel.placement import SINGLE
 
     values = np.zeros((_HOP_ROWS, _HOP_WIDTH), np.float32)
     items = tuple(RowItem(key=i, span=0, start=100, q_len=1, chunk=1) for i in range(_HOP_ROWS))
     message = Rows(width=_HOP_WIDTH, items=items)
     received: queue.SimpleQueue = queue.SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="jblock-") as folder:
-        home = SocketPort(0, Path(folder), SINGLE)
+        secret = Path(folder, "secret")
+        secret.touch(0o600)
+        secret.write_text(secrets.token_hex(32))
+        home = _port(kind, 0, folder)
         home.listen(lambda *sent: received.put(sent))
-        command = "import sys; from bench.scenarios.cluster import echo; echo(sys.argv[1])"
-        child = subprocess.Popen([sys.executable, "-c", command, folder], stdin=subprocess.PIPE)
+        command = "import sys; from bench.scenarios.cluster import echo; echo(*sys.argv[1:])"
+        child = subprocess.Popen(
+            [sys.executable, "-c", command, kind, folder], stdin=subprocess.PIPE
+        )
         try:
             assert received.get(timeout=120)[:2] == (1, Gone())
             times = []
@@ -179,13 +190,27 @@ def hop_ms(rounds: int) -> float:
             child.communicate()
 
 
-def echo(folder: str) -> None:
-    """The other process of `hop_ms`: sends rows back until its standard input ends."""
-    from jblock.engine.spans.messages import Rows
+def _port(kind: str, agent: int, folder: str) -> Any:
+    from jblock.engine.spans.network import NetworkPort
     from jblock.engine.spans.sockets import SocketPort
     from jblock.parallel.placement import SINGLE
 
-    port = SocketPort(1, Path(folder), SINGLE)
+    if kind == "shared_memory":
+        return SocketPort(agent, Path(folder), SINGLE)
+    file = Path(folder, "address")
+    if not agent:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            file.write_text(f"127.0.0.1:{free.getsockname()[1]}")
+    address = file.read_text()
+    files = {"secret_file": f"{folder}/secret"}
+    return NetworkPort(agent, SINGLE, session="s", home=address, listen=address, files=files)
+
+
+def echo(kind: str, folder: str) -> None:
+    """The other process of `hop_ms`: sends rows back until its standard input ends."""
+    from jblock.engine.spans.messages import Rows
+
+    port = _port(kind, 1, folder)
 
     def back(sender: int, message: Any, rows: Any) -> None:
         if isinstance(message, Rows):

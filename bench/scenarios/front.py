@@ -22,8 +22,7 @@ from bench.front.process import ServerProcess, compiled_in_background, serve, se
 from bench.models import MODEL_250M, TINY, MemoryZoo, save
 from bench.report import median, progress, spread
 from jblock.engine.api import Request, SamplingParams
-from jblock.engine.process.client import ProcessEngine
-from serving.engine_processes import FACTORY
+from jblock.engine.process.client import FACTORY, ProcessEngine
 
 _STREAMS = 32
 _PROMPT = 16

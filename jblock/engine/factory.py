@@ -1,7 +1,7 @@
 """Builds the engine of a zoo on disk: one agent, a replica on every dp group of a mesh, or a pipeline."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from jblock.engine.programs.executable_cache import (
     default_folder,
     environment,
 )
+from jblock.engine.spans.network import NetworkPort
+from jblock.engine.spans.port import Port
 from jblock.engine.spans.sockets import SocketPort
 from jblock.pallas_kernels import backends, self_test
 from jblock.parallel.placement import Placement
@@ -40,6 +42,7 @@ def build_engine(
     span_agent: int = 0,
     span_agents: int = 1,
     span_folder: str = "",
+    span_network: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Engine:
     """An engine over a zoo on disk.
@@ -55,7 +58,8 @@ def build_engine(
       backend: whose kernels serve, one of `backends.BACKENDS`; the platform's own when empty.
       span_agent: which of `span_agents` processes with a span of every chain this one is; 0 is the home.
       span_agents: how many.
-      span_folder: where their sockets lie; empty: it is alone.
+      span_folder: where their sockets lie, if they are on this machine.
+      span_network: arguments of `NetworkPort`, if they are on several. With neither it is alone.
       **settings: fields of EngineConfig; those not given are the platform's own (platform_defaults.py).
 
     Raises:
@@ -77,9 +81,13 @@ def build_engine(
     untrusted = platform.name if by_default else ""
     cache = _tested(cache_folder(store, executable_cache), config.kv_dtype, untrusted)
     cache.prune()
-    if span_folder:
+    if span_folder or span_network:
         placement = Placement.on(config.sharding)
-        port = SocketPort(span_agent, Path(span_folder), placement)
+        port: Port
+        if span_network:
+            port = NetworkPort(span_agent, placement, **span_network)
+        else:
+            port = SocketPort(span_agent, Path(span_folder), placement)
         place = even_spans(span_agents)
         # A sequence that gives way is computed anew: its KV lies on several agents.
         config = dataclasses.replace(config, host_kv_memory_mb=0)

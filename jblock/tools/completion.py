@@ -59,7 +59,9 @@ def bash(table: dict[str, list[str]]) -> str:
         f'    "{path}") COMPREPLY=($(compgen -W "{" ".join(names)}" -- "$current"));;'
         for path, names in table.items()
     )
-    programs = " ".join(f"jblock-{name}" for name in ("convert", "serve", "client", "compile"))
+    programs = " ".join(
+        f"jblock-{name}" for name in ("convert", "serve", "agent", "client", "compile")
+    )
     return f"""\
 _jblock() {{
   local current=${{COMP_WORDS[COMP_CWORD]}} program=${{COMP_WORDS[0]##*/}} path= word i

@@ -72,7 +72,14 @@ KEYS = {
     },
     "restart": {"lost", "differ", "pause_s", "pause_stopped_s", "refused_alone"},
     "speculate": {"ngram_speedup", "b1_speedup", "b4_speedup", "full_ratio", "acceptance"},
-    "cluster": {"failed", "identical", "differ", "pipeline_ratio", "hop_ms_socket_idle"},
+    "cluster": {
+        "failed",
+        "identical",
+        "differ",
+        "pipeline_ratio",
+        "hop_ms_shared_memory_idle",
+        "hop_ms_grpc_idle",
+    },
     "cycles": {"tpu", "h200"},
 }
 

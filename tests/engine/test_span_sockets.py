@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jblock.engine.spans import shared_memory, sockets
 from jblock.engine.spans.messages import Close, Gone, Opened, RowItem, Rows
 from jblock.engine.spans.sockets import SocketPort
 from jblock.parallel.placement import SINGLE
@@ -80,7 +81,8 @@ def test_a_stranger_who_talks_nonsense_is_left_and_another_home_is_found(folder)
             stranger.sendall(data)
             stranger.settimeout(LONG)
             with contextlib.suppress(ConnectionError):
-                assert stranger.recv(1) == b""
+                while said := stranger.recv(100):
+                    assert said == sockets._MEMORY
     _, at_agent = port(1, folder)
     while at_home.get(timeout=LONG)[:2] != (1, Gone()):
         pass
@@ -94,6 +96,45 @@ def test_a_stranger_who_talks_nonsense_is_left_and_another_home_is_found(folder)
     while (got := at_agent.get(timeout=LONG)[1]) == Gone():
         pass
     assert got == Opened(key=5, found=0)
+
+
+def test_rows_lie_in_shared_memory_while_there_is_room():
+    file = shared_memory.new_file(1024)
+    writes, reads = shared_memory.Ring(os.dup(file)), shared_memory.Ring(file)
+    rng, waiting, read, inline = np.random.default_rng(0), [], 0, 0
+    for _ in range(500):
+        body = rng.bytes(int(rng.integers(1, 600)))
+        position = writes.put(memoryview(body))
+        if position is None:  # Goes another way.
+            inline += 1
+            assert waiting
+        else:
+            waiting.append((position, body))
+        while waiting and (position is None or rng.random() < 0.5):
+            at, expected = waiting.pop(0)
+            got = bytearray(len(expected))
+            reads.take(at, memoryview(got))
+            assert got == expected
+            read += 1
+            position = at
+    assert read > 200 and inline > 50
+    assert writes.put(memoryview(bytes(1025))) is None
+    with pytest.raises(ValueError, match="500 bytes at 600 of 1024"):
+        reads.take(1024 + 600, memoryview(bytearray(500)))
+
+
+def test_rows_that_find_no_room_come_behind_their_message(folder, monkeypatch):
+    monkeypatch.setattr(sockets, "new_file", lambda: shared_memory.new_file(256))
+    _, at_home = port(0, folder)
+    agent, at_agent = port(1, folder)
+    assert at_home.get(timeout=LONG)[1] == at_agent.get(timeout=LONG)[1] == Gone()
+    sent = [rows_of(n, 8) for n in (1, 40, 3, 8, 9, 2, 2, 2)]
+    for message, rows in sent:
+        agent.send(0, message, rows)
+    for message, rows in sent:
+        _, other, values = at_home.get(timeout=LONG)
+        assert other == message
+        np.testing.assert_array_equal(values[: message.count], rows[: message.count])
 
 
 def test_a_folder_open_to_others_is_refused(folder):

@@ -195,7 +195,7 @@ def test_over_the_process_boundary():
         for name, code in (("nobody", "NOT_FOUND"), ("wide", "FAILED_PRECONDITION")):
             with pytest.raises(ClientError, match=code):
                 running.client.load(name)
-        engine._process.kill()
+        engine._child.kill()
         with pytest.raises(ClientError, match="UNAVAILABLE: engine"):
             running.client.load("late")
 

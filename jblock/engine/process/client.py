@@ -4,31 +4,26 @@ The server's event loop and the engine's loop then never wait for one another's 
 the server needs no jax, and a crash of the engine does not end the server.
 """
 
-import collections
 import contextlib
 import itertools
-import os
 import queue
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.connection import Connection, Pipe
 from typing import Any
+
+import msgspec
 
 from jblock.engine import api
 from jblock.engine.process import wire
+from jblock.engine.process.child import Child, LocalChild
 from jblock.engine.process.seats import WHOLE_MACHINE, Seat
+
+FACTORY = "jblock.engine.factory:build_engine"
+"""The factory of the real engine."""
 
 # Seconds a child gets to end by itself once told to.
 _CLOSE_SECONDS = 10.0
-# A step on CPU reads weights and KV from end to end. glibc then asks Linux for pages of 2 MB for them, which
-# most systems give only where asked (transparent_hugepage "madvise"); other C libraries ignore it.
-_HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-
-
 # How much longer a child that is not idle may be silent.
 _BUSY_FACTOR = 6
 
@@ -38,7 +33,7 @@ class ProcessEngine(api.Engine):
 
     The child builds the real engine with a factory named as "module:function" and plain keyword
     arguments; see `jblock.engine.process.server` for its side. Nothing here blocks on the child:
-    one thread writes to it, one reads from it, one passes its stderr on, one watches its heartbeat.
+    one thread writes to it, one reads from it, one watches its heartbeat.
     """
 
     def __init__(
@@ -49,6 +44,8 @@ class ProcessEngine(api.Engine):
         heartbeat_seconds: float = 0.0,
         seat: Seat = WHOLE_MACHINE,
         notify: Callable[[], None] = lambda: None,
+        begin: Callable[[], Child] = LocalChild,
+        localize: Callable[[api.ModelInfo], api.ModelInfo] = lambda info: info,
     ):
         """Starts the child and returns at once; `models` waits for it.
 
@@ -60,6 +57,8 @@ class ProcessEngine(api.Engine):
             busy, or its main thread in a long call.
           seat: the processors and devices it has.
           notify: called from a thread of its own when `poll` would return something, or raise.
+          begin: starts the child: on this machine, or on another host.
+          localize: what the child says of a chain, with folders of this machine.
 
         Raises:
           TypeError: an argument is no plain data.
@@ -69,7 +68,7 @@ class ProcessEngine(api.Engine):
                 factory, dict(kwargs or {}), heartbeat_seconds, seat.cores, dict(seat.environment)
             )
         )
-        self._notify = notify
+        self._notify, self._localize = notify, localize
         self._changed = threading.Condition()
         self._models: tuple[api.ModelInfo, ...] | None = None
         self._numbers = itertools.count()
@@ -83,12 +82,9 @@ class ProcessEngine(api.Engine):
         self._died: str | None = None
         self._told = ""
         self._closed = False
-        self._stderr: collections.deque[str] = collections.deque(maxlen=20)
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._connection, theirs = Pipe()
-        with theirs:
-            self._process = _spawn(theirs)
-        targets = [self._write, self._read, self._pass_stderr_on]
+        self._child = begin()
+        targets = [self._write, self._read]
         self._threads = [
             threading.Thread(target=target, name=f"engine-{target.__name__}", daemon=True)
             for target in targets
@@ -104,7 +100,7 @@ class ProcessEngine(api.Engine):
     @property
     def pid(self) -> int:
         """Process id of the child."""
-        return self._process.pid
+        return self._child.pid
 
     @property
     def is_warm(self) -> bool:
@@ -198,14 +194,10 @@ class ProcessEngine(api.Engine):
         self._steps.put(())
         self._outbox.put(wire.pack(wire.Close()))
         self._outbox.put(None)
-        try:
-            self._process.wait(_CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._child.end(_CLOSE_SECONDS)
         for thread in self._threads:
             thread.join(1.0)
-        self._connection.close()
+        self._child.close()
 
     def _ended(self) -> bool:
         return self._closed or self._died is not None
@@ -213,19 +205,19 @@ class ProcessEngine(api.Engine):
     def _write(self) -> None:
         while (frame := self._outbox.get()) is not None:
             try:
-                self._connection.send_bytes(frame)
+                self._child.send(frame)
             except OSError:
                 return  # The child is gone; the reader says so.
 
     def _read(self) -> None:
         while True:
             try:
-                frame = wire.for_parent(self._connection.recv_bytes())
+                frame = wire.for_parent(self._child.receive())
             except (EOFError, OSError):
                 break
             except ValueError as error:
                 self._told = str(error)
-                self._process.kill()  # It speaks another language; nothing it says can be used.
+                self._child.kill()  # It speaks another language; nothing it says can be used.
                 break
             self._frames += 1
             if isinstance(frame, wire.Step):
@@ -247,6 +239,8 @@ class ProcessEngine(api.Engine):
 
     def _take(self, frame: wire.Models | wire.Served | wire.Invalid | wire.Died) -> None:
         """What somebody may be waiting for."""
+        if isinstance(frame, wire.Models | wire.Served):
+            frame = msgspec.structs.replace(frame, models=tuple(map(self._localize, frame.models)))
         with self._changed:
             if isinstance(frame, wire.Models):
                 self._models = frame.models
@@ -268,63 +262,18 @@ class ProcessEngine(api.Engine):
             now = time.monotonic()
             # No more than a second counts: this process may have been paused too, or the machine slept.
             passed, looked = min(now - looked, 1.0), now
-            if _wants_to_run(self.pid):
+            if self._child.wants_to_run:
                 passed /= _BUSY_FACTOR
-            silent = silent + passed if frames == self._frames else 0.0
+            quiet = frames == self._frames and self._child.is_there
+            silent = silent + passed if quiet else 0.0
             frames = self._frames
             if silent > seconds and not self._ended():
                 self._told = f"it was frozen: no sign of life for {seconds:g} seconds"
-                self._process.kill()
+                self._child.kill()
                 return
 
     def _how_it_died(self) -> str:
-        """Exit code, then what the child said last."""
-        code = self._process.wait()
-        if code < 0:
-            how = f"was killed by {signal.Signals(-code).name}"
-        else:
-            how = f"exited with code {code}"
-        self._threads[-1].join(1.0)  # Its last words may still be in the pipe.
-        words = self._told or next((s for s in reversed(self._stderr) if s.strip()), "")
-        said = f"; it said: {words.strip()}" if words else ""
-        return f"engine process {self.pid} {how}{said}"
-
-    def _pass_stderr_on(self) -> None:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            text = line.decode("utf-8", "replace")
-            self._stderr.append(text)
-            try:
-                sys.stderr.write(text)
-                sys.stderr.flush()
-            except (OSError, ValueError):
-                continue  # Ours is closed; keep reading so that the child never blocks.
-
-
-def _wants_to_run(pid: int) -> bool:
-    """Whether a thread of a process runs, waits for a processor or for a disk. One that is stopped, or whose
-    threads all sleep, has none. False where the system does not say."""
-    try:
-        threads = os.listdir(f"/proc/{pid}/task")
-    except OSError:
-        return False
-    for thread in threads:
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/stat") as file:
-            if file.read().rpartition(")")[2].split()[0] in "RD":
-                return True
-    return False
-
-
-def _spawn(theirs: Connection) -> subprocess.Popen[bytes]:
-    """Starts the child with one end of the pipe, our import path and a session of its own."""
-    # -P and an explicit path: the child imports what we import, not what lies in its folder.
-    path = os.pathsep.join(p or os.getcwd() for p in sys.path)
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", "jblock.engine.process.server", str(theirs.fileno())],
-        env={**_HUGE_PAGES, **os.environ, "PYTHONPATH": path},
-        pass_fds=(theirs.fileno(),),
-        stdin=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        # Ctrl-C goes to a terminal's whole group; only the parent is to act on it.
-        start_new_session=True,
-    )
+        """What ended it, then what it said last."""
+        how, words = self._child.how_it_ended()
+        words = self._told.strip() or words
+        return f"{how}; it said: {words}" if words else how
