@@ -18,7 +18,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import numpy as np
 
 from bench.models import MemoryZoo, ModelShape, save
-from jblock.blocks.compressed_spec import BitDeltaSpec, BitsTarget, LowRankSpec
+from jblock.blocks import compressed_spec
 from jblock.zoo.records import Step
 from jblock.zoo.store import Zoo
 
@@ -29,6 +29,8 @@ SHAPES = {
 }
 FIELDS = ("layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
 TUNES, COMPRESSED = 6, 2
+# As it was called at f7143b4.
+_BITS: Any = getattr(compressed_spec, "BitsSpec", None) or compressed_spec.BitDeltaSpec
 
 
 def write(folder: Path, size: str) -> None:
@@ -64,12 +66,13 @@ def _compressed(store: Zoo, component: str, at: int, rng: np.random.Generator) -
     """A delta such as `compress` chooses: of low rank, of two bits or of four."""
     base = store.component(component).spec
     names = ("q", "k", "v", "o") if base.kind == "attention" else ("gate", "up", "down")
-    spec: LowRankSpec | BitDeltaSpec
+    spec: Any
     if at % 3 == 0:
-        spec = LowRankSpec(targets=dict.fromkeys(names, 32))
+        spec = compressed_spec.LowRankSpec(targets=dict.fromkeys(names, 32))
     else:
         bits = 2 * (at % 3)
-        spec = BitDeltaSpec(targets={n: BitsTarget(bits=bits, group=64) for n in names})
+        target = compressed_spec.BitsTarget(bits=bits, group=64)
+        spec = _BITS(targets=dict.fromkeys(names, target))
     tensors = {}
     for name, shape in spec.tensors(base).items():
         dtype = np.dtype(spec.dtype(name))

@@ -12,12 +12,16 @@ import pytest
 import safetensors.numpy
 from harness import FIXTURES, Agent, oracle, request
 
+from bench.models import ModelShape
 from checkpoints import hf, peft
 from checkpoints.progress import Progress
 from jblock.adapt import forward
 from jblock.adapt.compression import compress_chain
+from jblock.blocks import layout
+from jblock.engine.adapters.slot_layout import table_bytes
 from jblock.engine.config import EngineConfig
 from jblock.engine.graph.build import assemble
+from jblock.engine.signature import TableForm
 from jblock.zoo.store import Zoo
 
 TOLERANCE = 1e-4
@@ -197,6 +201,37 @@ def test_tables_of_few_bits_have_places_for_what_is_served(zoo):
         del graph
     del one, two, tables
     assert few_bits_bytes() == before
+
+
+def test_what_two_compressed_models_take():
+    """MB of tables for the last six of SmolLM2-135M's 30 layers, with the default slots: docs/memory.md."""
+    shape = ModelShape(
+        layers=6,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        vocab_size=49152,
+    )
+    config = EngineConfig()
+
+    def megabytes(places):
+        total = 0
+        for spec in (shape.attention, shape.ffn):
+            names = layout.computed_widths(spec)
+            targets = sorted(f"{name}{end}" for name in names for end in ("", ".bits2", ".bits4"))
+            form = TableForm(
+                targets=tuple(targets),
+                slots=config.adapter_slots + 1,
+                pieces=config.adapter_pieces + 1,
+                places=places,
+            )
+            total += shape.layers * table_bytes(spec, form)
+        return round(total / 1e6)
+
+    # None, two, and as many as there are slots.
+    assert [megabytes(places + 1) for places in (0, 2, 32)] == [146, 183, 740]
 
 
 def test_compressed_models_come_and_go_while_others_run(zoo):
