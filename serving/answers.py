@@ -11,6 +11,7 @@ import msgspec
 from absl import logging
 
 from jblock.engine import api
+from serving.chat.responses import ResponseParser
 from serving.chat.tool_calls import Parser, ToolCall
 from serving.dispatcher import Arrivals, Ticket
 from serving.errors import RequestError, invalid
@@ -34,6 +35,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
       index: which answer: those of the first prompt come first.
       text: up to a stop string; may lag behind token_ids.
       tool_calls: calls of a conversation's tools, which are not in text; each comes once it is complete.
+      reasoning: what the model thought, where its `response_template` tells it from the text.
       output: ids and log-probabilities, cut to those that belong to the answer.
       finish_reason: "stop" or "length" in the last part of an answer, else None.
       model: who answers.
@@ -51,6 +53,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     prompt: tuple[int, ...]
     usage: Usage
     is_last: bool = False
+    reasoning: str = ""
 
 
 class Sink(Protocol):
@@ -73,6 +76,7 @@ class Answer:
       ticket: where its outputs come from.
       finished: its last part was made.
       may_stop: what comes may end it though the engine goes on, by a stop string.
+      parser: finds tool calls in it.
     """
 
     def __init__(
@@ -87,7 +91,7 @@ class Answer:
         self.ticket = ticket
         self.finished = False
         self._index, self._stream, self._info, self._prompt = index, stream, info, prompt
-        self._parser = parser
+        self.parser = parser
         self.may_stop = stream.may_stop
         # Most parts are plain: what came is sent as it is.
         self._is_plain = type(parser) is Parser and not stream.may_stop
@@ -103,7 +107,9 @@ class Answer:
             raise invalid(
                 f"resume.token_ids: complete a stop string with the {piece.num_tokens}th; nothing follows"
             )
-        self._parser.push(piece.text)
+        if isinstance(self.parser, ResponseParser):
+            self.parser.token_ids += token_ids
+        self.parser.push(piece.text)
 
     def part(self, output: api.Output, usage: Usage, others_finished: bool) -> Part:
         """What an output brings: text up to a stop string, and as many ids as belong to it."""
@@ -119,13 +125,12 @@ class Answer:
                 prompt=self._prompt,
                 usage=usage,
             )
-        finish_reason = "stop" if piece.stopped else output.finish_reason
-        text, count = piece.text, piece.num_tokens
-        if finish_reason and not piece.stopped:
+        text, count, stopped = piece.text, piece.num_tokens, piece.stopped
+        if output.finish_reason and not stopped:
             rest = self._stream.flush()
-            text += rest.text
-            finish_reason = "stop" if rest.stopped else finish_reason
-        text, calls = self._parser.push(text, final=bool(finish_reason))
+            text, stopped = text + rest.text, rest.stopped
+        finish_reason = "stop" if stopped else output.finish_reason
+        text, calls = self.parser.push(text, final=bool(finish_reason))
         if count < len(output.token_ids):
             output = msgspec.structs.replace(
                 output,
@@ -133,6 +138,9 @@ class Answer:
                 logprobs=output.logprobs[:count],
                 top_logprobs=output.top_logprobs[:count],
             )
+        if isinstance(self.parser, ResponseParser):
+            self.parser.token_ids += output.token_ids
+            self.parser.stopped = stopped
         self.finished = bool(finish_reason)
         return Part(
             index=self._index,
@@ -163,6 +171,10 @@ class Answers:
     @property
     def finished(self) -> bool:
         return all(answer.finished for answer in self._answers)
+
+    def parser(self, index: int) -> Parser:
+        """Of one of the answers."""
+        return self._answers[index].parser
 
     async def parts(self, sink: Sink | None = None) -> Iterator[Part]:
         """Waits for the next outputs that the sink does not take; what they bring, each made when it is asked

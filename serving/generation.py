@@ -3,10 +3,12 @@ grows."""
 
 import contextlib
 import dataclasses
+import functools
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 import grpc
+import msgspec
 
 from jblock.chat.render import Conversation
 from jblock.engine import api
@@ -15,6 +17,7 @@ from serving.call_info import CallInfo
 from serving.changes import Changes
 from serving.chat.prompts import chat_ids
 from serving.chat.renderer import Renderer
+from serving.chat.responses import ResponseParser
 from serving.chat.tool_calls import Parser, parser_of
 from serving.dispatcher import Arrivals, Dispatcher
 from serving.errors import RequestError, invalid, named_first
@@ -110,6 +113,8 @@ class Generator:
                     answers = await self._submit(asks, call, admitted, field)
                     while not answers.finished:
                         for part in await answers.parts(sink):
+                            if part.finish_reason:
+                                part = await self._read(part, answers)
                             if part.is_last:
                                 self._count(name, part.usage, call.tenant)
                             yield part
@@ -179,10 +184,7 @@ class Generator:
             deadline = None
             if ask.deadline is not None:
                 deadline = call.begin + ask.deadline - time.monotonic()
-            has_tools = ask.conversation is not None and ask.conversation.tools is not None
-            new_parser = parser_of(model) if has_tools else Parser
-            if ask.forced_call:
-                new_parser = ForcedParser
+            new_parser = _new_parser(ask, model, prompt, stops)
             for sample_index in range(count):
                 index = len(answers)
                 ticket = tickets[index]
@@ -213,6 +215,16 @@ class Generator:
             ticket.submit(request)
         return Answers(answers, arrived, usage, call.begin)
 
+    async def _read(self, part: Part, answers: Answers) -> Part:
+        """The last part of an answer, which its parser may have held until now."""
+        parser = answers.parser(part.index)
+        if not isinstance(parser, ResponseParser):
+            return part
+        text, reasoning, calls = await parser.read(self._renderer)
+        return msgspec.structs.replace(
+            part, text=text, reasoning=reasoning, tool_calls=tuple(calls)
+        )
+
     async def chat_ids(self, model: ServedModel, conversation: Conversation) -> tuple[int, ...]:
         """The ids of a conversation; see `serving.chat.prompts.chat_ids`."""
         return await chat_ids(model, conversation, self._renderer)
@@ -235,6 +247,20 @@ class Generator:
         self._metrics.used(tenant, usage.prompt_tokens, usage.completion_tokens)
         if usage.completion_tokens:
             self._metrics.time_to_first_token.labels(model).observe(usage.time_to_first_token)
+
+
+def _new_parser(
+    ask: Ask, model: ServedModel, prompt: Sequence[int], stops: Sequence[str]
+) -> Callable[[], Parser]:
+    """What finds tool calls in an answer."""
+    tools = ask.conversation.tools if ask.conversation is not None else None
+    if ask.forced_call:
+        return ForcedParser
+    if tools is None:
+        return Parser
+    if model.template is not None and model.template.response_template is not None:
+        return functools.partial(ResponseParser, model, prompt, tools, stops)
+    return parser_of(model)
 
 
 def sample(sampling: api.SamplingParams, index: int) -> api.SamplingParams:

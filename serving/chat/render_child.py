@@ -1,15 +1,18 @@
-"""The process that renders chat templates: it answers one JSON message with another, and holds nothing else.
+"""The process that renders chat templates, and reads answers by response templates: it answers one JSON
+message with another, and holds nothing else.
 
 Templates come with checkpoints, so they are code of others: one that loops for ever or builds a huge text is
 stopped with its process, by the limits below or by the parent.
 """
 
+import json
 from typing import Any
 
 import jinja2
 
 from jblock.chat import control_tokens, environment
 from jblock.chat.render import ChatError, Conversation, render
+from jblock.chat.response import parse_response
 from serving.limited_child import serve
 
 # Characters of a rendered conversation.
@@ -17,16 +20,19 @@ MAX_TEXT = 16 * 10**6
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """The text of a conversation, or why there is none.
+    """The text of a conversation, or the message that an answer is; or why there is none.
 
     Args:
       request: source of the template, special_tokens, added (content by whether it is special),
-        control (names of control tokens, or null) and conversation (fields of `Conversation`).
+        control (names of control tokens, or null) and conversation (fields of `Conversation`); or
+        response_template, and prompt, answer and tools as `parse_response` takes them.
 
     Returns:
-      pieces of text, each with whether it is to be encoded as plain text; or error, with kind "refused" where
-      the messages are to blame and "template" where the template is.
+      pieces of text, each with whether it is to be encoded as plain text, or message; or error, with kind
+      "refused" where the messages are to blame and "template" where the template is.
     """
+    if "response_template" in request:
+        return _message(request)
     try:
         source = request["source"]
         found = control_tokens.pattern(_control_tokens(source, request))
@@ -56,6 +62,19 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
             "refused",
             f"messages: the model's chat template fails on them: {type(error).__name__}: {error}",
         )
+
+
+def _message(request: dict[str, Any]) -> dict[str, Any]:
+    """What an answer is by its response template."""
+    template, tools = request["response_template"], request["tools"]
+    try:
+        message = parse_response(template, request["prompt"], request["answer"], tools)
+        json.dumps(message, allow_nan=False)
+        return {"message": message}
+    except MemoryError:
+        return _error("template", "it took more memory than it may")
+    except Exception as error:  # Whatever a pattern may raise, on whatever a model may write.
+        return _error("refused", f"{type(error).__name__}: {error}")
 
 
 def _control_tokens(source: str, request: dict[str, Any]) -> list[str]:

@@ -1,4 +1,5 @@
-"""Renders chat templates in processes that are ended when one takes too long."""
+"""Renders chat templates, and reads answers by response templates, in processes that are ended when one takes
+too long."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -44,6 +45,18 @@ class Renderer(ChildProcesses):
         Raises:
           RenderError: the template refuses the messages, is none, or took too long or too much.
         """
+        reply = await self._asked(request)
+        return [(text, bool(plain)) for text, plain in reply["pieces"]]
+
+    async def parse(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The message of an answer; see `render_child.answer`.
+
+        Raises:
+          RenderError: the answer does not fit the template, or that is none, or took too long or too much.
+        """
+        return (await self._asked(request))["message"]
+
+    async def _asked(self, request: Mapping[str, Any]) -> dict[str, Any]:
         try:
             reply = await self.ask(request)
         except ChildError as error:
@@ -52,4 +65,4 @@ class Renderer(ChildProcesses):
             if reply["kind"] == "template":
                 logging.warning("a chat template failed: %s", reply["error"])
             raise RenderError(reply["error"], refused=reply["kind"] == "refused")
-        return [(text, bool(plain)) for text, plain in reply["pieces"]]
+        return reply

@@ -7,8 +7,8 @@ in the template | | Mistral | `[TOOL_CALLS][{"name": ..., "arguments": {...}}]`,
 `[TOOL_CALLS]name[ARGS]{...}` | `[TOOL_CALLS]` | | Llama 3 | `{"name": ..., "parameters": {...}}` and
 nothing else, several with `;` between | `<|python_tag|>` or `<|start_header_id|>` |
 
-What is no call after all stays text. The parsers look for fixed strings and read JSON; no pattern of a
-client or of a model is ever run.
+What is no call after all stays text. These parsers look for fixed strings and read JSON; no pattern of a
+client or of a model is ever run here. `responses.py` is for models that bring a `response_template`.
 """
 
 import dataclasses

@@ -96,6 +96,7 @@ class _Choice:
     """One answer as it grows."""
 
     content: list[str] = dataclasses.field(default_factory=list)
+    reasoning: str = ""
     calls: list[ToolCall] = dataclasses.field(default_factory=list)
     logprobs: list[Any] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
@@ -138,6 +139,8 @@ class _Answer:
         for index, choice in sorted(self._choices.items()):
             text = "".join(choice.content)
             message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            if choice.reasoning:
+                message["reasoning_content"] = choice.reasoning
             if choice.calls:
                 message["content"] = text or None
                 message["tool_calls"] = [_whole_call(tool_call) for tool_call in choice.calls]
@@ -160,6 +163,8 @@ class _Answer:
         if not choice.begun:
             choice.begun = True
             found.append(event(self._event(index, {"role": "assistant", "content": ""})))
+        if part.reasoning:
+            found.append(event(self._event(index, {"reasoning_content": part.reasoning})))
         if text and not logprobs and not self._usage_always:
             if choice.prepared is None:
                 choice.prepared = Prepared(self._event(index, {"content": TEXT}))
@@ -208,6 +213,7 @@ class _Answer:
             if self._echo:
                 choice.content.append(_last_text(self._fields))
         self._usage = part.usage
+        choice.reasoning += part.reasoning
         text, calls = part.text, list(part.tool_calls)
         if not self._fields.stream:
             choice.content.append(text)

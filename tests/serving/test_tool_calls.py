@@ -2,7 +2,11 @@
 
 import json
 
+import http_harness as web
 import pytest
+import server_harness as harness
+from test_http_answers import TEMPLATE
+from tokenizer_fixtures import byte_level
 
 from serving.chat.tool_calls import HermesParser, LlamaParser, MistralParser, Parser
 
@@ -82,3 +86,67 @@ def test_ids_are_what_templates_take():
     assert len(call.id) == 9 and call.id.isalnum()
     (call,) = HermesParser().push(HERMES, final=True)[1]
     assert call.id.startswith("call_")
+
+
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<s>",
+    "fields": {
+        "reasoning_content": {"open": "<think>", "close": "</think>"},
+        "tool_calls": {
+            "open_pattern": r"\s*<call:(?P<name>\w+)>",
+            "close": "</call>",
+            "content": "json",
+            "repeats": True,
+            "transform": {
+                "type": "function",
+                "function": {"name": "{name}", "arguments": "{content}"},
+            },
+        },
+        "content": {"close": "</s>"},
+    },
+}
+TOOL = {
+    "type": "function",
+    "function": {"name": "get", "parameters": {"properties": {"n": {"type": "integer"}}}},
+}
+
+
+def test_a_models_own_template_over_both_protocols(tmp_path):
+    """The mock answers with its prompt, so that is written as the model is to answer."""
+    config = {"chat_template": TEMPLATE, "response_template": RESPONSE_TEMPLATE}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    says = 'I <think>hm</think>look. <call:get>{"n": "3"}</call><call:now>{}</call>'
+    length = len(byte_level().encode(f"<s>user: {says}</s>").ids)
+    body = {"model": "echo", "messages": [{"role": "user", "content": says}], "temperature": 0}
+    body |= {"max_tokens": length - 1, "tools": [TOOL]}
+    with harness.serving(harness.mock(tmp_path), http_port=0) as running:
+
+        def ask(**more):
+            path = "/v1/chat/completions"
+            return web.ask(running.server.http_port, path, {**body, **more})
+
+        message = ask().json["choices"][0]["message"]
+        assert message["content"] == "<s>user: I look."[-5:]
+        assert message["reasoning_content"] == "hm"
+        assert [c["function"] for c in message["tool_calls"]] == [
+            {"name": "get", "arguments": '{"n": 3}'},
+            {"name": "now", "arguments": "{}"},
+        ]
+        assert len({c["id"] for c in message["tool_calls"]}) == 2
+        deltas = [e["choices"][0]["delta"] for e in ask(stream=True).events]
+        assert "".join(d.get("content") or "" for d in deltas) == message["content"]
+        assert [d["reasoning_content"] for d in deltas if "reasoning_content" in d] == ["hm"]
+        (calls,) = [d["tool_calls"] for d in deltas if "tool_calls" in d]
+        assert [c["function"]["name"] for c in calls] == ["get", "now"]
+        # Cut off in a call: what does not fit the template stays text, without special tokens.
+        cut = ask(max_tokens=length - 8).json["choices"][0]
+        assert "tool_calls" not in cut["message"] and cut["finish_reason"] == "length"
+        assert cut["message"]["content"].startswith("user: I <think>hm</think>look. <call:get>")
+        stopped = ask(stop=["<call:now"]).json["choices"][0]
+        assert [c["function"]["name"] for c in stopped["message"]["tool_calls"]] == ["get"]
+        assert stopped["finish_reason"] == "tool_calls"
+        answer = running.client.chat("echo", says, tools=[TOOL], max_tokens=length - 1)
+        assert [c.name for c in answer.tool_calls] == ["get", "now"] and "look." in answer.text
+        plain = running.client.chat("echo", says, max_tokens=length - 1)
+        assert plain.text == f"user: {says}" and not plain.tool_calls
