@@ -7,6 +7,7 @@ than its answer.
 
 import asyncio
 import collections
+import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -257,6 +258,14 @@ class Dispatcher:
                 errors.unavailable("server: shut down before this request ended; send it elsewhere")
             )
 
+    async def left(self, seconds: float) -> None:
+        """Waits until all clients were told how their requests ended, up to so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._places:
+                    self._settled.clear()
+                    await self._settled.wait()
+
     def close(self) -> None:
         """Ends the reader and the engine. Requests still open fail."""
         self._stop.set()
@@ -293,6 +302,8 @@ class Dispatcher:
                 outputs = self.engine.poll(_POLL_SECONDS)
                 if outputs:
                     self._call(self._deliver, outputs)
+                if self.engine.take_news():
+                    self._adopt_news()
                 if self.engine.is_up is not up:
                     up = not up
                     self._call(self._turn, up)
@@ -300,6 +311,16 @@ class Dispatcher:
             if not isinstance(error, ValueError | api.EngineDied):
                 logging.exception("reading the engine failed")
             self._call(self._die, error)
+
+    def _adopt_news(self) -> None:
+        """Serves what another front end had the engine serve; where a tokenizer cannot be read, what was
+        served before."""
+        try:
+            models = load_models(self.engine.models(), self.models.values())
+        except ValueError as error:
+            logging.error("what another front end changed cannot be served here: %s", error)
+            return
+        self._call(self._adopt, models)
 
     def _call(self, function: Callable, *args: object) -> None:
         try:
@@ -311,6 +332,9 @@ class Dispatcher:
         self.models = models
         self.ready.set()
         self._turn(True)
+
+    def _adopt(self, models: Mapping[str, ServedModel]) -> None:
+        self.models = models
 
     def _turn(self, up: bool) -> None:
         self.up = up

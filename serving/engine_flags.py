@@ -33,7 +33,7 @@ def _word(value: Any) -> str:
 
 
 _FLAGS = (
-    flags.DEFINE_string("zoo", None, "Folder or URL of the zoo.", required=True),
+    flags.DEFINE_string("zoo", None, "Folder or URL of the zoo."),
     flags.DEFINE_list("models", None, "Chains to serve; default: all of the zoo that are exact."),
     flags.DEFINE_enum(
         "dtype", None, ["float32", "bfloat16"], _help("dtype", "Type of the weights in matmuls.")
@@ -144,8 +144,8 @@ def engine_kwargs() -> dict[str, Any]:
             given[name] = [_numbers(name, word, form) for word in given[name]]
     if "decode_sizes" in given:
         given["decode_sizes"] = [size for (size,) in given["decode_sizes"]]
-    if given.get("zoo") == "":
-        raise ValueError("zoo: is empty; give the folder or URL of a zoo")
+    if not given.get("zoo"):
+        raise ValueError("zoo: is missing; give the folder or URL of a zoo")
     return given
 
 

@@ -1,4 +1,4 @@
-"""`jblock-serve`: serves the models of a zoo over gRPC."""
+"""`jblock-serve`: serves the models of a zoo over gRPC; or is only the engine of front ends, or only one."""
 
 import asyncio
 import functools
@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from absl import app, flags
 
 from jblock.engine import api
 from jblock.engine.process.server import load_factory
+from jblock.engine.process.shared import SharedEngine, drained, remote_engine
 from jblock.engine.process.supervisor import SupervisedEngine
 from jblock.hosts.addresses import split
 from serving import addresses, config_file, engine_processes
@@ -85,6 +87,16 @@ _AGENTS_CREDENTIALS = (
     ),
     flags.DEFINE_string("agents_tls_key_file", None, "The private key of it, PEM."),
     flags.DEFINE_string("agents_tls_ca_file", None, "The authority of agents' certificates, PEM."),
+)
+_SHARE_ENGINE = flags.DEFINE_string(
+    "share_engine",
+    None,
+    "Path of a Unix socket at which the engine is shared out to front ends, and nothing else is served.",
+)
+_ENGINE_ADDRESS = flags.DEFINE_string(
+    "engine_address",
+    None,
+    "Path of the socket of a shared engine that this server is a front end of; no zoo then.",
 )
 _HEARTBEAT = flags.DEFINE_float(
     "heartbeat_seconds",
@@ -184,16 +196,64 @@ async def _serve(config: ServerConfig, engine: api.Engine) -> bool:
         stop.set()
 
     loop = asyncio.get_running_loop()
-    for number in _STOPPING:
-        # nohup has SIGHUP ignored, so that it does not end us.
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-            loop.add_signal_handler(number, told)
+    for number in _stopping():
+        loop.add_signal_handler(number, told)
     drained = await serve(config, engine, stop, _announce, hurry)
     # asyncio.run cancels the tasks that are left, and grpc logs a cancelled one as an error.
     rest = asyncio.all_tasks() - {asyncio.current_task()}
     if rest:
         await asyncio.wait(rest, timeout=1.0)
     return drained
+
+
+def _engine(folder: str) -> api.Engine:
+    """The engine that the flags describe. Sockets of several agents lie in the folder."""
+    if _ENGINE_ADDRESS.value:
+        if flags.FLAGS.zoo is not None or _SHARE_ENGINE.value:
+            raise ValueError(
+                "engine_address: the engine there has a zoo of its own; leave out zoo and share_engine"
+            )
+        return remote_engine(_ENGINE_ADDRESS.value)
+    kwargs = engine_kwargs()
+    if _PROFILER_PORT.value is not None:
+        kwargs["profiler_port"] = _PROFILER_PORT.value
+    agents = _agents()
+    if agents != 1:
+        return _start_agents(kwargs, agents, folder)
+    if _ENGINE.value == "process":
+        return SupervisedEngine(
+            lambda served: engine_processes.start_engine(kwargs, served, _HEARTBEAT.value)
+        )
+    return load_factory(engine_processes.FACTORY)(**kwargs)
+
+
+def _share(engine: api.Engine, path: str) -> None:
+    """Shares an engine out until a signal, then waits for open requests, as a server does."""
+    try:
+        shared = SharedEngine(engine, path)
+    except OSError:
+        engine.close()
+        raise
+    told, hurry, stop = threading.Event(), threading.Event(), threading.Event()
+
+    def tell(number: int, frame: object) -> None:
+        (hurry if told.is_set() else told).set()
+
+    def wait() -> None:
+        told.wait()
+        drained(shared, _DRAIN_SECONDS.value, hurry)
+        stop.set()
+
+    for number in _stopping():
+        signal.signal(number, tell)
+    threading.Thread(target=wait, name="drain", daemon=True).start()
+    shared.run(stop, lambda: print(f"jblock: an engine is shared at {path}", flush=True))
+
+
+def _stopping() -> list[signal.Signals]:
+    """The signals that end us; nohup has SIGHUP ignored, so that it does not."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [n for n in _STOPPING if n != signal.SIGHUP or not ignored]
 
 
 def main(argv: list[str]) -> int:
@@ -221,21 +281,11 @@ def main(argv: list[str]) -> int:
             metrics_auth=_METRICS_AUTH.value,
             request_log=_REQUEST_LOG.value,
         )
-        kwargs = engine_kwargs()
-        if _PROFILER_PORT.value is not None:
-            kwargs["profiler_port"] = _PROFILER_PORT.value
-        engine: api.Engine
         with tempfile.TemporaryDirectory(prefix="jblock-") as folder:
-            agents = _agents()
-            if agents != 1:
-                engine = _start_agents(kwargs, agents, folder)
-            elif _ENGINE.value == "process":
-                engine = SupervisedEngine(
-                    lambda served: engine_processes.start_engine(kwargs, served, _HEARTBEAT.value)
-                )
+            if _SHARE_ENGINE.value:
+                _share(_engine(folder), _SHARE_ENGINE.value)
             else:
-                engine = load_factory(engine_processes.FACTORY)(**kwargs)
-            asyncio.run(_serve(config, engine))
+                asyncio.run(_serve(config, _engine(folder)))
     except (ValueError, OSError) as error:
         print(f"jblock-serve: {error}", file=sys.stderr)
         return 2

@@ -268,6 +268,11 @@ class Engine(Protocol):
         """Whether requests are being computed, and not held until a new process is there."""
         return True
 
+    def take_news(self) -> bool:
+        """Whether `models` says something else than at the last call, and this front end did not ask for it:
+        another one did."""
+        return False
+
     def report_running(self, report: ReportRunning) -> None:
         """Has `report` called before each step that computes other requests than the one before. An engine
         that reports nothing is one whose process ends with all its requests under suspicion."""

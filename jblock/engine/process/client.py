@@ -81,7 +81,8 @@ class ProcessEngine(api.Engine):
         self._invalid: str | None = None
         self._died: str | None = None
         self._told = ""
-        self._closed = False
+        self._closed = self._has_news = False
+        self._up = True  # A child that is shared says where it is not.
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._child = begin()
         targets = [self._write, self._read]
@@ -110,7 +111,7 @@ class ProcessEngine(api.Engine):
     @property
     def is_up(self) -> bool:
         """Whether the child is warm and alive."""
-        return self.is_warm
+        return self.is_warm and self._up
 
     @property
     def running(self) -> frozenset[str]:
@@ -133,6 +134,11 @@ class ProcessEngine(api.Engine):
             if self._models is None or self._died is not None:
                 raise api.EngineDied(self._died)
             return self._models
+
+    def take_news(self) -> bool:
+        """See `Engine`; of a child that is shared."""
+        has_news, self._has_news = self._has_news, False
+        return has_news
 
     def submit(self, request: api.Request) -> None:
         """Hands a request to the child; never blocks."""
@@ -228,6 +234,8 @@ class ProcessEngine(api.Engine):
                     self._notify()
             elif isinstance(frame, wire.Running):
                 self._running = self._running.difference(frame.ended).union(frame.begun)
+            elif isinstance(frame, wire.Up):
+                self._up = frame.up
             elif not isinstance(frame, wire.Beat):
                 self._take(frame)
         died = self._how_it_died()
@@ -243,6 +251,7 @@ class ProcessEngine(api.Engine):
             frame = msgspec.structs.replace(frame, models=tuple(map(self._localize, frame.models)))
         with self._changed:
             if isinstance(frame, wire.Models):
+                self._has_news = self._models is not None
                 self._models = frame.models
             elif isinstance(frame, wire.Served):
                 self._served[frame.number] = frame

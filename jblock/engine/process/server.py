@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
 from jblock.engine import api
 from jblock.engine.process import wire
@@ -39,7 +39,19 @@ def load_factory(name: str) -> Any:
         ) from error
 
 
-class _Sender:
+class Sender(Protocol):
+    """What takes frames for who asks."""
+
+    def send(self, frame: wire.ToParent) -> None:
+        """Sends one frame.
+
+        Raises:
+          OSError: nobody is there any more.
+        """
+        ...
+
+
+class _Sender(Sender):
     """Writes to the parent, from several threads."""
 
     def __init__(self, connection: Connection):
@@ -112,14 +124,14 @@ class _Inbox(threading.Thread):
         elif isinstance(frame, wire.Serve):
             # It may take a minute, and requests go on meanwhile.
             threading.Thread(
-                target=_change, args=(self._sender, engine, frame), name="engine-serve", daemon=True
+                target=change, args=(self._sender, engine, frame), name="engine-serve", daemon=True
             ).start()
 
 
 _answering = threading.Lock()
 
 
-def _change(sender: _Sender, engine: api.Engine, frame: wire.Serve) -> None:
+def change(sender: Sender, engine: api.Engine, frame: wire.Serve) -> None:
     """Serves other chains and answers with them, or with the error."""
     try:
         engine.serve(frame.models, frame.base)

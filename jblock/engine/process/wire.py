@@ -91,6 +91,12 @@ class Running(_Frame, frozen=True):
     ended: tuple[str, ...]
 
 
+class Up(_Frame, frozen=True):
+    """Whether the engine computes now, of one that is shared and replaces its own processes."""
+
+    up: bool
+
+
 class Beat(_Frame, frozen=True):
     """The child is alive and has nothing else to say."""
 
@@ -108,7 +114,7 @@ class Died(_Frame, frozen=True):
 
 
 ToChild = Start | Submit | Cancel | Serve | Close
-ToParent = Models | Served | Step | Running | Beat | Invalid | Died
+ToParent = Models | Served | Step | Running | Up | Beat | Invalid | Died
 
 _encoder = msgspec.msgpack.Encoder()
 _decoders: Mapping[Any, msgspec.msgpack.Decoder] = {
