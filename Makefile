@@ -28,6 +28,7 @@ test-long: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m long tests
 
 # Half an hour of more than a server can do, while everything around it changes; `make soak MINUTES=5` is shorter.
+# On a busy machine it takes up to ten minutes more; the last line says how it went.
 MINUTES ?= 30
 soak: $(VENV)/.installed
 	PYTHONPATH=. $(BIN)/python tests/serving/soak.py --minutes $(MINUTES)

@@ -65,7 +65,7 @@ class Client:
         When the server ends, calls wait up to `resume_seconds` for it to come back: streams go on after
         the tokens they have, others are asked anew (those of several samples fail)."""
         self._timeout, self._resume_seconds = timeout, resume_seconds
-        self._reached = False
+        self._reached = self._closed = False
         self._metadata = _metadata(key)
         if tls:
             self._channel = grpc.secure_channel(target, client_credentials(tls), _OPTIONS)
@@ -83,6 +83,7 @@ class Client:
 
     def close(self) -> None:
         """Closes the connection; streams still open are cancelled."""
+        self._closed = True
         self._channel.close()
 
     def generate(
@@ -190,7 +191,7 @@ class Client:
                 self._reached = True
                 return to_chunk(answer)
             except ClientError as error:
-                time.sleep(call.wait_after(error, self._reached))
+                time.sleep(self._wait(call, error))
 
     def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> Iterator[Chunk]:
         call = self._resumable(request, timeout)
@@ -203,9 +204,15 @@ class Client:
                         yield call.take(to_chunk(message))
                 return
             except ClientError as error:
-                time.sleep(call.wait_after(error, self._reached))
+                time.sleep(self._wait(call, error))
             finally:
                 stream.cancel()
+
+    def _wait(self, call: ResumableCall, error: ClientError) -> float:
+        """Seconds until a call that ended so may be tried again."""
+        if self._closed:
+            raise error
+        return call.wait_after(error, self._reached)
 
     def _resumable(self, request: pb.GenerateRequest, timeout: float | None) -> ResumableCall:
         limit = self._timeout if timeout is None else timeout

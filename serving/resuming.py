@@ -9,6 +9,8 @@ from serving.values import Chunk, ClientError, Usage
 
 # Seconds between two tries: the first, and the most, each twice the one before.
 _FIRST_WAIT, _LONGEST_WAIT = 0.05, 1.0
+# What a call ends with when its server does; grpc says CANCELLED of one that the server had not looked at.
+_SERVER_ENDED = ("UNAVAILABLE", "CANCELLED")
 
 
 class ResumableCall:
@@ -71,7 +73,7 @@ class ResumableCall:
         now = time.monotonic()
         began = bool(self._token_ids) or self._lost_at is not None
         # What a server says itself before anything came is meant: it is full, or warming up.
-        if error.code != "UNAVAILABLE" or not (began or (reached and not error.by_server)):
+        if error.code not in _SERVER_ENDED or not (began or (reached and not error.by_server)):
             raise error
         if self._lost_at is None:
             self._lost_at, self._loss = now, error

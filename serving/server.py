@@ -38,7 +38,9 @@ from serving.tls import Certificates
 from serving.v1 import jblock_pb2, jblock_pb2_grpc
 
 _SERVICES = tuple(s.full_name for s in jblock_pb2.DESCRIPTOR.services_by_name.values())
-# Seconds that calls get at the very end to send what they have; health watchers never end alone.
+# Seconds that calls which were cut get to say so, and that all get at the very end to send what they have;
+# health watchers never end alone. What is left then ends as CANCELLED, which says nothing.
+_CUT_SECONDS = 3.0
 _LAST_WORDS_SECONDS = 1.0
 # Calls that arrived and whose handler has not begun: past them grpc answers CANCELLED, which says nothing. So
 # many at once that admission, which says what to do, refuses them first.
@@ -261,6 +263,7 @@ class Server:
                 else f"after drain_seconds, {self.config.drain_seconds:g}, or not read",
             )
             self._dispatcher.cut()
+            await self._dispatcher.left(_CUT_SECONDS)
         servers = [s for s in (self._server, self._mutual_server) if s is not None]
         listeners = [one for one in (self._http, self._http_mutual) if one is not None]
         await asyncio.gather(

@@ -152,7 +152,9 @@ def _judge(job: Job, chunks: list) -> str:
         return f"wrong: {job.kind} of {job.item.model} is not complete"
     if job.kind == "complete":
         verdict = compare(job.item, ids, last.finish_reason, "".join(c.text for c in chunks))
-        return job.kind if verdict.same else f"wrong: {job.item.model}: {verdict.reason}"
+        if not verdict.same:
+            return f"wrong: {job.item.model}: {verdict.reason}"
+        return job.kind if verdict.position is None else "complete at a near tie"
     if job.kind == "sampled":
         logprobs = [p for c in chunks for p in c.logprobs]
         fits = len(ids) <= job.fields["max_tokens"] and len(logprobs) == len(ids)

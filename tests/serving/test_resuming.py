@@ -112,6 +112,8 @@ def test_which_errors_are_waited_out():
         return ResumableCall(pb.GenerateRequest(model="m", **fields), seconds, None)
 
     assert call().wait_after(lost(), reached=True) > 0
+    # A server that ended had not looked at the call.
+    assert call().wait_after(ClientError("CANCELLED", "CANCELLED"), reached=True) > 0
     for error, reached in (
         (lost(), False),  # Nobody was ever there.
         (lost(by_server=True), True),  # It is full.

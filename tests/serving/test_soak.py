@@ -86,7 +86,8 @@ def test_two_thousand_requests_leave_nothing_behind(tmp_path, capsys):
                     f"{counters['compiles_in_background']:.0f} background compiles"
                 )
             assert not [end for end in ends if end.startswith("wrong")], ends
-            assert ends["complete"] == sum(job.kind == "complete" for job in jobs)
+            complete = ends["complete"] + ends["complete at a near tie"]
+            assert complete == sum(job.kind == "complete" for job in jobs)
             assert ends["sampled"] == sum(job.kind == "sampled" for job in jobs)
             assert ends["cancelled"] > 0.25 * len(jobs)
             assert idle(counters) == start
