@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from jblock.engine.weights.cache import WeightCache
 from jblock.engine.weights.lease import Lease
 from jblock.engine.weights.residents import Adapter, State, Weights, WeightSet
+from jblock.engine.weights.room import Room
 
 SLOTS, PIECES, MAX_BYTES = 3, 6, 100
 SIZES = {"a": 1, "b": 2, "c": 2, "d": 3, "e": 6, "f": 7}  # f never fits
@@ -241,3 +242,32 @@ def test_what_can_never_fit_is_refused_with_the_remedy():
     lease = weight_cache.acquire(found.needs["f"])
     assert lease.error_code == "FAILED_PRECONDITION" and weight_cache.failed == [lease]
     assert "adapter_slots 3" in lease.error and "'f'" in lease.error
+
+
+def adapter(name: str, places: int = 0, size: int = 1) -> Adapter:
+    return Adapter(name=name, deltas=((name, ("delta",)),), places=places, size=size)
+
+
+def needs_of(one: Adapter) -> FakeNeeds:
+    return FakeNeeds(FakeChain(one.name), WeightSet(()), one)
+
+
+def test_places_are_those_of_tables_of_one_size():
+    room = Room(4, 8, 0)
+    first, plain, other = adapter("a", places=1), adapter("b"), adapter("c", places=2)
+    for one in (first, plain, other):
+        assert room.victims([one], ()) == ([], True)
+        room.occupy(one)
+    assert (first.place, plain.place, other.place) == (1, 0, 1)
+    second = adapter("d", places=1)
+    assert room.victims([second], [plain, other, first]) == ([first], True)
+    assert room.victims([second], [plain, other]) == ([], False)
+    room.vacate(first)
+    assert room.victims([second], [plain]) == ([], True)
+    room.occupy(second)
+    assert (first.place, second.place) == (0, 1)
+    # Pinned on tables of another size, it is no reason against itself.
+    assert "pin fewer" in room.problem(needs_of(first), [second])
+    grown = adapter("d", places=2, size=5)
+    assert not room.problem(needs_of(grown), [second, adapter("e", size=3)])
+    assert "adapter_slots" in room.problem(needs_of(grown), [second, adapter("e", size=4)])

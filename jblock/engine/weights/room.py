@@ -52,7 +52,7 @@ class Room:
     def problem(self, needs: Needs, all_pinned: Collection[Resident]) -> str:
         """Why a chain can never have its room beside those that are pinned, or ""."""
         own = {needs.adapter, *needs.weights.members}
-        pinned = [r for r in all_pinned if r not in own]
+        pinned = [r for r in all_pinned if r not in own and not _replaces(needs.adapter, r)]
         if self.max_weight_bytes:
             needed = sum(w.size for w in needs.weights.members)
             kept = sum(r.size for r in pinned if isinstance(r, Weights))
@@ -122,6 +122,11 @@ class Room:
     def _places_of(self, adapter: Adapter) -> IdAllocator:
         """The places of the tables that an adapter's codes lie in."""
         return self._places.setdefault(adapter.places, IdAllocator(adapter.places, 1))
+
+
+def _replaces(adapter: Adapter | None, other: Resident) -> bool:
+    """Whether the other one is the same deltas on tables of another size, which leave for these."""
+    return adapter is not None and isinstance(other, Adapter) and other.deltas == adapter.deltas
 
 
 def _amounts(resident: Resident, placed: Adapter | None) -> tuple[int, int, int, int]:
