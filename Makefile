@@ -7,7 +7,7 @@ export JAX_PLATFORMS ?= cpu
 # The tests start many processes: each would compile all of our modules again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-long soak compilers clients serve lint proto clean
+.PHONY: demo test test-long soak soak-faults compilers clients serve lint proto clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
@@ -32,6 +32,12 @@ test-long: $(VENV)/.installed
 MINUTES ?= 30
 soak: $(VENV)/.installed
 	PYTHONPATH=. $(BIN)/python tests/serving/soak.py --minutes $(MINUTES)
+
+# Faults drawn from a seed, over four agents under load.
+FAULTS ?= 1000
+SEED ?= 0
+soak-faults: $(VENV)/.installed
+	$(BIN)/python -m bench faults --faults $(FAULTS) --seed $(SEED)
 
 # All that wants the compilers of absent chips, the kernels' cycles first; an environment of its own, so that
 # `make test` is as quick as without them.

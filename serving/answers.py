@@ -38,7 +38,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
       reasoning: what the model thought, where its `response_template` tells it from the text.
       output: ids and log-probabilities, cut to those that belong to the answer.
       finish_reason: "stop" or "length" in the last part of an answer, else None.
-      model: who answers.
+      model: who answers; its policy is that of what it is bound to.
       prompt: the ids of its prompt.
       usage: of the whole call so far; complete in its last part.
       is_last: no answer of the call has more to come.
@@ -113,6 +113,8 @@ class Answer:
 
     def part(self, output: api.Output, usage: Usage, others_finished: bool) -> Part:
         """What an output brings: text up to a stop string, and as many ids as belong to it."""
+        if output.bound is not None:
+            self._info = dataclasses.replace(self._info, policy=output.bound.policy)
         piece = self._stream.push(output.token_ids)
         if self._is_plain and output.finish_reason is None:
             return Part(

@@ -104,6 +104,7 @@ _SAMPLING: dict[str, type] = {
     "n": int,
     "priority": int,
     "policy": str,
+    "max_damage": float,
 }
 _FLAGS = ("stop", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs", "logit_bias")
 

@@ -461,4 +461,5 @@ def _merged(outputs: Sequence[api.Output]) -> api.Output:
         top_logprobs=tuple(t for o in outputs for t in o.top_logprobs),
         prompt_logprobs=tuple(p for o in outputs for p in o.prompt_logprobs),
         prompt_top_logprobs=tuple(t for o in outputs for t in o.prompt_top_logprobs),
+        bound=next((o.bound for o in outputs if o.bound is not None), None),
     )

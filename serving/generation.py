@@ -30,6 +30,7 @@ from serving.tenants import Tenant
 from serving.text import TextStream
 from serving.v1 import jblock_pb2 as pb
 from serving.validation import (
+    accepted,
     check_policy,
     num_samples,
     priority_of,
@@ -181,6 +182,7 @@ class Generator:
             output += count * (sampling.max_tokens - len(resumed))
             stops = stop_strings(ask.request, model)
             priority = priority_of(ask.request, tenant)
+            policy, max_damage = accepted(ask.request)
             deadline = None
             if ask.deadline is not None:
                 deadline = call.begin + ask.deadline - time.monotonic()
@@ -202,6 +204,8 @@ class Generator:
                         weight=tenant.weight,
                         priority=priority,
                         deadline=deadline,
+                        policy=policy,
+                        max_damage=max_damage,
                     )
                 )
                 stream = TextStream(model.codec, stops, sampling.min_tokens)

@@ -18,6 +18,10 @@ from jblock.engine.process.server import load_factory
 from jblock.engine.process.shared import SharedEngine, drained, remote_engine
 from jblock.engine.process.supervisor import SupervisedEngine
 from jblock.hosts.addresses import split
+from jblock.scheduler.adaptive import AdaptiveEngine, exact_models, with_variants
+from jblock.scheduler.itinerary import Budget
+from jblock.zoo.records import POLICIES
+from jblock.zoo.store import Zoo
 from serving import addresses, config_file, engine_processes
 from serving.engine_flags import engine_kwargs
 from serving.server import Server, ServerConfig, serve
@@ -103,6 +107,21 @@ _HEARTBEAT = flags.DEFINE_float(
     10.0,
     "An engine process that is silent for longer is frozen, and is replaced; 0: never.",
     lower_bound=0.0,
+)
+_ADAPTIVE = flags.DEFINE_enum(
+    "adaptive",
+    "exact",
+    list(POLICIES),
+    "What may stand for a model's own blocks where a request accepts it: edges of the zoo up to this policy.",
+)
+_ADAPTIVE_MEASURE = flags.DEFINE_enum(
+    "adaptive_measure",
+    "kl",
+    ["kl", "accuracy_change"],
+    "The measure of edges that says what they do to answers.",
+)
+_ADAPTIVE_DAMAGE = flags.DEFINE_float(
+    "adaptive_damage", 0.0, "The most of it that one request is given.", lower_bound=0.0
 )
 _METRICS_NAMES = flags.DEFINE_enum(
     "metrics_names",
@@ -217,6 +236,19 @@ def _engine(folder: str) -> api.Engine:
     kwargs = engine_kwargs()
     if _PROFILER_PORT.value is not None:
         kwargs["profiler_port"] = _PROFILER_PORT.value
+    budget = Budget(
+        policy=_ADAPTIVE.value, measure=_ADAPTIVE_MEASURE.value, damage=_ADAPTIVE_DAMAGE.value
+    )
+    if budget.policy == "exact":
+        return _started(kwargs, folder)
+    zoo = Zoo.open(kwargs["zoo"])
+    models = kwargs.get("models") or exact_models(zoo)
+    kwargs["models"] = with_variants(zoo, models, budget)
+    return AdaptiveEngine(_started(kwargs, folder), zoo, budget)
+
+
+def _started(kwargs: dict[str, Any], folder: str) -> api.Engine:
+    """The engine, or the engines, of these arguments."""
     agents = _agents()
     if agents != 1:
         return _start_agents(kwargs, agents, folder)

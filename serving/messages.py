@@ -18,7 +18,8 @@ def to_bytes(part: Part) -> bytes:
     """The message of a part, encoded. Bytes of messages that follow each other are one message, so what is
     the same in each is encoded once."""
     output = part.output
-    if part.finish_reason or part.tool_calls or output.logprobs or output.prompt_logprobs:
+    logprobs = output.logprobs or output.prompt_logprobs
+    if part.finish_reason or part.tool_calls or logprobs or output.bound:
         return to_message(part).SerializeToString()
     model, text = part.model, part.text.encode()
     ids = b"".join(map(_varint, output.token_ids))
@@ -78,6 +79,10 @@ def to_message(part: Part) -> pb.GenerateStreamResponse:
         model_version=part.model.version,
         index=part.index,
     )
+    if output.bound is not None:
+        message.assembly.served_as = output.bound.served_as
+        message.assembly.measure = output.bound.measure
+        message.assembly.damage = output.bound.damage
     if part.finish_reason:
         message.finish_reason = _FINISH[part.finish_reason]
     if part.is_last:

@@ -1,6 +1,7 @@
 """From a request as it came to one the engine can run, or to an error that says what to change."""
 
 import dataclasses
+import math
 from typing import Any
 
 import grpc
@@ -240,6 +241,21 @@ def check_policy(request: pb.GenerateRequest, info: api.ModelInfo) -> None:
             f"policy: model {info.name!r} is {pb.Policy.Name(needed)}, which the request does not "
             "accept; set policy to it, or ask the model it was made from"
         )
+
+
+def accepted(request: pb.GenerateRequest) -> tuple[str, float | None]:
+    """The policy that a request accepts, and how much measured damage; None: what the server allows.
+
+    Raises:
+      RequestError: the damage is no number that there could be.
+    """
+    policy = pb.Policy.Name(max(request.policy, pb.POLICY_EXACT)).removeprefix("POLICY_").lower()
+    damage = _given(request, "max_damage", None)
+    if damage is not None and not 0 <= damage < math.inf:
+        raise invalid(
+            f"max_damage: {damage} is no finite number >= 0; leave it out for the server's"
+        )
+    return policy, damage
 
 
 def _check_drawing(params: api.SamplingParams) -> None:

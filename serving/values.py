@@ -60,6 +60,7 @@ class Sampling(TypedDict, total=False):
     choice: Sequence[str]
     lark: str
     policy: Literal["exact", "near", "adaptive"]
+    max_damage: float
 
 
 def _names(enum: Any, prefix: str) -> Mapping[int, str]:
@@ -110,6 +111,16 @@ class Usage:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """What answered in place of a model's own blocks: the model and the edges used, and of the measure that
+    the server goes by how much damage that was measured to do."""
+
+    served_as: str
+    measure: str
+    damage: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Chunk:
     """A part of a stream, or with `generate` the whole.
 
@@ -122,6 +133,7 @@ class Chunk:
       policy: "exact", "near" or "adaptive".
       model: who answered.
       model_version: in which version.
+      assembly: what stood for the model's own blocks, in the first part of a sample; None: nothing did.
       top_logprobs: one for each of token_ids if asked for, else empty.
       prompt_logprobs: of each prompt token but the first, with the first token, if asked for.
       tool_calls: calls of a chat's tools; they are not in text.
@@ -139,6 +151,7 @@ class Chunk:
     policy: str
     model: str
     model_version: int
+    assembly: Assembly | None = None
     top_logprobs: tuple[TopLogprobs, ...] = ()
     prompt_logprobs: tuple[float, ...] = ()
     prompt_top_logprobs: tuple[TopLogprobs, ...] = ()
@@ -274,11 +287,19 @@ def to_chunk(message: pb.GenerateResponse | pb.GenerateStreamResponse) -> Chunk:
         policy=_POLICIES.get(policy) or str(policy),
         model=message.model,
         model_version=message.model_version,
+        assembly=_assembly(message),
         prompt_logprobs=tuple(message.prompt_logprobs),
         prompt_top_logprobs=_tops(message.prompt_top_logprobs),
         index=getattr(message, "index", 0),
         choices=tuple([Choice(**_answer(c)) for c in getattr(message, "choices", ())]),
     )
+
+
+def _assembly(message: pb.GenerateResponse | pb.GenerateStreamResponse) -> Assembly | None:
+    if not message.HasField("assembly"):
+        return None
+    names = [f.name for f in dataclasses.fields(Assembly)]
+    return Assembly(**{name: getattr(message.assembly, name) for name in names})
 
 
 def _answer(message: pb.GenerateResponse | pb.GenerateStreamResponse | pb.Choice) -> dict[str, Any]:

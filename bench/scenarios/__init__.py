@@ -55,6 +55,13 @@ _ALL = (
     Scenario(
         "cluster", "a model in spans on two processes of a core each over one; what a hop takes"
     ),
+    Scenario(
+        "faults", "what goes wrong between and in several agents, and what it does to answers"
+    ),
+    Scenario(
+        "adaptive",
+        "requests that accept recorded equivalents, where memory holds no more, over others",
+    ),
     Scenario("speculate", "tokens a second with guessed tokens over those without"),
     Scenario("front", "gRPC and HTTP over the engine alone, and over bare servers of constants"),
     Scenario(

@@ -93,6 +93,9 @@ class Request:
       priority: lower numbers go before all higher ones, whoever asks.
       deadline: seconds from now by which the answer must be complete; None: no matter. Refused with
         DEADLINE_EXCEEDED where measured times say that it cannot be.
+      policy: the widest that is accepted; with "near" or "adaptive" another chain may stand for the model's,
+        where the operator allows it.
+      max_damage: the most measured damage of that; None: the operator's.
     """
 
     request_id: str
@@ -107,6 +110,24 @@ class Request:
     weight: float = 1.0
     priority: int = 0
     deadline: float | None = None
+    policy: str = "exact"
+    max_damage: float | None = None
+
+
+class Bound(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What a request is bound to, for its life, in place of the model's own chain.
+
+    Attributes:
+      served_as: name of the chain: the model's, and the edges in it.
+      policy: "near" or "adaptive".
+      measure: that damage is told in, one of `MEASURES`.
+      damage: of it, as it was measured.
+    """
+
+    served_as: str
+    policy: str
+    measure: str
+    damage: float
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -125,6 +146,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
       finish_reason: None while running; "stop" (eos or stop id), "length", "cancelled", "error".
       error_code: name of a gRPC status code when finish_reason is "error" ("NOT_FOUND", ...).
       error_message: what was given, what was expected and what to do.
+      bound: in the first output of a request that is bound to another chain than the model's own.
     """
 
     request_id: str
@@ -137,6 +159,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     finish_reason: str | None = None
     error_code: str = ""
     error_message: str = ""
+    bound: Bound | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

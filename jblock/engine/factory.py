@@ -27,6 +27,7 @@ from jblock.engine.spans.port import Port
 from jblock.engine.spans.sockets import SocketPort
 from jblock.pallas_kernels import backends, self_test
 from jblock.parallel.placement import Placement
+from jblock.zoo import assembled
 from jblock.zoo.records import Chain, ZooError
 from jblock.zoo.store import Zoo
 
@@ -172,12 +173,13 @@ def served_chains(store: Zoo, models: Sequence[str], config: EngineConfig) -> di
 
 
 def find_chain(zoo: Zoo, model: str) -> Chain:
-    """The chain "name" in its active version, or "name@version", checked and kept from being removed.
+    """The chain "name" in its active version, "name@version", or one that is assembled (`zoo/assembled.py`),
+    checked and kept from being removed.
 
     Raises:
       ZooError: there is none, it cannot be read, or it is not what it says.
     """
-    return zoo.serve(model)
+    return assembled.serve(zoo, model)
 
 
 def _is_exact(store: Zoo, name: str) -> bool:

@@ -267,6 +267,7 @@ class Loop:
         Raises:
           JaxRuntimeError: the device's arrays are lost with the step.
         """
+        alone = len(self._sequences.running) == 1
         before, self._in_flight = self._in_flight, None
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             if before is not None:
@@ -274,10 +275,9 @@ class Loop:
         self.device.wait()
         running = self._sequences.start_over()
         logging.error("%s: %d sequences start over, half as many at a time", error, len(running))
-        if len(running) == 1:
-            fields = {"error_code": "RESOURCE_EXHAUSTED"}
-            words = request_checks.no_memory(error)
-            self._finish(running[0], "error", error_message=words, **fields)
+        if alone and running:
+            fields = {"error_message": request_checks.no_memory(error)}
+            self._finish(running[0], "error", error_code="RESOURCE_EXHAUSTED", **fields)
 
     def _report_running(self) -> None:
         """Says which requests the step to come computes, before it can end the process."""

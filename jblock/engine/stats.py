@@ -16,6 +16,7 @@ from jblock.engine.scheduling.scheduler import Scheduler
 from jblock.engine.speculation.speculation import Speculation
 from jblock.engine.stats_records import joined_blocks
 from jblock.engine.weights.loader import Loads
+from jblock.engine.weights.residents import Weights
 from jblock.pallas_kernels import backends
 
 # A snapshot takes 30 us; a scrape or a heartbeat needs none that is younger.
@@ -155,6 +156,7 @@ class BlockTable:
             kind=instance.kind,
             models=graph.users.get(instance, 0),
             weight_bytes=self._bytes[instance],
+            resident_bytes=_resident_bytes(instance),
             batches=queue.batches,
             rows=queue.rows,
             seconds=queue.seconds,
@@ -174,6 +176,7 @@ class BlockTable:
             block="other",
             models=max(graph.users.get(i, 0) for i, _ in rest),
             weight_bytes=sum(self._bytes[i] for i, _ in rest),
+            resident_bytes=sum(_resident_bytes(i) for i, _ in rest),
             batches=sum(q.batches for q in queues),
             rows=sum(q.rows for q in queues),
             seconds=sum(q.seconds for q in queues),
@@ -185,6 +188,12 @@ class BlockTable:
 def _weight_bytes(instance: BlockInstance) -> int:
     weights = {id(w): w for layer in instance.layers for w in layer.weights}
     return sum(w.size for w in weights.values())
+
+
+def _resident_bytes(instance: BlockInstance) -> int:
+    weights = {id(w): w for layer in instance.layers for w in layer.weights}
+    absent = [w for w in weights.values() if isinstance(w, Weights) and not w.tensors]
+    return sum(w.size for w in weights.values()) - sum(w.size for w in absent)
 
 
 def _kv_bytes(sequences: Scheduler) -> Mapping[BlockInstance, int]:

@@ -30,6 +30,7 @@ class BlockStats:
       kind: "embedding", "layer", "stitch" or "head"; "" of "other".
       models: chains that pass it; of "other" the most of any.
       weight_bytes: parameters of it, on the device or not; what is tied counts where its owner is.
+      resident_bytes: of those, what is on the device.
       batches: batches that it ran.
       rows: rows (tokens) of those, padding not counted.
       seconds: device time that they should have taken, by the profile.
@@ -42,6 +43,7 @@ class BlockStats:
     kind: str = ""
     models: int = 0
     weight_bytes: int = 0
+    resident_bytes: int = 0
     batches: int = 0
     rows: int = 0
     seconds: float = 0.0
@@ -203,6 +205,7 @@ def joined_blocks(blocks: Iterable[BlockStats]) -> tuple[BlockStats, ...]:
 
 _ADDED = (
     "weight_bytes",
+    "resident_bytes",
     "batches",
     "rows",
     "seconds",

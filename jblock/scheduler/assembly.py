@@ -7,7 +7,7 @@ place of the chain's own steps. Without a policy that allows substitutes only ex
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from jblock.scheduler.itinerary import (
     Budget,
@@ -35,6 +35,7 @@ def assemble(
     reports: Sequence[Report],
     transfers: Mapping[tuple[str, str], Transfer],
     work: Work,
+    served: Collection[tuple[Step, ...]] | None = None,
 ) -> Itinerary:
     """The quickest way of a request within a budget; the exact one unless another takes less than nine tenths
     of its time.
@@ -46,6 +47,7 @@ def assemble(
       reports: of the agents that take requests.
       transfers: by pair of agents; a pair that is not named has no link.
       work: of the request.
+      served: steps that the chain may come to with substitutes in it; None: any.
 
     Raises:
       NoRouteError: no agent can run a step, and nothing accepted can take its place.
@@ -55,7 +57,7 @@ def assemble(
     offered = [
         s for s in measured if s.damage <= budget.damage and POLICIES.index(s.policy) <= widest
     ]
-    search = _Search(chain, measured, reports, transfers, work)
+    search = _Search(chain, measured, reports, transfers, work, served)
     exact = search.best([], 0.0)
     found = search.best(offered, budget.damage) if offered else None
     if exact is None and found is None:
@@ -99,9 +101,10 @@ class _Search:
         reports: Sequence[Report],
         transfers: Mapping[tuple[str, str], Transfer],
         work: Work,
+        served: Collection[tuple[Step, ...]] | None,
     ):
         self._chain, self._measured = chain, measured
-        self._transfers, self._work = transfers, work
+        self._transfers, self._work, self._served = transfers, work, served
         self._reports = {report.agent: report for report in reports}
 
     def best(self, offered: Sequence[Substitute], damage: float) -> Itinerary | None:
@@ -118,9 +121,12 @@ class _Search:
             return None
         way = min(ways, key=lambda w: (w.seconds, w.damage))
         real = measured_together(self._chain, way.used, self._measured)
-        if real <= damage:
+        steps = tuple(step for _, step in way.path)
+        is_served = self._served is None or not way.used or steps in self._served
+        if real <= damage and is_served:
             return _itinerary(way, real)
-        # Together they were measured to do more than their sum says: without one of them, then.
+        # Together they were measured to do more than their sum says, or nobody serves both: without one of
+        # them, then.
         return self.best([s for s in offered if s is not way.used[-1]], damage)
 
     def _from(self, home: str, offered: Sequence[Substitute], damage: float) -> list[_Label]:

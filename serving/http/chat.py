@@ -17,7 +17,7 @@ from serving.http.events import TEXT, Prepared, event
 from serving.http.exchange import decode
 from serving.http.fields import fill, structure
 from serving.http.logprobs import TokenTexts, chat_logprobs
-from serving.http.usage import usage_of
+from serving.http.usage import note_bound, usage_of
 from serving.served_models import ServedModel
 from serving.structured.forced_calls import forced_calls
 from serving.v1 import jblock_pb2 as pb
@@ -212,6 +212,7 @@ class _Answer:
             choice = self._choices[part.index] = _Choice()
             if self._echo:
                 choice.content.append(_last_text(self._fields))
+        note_bound(self._head, part)
         self._usage = part.usage
         choice.reasoning += part.reasoning
         text, calls = part.text, list(part.tool_calls)

@@ -14,7 +14,7 @@ from serving.http.events import TEXT, Prepared, event
 from serving.http.exchange import decode
 from serving.http.fields import Common, fill, only, set_ids, structure
 from serving.http.logprobs import CompletionLogprobs, TokenTexts
-from serving.http.usage import usage_of
+from serving.http.usage import note_bound, usage_of
 from serving.v1 import jblock_pb2 as pb
 
 # OpenAI's default.
@@ -202,6 +202,7 @@ class _Answer:
             self._choices[part.index] = choice
             self._head.setdefault("system_fingerprint", f"{part.model.name}@{part.model.version}")
             self._head.setdefault("policy", part.model.policy)
+        note_bound(self._head, part)
         self._usage = part.usage
         output, text = part.output, part.text
         if choice.logprobs is None and not self._fields.echo and self._fields.max_tokens != 0:

@@ -80,6 +80,7 @@ class Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     response_format: ResponseFormat | None = None
     # Ours.
     policy: Literal["exact", "near", "adaptive"] | None = None
+    max_damage: float | None = None
 
 
 # Fields that may be sent with the one value that asks for nothing.
@@ -130,6 +131,8 @@ def fill(request: pb.GenerateRequest, fields: Common) -> None:
                 f"logit_bias.{token[:20]}: is no token id; its names are ids, such as 50256"
             )
         request.logit_bias[int(token)] = bias
+    if fields.max_damage is not None:
+        request.max_damage = fields.max_damage
     if fields.policy is not None:
         request.policy = pb.Policy.Value(f"POLICY_{fields.policy.upper()}")
 

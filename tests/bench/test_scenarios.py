@@ -80,6 +80,15 @@ KEYS = {
         "hop_ms_shared_memory_idle",
         "hop_ms_grpc_idle",
     },
+    "faults": {"faults", "lost", "twice", "differ", "stuck"},
+    "adaptive": {
+        "p95_ratio",
+        "accuracy_change",
+        "accuracy_change_low",
+        "items",
+        "budget",
+        "failed",
+    },
     "cycles": {"tpu", "h200"},
 }
 
@@ -130,7 +139,7 @@ _NO_SERVING = {
 # Start processes that compile everything, or several engines.
 _LONG = {"coldstart", "kv", "peers", "stalls", "registry", "restart", "front", "fairness", "host"}
 _LONG |= {"lora", "overlap", "oversubscription", "roofline", "block_tax", "deltas", "structured"}
-_LONG |= {"cluster", "hotswap", "kernels", "speculate", "memory"}
+_LONG |= {"adaptive", "cluster", "faults", "hotswap", "kernels", "speculate", "memory"}
 _MARKS = {name: pytest.mark.long for name in _LONG} | {"cycles": pytest.mark.compilers}
 
 
@@ -144,7 +153,8 @@ def test_quick_run(name, quick):
     assert KEYS[name] <= set(figures)
     if name in ("peers", "kernels", "gpu", "kv", "host", "cycles", "memory"):
         return  # One object an engine, which test_peers.py knows, an op, a dtype, a scene, a chip or a set.
-    signed = ("accuracy_delta", "accuracy_change_at_8x", "ttfb_ms")
+    signed = ("accuracy_delta", "accuracy_change_at_8x", "ttfb_ms", "accuracy_change")
+    signed += ("accuracy_change_low", "accuracy_change_high")
     assert all(value >= 0 for key, value in figures.items() if key not in signed)
     if name in ("block_tax", "roofline", "lora"):
         assert all(0.0001 < value < 1000 for value in figures.values())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.faults.port import FaultyPort
 from jblock.engine.api import Output, Request
 from jblock.engine.config import EngineConfig
 from jblock.engine.graph.build import assemble
@@ -50,6 +51,8 @@ class SpanAgents:
     Attributes:
       loops: of each, the home first.
       ports: of each.
+      faulty: over those.
+      frozen: agents that take no turn.
       outputs: of the home, by request.
     """
 
@@ -59,6 +62,8 @@ class SpanAgents:
         """One agent for each of `configs`; one alone has whole chains where `place` is None."""
         self._zoo, self._models, self._configs, self._place = zoo, models, configs, place
         self.ports = [Mailbox(agent) for agent in range(len(configs))]
+        self.faulty = [FaultyPort(port) for port in self.ports]
+        self.frozen: set[int] = set()
         self.loops = [self._make(agent) for agent in range(len(configs))]
         self.outputs: dict[str, list[Output]] = {}
 
@@ -68,7 +73,7 @@ class SpanAgents:
         graph = assemble(store, {m: store.chain(m) for m in self._models}, config, spans=spans)
         device = Runner(graph, config, ExecutableCache(self._zoo.parent / "executables"))
         device.executables._table = _MADE.setdefault((config, self._zoo), {})
-        loop = Loop(graph, device, config, port=self.ports[agent] if spans else None)
+        loop = Loop(graph, device, config, port=self.faulty[agent] if spans else None)
         loop.loads.preload([route.needs for route in graph.routes.values()])
         return loop
 
@@ -77,6 +82,7 @@ class SpanAgents:
         self.ports[agent].sent[:] = [
             (to, Gone(), None) for to in range(len(self.loops)) if to != agent
         ]
+        self.faulty[agent] = FaultyPort(self.ports[agent])
         self.loops[agent] = self._make(agent)
 
     def submit(self, request: Request) -> None:
@@ -99,6 +105,8 @@ class SpanAgents:
             agent = draw.randrange(agents) if draw else turn % agents
             turn += 1
             assert turn < 20_000, [loop.stats() for loop in self.loops]
+            if agent in self.frozen:
+                continue
             self.deliver(agent, draw.randrange(4) if draw else None)
             for output in self.loops[agent].step():
                 assert agent == HOME

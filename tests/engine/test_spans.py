@@ -9,6 +9,7 @@ from harness import FIXTURES, SMALL, request
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from span_agents import SpanAgents, by_layers
+from span_faults import Faults
 
 from checkpoints import hf, peft
 from checkpoints.progress import Progress
@@ -79,6 +80,28 @@ def test_a_request_whose_agents_end_again_and_again_is_refused(zoo, one):
     assert last.error_code == "INTERNAL" and "3 times in a row" in last.error_message
     agents.submit(second)
     assert agents.run()["r3"] == one["r3"]
+    agents.check_clean()
+
+
+@pytest.mark.parametrize(
+    "seed,count",
+    [(0, 10), *(pytest.param(s, 100, marks=pytest.mark.long) for s in range(1, 11))],
+)
+def test_faults_change_no_answer(zoo, one, monkeypatch, seed, count):
+    """Nothing is lost, told twice, different, or stuck, whatever goes wrong with four agents and between
+    them."""
+    draw = random.Random(seed)
+    agents = SpanAgents(zoo, MODELS, [CONFIG] * 4, by_layers([0, 1, 2, 3]))
+    faults = Faults(agents, count, draw, monkeypatch)
+    while faults.left:
+        agents.outputs.clear()
+        for asked in requests():
+            agents.submit(asked)
+        tokens = agents.run(draw, faults)
+        ends = [o for told in agents.outputs.values() for o in told if o.finish_reason]
+        assert [o.finish_reason for o in ends] == ["length"] * len(one), ends
+        assert tokens == one, faults.drawn
+    faults.settle()
     agents.check_clean()
 
 

@@ -1,6 +1,7 @@
 """Spans that lie on this agent of sequences whose home is another one."""
 
 import collections
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,17 +20,38 @@ Key = tuple[int, int]
 """The home's number and the key of its opening."""
 
 
+# A home that says nothing for so long may have forgotten the span, and what said so was lost.
+_SILENT_SECONDS = 10.0
+_LOOK_SECONDS = 1.0
+
+
 class GuestSpan:
-    """One of them; a `Guest`."""
+    """One of them; a `Guest`.
+
+    Attributes:
+      key: of its opening.
+      heard: clock when its home last said something of it.
+      ends: of each span, where the rows end that came for it last.
+    """
 
     def __init__(self, guests: "Guests", key: Key):
         self.key = key
+        self.heard = time.monotonic()
+        self.ends: dict[int, int] = {}
         self._guests = guests
+        self._found = -1
 
     def admit(self, found: int) -> None:
         """See `Guest`."""
-        home, key = self.key
-        self._guests.port.send(home, Opened(key=key, found=found))
+        self._found = found
+        self.ask()
+
+    def ask(self) -> None:
+        """Tells its home that it is open, if it is. One that has forgotten it says so."""
+        self.heard = time.monotonic()
+        if self._found >= 0:
+            home, key = self.key
+            self._guests.port.send(home, Opened(key=key, found=self._found))
 
     def end(self, code: str = "", message: str = "") -> None:
         """See `Guest`."""
@@ -58,6 +80,17 @@ class Guests:
         self._device, self._sequences, self._stepper = device, sequences, stepper
         self._weight_cache = weight_cache
         self._open: dict[Key, SequenceState] = {}
+        self._next_look = 0.0
+
+    def expire(self, now: float) -> None:
+        """Asks homes that say nothing of what is open here: a message may have been lost."""
+        if now < self._next_look:
+            return
+        self._next_look = now + _LOOK_SECONDS
+        for sequence in self._open.values():
+            guest = _guest(sequence)
+            if now > guest.heard + _SILENT_SECONDS:
+                guest.ask()
 
     def open(self, home: int, message: Open, routes: Mapping[str, Route]) -> None:
         """Lets a span wait for pages, or refuses it."""
@@ -153,12 +186,13 @@ class Guests:
         if sequence is None:
             self._refuse((home, row_item.key))
             return None
+        first = _guest(sequence).ends.get(row_item.span, 0)  # what came twice is dropped
         fits = (
             sequence.seq_slot >= 0
             and sequence.item is None
             and row_item.span < len(sequence.route.span_starts)
             and 0 < row_item.q_len <= row_item.chunk
-            and 0 <= row_item.start <= sequence.max_tokens - row_item.q_len
+            and first <= row_item.start <= sequence.max_tokens - row_item.q_len
         )
         return sequence if fits else None
 
@@ -168,6 +202,9 @@ class Guests:
         return self._sequences.make_room(sequence, row_item.start + row_item.q_len)
 
     def _item(self, sequence: SequenceState, row_item: RowItem) -> WorkItem:
+        guest = _guest(sequence)
+        guest.heard = time.monotonic()
+        guest.ends[row_item.span] = row_item.start + row_item.q_len
         return WorkItem(
             sequence=sequence,
             start=row_item.start,
@@ -183,9 +220,7 @@ class Guests:
         """Sends items home, as they come to the end of a span: decoding rows do not wait for prompts."""
         groups: dict[tuple[int, bool], list[WorkItem]] = collections.defaultdict(list)
         for item in items:
-            guest = item.sequence.guest
-            assert isinstance(guest, GuestSpan)
-            groups[guest.key[0], item.chunk > 1].append(item)
+            groups[_guest(item.sequence).key[0], item.chunk > 1].append(item)
         for (home, _), group in groups.items():
             values = registers.take(self._device, hop.width, [r for i in group for r in i.rows])
             described = tuple(map(_described, group))
@@ -205,12 +240,16 @@ class Guests:
         self._stepper.complete(item)
 
 
-def _described(item: WorkItem) -> RowItem:
-    guest = item.sequence.guest
+def _guest(sequence: SequenceState) -> GuestSpan:
+    guest = sequence.guest
     assert isinstance(guest, GuestSpan)
+    return guest
+
+
+def _described(item: WorkItem) -> RowItem:
     route = item.sequence.route
     return RowItem(
-        key=guest.key[1],
+        key=_guest(item.sequence).key[1],
         span=max(n for n, at in enumerate(route.span_starts) if at <= item.at),
         start=item.start,
         q_len=item.q_len,

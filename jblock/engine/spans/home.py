@@ -89,7 +89,7 @@ class OpenSpans:
         """An agent has opened its part. Where one has less than others, all begin anew with that: what is
         cached is not written again."""
         self._found[agent] = found
-        if len(self._found) < len(self.sequence.route.agents):
+        if self.ready or len(self._found) < len(self.sequence.route.agents):
             return
         least = min(self._found.values())
         if least < max(self._found.values()):
@@ -151,9 +151,11 @@ class Home:
         del self._open[key]
 
     def opened(self, agent: int, message: Opened) -> None:
-        """An agent has opened a span."""
+        """An agent has opened a span. Of one that is not wanted any more it has not heard."""
         if (spans := self._open.get(message.key)) is not None:
             spans.opened(agent, message.found)
+        else:
+            self.port.send(agent, Close(key=message.key, token_ids=(), poisoned=False))
 
     def closed(self, message: Closed) -> None:
         """An agent has lost a span: the sequence begins anew everywhere, or ends where that would not

@@ -77,7 +77,9 @@ class Spans:
     def take_rows(self) -> None:
         """Makes what has arrived ready at its blocks: of each agent one group of decoding rows, for another
         that came while it waited is the turn of the next step, as it is on all agents."""
-        self.home.expire(time.monotonic())
+        now = time.monotonic()
+        self.home.expire(now)
+        self.guests.expire(now)
         left: list[tuple[int, Rows, Any]] = []
         decoding: set[int] = set()
         for sender, message, rows in self._arrived:

@@ -8,6 +8,7 @@ from jblock.blocks.spec import ComponentSpec
 from jblock.engine.adapters import compose
 from jblock.engine.api import UnknownChain
 from jblock.engine.weights.readers import Readers
+from jblock.zoo import assembled
 from jblock.zoo.records import Chain, NotFoundError, ZooError
 from jblock.zoo.store import Zoo
 
@@ -86,10 +87,9 @@ def read_new(
 
 
 def _find(zoo: Zoo, model: str, known: Collection[str]) -> Chain:
-    name, at, version = model.partition("@")
-    if name in known:
+    if model.partition("@")[0].partition("+")[0] in known:
         with contextlib.suppress(NotFoundError):
-            return zoo.serve(name, version if at else None)
+            return assembled.serve(zoo, model)
     raise UnknownChain(
         f"{model!r} is not in the zoo, which has {', '.join(sorted(known))}; convert it first"
     )
