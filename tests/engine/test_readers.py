@@ -82,3 +82,15 @@ def test_an_error_reaches_who_asked():
     with pytest.raises(ZeroDivisionError):
         readers.run("weights", "w", lambda: 1 / 0)
     readers.close()
+
+
+def test_a_read_that_storage_fails_is_tried_again():
+    readers, left = Readers(LONG), [OSError(5, "once"), OSError(5, "twice")]
+
+    def work():
+        if left:
+            raise left.pop(0)
+        return 7
+
+    assert readers.run("adapter", "a", work) == 7
+    readers.close()

@@ -13,7 +13,7 @@ from span_faults import Faults
 
 from checkpoints import hf, peft
 from checkpoints.progress import Progress
-from jblock.engine.spans.messages import Gone
+from jblock.engine.spans.messages import Closed, Gone
 
 MODELS = ("llama_gqa_untied", "lora_all_r8")
 PREFIX = tuple(5 + 7 * i % 90 for i in range(32))
@@ -102,6 +102,25 @@ def test_faults_change_no_answer(zoo, one, monkeypatch, seed, count):
         assert [o.finish_reason for o in ends] == ["length"] * len(one), ends
         assert tokens == one, faults.drawn
     faults.settle()
+    agents.check_clean()
+
+
+def test_what_cannot_be_read_for_a_while_ends_nothing_that_has_tokens(zoo, one, monkeypatch):
+    agents = SpanAgents(zoo, MODELS, [CONFIG] * 4, by_layers([0, 1, 2, 3]))
+    clock, told = Faults(agents, 0, random.Random(0), monkeypatch), set()
+
+    def disturb() -> None:
+        clock()
+        spans = agents.loops[0].spans
+        for key, open_ in list(spans.home._open.items()):
+            name = open_.sequence.request.request_id
+            if len(open_.sequence.generated) == 3 and name not in told:
+                told.add(name)
+                spans.home.closed(Closed(key=key, code="UNAVAILABLE", message="storage is away"))
+
+    for asked in requests():
+        agents.submit(asked)
+    assert agents.run(disturb=disturb) == one and told == one.keys()
     agents.check_clean()
 
 

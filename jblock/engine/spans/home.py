@@ -25,6 +25,9 @@ _NO_LIMIT = 2**62
 # A step takes a fraction of a second; what was not answered for so long never will be.
 _MOST_SECONDS = 10.0
 _LOOK_SECONDS = 1.0
+# A sequence that has tokens, and of which an agent cannot read what it needs, is opened so often, a second
+# apart.
+_MOST_TRIES = 60
 # A request that was there so often in a row may be the cause.
 _MOST_LOSSES = 3
 
@@ -48,6 +51,7 @@ class OpenSpans:
         self._most = _NO_LIMIT
         self._found: dict[int, int] = {}
         self._losses, self._tokens = 0, -1
+        self._tries, self._not_before = 0, 0.0
 
     @property
     def waits(self) -> bool:
@@ -57,9 +61,10 @@ class OpenSpans:
 
     def open(self, found: int) -> None:
         """See `Elsewhere`."""
-        if not self.key:
+        now = time.monotonic()
+        if not self.key and now >= self._not_before:
             self.key = self._home.new_key(self)
-            self.since = time.monotonic()
+            self.since = now
             sequence, route = self.sequence, self.sequence.route
             request = sequence.request
             message = Open(
@@ -85,6 +90,15 @@ class OpenSpans:
         self._tokens = tokens
         return self._losses
 
+    def may_try_again(self, code: str) -> bool:
+        """Whether to open it once more, in a while, though an agent says that it cannot."""
+        again = (
+            code == "UNAVAILABLE" and bool(self.sequence.generated) and self._tries < _MOST_TRIES
+        )
+        self._tries += again
+        self._not_before = time.monotonic() + _LOOK_SECONDS
+        return again
+
     def opened(self, agent: int, found: int) -> None:
         """An agent has opened its part. Where one has less than others, all begin anew with that: what is
         cached is not written again."""
@@ -98,6 +112,7 @@ class OpenSpans:
             self.open(least)
         else:
             self.ready, self.sequence.most_found = True, least
+            self._tries = 0
 
     def close(self, *, poisoned: bool = False) -> None:
         """See `Elsewhere`."""
@@ -163,7 +178,7 @@ class Home:
         spans = self._open.get(message.key)
         if spans is None:
             return
-        if message.code:
+        if message.code and not spans.may_try_again(message.code):
             fields = {"error_code": message.code, "error_message": message.message}
             self._finish(spans.sequence, "error", **fields)
         else:

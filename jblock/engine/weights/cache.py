@@ -160,23 +160,28 @@ class WeightCache:
         self._grant()
 
     def note_probe(
-        self, adapter: Adapter, targets: Mapping[str, frozenset[str]], size: int, error: str = ""
+        self,
+        adapter: Adapter,
+        targets: Mapping[str, frozenset[str]],
+        size: int,
+        error: str = "",
+        code: str = "INTERNAL",
     ) -> None:
         """Answers `Worker.probe`: what an adapter adapts and its size in pieces, or why nobody knows."""
         adapter.probing = False
         if error:
             self.counts.failures += 1
-            self.refuse(adapter, error)
+            self.refuse(adapter, error, code)
         else:
             adapter.targets, adapter.size = targets, size
         self._grant()
 
-    def refuse(self, adapter: Adapter, error: str) -> None:
+    def refuse(self, adapter: Adapter, error: str, code: str = "INTERNAL") -> None:
         """Fails every lease that still waits for room for an adapter."""
         for lease in [w for w in self._wanting if w.needs.adapter is adapter]:
-            self._fail(lease, error)
+            self._fail(lease, error, code)
 
-    def note_loaded(self, resident: Resident, error: str = "") -> None:
+    def note_loaded(self, resident: Resident, error: str = "", code: str = "INTERNAL") -> None:
         """Answers `Worker.load`: the resident is in its place, or why it is not."""
         waiters, resident.waiters = resident.waiters, []
         self._resident_chains = None
@@ -189,7 +194,7 @@ class WeightCache:
         for lease in waiters:
             lease.pending -= 1
             if error and not lease.released:
-                self._fail(lease, error)
+                self._fail(lease, error, code)
         self._settle(resident)
         self._grant()
 

@@ -25,7 +25,7 @@ from jblock.engine.weights.needs import Needs, ResidentSet, UsedTables, used_tab
 from jblock.engine.weights.readers import Done
 from jblock.engine.weights.residents import Adapter, Resident, Weights
 from jblock.parallel.placement import Placement
-from jblock.zoo.records import ZooError
+from jblock.zoo.records import NotFoundError, ZooError
 from jblock.zoo.store import Zoo
 
 Targets = Mapping[ComponentSpec, frozenset[str]]
@@ -179,7 +179,8 @@ class Loads:
 
         def done(probe: Probe | None, error: Exception | None) -> None:
             if probe is None:
-                self.weight_cache.note_probe(adapter, {}, 0, _words(adapter, error))
+                words = _words(adapter, error)
+                self.weight_cache.note_probe(adapter, {}, 0, words, _code(error))
             else:
                 self.weight_cache.note_probe(adapter, probe.targets, probe.size)
 
@@ -208,7 +209,8 @@ class Loads:
                     error = e
             if isinstance(resident, Adapter):
                 self._writing.remove(needs)
-            self.weight_cache.note_loaded(resident, _words(resident, error) if error else "")
+            words = _words(resident, error) if error else ""
+            self.weight_cache.note_loaded(resident, words, _code(error))
 
         self.background(kind, resident.name, read, done)
 
@@ -320,6 +322,11 @@ def _probe(zoo: Any, adapter: Adapter, needs: Needs) -> Probe:
     bases = {part.component: part.spec for part in needs.parts}
     targets = {c: slot_content.targets(bases[c], own) for c, own in specs.items()}
     return Probe(targets, size)
+
+
+def _code(error: Exception | None) -> str:
+    """The status of who waits for something: what is not there just now may be there when asked again."""
+    return "UNAVAILABLE" if isinstance(error, OSError | NotFoundError) else "INTERNAL"
 
 
 def _words(resident: Resident, error: Exception | None) -> str:

@@ -22,6 +22,8 @@ Done = Callable[[Any, Exception | None], None]
 _SLOW_SECONDS = 1.0
 # Reads of one kind at a time, those given up not counted: what they read has to fit the host's memory.
 _MOST_AT_ONCE = 4
+# Between the tries of a read that fails: what is wrong with storage is often over in a moment.
+_PAUSES = (0.1, 0.3, 0.9, 1.2)
 # Threads that hang, of one kind; further reads are refused, for storage that hangs so often is down.
 _MOST_HUNG = 64
 _CLOSED = "the engine was closed meanwhile"
@@ -131,12 +133,7 @@ class Readers:
             ).start()
 
     def _do(self, kind: str, read: _Read) -> None:
-        result: Any = None
-        error: Exception | None = None
-        try:
-            result = read.work()
-        except Exception as e:
-            error = e
+        result, error = _tried(read)
         with self._changed:
             self._running[kind].remove(read)
             given_up, read.over = read.over, True
@@ -174,3 +171,17 @@ class Readers:
                 )
                 logging.error("%s", words)
                 read.done(None, HungRead(words))
+
+
+def _tried(read: _Read) -> tuple[Any, Exception | None]:
+    """What a read brings; one of which storage says that it failed is tried again for some seconds."""
+    for pause in (*_PAUSES, None):
+        try:
+            return read.work(), None
+        except OSError as e:
+            if pause is None or read.over or isinstance(e, HungRead):
+                return None, e
+        except Exception as e:
+            return None, e
+        time.sleep(pause)
+    raise AssertionError("the last try returns")
