@@ -18,6 +18,7 @@ from checkpoints.progress import Progress
 from jblock.adapt import forward
 from jblock.adapt.compression import compress_chain
 from jblock.blocks import layout
+from jblock.engine.adapters import compose
 from jblock.engine.adapters.slot_layout import table_bytes
 from jblock.engine.config import EngineConfig
 from jblock.engine.graph.build import assemble
@@ -195,6 +196,15 @@ def test_tables_of_few_bits_have_places_for_what_is_served(zoo):
     none = serve(["lora_qv_r4"], two)
     assert places_of(none) == set()
     assert none.table_bytes < one.table_bytes < two.table_bytes
+    # Nothing but compressed ones: rank blocks too are as many as they take.
+    alone = serve(["low", "bits"])
+    deltas = [[store.delta(d).spec for d in s.deltas] for s in store.chain("low").steps]
+    size = max(map(compose.num_pieces, deltas))
+    (pieces,) = {form.pieces - 1 for _, form in alone.resident_set.tables}
+    assert size <= pieces == max(1 << (size - 1).bit_length(), 2) < CONFIG.adapter_pieces
+    assert alone.routes["low"].adapter.table_pieces == pieces
+    assert one.routes["bits"].adapter.table_pieces == 0
+    del alone
     for graph in (one, two):
         for tables, form in graph.resident_set.tables.keys() - none.resident_set.tables.keys():
             tables.drop(form)
@@ -216,7 +226,7 @@ def test_what_two_compressed_models_take():
     )
     config = EngineConfig()
 
-    def megabytes(places):
+    def megabytes(places, pieces=config.adapter_pieces):
         total = 0
         for spec in (shape.attention, shape.ffn):
             names = layout.computed_widths(spec)
@@ -224,21 +234,23 @@ def test_what_two_compressed_models_take():
             form = TableForm(
                 targets=tuple(targets),
                 slots=config.adapter_slots + 1,
-                pieces=config.adapter_pieces + 1,
-                places=places,
+                pieces=pieces + 1,
+                places=places + 1,
             )
             total += shape.layers * table_bytes(spec, form)
         return round(total / 1e6)
 
-    # None, two, and as many as there are slots.
-    assert [megabytes(places + 1) for places in (0, 2, 32)] == [146, 183, 740]
+    # None, two, and as many as there are slots; two of rank 32 that no adapter is served beside.
+    assert [megabytes(places) for places in (0, 2, 32)] == [146, 183, 740]
+    assert megabytes(2, pieces=8) == 73
 
 
 def test_compressed_models_come_and_go_while_others_run(zoo):
     """Tables grow and shrink with what is served, and others' slots are few: nobody's tokens change, what
     was begun ends on the tables it began with, and the bytes come back."""
     store, prompt = Zoo.open(zoo), oracle("llama_gqa_untied")["prompt"][:9]
-    few = ["llama_gqa_untied", "lora_qv_r4", "low", "bits"]
+    few = ["llama_gqa_untied", "low", "bits"]
+    every = [*few, "lora_qv_r4", "mixed"]
     agent = Agent.make(zoo, few, TWO_SLOTS)
     start = few_bits_bytes()
 
@@ -254,7 +266,7 @@ def test_compressed_models_come_and_go_while_others_run(zoo):
             agent.loop.submit(request(f"{name}/{at}", name, prompt, max_tokens=8))
 
     outputs = []
-    for at, names in enumerate((few, [*few, "mixed"], few)):
+    for at, names in enumerate((few, every, few)):
         if at:
             serve(names)
         ask(names, at)
@@ -267,10 +279,10 @@ def test_compressed_models_come_and_go_while_others_run(zoo):
     for output in outputs:
         assert not output.error_message, output
         found.setdefault(output.request_id, []).extend(output.token_ids)
-    assert len(found) == 2 * len(few) + len(few) + 1
+    assert len(found) == 2 * len(few) + len(every)
     for request_id, tokens in found.items():
         name = request_id.partition("/")[0]
-        assert tokens == found[f"{name}/{1 if name == 'mixed' else 0}"] and len(tokens) == 8
+        assert tokens == found[f"{name}/{0 if name in few else 1}"] and len(tokens) == 8
     assert len(set(map(tuple, found.values()))) > 2
     assert few_bits_bytes() == start
 

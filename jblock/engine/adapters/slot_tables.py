@@ -16,7 +16,7 @@ from jblock.engine.adapters.slot_layout import (
     table_structs,
     vector_widths,
 )
-from jblock.engine.signature import TableForm
+from jblock.engine.signature import MAX_TURNS, TableForm
 from jblock.parallel.placement import SINGLE, Placement
 
 # Pieces one call writes; a chain takes as many calls of each size as it needs, largest first.
@@ -61,18 +61,17 @@ class Tables:
     order, so a step that was enqueued before still reads what was there before.
 
     Several forms are there at a time while requests of two graphs run. Tables of one name and shape are the
-    same ones; those of few bits of another number of places are others, for other adapters."""
+    same ones; those of another number of pieces or places are others, for other adapters."""
 
     def __init__(self, spec, form: TableForm, placement: Placement = SINGLE):
         self._spec, self._placement = spec, placement
         self._arrays: dict[_Table, jax.Array] = {}
         # Small, and kept by the host: what slots hold by slot.
         self._host = {
-            "pieces": np.zeros((form.slots, form.turns), np.int32),
+            "pieces": np.zeros((form.slots, MAX_TURNS), np.int32),
             "virtual": np.zeros(form.slots, np.int32),
             "places": np.zeros(form.slots, np.int32),
         }
-        self._put_host()
         self._views: dict[TableForm, dict[str, jax.Array]] = {}
         self._lock = threading.Lock()  # a view may be asked for by another thread than writes
 
@@ -147,7 +146,6 @@ class Tables:
             if writes.bits:
                 ids = self._placement.put(np.array([place], np.int32))
                 self._update(form, updates.bits(), writes.bits, ids)
-            self._put_host()
             self._refresh()
 
     def _update(self, form: TableForm, program: Update, rows: Arrays, ids: jax.Array) -> None:
@@ -158,14 +156,16 @@ class Tables:
     def _structs(self, form: TableForm) -> dict[str, jax.ShapeDtypeStruct]:
         return table_structs(self._spec, form, self._placement)
 
-    def _put_host(self) -> None:
-        # Copies: on CPU the device would go on reading the host's own arrays.
-        self._small = {n: self._placement.put(a.copy()) for n, a in self._host.items()}
-
     def _refresh(self) -> None:
+        small: dict[_Table, jax.Array] = {}
         for form, view in self._views.items():
             for name, struct in self._structs(form).items():
-                array = self._small.get(name, self._arrays.get((name, struct.shape)))
+                table = name, struct.shape
+                if name in self._host and table not in small:
+                    part = self._host[name][tuple(slice(n) for n in struct.shape)]
+                    # A copy: on CPU the device would go on reading the host's own array.
+                    small[table] = self._placement.put(part.copy())
+                array = small.get(table, self._arrays.get(table))
                 if array is not None:  # or it was not made yet
                     view[name] = array
 

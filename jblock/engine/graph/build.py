@@ -32,7 +32,7 @@ from jblock.engine.graph.page_names import kv_digests, plain_digests
 from jblock.engine.graph.segments import segments
 from jblock.engine.graph.span_placement import HOME, Layout, SpanPlacement, layout_of
 from jblock.engine.graph.stitches import check_widths, positions
-from jblock.engine.graph.table_forms import TableForms, Targets, read_deltas
+from jblock.engine.graph.table_forms import Looked, TableForms, Targets, read_deltas
 from jblock.engine.kv_cache.prefix_keys import step_digests
 from jblock.engine.kv_cache.sequence_pages import Boundary
 from jblock.engine.kv_cache.spec import KVShape
@@ -136,12 +136,12 @@ class _Builder:
     def find_tables(self, more: Targets) -> None:
         """What has tables, of what form; those of `more` too."""
 
-        def read(spec: ComponentSpec, ids: tuple[str, ...]) -> tuple[frozenset[str], int]:
+        def read(spec: ComponentSpec, ids: tuple[str, ...]) -> Looked | None:
             key = ("targets", spec, ids)
             try:
                 return self._keep(key, lambda: read_deltas(spec, ids, self.zoo.delta))
             except ValueError:
-                return frozenset(), 0  # who asks for the chain will hear of it
+                return None  # who asks for the chain will hear of it
 
         self.tables = TableForms(
             self.chains.values(),
@@ -319,11 +319,15 @@ class _Builder:
         deltas = tuple({s.component: s.deltas for s in chain.steps if s.deltas}.items())
         if not deltas:
             return None
-        places = self.tables.places_for(chain.name)
+        pieces, places = self.tables.table_pieces, self.tables.places_for(chain.name)
         make = functools.partial(
-            Adapter, name=f"the adapter of model {chain.name!r}", deltas=deltas, places=places
+            Adapter,
+            name=f"the adapter of model {chain.name!r}",
+            deltas=deltas,
+            table_pieces=pieces,
+            places=places,
         )
-        return self._keep(("adapter", domain, deltas, places), make)
+        return self._keep(("adapter", domain, deltas, pieces, places), make)
 
     def _instance(
         self, domain: str, components: tuple[str, ...], forms: tuple[TableForm | None, ...]

@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from jblock.blocks.spec import ComponentSpec
 from jblock.engine.adapters import compose
@@ -11,8 +12,24 @@ from jblock.engine.signature import TableForm
 from jblock.zoo.records import Chain
 
 Targets = Mapping[ComponentSpec, frozenset[str]]
-ReadDeltas = Callable[[ComponentSpec, tuple[str, ...]], tuple[frozenset[str], int]]
-"""From deltas on a component of a spec to what needs tables for them, and their virtual tokens."""
+
+
+class Looked(NamedTuple):
+    """What deltas on a component need.
+
+    Attributes:
+      targets: what needs tables for them.
+      virtual: their virtual tokens.
+      pieces: they take in the tables.
+    """
+
+    targets: frozenset[str]
+    virtual: int
+    pieces: int
+
+
+ReadDeltas = Callable[[ComponentSpec, tuple[str, ...]], Looked | None]
+"""Looks at deltas on a component of a spec; None where they cannot be read."""
 
 
 class TableForms:
@@ -25,6 +42,8 @@ class TableForms:
       virtual: virtual tokens that sequences of a chain begin with, by its name.
       places: entries of tables of few bits, entry 0 not counted: as many as chains served have some, the
         next power of two, so that most changes keep the programs; 0: none has.
+      pieces: that the tables have, piece 0 not counted: where all chains with deltas are approximate, as many
+        as these take, the next power of two, so that few compressed fine-tunes take little memory.
     """
 
     def __init__(
@@ -59,6 +78,8 @@ class TableForms:
         exact: dict[ComponentSpec, set[str]] = collections.defaultdict(set)
         found: dict[ComponentSpec, set[str]] = collections.defaultdict(set)
         few_bits: set[str] = set()
+        sizes: dict[str, int] = {}
+        all_known = True
         for chain in chains:
             looked_at: dict[tuple[ComponentSpec, Sequence[str]], tuple[str, ...]] = {}
             for step in chain.steps:
@@ -68,12 +89,14 @@ class TableForms:
                     which = () if chain.policy == "exact" else step.deltas
                     looked_at.setdefault((spec, which), step.deltas)
             for (spec, _), ids in looked_at.items():
-                wanted, virtual = read(spec, ids)
-                found[spec] |= wanted
+                looked = read(spec, ids) or Looked(frozenset(), 0, 0)
+                all_known &= bool(looked.targets) and chain.policy != "exact"
+                found[spec] |= looked.targets
                 if chain.policy == "exact":
-                    exact[spec] |= wanted
-                self.virtual[chain.name] = max(virtual, self.virtual.get(chain.name, 0))
-                if any(map(has_few_bits, wanted)):
+                    exact[spec] |= looked.targets
+                self.virtual[chain.name] = max(looked.virtual, self.virtual.get(chain.name, 0))
+                sizes[chain.name] = max(looked.pieces, sizes.get(chain.name, 0))
+                if any(map(has_few_bits, looked.targets)):
                     few_bits.add(chain.name)
         for spec in found:
             lasting = exact[spec] | before.get(spec, frozenset()) | more.get(spec, frozenset())
@@ -81,8 +104,9 @@ class TableForms:
             self.targets[spec] = frozenset(found[spec] | lasting)
         self._few_bits = few_bits
         wide = any(has_few_bits(t) for targets in self.targets.values() for t in targets)
-        next_power = 1 << (len(few_bits) - 1).bit_length() if few_bits else 1
-        self.places = min(next_power, config.adapter_slots) if wide else 0
+        self.places = min(_next_power(len(few_bits)), config.adapter_slots) if wide else 0
+        pieces = config.adapter_pieces
+        self.pieces = min(max(_next_power(sum(sizes.values())), 2), pieces) if all_known else pieces
 
     def form(self, component: str, spec: ComponentSpec, domain: str) -> TableForm | None:
         """Of a component's tables; None where no chain of an isolation domain adapts it."""
@@ -93,18 +117,26 @@ class TableForms:
         return TableForm(
             targets=targets,
             slots=self._config.adapter_slots + 1,
-            pieces=self._config.adapter_pieces + 1,
+            pieces=self.pieces + 1,
             places=self.places + 1 if any(map(has_few_bits, targets)) else 0,
         )
+
+    @property
+    def table_pieces(self) -> int:
+        """`Adapter.table_pieces` of every adapter."""
+        return 0 if self.pieces == self._config.adapter_pieces else self.pieces
 
     def places_for(self, name: str) -> int:
         """How many places the tables have in which a chain has one; 0 where it has none."""
         return self.places if name in self._few_bits else 0
 
 
-def read_deltas(
-    spec: ComponentSpec, ids: tuple[str, ...], delta_of: Callable
-) -> tuple[frozenset[str], int]:
+def _next_power(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def read_deltas(spec: ComponentSpec, ids: tuple[str, ...], delta_of: Callable) -> Looked:
     """See ReadDeltas; `delta_of` reads a record."""
     deltas = [delta_of(id_).spec for id_ in ids]
-    return compose.targets(spec, deltas), compose.virtual_tokens(deltas)
+    targets, virtual = compose.targets(spec, deltas), compose.virtual_tokens(deltas)
+    return Looked(targets, virtual, compose.num_pieces(deltas))

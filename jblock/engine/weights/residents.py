@@ -78,7 +78,8 @@ class Adapter(Resident):
       size: pieces it takes in the tables; 0 until its records were read.
       slot: its slot in all tables; 0 while it has none.
       pieces: ids of its pieces.
-      places: how many share the tables that its codes of few bits lie in; 0: it has none.
+      table_pieces: how many the tables have that its pieces lie in; 0: all that adapters on the device share.
+      places: how many the tables have that its codes of few bits lie in; 0: it has no codes.
       place: its place in these; 0 while it has none.
     """
 
@@ -88,5 +89,6 @@ class Adapter(Resident):
     size: int = 0
     slot: int = 0
     pieces: list[int] = dataclasses.field(default_factory=list)
+    table_pieces: int = 0
     places: int = 0
     place: int = 0

@@ -13,12 +13,13 @@ class Room:
 
     Attributes:
       slots: of adapters, one each; numbered from 1.
-      pieces: of adapters, as many as each has; numbered from 1.
+      pieces: of adapters, as many as each has, where tables have all; numbered from 1.
       weight_bytes: bytes of weights that are on the device or have their room there.
       max_weight_bytes: most of them; 0 is no bound.
 
-    Adapters with codes of few bits have a place each too, of as many as their tables have. Where another
-    number of them is served, those have other tables, and these places are given back with the last request.
+    Adapters with codes of few bits have a place each too, of as many as their tables have. Where tables are
+    sized by what is served, other pieces and places are those of other tables: they are given back with the
+    last request on these.
     """
 
     def __init__(self, slots: int, pieces: int, max_weight_bytes: int):
@@ -26,6 +27,7 @@ class Room:
         self.weight_bytes = 0
         self.max_weight_bytes = max_weight_bytes
         self._places: dict[int, IdAllocator] = {}
+        self._pieces: dict[int, IdAllocator] = {0: self.pieces}
 
     def occupy(self, resident: Resident) -> None:
         """Gives a resident its room; there must be enough."""
@@ -33,7 +35,7 @@ class Room:
             self.weight_bytes += resident.size
         elif isinstance(resident, Adapter):
             (resident.slot,) = self.slots.allocate(1)
-            resident.pieces = self.pieces.allocate(resident.size)
+            resident.pieces = self._pieces_of(resident).allocate(resident.size)
             if resident.places:
                 (resident.place,) = self._places_of(resident).allocate(1)
 
@@ -44,7 +46,7 @@ class Room:
             self.weight_bytes -= resident.size
         elif isinstance(resident, Adapter):
             self.slots.free([resident.slot])
-            self.pieces.free(resident.pieces)
+            self._pieces_of(resident).free(resident.pieces)
             if resident.places:
                 self._places_of(resident).free([resident.place])
             resident.slot, resident.pieces, resident.place = 0, [], 0
@@ -65,10 +67,12 @@ class Room:
                 )
         if needs.adapter is not None:
             others = [r for r in pinned if isinstance(r, Adapter)]
-            pieces = self.pieces.total - sum(r.size for r in others)
+            mine, total = needs.adapter, self._pieces_of(needs.adapter).total
+            beside = [r for r in others if r.table_pieces == mine.table_pieces]
+            pieces = total - sum(r.size for r in beside)
             if needs.adapter.size > pieces or len(others) >= self.slots.total:
                 return (
-                    f"adapter_slots {self.slots.total} gives room for {self.pieces.total} pieces of "
+                    f"adapter_slots {self.slots.total} gives room for {total} pieces of "
                     f"8 ranks, which does not hold the {needs.adapter.size} of model "
                     f"{needs.chain.name!r}"
                     + (f" beside {len(others)} pinned adapters" if others else "")
@@ -87,37 +91,41 @@ class Room:
     ) -> tuple[list[Resident], bool]:
         """The first candidates that help to make room for `cold`, beside those that leave anyway, and
         whether they suffice."""
-        # At most one of what is cold has a place: a chain has one adapter.
-        placed = next((r for r in cold if isinstance(r, Adapter) and r.places), None)
-        lack = self._shortage(cold, leaving, placed)
+        mine = next((r for r in cold if isinstance(r, Adapter)), None)  # A chain has one at most.
+        lack = self._shortage(cold, leaving, mine)
         chosen: list[Resident] = []
         for part in candidates:
             if not any(lack):
                 break
-            given = _amounts(part, placed)
+            given = _amounts(part, mine)
             if any(n and g for n, g in zip(lack, given, strict=True)):
                 chosen.append(part)
                 lack = [max(0, n - g) for n, g in zip(lack, given, strict=True)]
         return chosen, not any(lack)
 
     def _shortage(
-        self, cold: Iterable[Resident], leaving: Iterable[Resident], placed: Adapter | None
+        self, cold: Iterable[Resident], leaving: Iterable[Resident], mine: Adapter | None
     ) -> list[int]:
         """Bytes, slots, pieces and places that lack for `cold` once all of `leaving` have left."""
         free = [
             self.max_weight_bytes - self.weight_bytes,
             self.slots.num_free,
-            self.pieces.num_free,
-            self._places_of(placed).num_free if placed else 0,
+            self._pieces_of(mine).num_free if mine else 0,
+            self._places_of(mine).num_free if mine and mine.places else 0,
         ]
         needed = [0, 0, 0, 0]
         for sign, parts in ((1, cold), (-1, leaving)):
             for part in parts:
-                amounts = _amounts(part, placed)
+                amounts = _amounts(part, mine)
                 needed = [n + sign * a for n, a in zip(needed, amounts, strict=True)]
         if not self.max_weight_bytes:
             needed[0] = free[0] = 0
         return [max(0, n - f) for n, f in zip(needed, free, strict=True)]
+
+    def _pieces_of(self, adapter: Adapter) -> IdAllocator:
+        """The pieces of the tables that an adapter's lie in."""
+        number = adapter.table_pieces
+        return self._pieces.setdefault(number, IdAllocator(number, 1))
 
     def _places_of(self, adapter: Adapter) -> IdAllocator:
         """The places of the tables that an adapter's codes lie in."""
@@ -129,11 +137,11 @@ def _replaces(adapter: Adapter | None, other: Resident) -> bool:
     return adapter is not None and isinstance(other, Adapter) and other.deltas == adapter.deltas
 
 
-def _amounts(resident: Resident, placed: Adapter | None) -> tuple[int, int, int, int]:
-    """Bytes, slots and pieces that something takes, and places of the tables of `placed`."""
+def _amounts(resident: Resident, mine: Adapter | None) -> tuple[int, int, int, int]:
+    """Bytes and slots that something takes; pieces and places of the tables of `mine`."""
     if isinstance(resident, Weights):
         return resident.size, 0, 0, 0
-    if not isinstance(resident, Adapter):
+    if not isinstance(resident, Adapter) or mine is None:
         return 0, 0, 0, 0
-    beside = placed is not None and resident.places == placed.places
-    return 0, 1, resident.size, int(beside)
+    pieces = resident.size if resident.table_pieces == mine.table_pieces else 0
+    return 0, 1, pieces, int(mine.places > 0 and resident.places == mine.places)
