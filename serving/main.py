@@ -1,12 +1,11 @@
 """`jblock-serve`: serves the models of a zoo over gRPC; or is only the engine of front ends, or only one."""
 
 import asyncio
-import functools
+import contextlib
 import gc
 import os
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -17,12 +16,11 @@ from jblock.engine import api
 from jblock.engine.process.server import load_factory
 from jblock.engine.process.shared import SharedEngine, drained, remote_engine
 from jblock.engine.process.supervisor import SupervisedEngine
-from jblock.hosts.addresses import split
 from jblock.scheduler.adaptive import AdaptiveEngine, exact_models, with_variants
 from jblock.scheduler.itinerary import Budget
 from jblock.zoo.records import POLICIES
 from jblock.zoo.store import Zoo
-from serving import addresses, config_file, engine_processes
+from serving import addresses, agent_flags, config_file, engine_processes
 from serving.engine_flags import engine_kwargs
 from serving.server import Server, ServerConfig, serve
 from serving.tenants import EVERYBODY
@@ -75,22 +73,6 @@ _REQUEST_LOG = flags.DEFINE_string(
 )
 _ENGINE = flags.DEFINE_enum(
     "engine", "process", ["process", "thread"], "Where the engine's loop runs."
-)
-_AGENTS = flags.DEFINE_string(
-    "agents",
-    "1",
-    "Engine processes on this machine, each with a share of the processors and with devices of its own; or "
-    "where jblock-agent listens on each of several hosts: host:port,host:port.",
-)
-_AGENTS_CREDENTIALS = (
-    flags.DEFINE_string(
-        "agents_secret_file", None, "Secret that this server and agents on other hosts have."
-    ),
-    flags.DEFINE_string(
-        "agents_tls_cert_file", None, "In place of a secret: this server's certificate, PEM."
-    ),
-    flags.DEFINE_string("agents_tls_key_file", None, "The private key of it, PEM."),
-    flags.DEFINE_string("agents_tls_ca_file", None, "The authority of agents' certificates, PEM."),
 )
 _SHARE_ENGINE = flags.DEFINE_string(
     "share_engine",
@@ -152,29 +134,6 @@ def _certificates() -> Certificates | None:
     return Certificates(cert_file, key_file, _TLS_CLIENT_CA_FILE.value)
 
 
-def _agents() -> int | list[str]:
-    """How many engine processes there are here, or the addresses of agents on other hosts."""
-    if not _AGENTS.value.isdecimal():
-        addresses_ = _AGENTS.value.split(",")
-        for address in addresses_:
-            split(address)
-        return addresses_
-    count = int(_AGENTS.value)
-    if not 0 < count < 1000:
-        raise ValueError(f"agents: {count}; give a number from 1 on, or addresses of agents")
-    return count
-
-
-def _start_agents(kwargs: dict[str, Any], agents: int | list[str], folder: str) -> api.Engine:
-    if _ENGINE.value != "process":
-        raise ValueError(f"agents: {_AGENTS.value} of them are processes; give --engine=process")
-    if isinstance(agents, int):
-        return engine_processes.start_agents(kwargs, agents, folder, _HEARTBEAT.value)
-    places = [functools.partial(str, address) for address in agents]
-    files = {f.name.removeprefix("agents_"): f.value for f in _AGENTS_CREDENTIALS if f.value}
-    return engine_processes.start_on_hosts(kwargs, places, files, _HEARTBEAT.value)
-
-
 def _announce(server: Server) -> None:
     # What is there now stays; the collector need not walk over it while tokens come.
     gc.collect()
@@ -225,8 +184,8 @@ async def _serve(config: ServerConfig, engine: api.Engine) -> bool:
     return drained
 
 
-def _engine(folder: str) -> api.Engine:
-    """The engine that the flags describe. Sockets of several agents lie in the folder."""
+def _engine(ends: contextlib.ExitStack) -> api.Engine:
+    """The engine that the flags describe; what has to be ended after it goes to `ends`."""
     if _ENGINE_ADDRESS.value:
         if flags.FLAGS.zoo is not None or _SHARE_ENGINE.value:
             raise ValueError(
@@ -240,18 +199,21 @@ def _engine(folder: str) -> api.Engine:
         policy=_ADAPTIVE.value, measure=_ADAPTIVE_MEASURE.value, damage=_ADAPTIVE_DAMAGE.value
     )
     if budget.policy == "exact":
-        return _started(kwargs, folder)
+        return _started(kwargs, ends)
     zoo = Zoo.open(kwargs["zoo"])
     models = kwargs.get("models") or exact_models(zoo)
     kwargs["models"] = with_variants(zoo, models, budget)
-    return AdaptiveEngine(_started(kwargs, folder), zoo, budget)
+    return AdaptiveEngine(_started(kwargs, ends), zoo, budget)
 
 
-def _started(kwargs: dict[str, Any], folder: str) -> api.Engine:
+def _started(kwargs: dict[str, Any], ends: contextlib.ExitStack) -> api.Engine:
     """The engine, or the engines, of these arguments."""
-    agents = _agents()
-    if agents != 1:
-        return _start_agents(kwargs, agents, folder)
+    if agent_flags.are_wanted():
+        if _ENGINE.value != "process":
+            raise ValueError(
+                f"agents: {agent_flags.AGENTS.value} of them are processes; give --engine=process"
+            )
+        return agent_flags.start(kwargs, _HEARTBEAT.value, ends)
     if _ENGINE.value == "process":
         return SupervisedEngine(
             lambda served: engine_processes.start_engine(kwargs, served, _HEARTBEAT.value)
@@ -313,11 +275,11 @@ def main(argv: list[str]) -> int:
             metrics_auth=_METRICS_AUTH.value,
             request_log=_REQUEST_LOG.value,
         )
-        with tempfile.TemporaryDirectory(prefix="jblock-") as folder:
+        with contextlib.ExitStack() as ends:
             if _SHARE_ENGINE.value:
-                _share(_engine(folder), _SHARE_ENGINE.value)
+                _share(_engine(ends), _SHARE_ENGINE.value)
             else:
-                asyncio.run(_serve(config, _engine(folder)))
+                asyncio.run(_serve(config, _engine(ends)))
     except (ValueError, OSError) as error:
         print(f"jblock-serve: {error}", file=sys.stderr)
         return 2

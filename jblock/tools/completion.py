@@ -17,7 +17,7 @@ _SHELLS = {
 }
 # Command -> modules whose absl flags it has.
 _FLAGS = {
-    "serve": ("serving.main", "serving.engine_flags"),
+    "serve": ("serving.main", "serving.engine_flags", "serving.agent_flags"),
     "compile": ("serving.compile_main", "serving.engine_flags"),
 }
 

@@ -90,16 +90,17 @@ def test_an_agent_of_others_is_left_and_nonsense_ends_a_link(ports):
     ports.make(1, session="others")
     known = from_files(ports.files)
     head = network._HEADER.pack
-    for frame in (b"", b"x" * 30, head(1, 0) + b"x", head(network._PIECE, 8) + bytes(8)):
+    nonsense = (b"", b"x" * 30, head(1, 0) + b"x", head(network._PIECE, 8) + bytes(8))
+    for peer, frame in enumerate(nonsense, 5):
         stream = streams.connect(ports.address, "jblock.rows.1", known)
-        stream.send(network._HELLO.pack(5) + b"s")
+        stream.send(network._HELLO.pack(peer) + b"s")
         assert stream.receive() == b""
         stream.send(frame)
         with pytest.raises(streams.StreamEnded):
             stream.receive()
         stream.close()
-    for _ in range(8):
-        assert at_home.get(timeout=LONG)[:2] == (5, Gone())
+    said = [at_home.get(timeout=LONG)[:2] for _ in range(8)]
+    assert sorted(said, key=str) == [(peer, Gone()) for peer in (5, 5, 6, 6, 7, 7, 8, 8)]
     assert at_home.empty()  # Nothing of agent 1.
 
 

@@ -49,9 +49,6 @@ def test_an_engine_beside_an_agent_is_like_one_here(address, secret):
     pid = engine.pid
     engine.close()
     assert not alive(pid)
-    again = remote_engine(address, secret)  # The agent is free for the next one.
-    assert answer(again) == [4, 5, 4]
-    again.close()
 
 
 def test_how_a_process_ended_is_told(address, secret):
@@ -83,7 +80,7 @@ def test_requests_go_on_when_a_process_or_the_agent_itself_is_replaced(secret):
         lambda served: remote_engine(where, secret, step_delay=0.01), backoff_seconds=0.01
     )
     engine.models()
-    sampling = api.SamplingParams(max_tokens=150, ignore_eos=True)
+    sampling = api.SamplingParams(max_tokens=100, ignore_eos=True)
     engine.submit(api.Request(request_id="r", model="echo", token_ids=(4, 5), sampling=sampling))
     got, done, replaced = [], False, 0
     while not done:
@@ -93,18 +90,19 @@ def test_requests_go_on_when_a_process_or_the_agent_itself_is_replaced(secret):
         if len(got) > 20 and replaced == 0:
             os.kill(engine.pid, signal.SIGKILL)
             replaced = 1
-        if len(got) > 60 and replaced == 1:
+        if len(got) > 40 and replaced == 1:
             pid = engine.pid
             agent.close()
             assert not alive(pid)
             agent = mock_agent(where, secret)
             replaced = 2
-    assert got == [4, 5] * 75
+    assert got == [4, 5] * 50
     assert engine.stats().restarts == replaced == 2
     engine.close()
     agent.close()
 
 
+@pytest.mark.long
 def test_an_agent_works_for_one_server_and_others_wait(address, secret, monkeypatch):
     monkeypatch.setattr("jblock.hosts.agent._HANDOVER_SECONDS", 0.05)
     first, second = (remote_engine(address, secret) for _ in range(2))

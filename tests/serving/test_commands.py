@@ -153,6 +153,17 @@ BAD_FLAGS = [
     (["--zoo="], "jblock-serve: zoo: is missing"),
     (["--zoo=x", "--agents=0"], "agents"),
     (["--zoo=x", "--agents=2", "--engine=thread"], "jblock-serve: agents: 2 of them"),
+    (["--zoo=x", "--agents=a:1,b"], "jblock-serve: agents: 'b' is no address"),
+    (["--zoo=x", "--agents=a:1,b:1"], "jblock-serve: secret_file: give it alone, or"),
+    (
+        ["--zoo=x", "--ray=auto", "--agents=a:1"],
+        "jblock-serve: agents: a:1: with --ray give how many",
+    ),
+    (["--zoo=x", "--ray=auto", "--mesh=pp=2"], "jblock-serve: mesh: 'pp=2' with --ray"),
+    (
+        ["--zoo=x", "--ray=auto", "--ray_resources=GPU"],
+        "jblock-serve: ray_resources: 'GPU' is none",
+    ),
     (["--zoo=x", "--models="], "jblock-serve: models: '' leaves a name empty"),
     (["--zoo=x", "--models=a,,b"], "jblock-serve: models: 'a,,b' leaves a name empty"),
     (["--zoo=x", "--models=a@1,b,a@2"], "jblock-serve: models: 'a' is there twice"),
