@@ -206,19 +206,23 @@ def _versions(zoo: Zoo) -> list[Chain]:
 
 
 def _items(zoo: Zoo, chain: Chain, count: int) -> ProbeData:
-    """Held-out items of the task."""
+    """Held-out items of the task, as many as it has at most."""
     from checkpoints.probes import tokenizer
     from examples.train import tasks
 
     rng, items = random.Random(f"adaptive/{_TASK}"), {}
-    while len(items) < count:
+    for _ in range(20 * count):
         item = tasks.draw_from(tasks.TASKS[_TASK], rng, "test")
         items[item.prompt] = {"prompt": item.prompt, "answer": item.answer}
+        if len(items) == count:
+            break
     loaded = tokenizer(zoo, chain)
     text = " ".join(str(item["prompt"]) for item in items.values())
     rows = text_rows(loaded, text, 32, chain.bos_token_id, 8)
     ends = chain.eos_token_ids[0] if chain.eos_token_ids else None
-    return ProbeData(f"{_TASK}, {count} items", rows, item_rows(loaded, list(items.values()), ends))
+    return ProbeData(
+        f"{_TASK}, {len(items)} items", rows, item_rows(loaded, list(items.values()), ends)
+    )
 
 
 def _measured(zoo: Zoo, models: Sequence[Chain], data: ProbeData) -> list[Edge]:
