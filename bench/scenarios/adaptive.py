@@ -258,11 +258,12 @@ def _change(zoo: Zoo, models: Sequence[Chain], bound: Mapping[str, str], data: P
 
 
 def _megabytes(zoo: Zoo, components: set[str]) -> int:
-    """Of parameters in float32, rounded up."""
+    """Of parameters in float32, rounded up; what is tied is another's."""
     from jblock.engine.weights.params import param_bytes
     from jblock.parallel.placement import SINGLE
 
-    total = sum(param_bytes(zoo.component(c).spec, "float32", SINGLE) for c in components)
+    own = [record for c in components if not (record := zoo.component(c)).refs]
+    total = sum(param_bytes(record.spec, "float32", SINGLE) for record in own)
     return -(-total // 10**6)
 
 
@@ -276,5 +277,6 @@ def _arrivals(
         row = rng.randrange(len(data.items))
         begin = int(np.argmax(data.items.target[row]))
         prompt = tuple(int(t) for t in data.items.tokens[row, :begin])
-        found.append(Arrival(at, rng.choice(models).name, prompt, 12))
+        model = rng.choice(models).name
+        found.append(Arrival(time=at, model=model, prompt=prompt, max_tokens=12))
     return found

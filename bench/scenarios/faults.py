@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 expected,
                 in_flight=_IN_FLIGHT,
                 stuck_seconds=args.stuck_seconds,
-                rng=rng,
+                rng=random.Random(f"requests of {args.seed}"),
             )
             drawn = _disturb(engine, load, Injector(engine, folder, zoo), rng, faults, kinds)
             stats = engine.stats()

@@ -20,6 +20,7 @@ from jblock.scheduler.itinerary import Budget, NoRouteError, Report, Work
 from jblock.scheduler.variants import Variants, variants
 from jblock.zoo.assembled import is_assembled
 from jblock.zoo.assembled import serve as find_chain
+from jblock.zoo.edge_records import Edge
 from jblock.zoo.edges import edges
 from jblock.zoo.records import Chain, ZooError
 from jblock.zoo.store import Zoo
@@ -56,7 +57,7 @@ class AdaptiveEngine(api.Engine):
           budget: what the operator accepts.
         """
         self._engine, self._zoo, self._budget = engine, zoo, budget
-        self._lock = threading.Lock()
+        self._lock, self._learning = threading.Lock(), threading.Lock()
         self._variants: Mapping[str, Variants] = {}
         self._known: tuple[api.ModelInfo, ...] = ()
         self._open: dict[str, _Bound] = {}
@@ -70,21 +71,18 @@ class AdaptiveEngine(api.Engine):
 
     def _learn(self, infos: tuple[api.ModelInfo, ...]) -> None:
         """Reads what may stand for what is served now."""
-        with self._lock:
+        with self._learning:  # The zoo may be slow: outputs do not wait for it.
             if infos is self._known:
                 return
             served = {info.name for info in infos}
+            known = _edges_by_model(self._zoo)
             found = {}
             for info in _public(infos):
+                model = f"{info.name}@{info.version}"
                 now = self._variants.get(info.name)
                 if now is None or now.chain.version != info.version:
-                    model = f"{info.name}@{info.version}"
-                    try:
-                        now = find_variants(self._zoo, model, self._budget)
-                    except (ZooError, OSError) as error:
-                        logging.warning("nothing stands for model %s: %s", model, error)
-                        continue
-                if now.chains and all(chain.name in served for chain in now.chains):
+                    now = _find_variants(self._zoo, model, self._budget, known)
+                if now and now.chains and all(chain.name in served for chain in now.chains):
                     found[info.name] = now
             self._variants, self._known = found, infos
 
@@ -200,27 +198,38 @@ def _with(output: api.Output, bound: api.Bound) -> api.Output:
     return api.Output(**{**fields, "bound": bound})
 
 
-def find_variants(zoo: Zoo, model: str, budget: Budget) -> Variants:
-    """What may stand for "name" or "name@version".
-
-    Raises:
-      ZooError: the model cannot be read.
-    """
-    return variants(find_chain(zoo, model), edges(zoo, problems=[]), budget)
-
-
 def with_variants(zoo: Zoo, models: Sequence[str], budget: Budget) -> list[str]:
-    """These models, and behind each what may stand for it. One that cannot be read is left to the engine,
-    which says so."""
-    found: list[str] = []
+    """These models, and behind each what may stand for it."""
+    known, found = _edges_by_model(zoo), []
     for model in models:
         found.append(model)
-        try:
-            known = find_variants(zoo, model, budget)
-        except (ZooError, OSError):
-            continue
-        found += [f"{chain.name}@{chain.version}" for chain in known.chains]
+        now = _find_variants(zoo, model, budget, known)
+        found += [f"{chain.name}@{chain.version}" for chain in now.chains] if now else []
     return found
+
+
+def _edges_by_model(zoo: Zoo) -> Mapping[str, list[Edge]]:
+    """The edges of a zoo by the name of the model they were measured in."""
+    found: dict[str, list[Edge]] = {}
+    with contextlib.suppress(ZooError, OSError):
+        for one in edges(zoo, problems=[]):
+            found.setdefault((one.chain or "").partition("@")[0], []).append(one)
+    return found
+
+
+def _find_variants(
+    zoo: Zoo, model: str, budget: Budget, known: Mapping[str, list[Edge]]
+) -> Variants | None:
+    """What may stand for "name" or "name@version"; None: there are no edges of it, or it cannot be read,
+    which the engine will say."""
+    here = known.get(model.partition("@")[0])
+    if not here:
+        return None
+    try:
+        return variants(find_chain(zoo, model), here, budget)
+    except (ZooError, OSError) as error:
+        logging.warning("nothing stands for model %s: %s", model, error)
+        return None
 
 
 def exact_models(zoo: Zoo) -> list[str]:
