@@ -15,7 +15,7 @@ from jblock.chat.render import ChatError, Conversation, render
 from jblock.chat.response import parse_response
 from serving.limited_child import serve
 
-# Characters of a rendered conversation.
+# Characters of a rendered conversation, and of a message.
 MAX_TEXT = 16 * 10**6
 
 
@@ -69,7 +69,9 @@ def _message(request: dict[str, Any]) -> dict[str, Any]:
     template, tools = request["response_template"], request["tools"]
     try:
         message = parse_response(template, request["prompt"], request["answer"], tools)
-        json.dumps(message, allow_nan=False)
+        length = len(json.dumps(message, allow_nan=False))
+        if length > MAX_TEXT:
+            return _error("template", f"it made a message of {length} characters")
         return {"message": message}
     except MemoryError:
         return _error("template", "it took more memory than it may")

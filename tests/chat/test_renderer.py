@@ -164,7 +164,13 @@ def test_answers_are_read_where_a_pattern_can_be_stopped():
         message = await renderer.parse(asked(" hi "))
         found = []
         endless = {"close_pattern": "(a|aa)+[bc]"}
-        for answer, field in (("a" * 60, endless), ("{", {"content": "json"}), ("", {"x": 0})):
+        large = {"transform": ["{content}"] * 20_000}
+        for answer, field in (
+            ("a" * 60, endless),
+            ("{", {"content": "json"}),
+            ("", {"x": 0}),
+            ("a" * 1000, large),
+        ):
             with pytest.raises(RenderError) as caught:
                 await renderer.parse(asked(answer, **field))
             found.append(str(caught.value))
@@ -175,3 +181,4 @@ def test_answers_are_read_where_a_pattern_can_be_stopped():
     assert "stopped" in found[0] or "memory" in found[0]
     assert found[1].startswith("ResponseError: json: ")
     assert found[2] == "ResponseError: response_template: is int, not an object"
+    assert found[3].startswith("it made a message of 20")
