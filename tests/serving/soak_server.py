@@ -21,7 +21,7 @@ from examples import demo_server
 
 TENANTS = 20
 # Seconds that a server may take until it serves, until it has ended, and until it has read a file again.
-START_SECONDS = 180.0
+START_SECONDS = 300.0
 END_SECONDS = 60.0
 RELOAD_SECONDS = 60.0
 
