@@ -19,7 +19,7 @@ from typing import Any
 # How long one answer may take where the machine is busy.
 _WAIT_SECONDS = 15.0
 # Starting a process: not the input's fault.
-_START_SECONDS = 20.0
+_START_SECONDS = 60.0
 _IDLE_PROCESSES = 2
 _ENVIRONMENT = ("PATH", "TZ", "LANG", "LC_ALL", "LC_TIME", "SYSTEMROOT")
 _HEAD = struct.Struct(">I")
@@ -51,11 +51,16 @@ class ChildProcesses:
         """The answer of a process.
 
         Raises:
-          ChildError: it took too long or too much, and was ended.
+          ChildError: it took too long or too much, and was ended; or its process does not begin.
         """
         data = json.dumps(request).encode()
         async with self._places:
-            process = await self._take()
+            try:
+                process = await self._take()
+            except TimeoutError as error:
+                raise ChildError(
+                    f"its process had not begun after {_START_SECONDS:g} s; try again"
+                ) from error
             reply: dict[str, Any] | None = None
             try:
                 async with asyncio.timeout(_WAIT_SECONDS):
