@@ -43,7 +43,7 @@ class Embedding(nnx.Module):
         self, token_ids: jax.Array, positions: jax.Array, rows: Rows | None = None
     ) -> jax.Array:
         """int32 [T], int32 [T] -> float32 [T, hidden_size]; rows may be left out without slot tables."""
-        x = self.slots.add_lookup("weight", self._look_up(token_ids), token_ids, rows)
+        x = self.slots.add_lookup("weight", self._look_up(token_ids, rows), token_ids, rows)
         x = self.slots.scaled("weight.scale", x, rows)
         if self.scale != 1.0:
             x = x * self.scale
@@ -51,23 +51,25 @@ class Embedding(nnx.Module):
             x = rows.flat(self.slots.virtual("prompt", rows.by_sequence(x), rows))
         if self.positions is not None:
             # Only padding lies past the table's end, and what it holds is dropped.
-            x = x + rows_of(self.positions[...], positions, mode="clip")
+            x = x + rows_of(self.positions[...], positions, rows, mode="clip")
         return x
 
-    def _look_up(self, token_ids: jax.Array) -> jax.Array:
+    def _look_up(self, token_ids: jax.Array, batch: Rows | None) -> jax.Array:
         table = self.weight[...]
         if not self.mesh_axes:
-            return rows_of(table, token_ids)
+            return rows_of(table, token_ids, batch)
         local = token_ids - jax.lax.axis_index(self.mesh_axes) * table.shape[0]
         here = (local >= 0) & (local < table.shape[0])
-        rows = rows_of(table, local, mode="clip")
+        rows = rows_of(table, local, batch, mode="clip")
         return jax.lax.psum(jnp.where(here[:, None], rows, 0.0), self.mesh_axes)
 
 
-def rows_of(table: jax.Array, ids: jax.Array, mode: str | None = None) -> jax.Array:
+def rows_of(
+    table: jax.Array, ids: jax.Array, batch: Rows | None, mode: str | None = None
+) -> jax.Array:
     """Rows of a table [n, width], float32 [T, width], for ids int32 [T]; mode as `jax.numpy` indexing has it.
-    bfloat16 is gathered as whole numbers of 16 bits: XLA's CPU gather would convert the whole table first."""
-    if table.dtype != jnp.bfloat16:
+    On a CPU bfloat16 is gathered as whole numbers of 16 bits: XLA would convert the whole table first."""
+    if table.dtype != jnp.bfloat16 or batch is None or batch.platform.name != "cpu":
         return table.at[ids].get(mode=mode).astype(jnp.float32)
     words = jax.lax.bitcast_convert_type(table, jnp.uint16).at[ids].get(mode=mode)
     return jax.lax.bitcast_convert_type(words, table.dtype).astype(jnp.float32)
