@@ -57,7 +57,7 @@ LAYERS = {
 
 
 def signature_of(parts: Any, dtype: str) -> Signature:
-    forms = (TableForm(targets=t, slots=3, pieces=5) if t else None for _, t in parts)
+    forms = (TableForm(targets=t, slots=3, pieces=5, places=3) if t else None for _, t in parts)
     return Signature(specs=tuple(s for s, _ in parts), forms=tuple(forms), dtype=dtype)
 
 
