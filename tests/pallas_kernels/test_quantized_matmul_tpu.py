@@ -110,6 +110,16 @@ def test_blocks_that_cannot_be_are_refused(change):
         Blocks(**{"rows": 16, "columns": 128, **change})
 
 
+@pytest.mark.parametrize("columns", [1, 128, 200, 512, 513, 600, 640, 768, 896, 1024, 1152])
+def test_no_part_of_the_columns_is_one_register_behind_others(columns):
+    """Mosaic loads no scale of such a part."""
+    bounds = tpu.column_bounds(columns)
+    parts = np.diff(bounds)
+    assert bounds[0] == 0 and bounds[-1] == columns and min(parts) > 0 and max(parts) <= 512
+    assert not any(begin % tpu.LANES for begin in bounds[:-1])
+    assert len(parts) == 1 or min(parts) > tpu.LANES or columns % tpu.LANES
+
+
 def test_a_scale_that_is_not_a_number_stays_in_its_column():
     case = Case(4, 256, 256, 64)
     from tests.pallas_kernels.quantized_cases import make

@@ -11,6 +11,7 @@ Zeros are taken off outside: their share is a product of the sums of x over each
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -172,6 +173,17 @@ def chunks_together(rows: int, chunks: int) -> int:
     return max(n for n in range(1, most + 1) if chunks % n == 0)
 
 
+def column_bounds(columns: int) -> list[int]:
+    """Where the parts begin in which columns are added up, and where the last one ends.
+
+    They are at most _COLUMNS each, in whole registers, and as alike as they can be: a part of one register
+    behind others has scales that Mosaic cannot load.
+    """
+    registers = pl.cdiv(columns, LANES)
+    parts = pl.cdiv(registers, _COLUMNS // LANES)
+    return [*(LANES * pl.cdiv(registers * i, parts) for i in range(parts)), columns]
+
+
 def _kernel(x, w_q, scales, out, *, chunk: int, group: int):
     """x [rows, in], w_q [columns, in], scales [groups, columns] -> out [rows, columns]."""
     parts = max(1, LANES // group)  # groups of a chunk
@@ -209,10 +221,12 @@ def _kernel(x, w_q, scales, out, *, chunk: int, group: int):
         )
         return product(x[:, inputs], w.astype(jnp.float32) * by_input)
 
+    bounds = column_bounds(out.shape[1])
+
     @pl.loop(0, chunks // together)
     def add(several):
-        for begin in range(0, out.shape[1], _COLUMNS):
-            columns = pl.ds(begin, min(_COLUMNS, out.shape[1] - begin))
+        for begin, end in itertools.pairwise(bounds):
+            columns = pl.ds(begin, end - begin)
             out[:, columns] += sum(
                 scaled_product(several * together + i, columns) for i in range(together)
             )
