@@ -1,7 +1,8 @@
-"""The heuristic: greedy, then local search (docs/placement.md)."""
+"""The heuristic: greedy, then local search (local_search.py, docs/placement.md)."""
 
 import numpy as np
 
+from jblock.scheduler.placement.local_search import TIGHT, greedy, improve, restore
 from jblock.scheduler.placement.model import Model, Trip
 from jblock.scheduler.placement.occupancy import Occupancy, Way
 from jblock.scheduler.placement.records import Placement, PlacementError, Problem, Route
@@ -9,22 +10,11 @@ from jblock.scheduler.placement.routing import find_way
 
 Stop = tuple[int, ...]
 
-_TIGHT = 30.0
-"""Times the price of memory: where it would soon be too little for what has no place yet."""
 _FULL = 1e9
 """The same, where only bytes count."""
 _MOST_EJECTED = 200
 _BUSY = 0.33
 """Of an agent's time: as long as another row costs what the first did."""
-_PRICES = (1.0, 1.0, 0.0, _TIGHT)
-"""That rounds of the local search go by."""
-_WORSE = 0.03
-"""Of the least cost: how much dearer the local search may go on from, at first."""
-_CYCLES = 3
-"""How often it does so anew, from the best that was found."""
-_SHARES = (0.15, 0.3, 0.5)
-"""Of the trips, that a round of the local search takes out together, at most _MOST_OUT."""
-_MOST_OUT = 6
 
 
 def place(
@@ -55,7 +45,7 @@ def place(
     if state.unplaced:
         _make_room(state, rng)
     movable = np.array([i for i in range(len(model.trips)) if i not in kept], np.int64)
-    _improve(state, movable, rng, effort)
+    improve(state, movable, rng, effort)
     return _record(state)
 
 
@@ -125,7 +115,7 @@ def _first(state: Occupancy, order: list[int]) -> None:
     for i in families.founders_first(order):
         trip = model.trips[i]
         slack = (state.free.sum() - to_come) / room
-        price = 1.0 if slack > 0.2 else _TIGHT if slack > 0.1 else _FULL
+        price = 1.0 if slack > 0.2 else TIGHT if slack > 0.1 else _FULL
         way = families.follow(trip)
         if way is None and (way := find_way(state, trip, price)) is not None:
             families.note(trip, way)
@@ -196,18 +186,6 @@ class _Families:
         return all(self._shared[b] for b in stop)
 
 
-def _greedy(state: Occupancy, order: list[int], price: float) -> bool:
-    """Routes trips one after the other; returns whether all found room."""
-    all_ = True
-    for i in order:
-        way = find_way(state, state.model.trips[i], price)
-        if way is None:
-            all_ = False
-        else:
-            state.add(i, way)
-    return all_
-
-
 def _make_room(state: Occupancy, rng: np.random.Generator) -> None:
     """Takes out more and more placed trips, and puts them in again, tighter, behind those without a place.
 
@@ -224,9 +202,9 @@ def _make_room(state: Occupancy, rng: np.random.Generator) -> None:
         for i in before:
             state.remove(i)
         size = {i: model.trips[i].nbytes.max() * (1 + 0.3 * rng.random()) for i in (*out, *before)}
-        _greedy(state, sorted(size, key=lambda i: -size[i]), _FULL)
+        greedy(state, sorted(size, key=lambda i: -size[i]), _FULL)
         if len(state.unplaced) > len(out):
-            _restore(state, [*out, *before], before)
+            restore(state, [*out, *before], before)
         if not state.unplaced:
             return
         placed = [i for i, way in enumerate(state.ways) if way is not None]
@@ -259,68 +237,6 @@ def _neighbors(
         if len(near) >= count:
             break
     return rng.permutation(near)[:count].tolist()
-
-
-def _improve(state: Occupancy, movable: np.ndarray, rng: np.random.Generator, effort: int) -> None:
-    """Takes related trips out and puts them in again in another order, as long as the effort lasts. What
-    comes out a little dearer is gone on from as well, ever less so; the cheapest of all stays."""
-    if not len(movable):
-        return
-    least = state.cost
-    best, left, turn, cycle = list(state.ways), effort, 0, float(_CYCLES)
-    while left > 0:
-        share = _SHARES[turn % len(_SHARES)]
-        count = int(min(max(share * len(movable), 1), _MOST_OUT, len(movable)))
-        again, heat = divmod(left / effort * _CYCLES, 1.0)
-        if again != cycle:
-            cycle = again
-            _return(state, best)
-        chosen = _related(state, movable, count, rng)
-        before = {i: state.ways[i] for i in chosen}
-        for i in chosen:
-            state.remove(i)
-        order = [chosen[j] for j in rng.permutation(len(chosen))]
-        slack = _WORSE * heat * least
-        if _greedy(state, order, _PRICES[turn % 4]) and state.cost <= least + slack:
-            if state.cost < least * (1 - 1e-12):
-                least, best = state.cost, list(state.ways)
-        else:
-            _restore(state, chosen, before)
-        left -= len(chosen)
-        turn += 1
-    _return(state, best)
-
-
-def _related(
-    state: Occupancy, movable: np.ndarray, count: int, rng: np.random.Generator
-) -> list[int]:
-    """A trip, and others that share agents with it, mostly."""
-    first = int(movable[rng.integers(len(movable))])
-    pool = movable if len(movable) <= 100 else rng.choice(movable, 100, replace=False)
-    way = state.ways[first]
-    own = set() if way is None else set(way.tolist())
-    met = {
-        int(i)
-        for i in pool
-        if i != first and (other := state.ways[i]) is not None and own & set(other.tolist())
-    }
-    score = {int(i): rng.random() - 0.5 * (int(i) in met) for i in pool if i != first}
-    return [first, *sorted(score, key=score.__getitem__)[: count - 1]]
-
-
-def _return(state: Occupancy, ways: list[Way | None]) -> None:
-    """Goes back to the routes of before."""
-    changed = [i for i, way in enumerate(ways) if way is not state.ways[i]]
-    _restore(state, changed, {i: ways[i] for i in changed})
-
-
-def _restore(state: Occupancy, chosen: list[int], before: dict[int, Way | None]) -> None:
-    for i in chosen:
-        state.remove(i)
-    for i in chosen:
-        way = before.get(i)
-        if way is not None:
-            state.add(i, way)
 
 
 def _record(state: Occupancy) -> Placement:
