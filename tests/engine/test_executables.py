@@ -17,7 +17,7 @@ from jblock.engine.config import Bucket, EngineConfig
 from jblock.engine.engine import ThreadEngine
 from jblock.engine.programs.executable_cache import ExecutableCache
 from jblock.engine.runner.latency_profile import Profile
-from jblock.pallas_kernels import self_test
+from jblock.pallas_kernels import backends, self_test
 from jblock.zoo.store import Zoo
 
 MODEL = "llama_gqa_untied"
@@ -120,13 +120,30 @@ def test_kernels_are_tested_again_only_where_none_passed_before(tmp_path, monkey
     results, tested = [{"matmul": "off"}, {}, {}], []
     monkeypatch.setattr(self_test, "run", lambda kv: tested.append(kv) or results.pop(0))
     for kv_dtype in ("float32", "float32", "float32", "int8"):
-        factory._tested(tmp_path, kv_dtype)
+        factory._tested(tmp_path, kv_dtype, "")
     assert tested == ["float32", "float32", "int8"]
     for path in tmp_path.glob("*.xla"):
         path.write_bytes(b"x" + path.read_bytes()[1:])
     results.append({})
-    factory._tested(tmp_path, "float32")
+    factory._tested(tmp_path, "float32", "")
     assert tested[3:] == ["float32"]
+
+
+def test_kernels_whose_self_test_did_not_end_are_not_tried_again_by_default(tmp_path, monkeypatch):
+    served, tested = [], []
+
+    def hangs(kv):
+        tested.append(kv)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(self_test, "run", hangs)
+    monkeypatch.setattr(backends, "serve", lambda *args: served.append(args))
+    with pytest.raises(KeyboardInterrupt):
+        factory._tested(tmp_path, "bfloat16", "gpu")
+    factory._tested(tmp_path, "bfloat16", "gpu")
+    assert tested == ["bfloat16"] and served == [("gpu", "xla")]
+    with pytest.raises(KeyboardInterrupt):  # somebody named the kernels
+        factory._tested(tmp_path, "bfloat16", "")
 
 
 def test_refuses_a_folder_others_can_write_to(tmp_path):
