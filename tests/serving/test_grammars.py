@@ -149,7 +149,7 @@ def real(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("structured")
     hf.convert(DEMO, path / "zoo", "demo", Progress(False))
-    settings = {"max_num_seqs": 4, "max_model_len": 256, "decode_sizes": [4], "page_size": 16}
+    settings = {"max_num_seqs": 4, "max_model_len": 512, "decode_sizes": [4], "page_size": 16}
     kwargs = {"zoo": str(path / "zoo")}
     more = {"prefill_grids": [[4, 16]], "kv_memory_mb": 4}
     engine = ProcessEngine("jblock.engine.factory:build_engine", {**kwargs, **settings, **more})
@@ -190,7 +190,8 @@ def test_drawn_schemas_are_kept_to_or_refused_by_name(real, count, least):
 
     def one(at):
         schema, keyword = schemas[at]
-        sampling = {"max_tokens": 230, "temperature": 1.0, "seed": at, "json_schema": schema}
+        # So hot because the model seldom ends a string by itself.
+        sampling = {"max_tokens": 480, "temperature": 1.5, "seed": at, "json_schema": schema}
         try:
             answer = real.client.generate("demo", "Once upon", timeout=600.0, **sampling)
         except ClientError as error:
