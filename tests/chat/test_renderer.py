@@ -3,6 +3,7 @@
 import asyncio
 import os
 import resource
+import time
 from pathlib import Path
 
 import pytest
@@ -52,9 +53,10 @@ def run(work):
 def test_hostile_templates_end_and_harm_nobody():
     async def work(renderer):
         async def hostile(source):
+            begin = time.monotonic()
             with pytest.raises(RenderError) as caught:
                 await renderer.render(request(source))
-            return caught.value
+            return time.monotonic() - begin, caught.value
 
         async def good():
             texts = []
@@ -71,8 +73,9 @@ def test_hostile_templates_end_and_harm_nobody():
 
     ended, texts = run(work)
     assert texts == [[(f"user: {i}\n", False)] for i in range(20)]
-    assert len(ended) == 10
-    assert not any(error.refused and "took longer" in str(error) for error in ended)
+    # Ten processes share the machine with the test: each gets a second and what starting it takes.
+    assert max(seconds for seconds, _ in ended) < 15
+    assert not any(error.refused and "took longer" in str(error) for _, error in ended)
 
 
 def cpu_seconds(pid: int) -> float:

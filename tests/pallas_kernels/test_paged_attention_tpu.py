@@ -126,14 +126,9 @@ def test_matches_reference(case, capfd):
 
 @pytest.mark.long
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_case_matches_reference(case, capfd):
-    hold(case, small(case), capfd, rounded=True)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("case", CASES[::3], ids=str)
-def test_cases_match_reference_in_blocks_of_the_heuristic(case, capfd):
-    hold(case, None, capfd, rounded=True)
+@pytest.mark.parametrize("cut", ["small", "heuristic"])
+def test_every_case_matches_reference(case, cut, capfd):
+    hold(case, small(case) if cut == "small" else None, capfd, rounded=True)
 
 
 @pytest.mark.parametrize("groups, wide, narrow", [(1, 1, 2), (3, 4, 4), (8, 8, 8), (9, 16, 16)])
@@ -261,7 +256,7 @@ def random_case(sequences, form, window, kv):
 
 
 @pytest.mark.long
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     sequences=LENGTHS,
     form=st.sampled_from(FORMS),
