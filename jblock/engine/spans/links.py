@@ -3,6 +3,7 @@
 A link that ends, or is made, says `Gone`: whoever is on the other side knows nothing of before.
 """
 
+import queue
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -42,6 +43,41 @@ class Link(Protocol):
     def close(self) -> None:
         """Ends the connection."""
         ...
+
+
+class QueuedLink:
+    """Base of a `Link`: writes on a thread of its own, which may wait for the device and for who reads."""
+
+    def __init__(self) -> None:
+        """Starts to write; what `_send` uses must be there."""
+        self._waiting: queue.SimpleQueue[tuple[Message, Any] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._write, name="spans-write", daemon=True).start()
+
+    def put(self, message: Message, rows: Any) -> None:
+        """See `Link`."""
+        if self._waiting.qsize() > MOST_WAITING:
+            self.close()
+        else:
+            self._waiting.put((message, rows))
+
+    def close(self) -> None:
+        """See `Link`."""
+        self._waiting.put(None)
+
+    def _send(self, message: Message, rows: Any) -> None:
+        """Writes a message.
+
+        Raises:
+          OSError: the connection ended.
+        """
+        raise NotImplementedError
+
+    def _write(self) -> None:
+        try:
+            while (item := self._waiting.get()) is not None:
+                self._send(*item)
+        except OSError:
+            self.close()
 
 
 class Links:

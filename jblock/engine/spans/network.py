@@ -6,7 +6,6 @@ The receiver says now and then how many bytes it has taken; a sender has at most
 way, and ends the stream if that stays full.
 """
 
-import queue
 import struct
 import threading
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from typing import Any
 from absl import logging
 
 from jblock.engine.graph.span_placement import HOME
-from jblock.engine.spans.links import MOST_WAITING, Links, body_of, decoded, encoded, new_rows
+from jblock.engine.spans.links import Links, QueuedLink, body_of, decoded, encoded, new_rows
 from jblock.engine.spans.messages import Message, Rows
 from jblock.hosts import streams
 from jblock.hosts.credentials import from_files
@@ -117,23 +116,15 @@ class NetworkPort(Links):
             self.serve(peer, _NetworkLink(stream))
 
 
-class _NetworkLink:
-    """A `Link` over a stream. It writes on a thread that may wait for the device and for who reads."""
+class _NetworkLink(QueuedLink):
+    """A `Link` over a stream."""
 
     def __init__(self, stream: streams.Stream):
         self._stream = stream
-        self._waiting: queue.SimpleQueue[tuple[Message, Any] | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._on_their_way = self._taken = 0
         self._closed = False
-        threading.Thread(target=self._write, name="spans-write", daemon=True).start()
-
-    def put(self, message: Message, rows: Any) -> None:
-        """See `Link`."""
-        if self._waiting.qsize() > MOST_WAITING:
-            self.close()
-        else:
-            self._waiting.put((message, rows))
+        super().__init__()
 
     def next(self) -> tuple[Message, Any]:
         """See `Link`."""
@@ -177,15 +168,8 @@ class _NetworkLink:
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._waiting.put(None)
+        super().close()
         self._stream.close()
-
-    def _write(self) -> None:
-        try:
-            while (item := self._waiting.get()) is not None:
-                self._send(*item)
-        except streams.StreamEnded:
-            self.close()
 
     def _send(self, message: Message, rows: Any) -> None:
         data, body = encoded(message), body_of(message, rows)

@@ -8,7 +8,6 @@ long as they live.
 
 import contextlib
 import os
-import queue
 import socket
 import struct
 import threading
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jblock.engine.graph.span_placement import HOME
-from jblock.engine.spans.links import MOST_WAITING, Links, body_of, decoded, encoded, new_rows
+from jblock.engine.spans.links import Links, QueuedLink, body_of, decoded, encoded, new_rows
 from jblock.engine.spans.messages import Message, Rows
 from jblock.engine.spans.shared_memory import Ring, new_file
 from jblock.parallel.placement import Placement
@@ -99,8 +98,8 @@ class SocketPort(Links):
         self.serve(_HELLO.unpack(hello)[0], link)
 
 
-class _SocketLink:
-    """A `Link`. It writes on a thread that may wait for the device and for who reads."""
+class _SocketLink(QueuedLink):
+    """A `Link` over a connection, rows through shared memory where there is room in it."""
 
     def __init__(self, connection: socket.socket):
         """A link that has sent its memory.
@@ -117,15 +116,7 @@ class _SocketLink:
             raise
         self._outgoing = Ring(file)
         self._incoming: Ring | None = None
-        self._waiting: queue.SimpleQueue[tuple[Message, Any] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._write, name="spans-write", daemon=True).start()
-
-    def put(self, message: Message, rows: Any) -> None:
-        """See `Link`."""
-        if self._waiting.qsize() > MOST_WAITING:
-            self.close()
-        else:
-            self._waiting.put((message, rows))
+        super().__init__()
 
     def next(self) -> tuple[Message, Any]:
         """See `Link`."""
@@ -162,23 +153,18 @@ class _SocketLink:
 
     def close(self) -> None:
         """See `Link`."""
-        self._waiting.put(None)
+        super().close()
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
 
-    def _write(self) -> None:
-        while (item := self._waiting.get()) is not None:
-            message, rows = item
-            data, body = encoded(message), body_of(message, rows)
-            position = self._outgoing.put(body) if len(body) else None
-            header = _HEADER.pack(len(data), len(body), position is not None, position or 0)
-            if position is not None:
-                body = body[:0]
-            try:
-                self._connection.sendall(b"".join((header, data, body)))
-            except OSError:
-                return
+    def _send(self, message: Message, rows: Any) -> None:
+        data, body = encoded(message), body_of(message, rows)
+        position = self._outgoing.put(body) if len(body) else None
+        header = _HEADER.pack(len(data), len(body), position is not None, position or 0)
+        if position is not None:
+            body = body[:0]
+        self._connection.sendall(b"".join((header, data, body)))
 
 
 def _read(connection: socket.socket, into: memoryview) -> None:
