@@ -3,42 +3,20 @@
 import os
 import signal
 import time
-from pathlib import Path
 
 import fake_devices
 import pytest
+from demo_agents import ADAPTER, BASE
 
-from checkpoints import hf, peft
-from checkpoints.progress import Progress
 from jblock.engine import api
 from jblock.engine.process.client import ProcessEngine
 from jblock.engine.process.seats import share_out
 from jblock.scheduler.cluster import Cluster
 
-ROOT = Path(__file__).parent.parent.parent
-BASE, ADAPTER = "demo-1m", "demo-1m-largest-lora12"
 FACTORY = "jblock.engine.factory:build_engine"
 LONG = 300.0
 TOKENS = 32
 PREFIX = tuple(5 + 7 * i % 120 for i in range(64))
-
-
-@pytest.fixture(scope="module")
-def kwargs(tmp_path_factory) -> dict:
-    """Of an engine for a base and an adapter on it."""
-    folder, quiet = tmp_path_factory.mktemp("agents"), Progress(False)
-    hf.convert(ROOT / "examples/models" / BASE, folder / "zoo", BASE, quiet)
-    peft.convert(ROOT / "examples/adapters" / ADAPTER, folder / "zoo", BASE, ADAPTER, quiet)
-    return {
-        "zoo": str(folder / "zoo"),
-        "models": [BASE, ADAPTER],
-        "max_num_seqs": 8,
-        "max_model_len": 160,
-        "page_size": 16,
-        "decode_sizes": [8],
-        "prefill_grids": [[8, 16]],
-        "kv_memory_mb": 16,
-    }
 
 
 def requests() -> list[api.Request]:
