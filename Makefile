@@ -44,8 +44,8 @@ soak-faults: $(VENV)/.installed
 compilers:
 	$(PYTHON) -m venv $(VENV)-compilers
 	$(VENV)-compilers/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,compile]'
-	$(VENV)-compilers/bin/python -m pytest -m 'not long' tests/pallas_kernels/test_cycles.py \
-	  tests/pallas_kernels/test_mosaic_gpu_compiles.py tests/parallel/test_compile_check.py
+	$(VENV)-compilers/bin/python -m pytest -m 'not long' tests/pallas_kernels/test_cycles.py tests/parallel/test_compile_check.py
+	$(VENV)-compilers/bin/python -m pytest -n 2 tests/pallas_kernels/test_mosaic_gpu_compiles.py
 	$(VENV)-compilers/bin/python -m pytest -m compilers tests/bench
 
 # Clients as others publish them, against the server, and the chat templates of published packages; an environment

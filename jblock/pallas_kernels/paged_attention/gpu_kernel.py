@@ -192,9 +192,13 @@ class _Attention:
         plan, s, work = self.plan, self.s, self.work
         acc, best, total = carry
         slot = self._slot(step)
-        keys, values = s.k_ring.at[slot], s.v_ring.at[slot]
+        # Added to indices: what compilers do not know to be the same in every step they do not keep in
+        # registers throughout, such as two for each operand of a matmul's up to 16 instructions.
+        zero = jnp.minimum(step - work.begin, 0)
+        queries = s.q_tile.at[work.wg + zero]
+        keys, values = s.k_ring.at[slot + zero], s.v_ring.at[slot + zero]
         if s.k_wide is not None and s.v_wide is not None:
-            keys, values = s.k_wide.at[self._wide_slot(step)], s.v_wide
+            keys, values = s.k_wide.at[self._wide_slot(step) + zero], s.v_wide
 
         def meanwhile() -> None:
             if plan.scaled:
@@ -202,7 +206,7 @@ class _Attention:
             if self.pair:
                 self._rendezvous()
 
-        scores = hopper.matmul(s.q_tile.at[work.wg], keys, transpose_b=True, then=meanwhile)
+        scores = hopper.matmul(queries, keys, transpose_b=True, then=meanwhile)
         if s.k_ring_scales is not None:
             scale = hopper.load_columns(s.k_ring_scales.at[slot])
             scores *= lax.broadcast_in_dim(scale, scores.shape, [1])
@@ -270,15 +274,18 @@ class _Attention:
     def _widen(self, narrow: Ref, wide: Ref, seen: gpu_walk.Block | None = None) -> None:
         """A block [block_kv, d] of 8-bit values as bfloat16; zeros where `seen` says that nobody sees it."""
         width = hopper.swizzle_columns(self.plan.head_dim, jnp.bfloat16)
-        for top in range(0, self.plan.block_kv, ROWS):
-            for left in range(0, self.plan.head_dim, width):
-                part = slice(top, top + ROWS), slice(left, left + width)
+
+        @pl.loop(0, self.plan.head_dim // width)  # unrolled its loads would all come first: registers
+        def _columns(i: Int) -> None:
+            for top in range(0, self.plan.block_kv, ROWS):
+                part = pl.ds(top, ROWS), pl.ds(i * width, width)
                 values = hopper.load_8_bits(narrow.at[part])
                 if seen is not None:
                     key = hopper.iota((ROWS, width), 0) + top
                     mine = (key >= seen.head) & (key < seen.tail)
                     values = jnp.where(mine, values, jnp.bfloat16(0))
                 wide[part] = values
+
         plgpu.commit_smem()
 
     def _value_scales(self, step: Int, masked: bool) -> jax.Array:
