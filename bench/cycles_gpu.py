@@ -16,7 +16,7 @@ from typing import Any
 
 from jblock import compile_matrix as matrix
 
-# Attention of every model, whose forms differ; of the other ops what a server of this one runs most; --quick: of
+# Attention of all models whose kernels differ; of the other ops what a server of this one runs most; --quick: of
 # each op the first.
 MODEL = "llama-3-8b"
 OPS = ("paged_attention", "quantized_matmul", "grouped_block_matmul", "grouped_delta_matmul")
@@ -73,7 +73,9 @@ def _programs(quick: bool) -> Iterator[tuple[str, str, Any, Any]]:
     """op, name, function, arguments."""
     for op in OPS:
         shapes = importlib.import_module(f"jblock.pallas_kernels.{op}.shapes")
-        chosen = tuple(m for m in shapes.MODELS if op == "paged_attention" or m.name == MODEL)
+        chosen = tuple(m for m in shapes.MODELS if m.name == MODEL)
+        if op == "paged_attention":
+            chosen = shapes.DISTINCT
         for i, (name, function, arguments) in enumerate(shapes.programs("mosaic_gpu", chosen)):
             if not quick or i == 0:
                 yield op, name, function, arguments

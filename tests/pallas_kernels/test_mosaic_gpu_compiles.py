@@ -22,8 +22,6 @@ from jblock.pallas_kernels.quantized_matmul import mosaic_gpu as quantized_gpu
 from jblock.pallas_kernels.quantized_matmul import shapes as quantized_shapes
 from jblock.parallel.targets import Target
 
-# Models of one shape share a kernel, which is compiled once in a process.
-MODELS = {dataclasses.replace(m, name=""): m for m in reversed(shapes.MODELS)}
 QUICK = {
     ("llama-3-8b", "decode", "bfloat16"),
     ("demo", "mixed", "bfloat16"),
@@ -37,7 +35,7 @@ PROGRAMS = [
         id=f"{model.name}-{batch.name}-{dtype}",
         marks=() if (model.name, batch.name, dtype) in QUICK else pytest.mark.long,
     )
-    for model in MODELS.values()
+    for model in shapes.DISTINCT
     for batch in shapes.BATCHES
     for dtype in shapes.DTYPES
 ]

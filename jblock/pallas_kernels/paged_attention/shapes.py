@@ -35,6 +35,12 @@ MODELS = (
     Model(name="mixtral-8x7b", heads=32, kv_heads=8, head_dim=128),
     Model(name="demo", heads=4, kv_heads=2, head_dim=32),
 )
+DISTINCT = tuple(
+    m
+    for i, m in enumerate(MODELS)
+    if all(dataclasses.replace(m, name=other.name) != other for other in MODELS[:i])
+)
+"""MODELS without those that share a kernel with one before them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
