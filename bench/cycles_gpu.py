@@ -16,8 +16,8 @@ from typing import Any
 
 from jblock import compile_matrix as matrix
 
-# Attention of all models whose kernels differ; of the other ops what a server of this one runs most; --quick: of
-# each op the first.
+# Attention of all models whose kernels differ; of the other ops what a server of this one runs most; --quick:
+# of each op the first.
 MODEL = "llama-3-8b"
 OPS = ("paged_attention", "quantized_matmul", "grouped_block_matmul", "grouped_delta_matmul")
 

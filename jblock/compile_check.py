@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
     """Returns 1 if a program does not compile, or a model fits that should not or the other way round; 2 if
     a compiler is missing."""
     del argv
-    # It compiles, and never computes: an accelerator of this machine is left to others, and its library not asked.
+    # It compiles, and never computes: an accelerator of this machine is left to others, its library unasked.
     jax.config.update("jax_platforms", "cpu")
     logging.set_verbosity(logging.ERROR)  # no kernel is tuned for a chip that nobody has
     names: tuple[str, ...] = matrix.TARGETS

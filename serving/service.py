@@ -21,8 +21,8 @@ from serving.structured.forced_calls import forced_calls
 from serving.v1 import jblock_pb2 as pb
 from serving.v1 import jblock_pb2_grpc
 
-# A client whose deadline has passed cancels the call, by a clock that began before the call was here: what ends
-# so shortly before our own end of it has expired, too.
+# A client whose deadline has passed cancels the call, by a clock that began before the call was here: what
+# ends so shortly before our own end of it has expired, too.
 _CLOCKS_APART_S = 0.25
 
 

@@ -156,6 +156,8 @@ def test_quick_run(name, quick):
     signed = ("accuracy_delta", "accuracy_change_at_8x", "ttfb_ms", "accuracy_change")
     signed += ("accuracy_change_low", "accuracy_change_high")
     assert all(value >= 0 for key, value in figures.items() if key not in signed)
+    if name == "faults":
+        assert all(figures[key] == 0 for key in ("lost", "twice", "differ", "stuck"))
     if name in ("block_tax", "roofline", "lora"):
         assert all(0.0001 < value < 1000 for value in figures.values())
 

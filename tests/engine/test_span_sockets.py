@@ -6,11 +6,14 @@ import queue
 import socket
 import struct
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jblock.engine.spans import shared_memory, sockets
 from jblock.engine.spans.messages import Close, Gone, Opened, RowItem, Rows
@@ -141,3 +144,36 @@ def test_a_folder_open_to_others_is_refused(folder):
     os.chmod(folder, 0o755)
     with pytest.raises(ValueError, match="chmod 700"):
         SocketPort(0, folder, SINGLE)
+
+
+@settings(max_examples=30)
+@given(
+    sizes=st.lists(
+        st.tuples(st.booleans(), st.integers(0, 2 * sockets._AT_A_TIME)), min_size=1, max_size=12
+    ),
+    cut=st.integers(1, 100_000),
+)
+def test_a_reader_gives_what_was_sent_however_it_comes(sizes, cut):
+    sent = np.random.default_rng(cut).bytes(sum(size for _, size in sizes))
+    ours, theirs = socket.socketpair()
+
+    def send():
+        for begin in range(0, len(sent), cut):
+            theirs.sendall(sent[begin : begin + cut])
+        theirs.close()
+
+    writer = threading.Thread(target=send)
+    writer.start()
+    reader, got = sockets._Reader(ours), b""
+    for into, size in sizes:
+        if into:
+            part = bytearray(size)
+            reader.read_into(memoryview(part))
+        else:
+            part = reader.read(size)
+        got += bytes(part)
+    writer.join()
+    assert got == sent
+    with pytest.raises(ConnectionError):
+        reader.read(1)
+    ours.close()

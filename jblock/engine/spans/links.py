@@ -176,5 +176,6 @@ def body_of(message: Message, rows: Any) -> memoryview:
 def new_rows(message: Rows) -> tuple[np.ndarray, memoryview]:
     """An array for the rows of a message, with what fills them up, and the bytes that are to come into it. A
     new one for each: the device may go on reading it."""
-    rows = np.zeros((size_for(message.count), message.width), np.float32)
+    rows = np.empty((size_for(message.count), message.width), np.float32)
+    rows[message.count :] = 0
     return rows, rows[: message.count].data.cast("B")

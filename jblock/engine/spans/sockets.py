@@ -25,6 +25,7 @@ from jblock.parallel.placement import Placement
 _HEADER = struct.Struct("!IQ?Q")
 _HELLO, _MEMORY = struct.Struct("!I"), b"m"
 _MOST_BYTES = 64 * 2**20  # of a message: the tokens of the longest sequence there could be
+_AT_A_TIME = 2**16  # bytes
 _RETRY_SECONDS, _LOOK_SECONDS = 0.05, 1.0
 
 
@@ -116,19 +117,18 @@ class _SocketLink(QueuedLink):
             raise
         self._outgoing = Ring(file)
         self._incoming: Ring | None = None
+        self._reader = _Reader(connection)
         super().__init__()
 
     def next(self) -> tuple[Message, Any]:
         """See `Link`."""
         if self._incoming is None:
             self._incoming = self._memory()
-        header = bytearray(_HEADER.size)
-        _read(self._connection, memoryview(header))
+        header = self._reader.read(_HEADER.size)
         length, row_bytes, is_shared, position = _HEADER.unpack(header)
         if length > _MOST_BYTES:
             raise ValueError(f"a message of {length} bytes")
-        data = bytearray(length)
-        _read(self._connection, memoryview(data))
+        data = self._reader.read(length)
         message = decoded(data, row_bytes)
         if not isinstance(message, Rows):
             return message, None
@@ -136,7 +136,7 @@ class _SocketLink(QueuedLink):
         if is_shared:
             self._incoming.take(position, body)
         else:
-            _read(self._connection, body)
+            self._reader.read_into(body)
         return message, rows
 
     def _memory(self) -> Ring:
@@ -165,6 +165,54 @@ class _SocketLink(QueuedLink):
         if position is not None:
             body = body[:0]
         self._connection.sendall(b"".join((header, data, body)))
+
+
+class _Reader:
+    """What comes over a connection, as much at a time as is there: a message is one call of the system."""
+
+    def __init__(self, connection: socket.socket):
+        """A reader that has read nothing."""
+        self._connection = connection
+        self._buffer = memoryview(bytearray(_AT_A_TIME))
+        self._begin = self._end = 0
+
+    def read(self, size: int) -> memoryview:
+        """The next bytes, until the next call.
+
+        Raises:
+          OSError: the connection ended.
+        """
+        if size > _AT_A_TIME:
+            into = memoryview(bytearray(size))
+            self.read_into(into)
+            return into
+        if self._begin + size > _AT_A_TIME:
+            left = self._end - self._begin
+            self._buffer[:left] = bytes(self._buffer[self._begin : self._end])
+            self._begin, self._end = 0, left
+        while self._end - self._begin < size:
+            count = self._connection.recv_into(self._buffer[self._end :])
+            if not count:
+                raise ConnectionError("closed")
+            self._end += count
+        return self._taken(size)
+
+    def read_into(self, into: memoryview) -> None:
+        """Fills `into`.
+
+        Raises:
+          OSError: the connection ended.
+        """
+        there = min(len(into), self._end - self._begin)
+        into[:there] = self._taken(there)
+        _read(self._connection, into[there:])
+
+    def _taken(self, size: int) -> memoryview:
+        taken = self._buffer[self._begin : self._begin + size]
+        self._begin += size
+        if self._begin == self._end:
+            self._begin = self._end = 0
+        return taken
 
 
 def _read(connection: socket.socket, into: memoryview) -> None:
