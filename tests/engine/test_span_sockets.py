@@ -140,6 +140,27 @@ def test_rows_that_find_no_room_come_behind_their_message(folder, monkeypatch):
         np.testing.assert_array_equal(values[: message.count], rows[: message.count])
 
 
+def test_who_sends_does_not_wait_for_who_reads(folder):
+    reads, received = threading.Event(), queue.SimpleQueue()
+    home = SocketPort(0, folder, SINGLE)
+    MADE.append(home)
+
+    def receive(*sent):
+        received.put(sent)
+        reads.wait(LONG)
+
+    home.listen(receive)
+    agent, at_agent = port(1, folder)
+    assert at_agent.get(timeout=LONG)[1] == received.get(timeout=LONG)[1] == Gone()
+    sent = [
+        Close(key=i, token_ids=tuple(range(100 * (i % 40))), poisoned=False) for i in range(2000)
+    ]
+    for message in sent:  # More than a socket holds.
+        agent.send(0, message)
+    reads.set()
+    assert [received.get(timeout=LONG)[1] for _ in sent] == sent
+
+
 def test_a_folder_open_to_others_is_refused(folder):
     os.chmod(folder, 0o755)
     with pytest.raises(ValueError, match="chmod 700"):

@@ -46,15 +46,26 @@ class Link(Protocol):
 
 
 class QueuedLink:
-    """Base of a `Link`: writes on a thread of its own, which may wait for the device and for who reads."""
+    """Base of a `Link`: what cannot be written without waiting, for the device or for who reads, is written
+    on a thread of its own."""
 
     def __init__(self) -> None:
         """Starts to write; what `_send` uses must be there."""
         self._waiting: queue.SimpleQueue[tuple[Message, Any] | None] = queue.SimpleQueue()
+        self._unwritten, self._lock = 0, threading.Lock()
         threading.Thread(target=self._write, name="spans-write", daemon=True).start()
 
     def put(self, message: Message, rows: Any) -> None:
         """See `Link`."""
+        with self._lock:
+            is_first = not self._unwritten and _is_there(rows)
+            try:
+                if is_first and self._send_at_once(message, rows):
+                    return
+            except OSError:
+                self.close()
+                return
+            self._unwritten += 1
         if self._waiting.qsize() > MOST_WAITING:
             self.close()
         else:
@@ -72,10 +83,20 @@ class QueuedLink:
         """
         raise NotImplementedError
 
+    def _send_at_once(self, message: Message, rows: Any) -> bool:
+        """Writes a message if that takes no waiting, and says whether it did.
+
+        Raises:
+          OSError: the connection ended.
+        """
+        return False
+
     def _write(self) -> None:
         try:
             while (item := self._waiting.get()) is not None:
                 self._send(*item)
+                with self._lock:
+                    self._unwritten -= 1
         except OSError:
             self.close()
 
@@ -139,6 +160,12 @@ class Links:
                     del self._links[peer]
             if current:
                 self._receive(peer, Gone(), None)
+
+
+def _is_there(rows: Any) -> bool:
+    """Whether rows, of a device or of the host, were computed."""
+    is_ready = getattr(rows, "is_ready", None)
+    return is_ready is None or is_ready()
 
 
 def encoded(message: Message) -> bytes:

@@ -8,6 +8,7 @@ long as they live.
 
 import contextlib
 import os
+import select
 import socket
 import struct
 import threading
@@ -25,7 +26,7 @@ from jblock.parallel.placement import Placement
 _HEADER = struct.Struct("!IQ?Q")
 _HELLO, _MEMORY = struct.Struct("!I"), b"m"
 _MOST_BYTES = 64 * 2**20  # of a message: the tokens of the longest sequence there could be
-_AT_A_TIME = 2**16  # bytes
+_AT_A_TIME, _AT_ONCE = 2**16, 2**15  # bytes
 _RETRY_SECONDS, _LOOK_SECONDS = 0.05, 1.0
 
 
@@ -116,6 +117,8 @@ class _SocketLink(QueuedLink):
             os.close(file)
             raise
         self._outgoing = Ring(file)
+        self._number, self._writable = connection.fileno(), select.poll()
+        self._writable.register(self._number, select.POLLOUT)
         self._incoming: Ring | None = None
         self._reader = _Reader(connection)
         super().__init__()
@@ -160,11 +163,27 @@ class _SocketLink(QueuedLink):
 
     def _send(self, message: Message, rows: Any) -> None:
         data, body = encoded(message), body_of(message, rows)
-        position = self._outgoing.put(body) if len(body) else None
-        header = _HEADER.pack(len(data), len(body), position is not None, position or 0)
-        if position is not None:
-            body = body[:0]
-        self._connection.sendall(b"".join((header, data, body)))
+        position = self._outgoing.put(body) if body else None
+        self._connection.sendall(_header(data, body, position))
+        if position is None:
+            self._connection.sendall(body)
+
+    def _send_at_once(self, message: Message, rows: Any) -> bool:
+        data = encoded(message)
+        # A Unix socket that can be written to has room for as much.
+        if len(data) > _AT_ONCE or self._writable.poll(0) != [(self._number, select.POLLOUT)]:
+            return False
+        body = body_of(message, rows)
+        position = self._outgoing.put(body) if body else None
+        if body and position is None:
+            return False
+        self._connection.sendall(_header(data, body, position))
+        return True
+
+
+def _header(data: bytes, body: memoryview, position: int | None) -> bytes:
+    """What precedes the rows of a message, with the message."""
+    return _HEADER.pack(len(data), len(body), position is not None, position or 0) + data
 
 
 class _Reader:
