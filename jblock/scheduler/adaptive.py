@@ -29,7 +29,7 @@ from jblock.zoo.store import Zoo
 _LOAD_SECONDS, _LOAD_BYTES_PER_SECOND = 0.1, 500e6
 # Of what was seen last, how much counts.
 _NEW_SHARE = 0.2
-_AGENT = "engine"
+_ENGINE = "engine"
 
 
 @dataclasses.dataclass
@@ -98,14 +98,13 @@ class AdaptiveEngine(api.Engine):
             return
         most = self._budget.damage if request.max_damage is None else request.max_damage
         wanted = Budget(policy=request.policy, measure=self._budget.measure, damage=most)
-        costs = _Costs(self._engine.stats(), self._load_seconds)
-        report = costs.report([known.chain, *known.chains])
+        reports = self._reports([known.chain, *known.chains])
         work = Work(prompt_tokens=len(request.token_ids), new_tokens=request.sampling.max_tokens)
         told, chain = None, known.chain
         try:
             budget = self._budget.and_(wanted)
             served = {one.steps: one for one in known.chains}
-            found = assemble(known.chain, budget, known.edges, [report], {}, work, served)
+            found = assemble(known.chain, budget, known.edges, reports, {}, work, served)
         except NoRouteError:
             found = None  # The engine says why.
         if found is not None and found.edges:
@@ -116,11 +115,22 @@ class AdaptiveEngine(api.Engine):
                 measure=budget.measure,
                 damage=found.damage,
             )
-        loads = any(step.component in report.load_seconds for step in chain.steps)
+        loads = all(any(s.component in r.load_seconds for s in chain.steps) for r in reports)
         with self._lock:
             since = time.monotonic() if loads else None
             self._open[request.request_id] = _Bound(told, since)
         self._engine.submit(dataclasses.replace(plain, model=chain.name))
+
+    def _reports(self, chains: Sequence[Chain]) -> list[Report]:
+        """Of the agents that have the first of these chains whole, each by itself; of all as one where it
+        goes over several, for then every way is theirs together."""
+        all_of_them = _Costs(self._engine.stats(), self._load_seconds)
+        wanted, found = all_of_them.blocks_of(chains[0]), []
+        for agent in self._engine.agents():
+            costs = _Costs(agent.stats, self._load_seconds)
+            if agent.up and costs.blocks_of(chains[0]) == wanted:
+                found.append(costs.report(agent.name, chains))
+        return found or [all_of_them.report(_ENGINE, chains)]
 
     def cancel(self, request_id: str) -> None:
         """See `Engine.cancel`."""
@@ -252,7 +262,11 @@ class _Costs:
         total = sum(b.weight_bytes for b in ran)
         self._byte_seconds = sum(self._own_seconds(b) for b in ran) / total if total else 0.0
 
-    def report(self, chains: Sequence[Chain]) -> Report:
+    def blocks_of(self, chain: Chain) -> set[str]:
+        """The blocks that are known of a chain."""
+        return {step.component[:8] for step in chain.steps} & self._blocks.keys()
+
+    def report(self, agent: str, chains: Sequence[Chain]) -> Report:
         """Of these chains' components. A block is known by its first one; it stands for the others."""
         step: dict[str, float] = {}
         queue: dict[str, float] = {}
@@ -267,7 +281,7 @@ class _Costs:
             missing = block.weight_bytes - block.resident_bytes
             if missing > 0:
                 load[id_] = self._load_seconds + missing / _LOAD_BYTES_PER_SECOND
-        return Report(agent=_AGENT, step_seconds=step, queue_seconds=queue, load_seconds=load)
+        return Report(agent=agent, step_seconds=step, queue_seconds=queue, load_seconds=load)
 
     def _seconds(self, block: api.BlockStats) -> float:
         """Of a row; of a block that has not run as long as its bytes take elsewhere."""

@@ -59,10 +59,14 @@ class Engine(MockEngine):
             mock_model({"name": n.partition("@")[0]}) for n in with_variants(zoo, [MODEL], NEAR)
         ]
         self.blocks: tuple[BlockStats, ...] = ()
+        self.others: list[api.AgentStatus] = []
         self.asked: list[api.Request] = []
 
     def stats(self) -> api.EngineStats:
         return dataclasses.replace(super().stats(), blocks=self.blocks)
+
+    def agents(self) -> tuple[api.AgentStatus, ...]:
+        return tuple(self.others)
 
     def submit(self, request: api.Request) -> None:
         self.asked.append(request)
@@ -141,6 +145,29 @@ def test_nobody_gets_what_was_not_asked_for(zoo, inner):
         engine.submit(request)
         assert all(o.bound is None for o in answer(engine))
         assert inner.asked[-1].model == MODEL
+
+
+def agent(name: str, of: tuple[BlockStats, ...], up: bool = True) -> api.AgentStatus:
+    stats = dataclasses.replace(MockEngine([]).stats(), blocks=of)
+    return api.AgentStatus(name=name, up=up, models=(f"{MODEL}@1",), requests=0, stats=stats)
+
+
+def test_of_several_agents_one_that_has_what_is_exact_is_enough(zoo, inner):
+    engine = AdaptiveEngine(inner, zoo, NEAR)
+    engine.models()
+    first = min(edges(zoo), key=lambda e: e.scores["kl"].high)
+    free, busy = blocks(zoo), blocks(zoo, busy={first.original[0].component})
+    inner.blocks = busy
+    for others, is_bound in (
+        ([agent("0", busy), agent("1", free)], False),
+        ([agent("0", busy), agent("1", free, up=False)], True),
+        ([agent("0", busy), agent("1", busy)], True),
+        # Each has a part: what all of them say together counts.
+        ([agent("0", free[:3]), agent("1", free[3:])], True),
+    ):
+        inner.others = others
+        engine.submit(ask(policy="near"))
+        assert (answer(engine)[0].bound is not None) == is_bound
 
 
 def test_what_may_stand_for_a_model_comes_and_goes_with_it(zoo, inner):
