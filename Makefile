@@ -25,7 +25,7 @@ test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -n 3 --dist loadfile -m 'not long and not compilers and not clients' tests
 
 test-long: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m long tests
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m long tests
 
 # Half an hour of more than a server can do, while everything around it changes; `make soak MINUTES=5` is shorter.
 # On a busy machine it takes up to ten minutes more; the last line says how it went.

@@ -113,13 +113,12 @@ def test_faults_are_told_from_what_is_right():
     assert not faults.caught(faults._sees, SPREAD)
 
 
-def later(case: Case):
-    """In `make test` those alone that have more to them than lengths."""
-    plain = not case.window and not case.softcap and case.kv in ("float32", "bfloat16")
-    return pytest.param(case, marks=[pytest.mark.long] * plain, id=str(case))
+def has_more(case: Case) -> bool:
+    """Whether there is more to a case than lengths; `make test-long` has the others."""
+    return bool(case.window or case.softcap) or case.kv not in ("float32", "bfloat16")
 
 
-@pytest.mark.parametrize("case", map(later, SPREAD))
+@pytest.mark.parametrize("case", filter(has_more, SPREAD), ids=str)
 def test_matches_reference(case, capfd):
     hold(case, small(case), capfd, rounded=True)
 
