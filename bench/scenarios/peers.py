@@ -104,7 +104,7 @@ _QUICK = Sizes(
     shape=TINY,
     streams=(1, 2),
     decode_prompt=8,
-    decode_tokens=200,
+    decode_tokens=800,
     prefill=32,
     tunes=1,
     private_layers=1,
@@ -112,7 +112,7 @@ _QUICK = Sizes(
     requests=3,
     prompt=8,
     tokens=8,
-    max_len=256,
+    max_len=1024,
     rounds=1,
 )
 

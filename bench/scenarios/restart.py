@@ -39,7 +39,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     zoo = MemoryZoo(shape)
     chain = zoo.add_base("base")
     heartbeat = 3.0 if args.quick else _HEARTBEAT_S
-    requests = _requests(shape.vocab_size, (kills + stops + 2) * (_TOKENS_APART + 4))
+    # A tiny model's steps are so short that it would be through before a signal comes.
+    apart = _TOKENS_APART + (60 if args.quick else 4)
+    requests = _requests(shape.vocab_size, (kills + stops + 2) * apart)
     with tempfile.TemporaryDirectory() as folder:
         path = save(zoo, Path(folder, "zoo"))
         kwargs = {"zoo": str(path), "executable_cache": str(args.cache), "kv_memory_mb": 600}

@@ -123,6 +123,17 @@ class Oracle:
         return lengths
 
 
+def hold_but_for_rounding(got: list, wanted: list) -> None:
+    """What was preempted is computed anew as a prompt, in products of more rows: on some processors by other
+    instructions, which round otherwise."""
+    assert (got[0], got[3]) == (wanted[0], wanted[3])
+    np.testing.assert_allclose(got[1], wanted[1], rtol=0, atol=1e-5)
+    assert [set(dict(x)) for x in got[2]] == [set(dict(x)) for x in wanted[2]]
+    for x, y in zip(got[2], wanted[2], strict=True):
+        for token, value in dict(x).items():
+            assert value == pytest.approx(dict(y)[token], abs=1e-5)
+
+
 def check(agent: Agent, alone: Alone, monkeypatch, jobs, cancels, seed: int) -> None:
     """Runs jobs of (model, prompt length, option, tokens, step it comes in) together; what each brings is
     what it brings alone."""
@@ -131,6 +142,7 @@ def check(agent: Agent, alone: Alone, monkeypatch, jobs, cancels, seed: int) -> 
     oracle_.coming = {name: one[0] for name, one in wanted.items()}
     outputs: dict[str, list] = {name: [] for name in wanted}
     step, loop = 0, agent.loop
+    preemptions = loop.stats().preemptions
     left = list(enumerate(jobs))
     while left or not loop.idle:
         for i, (model, length, option, tokens, _) in [x for x in left if x[1][4] <= step]:
@@ -148,6 +160,8 @@ def check(agent: Agent, alone: Alone, monkeypatch, jobs, cancels, seed: int) -> 
         if got[3] == "cancelled":
             assert name in cancelled
             assert got[0] == wanted[name][0][: len(got[0])]
+        elif loop.stats().preemptions > preemptions:
+            hold_but_for_rounding(got, wanted[name])
         else:
             assert got == wanted[name], name
     after = loop.stats()
