@@ -46,7 +46,8 @@ def swizzled(shape: tuple[int, ...], dtype: Any, columns: int | None = None) -> 
     of a tile, which is what can be read at a time; None: the most there can be."""
     columns = columns or swizzle_columns(shape[-1], dtype)
     swizzle = columns * bits_of(dtype) // 8
-    transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)
+    made: Any = plgpu  # their classes pass for abstract in jax 0.12
+    transforms = made.TilingTransform((8, columns)), made.SwizzleTransform(swizzle)
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 

@@ -281,6 +281,22 @@ def test_few_pages_preempt_sequences_that_guess(few_pages, alone, monkeypatch):
     assert few_pages.loop.stats().preemptions > 0
 
 
+@pytest.mark.parametrize("option", sorted(OPTIONS))
+def test_a_sequence_that_is_resumed_goes_on_the_same(agent, alone, monkeypatch, option):
+    """As after a restart, when tokens that were delivered come with the request."""
+    model, length, count = MODELS[0], 17, 24
+    wanted = alone(model, length, option, count)
+    oracle_, known = Oracle(monkeypatch, 1), len(wanted[0]) // 3
+    oracle_.coming = {"again": wanted[0]}
+    options = {**OPTIONS[option], "max_tokens": count}
+    again = request("again", model, prompt_of(model, length), **options)
+    before = agent.loop.stats().accepted_tokens
+    agent.loop.submit(dataclasses.replace(again, generated=tuple(wanted[0][:known])))
+    got = transcript(agent.run()["again"])
+    assert (got[0], got[3]) == (wanted[0][known:], wanted[3])
+    assert option == "stopped" or agent.loop.stats().accepted_tokens > before
+
+
 def test_a_sequence_that_repeats_itself_takes_few_steps(agent, alone):
     """Drafts and their numbers as they are; a prompt that says one thing, and must say it again."""
     model, length = MODELS[0], 20
