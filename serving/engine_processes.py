@@ -76,7 +76,7 @@ def start_on_hosts(
       ValueError: `pp` is another number, or the credentials cannot be used.
       OSError: a file cannot be read.
     """
-    credentials = from_files(files)
+    credentials = from_files(files, "agents_")
     own = _of_each(kwargs, len(places))
     if "span_agents" in own:
         home = rows_address(places[0]())

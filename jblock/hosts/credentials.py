@@ -12,7 +12,7 @@ import datetime
 import functools
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,13 @@ class Credentials:
         return [("grpc.ssl_target_name_override", self.name)] if self.name else []
 
 
-def from_files(files: Mapping[str, str]) -> Credentials:
+def from_files(files: Mapping[str, str], flags: str = "") -> Credentials:
     """Credentials of a file with a secret ("secret_file"), or of certificates ("tls_cert_file",
     "tls_key_file" and "tls_ca_file").
+
+    Args:
+      files: their paths by these names.
+      flags: what the names of flags have in front of these, for what is said of them.
 
     Raises:
       ValueError: neither or both are given, or a file is none of these; a secret or key that others may read.
@@ -76,31 +80,36 @@ def from_files(files: Mapping[str, str]) -> Credentials:
     secret = files.get("secret_file", "")
     given = [name for name in names if files.get(name)]
     if secret and not given:
-        return _of_secret(_secret(secret))
+        return _of_secret(_secret(flags, secret))
     if secret or len(given) < len(names):
         raise ValueError(
-            f"secret_file: give it alone, or {', '.join(names)} together: agents and server must know each "
-            "other"
+            f"{flags}secret_file: give it alone, or {_listed(flags, names)} together: agents and server must "
+            "know each other"
         )
     certificate, key, authority = (Path(files[name]).read_bytes() for name in names)
-    _check_private("tls_key_file", files["tls_key_file"])
+    _check_private(f"{flags}tls_key_file", files["tls_key_file"])
     try:
         x509.load_pem_x509_certificates(authority)
         shown = x509.load_pem_x509_certificates(certificate)[0]
         private = serialization.load_pem_private_key(key, None)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"tls_cert_file, tls_key_file, tls_ca_file: not PEM: {error}") from error
+        raise ValueError(f"{_listed(flags, names)}: not PEM: {error}") from error
     if private.public_key() != shown.public_key():
-        raise ValueError("tls_key_file: is not the key of tls_cert_file")
+        raise ValueError(f"{flags}tls_key_file: is not the key of {flags}tls_cert_file")
     return Credentials(certificate, key, authority)
 
 
-def _secret(path: str) -> bytes:
-    _check_private("secret_file", path)
+def _listed(flags: str, names: Sequence[str]) -> str:
+    return ", ".join(flags + name for name in names)
+
+
+def _secret(flags: str, path: str) -> bytes:
+    name = f"{flags}secret_file"
+    _check_private(name, path)
     secret = Path(path).read_bytes().strip()
     if len(secret) < _FEWEST_BYTES:
         raise ValueError(
-            f"secret_file: {path} has {len(secret)} bytes, which may be guessed; make one of {_FEWEST_BYTES} "
+            f"{name}: {path} has {len(secret)} bytes, which may be guessed; make one of {_FEWEST_BYTES} "
             f"or more: (umask 077; openssl rand -hex 32 > {path})"
         )
     return secret

@@ -48,7 +48,7 @@ class RayAgents:
         Raises:
           ValueError: Ray is not installed, or there is no such cluster.
         """
-        from_files(files)
+        from_files(files, "agents_")
         try:
             import ray
             from ray.util import placement_group

@@ -154,7 +154,10 @@ BAD_FLAGS = [
     (["--zoo=x", "--agents=0"], "agents"),
     (["--zoo=x", "--agents=2", "--engine=thread"], "jblock-serve: agents: 2 of them"),
     (["--zoo=x", "--agents=a:1,b"], "jblock-serve: agents: 'b' is no address"),
-    (["--zoo=x", "--agents=a:1,b:1"], "jblock-serve: secret_file: give it alone, or"),
+    (
+        ["--zoo=x", "--agents=a:1,b:1"],
+        "jblock-serve: agents_secret_file: give it alone, or agents_tls_cert_file",
+    ),
     (
         ["--zoo=x", "--ray=auto", "--agents=a:1"],
         "jblock-serve: agents: a:1: with --ray give how many",
