@@ -71,6 +71,8 @@ def parse(header: str) -> Layout:
       Unsupported: it holds something else.
     """
     text = re.sub(r"//.*", "", header)
+    # As the FFI's version 0.3 (jax 0.10) calls it, and 0.5 (jax 0.12).
+    text = text.replace("XLA_FFI_Extension_Base", "XLA_FFI_InternalExtension")
     definitions = re.findall(r"typedef enum\s*\{([^}]*)\}\s*(\w+)\s*;", text)
     enums = {name for _, name in definitions}
     numbers: dict[str, int] = {}
@@ -206,7 +208,7 @@ def open_handler(
         """XLA asks for the version at registration."""
         extension = f.pointer(frame, at("CallFrame.extension_start"))
         with f.b.if_then(f.b.icmp_unsigned("!=", extension, null)):
-            kind = f.b.load(f.at(extension, at("Extension_Base.type")), typ=I32)
+            kind = f.b.load(f.at(extension, at("InternalExtension.type")), typ=I32)
             with f.b.if_then(f.b.icmp_unsigned("==", kind, I32(at.number("Extension_Metadata")))):
                 metadata = f.pointer(extension, at("Metadata_Extension.metadata"))
                 version = at("Metadata.api_version")

@@ -43,7 +43,7 @@ def available() -> bool:
     try:
         at = ffi.layout()
         for needed in (
-            *("CallFrame.ctx", "Buffer.dims", "Extension_Base.type"),
+            *("CallFrame.ctx", "Buffer.dims", "InternalExtension.type"),
             "Api.XLA_FFI_ThreadPool_Schedule",
         ):
             at(needed)
