@@ -17,7 +17,7 @@ from jblock.engine.process.supervisor import SupervisedEngine
 ROOT = Path(__file__).parent.parent.parent
 BASE, ADAPTER, EXPERTS = "demo-1m", "demo-1m-largest-lora12", "mixtral"
 LONG = 300.0
-TOKENS = 32
+TOKENS = 72
 
 
 @pytest.fixture(scope="module")
