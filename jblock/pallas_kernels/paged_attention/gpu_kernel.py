@@ -275,9 +275,8 @@ class _Attention:
         """A block [block_kv, d] of 8-bit values as bfloat16; zeros where `seen` says that nobody sees it."""
         width = hopper.swizzle_columns(self.plan.head_dim, jnp.bfloat16)
 
-        @pl.loop(
-            0, self.plan.head_dim // width
-        )  # unrolled its loads would all come first: registers
+        # Unrolled, all loads would come first, and take as many registers.
+        @pl.loop(0, self.plan.head_dim // width)
         def _columns(i: Int) -> None:
             for top in range(0, self.plan.block_kv, ROWS):
                 part = pl.ds(top, ROWS), pl.ds(i * width, width)
