@@ -5,7 +5,7 @@ A block that is seen whole arrives by one copy a page, on the barrier that the c
 One warp has them made: a copy takes half the arrivals of a whole warpgroup's so. A block that is seen in part
 comes in runs of 16 keys on a barrier of its own, which the memory warpgroup awaits before it passes the block
 on. The tile's new rows are stored into the pages as soon as the last block is on its way, to slots that no
-block reads as cached.
+block reads as cached (and, of 8-bit pages, which come whole, once this block has read them).
 
 Values of 8 bits arrive as they are, their scales by copies of their own beside them, which the same barriers
 count; the compute warpgroups widen them, see to what is not seen, and scale. So their pages are read whole.
@@ -102,11 +102,11 @@ class Fetcher:
         """Sends for all steps, as the rings have room."""
         lax.fori_loop(0, self.tile.steps, self._step, self._pages(0))
 
-    def drain(self) -> None:
-        """Waits until the last buffers have been read: a block may not end before."""
+    def drain(self, first: Int, end: Int) -> None:
+        """Waits until the buffers of these steps have been read: before a block ends, all must have been."""
         stages, steps = self.plan.stages, self.tile.steps
 
-        @pl.loop(jnp.maximum(steps - stages, 0), steps)
+        @pl.loop(jnp.maximum(steps - stages, first), end)
         def _drain(i: Int) -> None:
             plgpu.barrier_wait(self.k.consumed.at[lax.rem(i, stages)])
             plgpu.barrier_wait(self.v.consumed.at[lax.rem(i, stages)])

@@ -71,13 +71,18 @@ def body(plan: Plan, a: Arrays, s: Scratch) -> None:
         keys = gpu_fetch.Tile(walk, begin, end - begin, seq, a.starts[seq], head)
         fetcher = gpu_fetch.Fetcher(plan, a, s, keys)
         fetcher.fetch()
+        whole = 0
+        if plan.scaled:
+            # Pages come whole: no row of one is written while it is on its way.
+            whole = gpu_walk.clip(walk.num_cached - begin, 0, end - begin)
+            fetcher.drain(0, whole)
 
         # While the last blocks are computed with.
         @pl.when(split == 0)
         def _write() -> None:
             gpu_fetch.write_new_rows(plan, a, s, keys, walk.first_query, row, count)
 
-        fetcher.drain()
+        fetcher.drain(whole, end - begin)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
