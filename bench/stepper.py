@@ -24,6 +24,7 @@ _GREEDY = {
     "layer",
     "head",
     "greedy",
+    "greedy_head",
     "zero_pages",
     "gather_pages",
     "scatter_pages",
