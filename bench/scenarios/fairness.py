@@ -370,12 +370,15 @@ def _engine(args: argparse.Namespace) -> dict[str, Any]:
             engine.cancel(name)
         client.settle()
         ratios = []
-        for _ in range(2 if args.quick else 4):
+        for number in range(2 if args.quick else 8):
+            # Lengths differ: of one length all would end in the same steps, as long as nobody is preferred.
+            rng = np.random.default_rng(number)
+            lengths = rng.integers((8, 16), (57, 81), (8 * count, 2)).tolist()
             rates = {}
-            for fair in (False, True):
+            for fair in ((False, True), (True, False))[number % 2]:
                 begin, before = time.perf_counter(), client.tokens
-                for i in range(4 * count):
-                    client.send(f"t{i % 5}" if fair else "", 32, 48)
+                for i, (prompt, output) in enumerate(lengths):
+                    client.send(f"t{i % 5}" if fair else "", prompt, output)
                 client.settle()
                 rates[fair] = (client.tokens - before) / (time.perf_counter() - begin)
             ratios.append(rates[True] / rates[False])
