@@ -271,11 +271,10 @@ class ProcessEngine(api.Engine):
             now = time.monotonic()
             # No more than a second counts: this process may have been paused too, or the machine slept.
             passed, looked = min(now - looked, 1.0), now
-            if self._child.wants_to_run:
-                passed /= _BUSY_FACTOR
-            quiet = frames == self._frames and self._child.is_there
-            silent = silent + passed if quiet else 0.0
-            frames = self._frames
+            if frames != self._frames or not self._child.is_there:
+                frames, silent = self._frames, 0.0
+                continue
+            silent += passed / _BUSY_FACTOR if self._child.wants_to_run else passed
             if silent > seconds and not self._ended():
                 self._told = f"it was frozen: no sign of life for {seconds:g} seconds"
                 self._child.kill()
