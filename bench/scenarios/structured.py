@@ -88,7 +88,7 @@ async def _measure(port: int, shape: ModelShape, rounds: int, tokens: int) -> di
             refusals += [seconds for each in await asyncio.gather(*hostile) for seconds in each]
             progress(
                 f"round {number}: free {free[-1].tokens_per_second:.0f}, constrained "
-                f"{constrained[-1].tokens_per_second:.0f} tokens/s; p95 of gaps {free[-1].p95_ms:.1f}, "
+                f"{constrained[-1].tokens_per_second:.0f} tokens/s; p95 of waits {free[-1].p95_ms:.1f}, "
                 f"beside {beside[-1].p95_ms:.1f} ms; {len(refusals)} refused"
             )
     ratios = [
