@@ -17,6 +17,7 @@ from jblock.engine.programs.executable_cache import ExecutableCache
 from jblock.engine.programs.keys import ProgramKey
 from jblock.engine.runner.runner import Runner
 from jblock.engine.scheduling.step_budget import NO_LIMIT
+from jblock.engine.spans.port import Port
 from jblock.zoo.records import Chain
 
 _GREEDY = {
@@ -88,10 +89,12 @@ class Stepper:
         config: EngineConfig,
         cache: Path,
         max_draft_tokens: int = 0,
+        port: Port | None = None,
     ):
         """Loads `chains` of `zoo` (or of anything with a zoo's readers) and compiles, or takes programs
         from the folder `cache`. Steps have no time limit: a batch begins at once and stays whole. Models of
-        random weights soon say the same again and again, so nothing is drafted unless that is asked for."""
+        random weights soon say the same again and again, so nothing is drafted unless that is asked for.
+        With a port it is an agent of several."""
         settings = {"step_ms": NO_LIMIT, "max_draft_tokens": max_draft_tokens}
         self.config = config = dataclasses.replace(config, **settings)
         self.graph = assemble(zoo, chains, config)
@@ -100,7 +103,7 @@ class Stepper:
         self.device.buckets = buckets
         self._compile(self.device.program_keys(self.graph, buckets))
         self._compile(self.device.segment_keys(self.graph))
-        self.loop = Loop(self.graph, self.device, config)
+        self.loop = Loop(self.graph, self.device, config, port=port)
         self.loop.loads.preload([r.needs for r in self.graph.routes.values()])
         while self.loop.measure():
             pass

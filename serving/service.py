@@ -9,14 +9,14 @@ import grpc
 from absl import logging
 
 from serving import tokenizing
-from serving.answers import Part
+from serving.answers import Part, Sink
 from serving.authentication import caller
 from serving.chat.messages import conversation_of
 from serving.dispatcher import Dispatcher
 from serving.errors import RequestError, abort, invalid
 from serving.generation import NO_LIMIT, Ask, Generator
-from serving.grpc_call import grpc_call
-from serving.messages import collect, to_bytes, to_embedding, to_score
+from serving.grpc_call import Writer, grpc_call
+from serving.messages import collect, to_embedding, to_score
 from serving.structured.forced_calls import forced_calls
 from serving.v1 import jblock_pb2 as pb
 from serving.v1 import jblock_pb2_grpc
@@ -45,26 +45,32 @@ class Inference(jblock_pb2_grpc.InferenceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
         """Sends what each step brought; a slow reader gets several steps in one message."""
-        async with self._answering(request, context) as parts:
-            async for part in parts:
-                try:
-                    await context.write(to_bytes(part))
-                except grpc.aio.InternalError as error:
-                    # The client has gone, and grpc has not yet cancelled this task for it.
-                    raise asyncio.CancelledError from error
+        writer = Writer(context)
+        async with self._answering(request, context, sink=writer) as parts:
+            try:
+                async for part in parts:
+                    await writer.write(part)
+            except Exception:
+                await writer.written()  # A status may not overtake it.
+                raise
 
     @contextlib.asynccontextmanager
     async def _answering(
-        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext, pooling: str = ""
+        self,
+        request: pb.GenerateRequest,
+        context: grpc.aio.ServicerContext,
+        pooling: str = "",
+        sink: Sink | None = None,
     ) -> AsyncIterator[AsyncIterator[Part]]:
-        """The parts of the answer; whatever ends it becomes a status and a count."""
+        """The parts of the answer that the sink does not take; whatever ends it becomes a status and a
+        count."""
         refusal: RequestError | None = None
         code = grpc.StatusCode.OK
         call = grpc_call("grpc", context)
         try:
             ask = ask_of(request, context.time_remaining())
             ask = dataclasses.replace(ask, pooling=pooling)
-            generation = self._generator.parts([ask], call)
+            generation = self._generator.parts([ask], call, sink=sink)
             async with contextlib.aclosing(generation) as parts:
                 yield parts
         except RequestError as error:

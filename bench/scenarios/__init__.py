@@ -56,6 +56,9 @@ _ALL = (
         "cluster", "a model in spans on two processes of a core each over one; what a hop takes"
     ),
     Scenario(
+        "one_agent", "an agent of several, and one behind the scheduler, over an engine by itself"
+    ),
+    Scenario(
         "faults", "what goes wrong between and in several agents, and what it does to answers"
     ),
     Scenario(

@@ -80,6 +80,7 @@ KEYS = {
         "hop_ms_shared_memory_idle",
         "hop_ms_grpc_idle",
     },
+    "one_agent": {"step_ratio", "step_low", "step_high", "serve_ratio", "serve_low", "serve_high"},
     "faults": {"faults", "lost", "twice", "differ", "stuck"},
     "adaptive": {
         "p95_ratio",
@@ -139,7 +140,7 @@ _NO_SERVING = {
 # Start processes that compile everything, or several engines.
 _LONG = {"coldstart", "kv", "peers", "stalls", "registry", "restart", "front", "fairness", "host"}
 _LONG |= {"lora", "overlap", "oversubscription", "roofline", "block_tax", "deltas", "structured"}
-_LONG |= {"adaptive", "cluster", "faults", "hotswap", "kernels", "speculate", "memory"}
+_LONG |= {"adaptive", "cluster", "one_agent", "faults", "hotswap", "kernels", "speculate", "memory"}
 _MARKS = {name: pytest.mark.long for name in _LONG} | {"cycles": pytest.mark.compilers}
 
 

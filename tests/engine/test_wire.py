@@ -34,7 +34,7 @@ def test_a_message_comes_out_as_it_went_in(message):
     if isinstance(message, api.Request):
         out = wire.for_child(wire.pack(wire.Submit(message))).request
     else:
-        (out,) = wire.for_parent(wire.pack(wire.Step((message,), None))).outputs
+        (out,) = wire.for_parent(wire.pack(wire.Step((message,)))).outputs
     assert out == message and hash(out) == hash(message)
 
 
@@ -59,7 +59,7 @@ def test_a_frame_reaches_the_child(frame):
             (api.ModelInfo(name="m", version=3, family="f", vocab_size=9, max_model_len=7),)
         ),
         wire.Served(3, refused="invalid", message="words"),
-        wire.Step((), api.EngineStats(steps=2**40, pages_free=3)),
+        wire.Step((), wire.pack_stats(api.EngineStats(steps=2**40, pages_free=3))),
         wire.Running(("a",), ("b", "c")),
         wire.Beat(),
         wire.Invalid("words"),

@@ -1,6 +1,7 @@
 """Placement: its promises on problems drawn at random, its cost beside an exact solver's, its refusals."""
 
 import dataclasses
+import multiprocessing
 import time
 
 import pytest
@@ -132,12 +133,20 @@ def test_a_lost_agent_moves_only_what_it_had():
 
 @pytest.mark.long
 def test_a_thousand_agents_and_ten_thousand_chains():
-    """Seconds of this process, whatever else runs on the machine."""
+    """Seconds of a process that does nothing else: whatever the machine does, and what tests before left."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        seconds = pool.apply_async(place_a_thousand_agents).get(300)
+    assert seconds < 10
+
+
+def place_a_thousand_agents() -> float:
+    """Places them, looks at what came out, and returns what placing took."""
     many = fleet(1000, 10_000)
     began = time.process_time()
     found = place(many)
-    assert time.process_time() - began < 10
+    seconds = time.process_time() - began
     check_fleet(many, found)
+    return seconds
 
 
 def test_many_agents_and_chains():

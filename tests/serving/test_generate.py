@@ -164,6 +164,18 @@ def test_a_slow_reader_gets_everything_in_few_messages(slow):
     assert got[-1].finish_reason == pb.FINISH_REASON_LENGTH
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.2])
+def test_an_error_comes_behind_what_was_sent_before_it(slow, seconds):
+    stream = slow.stub.GenerateStream(harness.ids_request("broken", max_tokens=9))
+    time.sleep(seconds)
+    got = []
+    with pytest.raises(grpc.RpcError) as failed:
+        for message in stream:
+            got += message.token_ids
+    assert failed.value.code() is grpc.StatusCode.INTERNAL
+    assert len(got) == 2
+
+
 def test_outputs_that_nobody_reads_are_merged(slow):
     async def run():
         from jblock.engine import api

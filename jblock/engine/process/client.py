@@ -75,7 +75,8 @@ class ProcessEngine(api.Engine):
         self._served: dict[int, wire.Served] = {}  # answers to `serve`, by its number
         # What each step brought; an empty tuple when there will be no more.
         self._steps: queue.SimpleQueue[tuple[api.Output, ...]] = queue.SimpleQueue()
-        self._stats = api.EngineStats()
+        self._packed_stats = b""  # As they came last.
+        self._stats = self._packed_stats, api.EngineStats()  # Those that were looked at last.
         self._running: set[str] = set()
         self._frames = 0
         self._invalid: str | None = None
@@ -157,7 +158,7 @@ class ProcessEngine(api.Engine):
         outputs: list[api.Output] = []
         with contextlib.suppress(queue.Empty):
             outputs += self._steps.get(timeout=0.0 if self._ended() else timeout)
-            while True:
+            while not self._steps.empty():
                 outputs += self._steps.get_nowait()
         if not outputs and self._died is not None and not self._closed:
             raise api.EngineDied(self._died)
@@ -188,7 +189,15 @@ class ProcessEngine(api.Engine):
 
     def stats(self) -> api.EngineStats:
         """The counters that came last."""
-        return self._stats
+        packed = self._packed_stats
+        found, stats = self._stats
+        if found is not packed:
+            try:
+                stats = wire.unpack_stats(packed)
+            except ValueError as error:
+                self._reject(error)
+            self._stats = packed, stats
+        return stats
 
     def close(self) -> None:
         """Asks the child to end, and makes it end if it does not."""
@@ -222,13 +231,12 @@ class ProcessEngine(api.Engine):
             except (EOFError, OSError):
                 break
             except ValueError as error:
-                self._told = str(error)
-                self._child.kill()  # It speaks another language; nothing it says can be used.
+                self._reject(error)
                 break
             self._frames += 1
             if isinstance(frame, wire.Step):
-                if frame.stats is not None:
-                    self._stats = frame.stats
+                if frame.stats:
+                    self._packed_stats = frame.stats
                 if frame.outputs:
                     self._steps.put(frame.outputs)
                     self._notify()
@@ -244,6 +252,11 @@ class ProcessEngine(api.Engine):
             self._changed.notify_all()
         self._steps.put(())
         self._notify()
+
+    def _reject(self, error: ValueError) -> None:
+        """Ends a child that speaks another language: nothing it says can be used."""
+        self._told = str(error)
+        self._child.kill()
 
     def _take(self, frame: wire.Models | wire.Served | wire.Invalid | wire.Died) -> None:
         """What somebody may be waiting for."""

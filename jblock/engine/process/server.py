@@ -183,13 +183,14 @@ def _serve(sender: _Sender, inbox: _Inbox, heart: _Heart, engine: api.Engine) ->
     inbox.warm = True
     # Counters first: whoever has seen the engine warm must not read those of one that is not.
     sent = engine.stats()
-    sender.send(wire.Step((), sent))
+    sender.send(wire.Step((), wire.pack_stats(sent)))
     sender.send(wire.Models(tuple(models)))
     while not inbox.closing.is_set():
         outputs = engine.poll(_POLL_SECONDS)
         stats = engine.stats()
         if outputs or stats != sent:
-            sender.send(wire.Step(tuple(outputs), None if stats == sent else stats))
+            news = b"" if stats == sent else wire.pack_stats(stats)
+            sender.send(wire.Step(tuple(outputs), news))
             sent = stats
         heart.rounds += 1
 

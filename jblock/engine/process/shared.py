@@ -183,7 +183,7 @@ class SharedEngine:
                     one = _FrontEnd(next(self._numbers), self, Connection(plain.detach()))
                     self._front_ends[one.number] = one
                     # Counters first, as from a child.
-                    one.send(wire.Step((), self._engine.stats()))
+                    one.send(wire.Step((), wire.pack_stats(self._engine.stats())))
                     one.send(wire.Up(self._engine.is_up))
                     if self._warm:
                         one.send(wire.Models(tuple(self._engine.models())))
@@ -206,14 +206,14 @@ class SharedEngine:
         for one, share in found:
             if one is not None:
                 one.open.difference_update(o.request_id for o in share if o.finish_reason)
-                one.send(wire.Step(tuple(share), None))
+                one.send(wire.Step(tuple(share)))
 
     def _tell_news(self) -> None:
         news = self._engine.is_up, self._engine.stats()
         if news != self._news:
             self._news = news
             self._tell(wire.Up(news[0]))
-            self._tell(wire.Step((), news[1]))
+            self._tell(wire.Step((), wire.pack_stats(news[1])))
 
     def _tell(self, frame: wire.ToParent) -> None:
         """Tells all front ends."""

@@ -77,10 +77,11 @@ class Served(_Frame, frozen=True):
 
 
 class Step(_Frame, frozen=True):
-    """What one step brought; counters and gauges where they changed."""
+    """What one step brought; counters and gauges where they changed, as `pack_stats` makes them: they come
+    more often than anybody looks at them."""
 
     outputs: tuple[api.Output, ...]
-    stats: api.EngineStats | None
+    stats: bytes = b""
 
 
 class Running(_Frame, frozen=True):
@@ -118,7 +119,7 @@ ToParent = Models | Served | Step | Running | Up | Beat | Invalid | Died
 
 _encoder = msgspec.msgpack.Encoder()
 _decoders: Mapping[Any, msgspec.msgpack.Decoder] = {
-    kinds: msgspec.msgpack.Decoder(kinds) for kinds in (ToChild, ToParent)
+    kinds: msgspec.msgpack.Decoder(kinds) for kinds in (ToChild, ToParent, api.EngineStats)
 }
 
 
@@ -129,6 +130,20 @@ def pack(frame: ToChild | ToParent) -> bytes:
       TypeError: it holds an object that is no plain data.
     """
     return _encoder.encode(frame)
+
+
+def pack_stats(stats: api.EngineStats) -> bytes:
+    """Counters and gauges for a `Step`."""
+    return _encoder.encode(stats)
+
+
+def unpack_stats(data: bytes) -> api.EngineStats:
+    """What `pack_stats` packed.
+
+    Raises:
+      ValueError: the bytes are no such record.
+    """
+    return _unpack(data, api.EngineStats)
 
 
 def for_child(data: bytes) -> ToChild:

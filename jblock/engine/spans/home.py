@@ -233,9 +233,13 @@ class Home:
             self.port.send(hop.agent, message, values)
 
     def _groups(self, items: Sequence[WorkItem]) -> Iterator[Sequence[WorkItem]]:
-        """What goes in one message: each chunk of a prompt by itself, and decoding rows in as many groups
-        as agents have them in turn, so that each has one while the others travel."""
-        yield from ([item] for item in items if item.chunk > 1)
+        """What goes in one message: as many chunks of prompts as a grid holds, for what comes alone is
+        computed alone; and decoding rows in as many groups as agents have them in turn, so that each has
+        one while the others travel."""
+        for chunk in sorted({item.chunk for item in items} - {1}):
+            chunks = [item for item in items if item.chunk == chunk]
+            size = max((b.num_seqs for b in self._device.buckets if b.q_len == chunk), default=1)
+            yield from (chunks[at : at + size] for at in range(0, len(chunks), size))
         decode = [item for item in items if item.chunk == 1]
         if decode:
             running = self._sequences.running.values()
