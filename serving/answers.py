@@ -199,14 +199,12 @@ class Answers:
         outputs = [(a, a.ticket.take()) for a in self._answers if not a.finished]
         return self._made([(a, output) for a, output in outputs if output is not None])
 
-    def _push(self, sink: Sink, ticket: Ticket) -> bool:
-        """Gives the sink what came, unless it ends the answer; whether it did."""
+    def _push(self, sink: Sink, ticket: Ticket, output: api.Output) -> bool:
+        """Gives the sink what came, which does not end the answer; whether it did."""
         answer = self._by_ticket[ticket]
-        if ticket.ended or answer.may_stop or not sink.ready:
+        if answer.may_stop or not sink.ready:
             return False
         try:
-            output = ticket.take()
-            assert output is not None
             sink.push(self._part(answer, output))
         except Exception:
             # Others wait behind this one in the same step.

@@ -35,19 +35,18 @@ class Arrivals(asyncio.Event):
     """Set when something came for one of a call's tickets.
 
     Attributes:
-      direct: is given a ticket for which something came, before the event is set; where it says that it has
-        dealt with it, nobody is woken.
+      direct: where somebody waits, is given a ticket and what came for it, before anything else is done
+        with it; where it says that it has dealt with that, nobody is woken.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.direct: Callable[[Ticket], bool] | None = None
+        self.direct: Callable[[Ticket, api.Output], bool] | None = None
 
-    def note(self, ticket: "Ticket") -> None:
-        """Something came for this ticket."""
-        if self.direct is None or not self.direct(ticket):
-            self.direct = None
-            self.set()
+    def wake(self) -> None:
+        """Something came that `direct` does not take."""
+        self.direct = None
+        self.set()
 
 
 class Dispatcher:
@@ -426,18 +425,20 @@ class Ticket:
     def put(self, output: api.Output) -> None:
         """Takes what the engine brought."""
         self.began = True
+        if output.finish_reason is not None:
+            self.ended = True
+        elif (direct := self._arrived.direct) is not None and direct(self, output):
+            return
         self._outputs.append(output)
         if len(self._outputs) == _MOST_APART:
             self._outputs = [_merged(self._outputs)]
-        if output.finish_reason is not None:
-            self.ended = True
-        self._arrived.note(self)
+        self._arrived.wake()
 
     def fail(self, error: errors.RequestError) -> None:
         """Ends the request with an error; the engine is gone."""
         self._error = error
         self.ended = True
-        self._arrived.note(self)
+        self._arrived.wake()
 
     def shed(self) -> None:
         """Ends the request for the sake of a tenant that has less than its share."""
@@ -446,8 +447,7 @@ class Ticket:
             f"queue: is full, and tenant {self.tenant.name} has more than its share of it; try again later"
         )
         # It was not ended by the engine: leaving the ticket cancels it there.
-        self._arrived.direct = None
-        self._arrived.set()
+        self._arrived.wake()
 
 
 def _merged(outputs: Sequence[api.Output]) -> api.Output:

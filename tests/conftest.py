@@ -1,5 +1,6 @@
 """Test-wide settings: CPU, and a user's cache of the run's own for all its workers and their children."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -10,6 +11,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # How fast examples are drawn, and run, is how busy the machine is: no test fails for that.
 settings.register_profile("jblock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("jblock")
+# What tests before left is not a forked process's to free: arrays of devices whose threads it lacks, servers.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 def pytest_configure(config) -> None:
