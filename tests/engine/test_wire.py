@@ -71,6 +71,14 @@ def test_a_frame_reaches_the_parent(frame):
     assert wire.for_parent(wire.pack(frame)) == frame
 
 
+def test_counters_come_out_as_they_went_in_when_somebody_looks():
+    stats = api.EngineStats(steps=2**40, tenants=(api.TenantStats(tenant="t", waiting=1),))
+    frame = wire.for_parent(wire.pack(wire.Step((), wire.pack_stats(stats))))
+    assert wire.unpack_stats(frame.stats) == stats
+    with pytest.raises(ValueError, match="must run the same version"):
+        wire.unpack_stats(wire.pack(wire.Beat()))
+
+
 def test_a_frame_for_the_other_side_is_refused():
     with pytest.raises(ValueError, match="must run the same version"):
         wire.for_child(wire.pack(wire.Beat()))
