@@ -1,9 +1,10 @@
 """Sequences of this agent whose chain goes on on others."""
 
+import collections
 import itertools
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import logging
@@ -16,11 +17,10 @@ from jblock.engine.runner.step import Stepper
 from jblock.engine.scheduling.scheduler import Scheduler
 from jblock.engine.scheduling.sequence import SequenceState, WorkItem
 from jblock.engine.spans import rows as registers
+from jblock.engine.spans.departures import Departures
 from jblock.engine.spans.messages import Close, Closed, Open, Opened, RowItem, Rows
 from jblock.engine.spans.port import Port
 
-# Decoding rows travel in so many groups at most.
-_MOST_GROUPS = 4
 _NO_LIMIT = 2**62
 # A step takes a fraction of a second; what was not answered for so long never will be.
 _MOST_SECONDS = 10.0
@@ -148,6 +148,7 @@ class Home:
         # No agent takes what is left of a home that was here before for this one's.
         self._keys = itertools.count(1 + (secrets.randbits(32) << 30))
         self._open: dict[int, OpenSpans] = {}
+        self._departures = Departures(sequences, self._send)
         self._next_look = 0.0
 
     def begin(self, sequence: SequenceState) -> None:
@@ -164,6 +165,7 @@ class Home:
     def forget(self, key: int) -> None:
         """An opening is over; what still comes for it is dropped."""
         del self._open[key]
+        self._departures.forget(key)
 
     def opened(self, agent: int, message: Opened) -> None:
         """An agent has opened a span. Of one that is not wanted any more it has not heard."""
@@ -220,32 +222,37 @@ class Home:
             self._begin_anew(spans)
 
     def leave(self, hop: Hop, items: Sequence[WorkItem]) -> None:
-        """Sends items to the agent that has their next blocks."""
+        """Sends items to the agent that has their next blocks; of prompts as many in one message as a grid
+        holds, for what comes alone is computed alone."""
+        decode: dict[int, WorkItem] = {}
+        chunks: dict[int, list[WorkItem]] = collections.defaultdict(list)
+        now = time.monotonic()
+        for item in items:
+            spans = self._spans(item)
+            item.is_away, spans.since = True, now
+            if item.chunk == 1:
+                decode[spans.key] = item
+            else:
+                chunks[item.chunk].append(item)
+        for chunk, same in sorted(chunks.items()):
+            size = max((b.num_seqs for b in self._device.buckets if b.q_len == chunk), default=1)
+            for at in range(0, len(same), size):
+                self._send(hop, same[at : at + size])
+        if decode:
+            self._departures.leave(hop, decode)
+
+    def go_on(self) -> None:
+        """Once a step: nothing is kept for what does not come."""
+        self._departures.look()
+
+    def _send(self, hop: Hop, items: Sequence[WorkItem]) -> None:
         assert hop.agent is not None
         now = time.monotonic()
-        for group in self._groups(items):
-            rows = [row for item in group for row in item.rows]
-            values = registers.take(self._device, hop.width, rows)
-            message = Rows(width=hop.width, items=tuple(map(self._described, group)))
-            for item in group:
-                item.is_away = True
-                self._spans(item).since = now
-            self.port.send(hop.agent, message, values)
-
-    def _groups(self, items: Sequence[WorkItem]) -> Iterator[Sequence[WorkItem]]:
-        """What goes in one message: as many chunks of prompts as a grid holds, for what comes alone is
-        computed alone; and decoding rows in as many groups as agents have them in turn, so that each has
-        one while the others travel."""
-        for chunk in sorted({item.chunk for item in items} - {1}):
-            chunks = [item for item in items if item.chunk == chunk]
-            size = max((b.num_seqs for b in self._device.buckets if b.q_len == chunk), default=1)
-            yield from (chunks[at : at + size] for at in range(0, len(chunks), size))
-        decode = [item for item in items if item.chunk == 1]
-        if decode:
-            running = self._sequences.running.values()
-            agents = 1 + max(len(item.sequence.route.agents) for item in decode)
-            size = -(-len(running) // min(agents, _MOST_GROUPS))
-            yield from (decode[at : at + size] for at in range(0, len(decode), size))
+        for item in items:
+            self._spans(item).since = now
+        values = registers.take(self._device, hop.width, [r for i in items for r in i.rows])
+        message = Rows(width=hop.width, items=tuple(map(self._described, items)))
+        self.port.send(hop.agent, message, values)
 
     @staticmethod
     def _spans(item: WorkItem) -> OpenSpans:
@@ -273,6 +280,7 @@ class Home:
             else:
                 rows += item.rows
                 item.is_away = False
+                self._departures.forget(row_item.key)
                 back.append(item)
         if back:
             registers.put(self._device, message.width, rows, values)

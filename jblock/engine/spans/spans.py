@@ -89,6 +89,7 @@ class Spans:
             elif decodes:
                 decoding.add(sender)
         self._arrived = left
+        self.home.go_on()
 
     def _put(self, sender: int, message: Rows, rows: Any) -> bool:
         if message.back:
