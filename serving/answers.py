@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import grpc
@@ -13,7 +13,7 @@ from absl import logging
 from jblock.engine import api
 from serving.chat.responses import ResponseParser
 from serving.chat.tool_calls import Parser, ToolCall
-from serving.dispatcher import Arrivals, Ticket
+from serving.dispatcher import Arrivals, Direct, Ticket
 from serving.errors import RequestError, invalid
 from serving.text import TextStream
 
@@ -68,6 +68,15 @@ class Sink(Protocol):
         """Sends one."""
         ...
 
+    def goes_on(self, part: Part) -> bool:
+        """Whether what follows a part that was sent may be given to `push_text`, if only text and ids are
+        new in it."""
+        ...
+
+    def push_text(self, text: str, token_ids: Sequence[int]) -> None:
+        """Sends these."""
+        ...
+
 
 class Answer:
     """One sample as it grows.
@@ -76,6 +85,8 @@ class Answer:
       ticket: where its outputs come from.
       finished: its last part was made.
       may_stop: what comes may end it though the engine goes on, by a stop string.
+      is_plain: what comes is sent as it is.
+      text_of: the text that ids bring to one that is plain.
       parser: finds tool calls in it.
     """
 
@@ -93,8 +104,8 @@ class Answer:
         self._index, self._stream, self._info, self._prompt = index, stream, info, prompt
         self.parser = parser
         self.may_stop = stream.may_stop
-        # Most parts are plain: what came is sent as it is.
-        self._is_plain = type(parser) is Parser and not stream.may_stop
+        self.is_plain = type(parser) is Parser and not stream.may_stop
+        self.text_of = stream.push_text
 
     def resume(self, token_ids: Sequence[int]) -> None:
         """Takes ids that were delivered before: what follows is told as what follows them.
@@ -116,7 +127,7 @@ class Answer:
         if output.bound is not None:
             self._info = dataclasses.replace(self._info, policy=output.bound.policy)
         piece = self._stream.push(output.token_ids)
-        if self._is_plain and output.finish_reason is None:
+        if self.is_plain and output.finish_reason is None:
             return Part(
                 index=self._index,
                 text=piece.text,
@@ -169,6 +180,7 @@ class Answers:
         self._answers, self._arrived = answers, arrived
         self._usage, self._begin = usage, begin
         self._by_ticket = {answer.ticket: answer for answer in answers}
+        self._last: Part | None = None  # That was made.
 
     @property
     def finished(self) -> bool:
@@ -186,7 +198,7 @@ class Answers:
           RequestError: one of the answers failed.
         """
         if sink is not None and not self._arrived.is_set():
-            self._arrived.direct = functools.partial(self._push, sink)
+            self._arrived.direct = self._direct(sink)
         try:
             await self._arrived.wait()
         finally:
@@ -199,6 +211,17 @@ class Answers:
         outputs = [(a, a.ticket.take()) for a in self._answers if not a.finished]
         return self._made([(a, output) for a, output in outputs if output is not None])
 
+    def _direct(self, sink: Sink) -> Direct:
+        """What gives the sink all that it takes."""
+        whole, last = functools.partial(self._push, sink), self._last
+        if last is None or len(self._answers) > 1 or not self._answers[0].is_plain:
+            return whole
+        output = last.output
+        more = output.logprobs or output.prompt_logprobs or last.finish_reason
+        if more or not output.token_ids or not sink.goes_on(last):
+            return whole
+        return _PlainDirect(sink, self._answers[0].text_of, self._usage, whole)
+
     def _push(self, sink: Sink, ticket: Ticket, output: api.Output) -> bool:
         """Gives the sink what came, which does not end the answer; whether it did."""
         answer = self._by_ticket[ticket]
@@ -207,12 +230,8 @@ class Answers:
         try:
             sink.push(self._part(answer, output))
         except Exception:
-            # Others wait behind this one in the same step.
-            logging.exception("sending a part of an answer failed")
-            ticket.fail(
-                RequestError(grpc.StatusCode.INTERNAL, "server: its log says how it failed")
-            )
-            return False
+            return _failed(ticket)
+        self._arrived.direct = self._direct(sink)
         return True
 
     def _made(self, outputs: list[tuple[Answer, api.Output]]) -> Iterator[Part]:
@@ -231,4 +250,37 @@ class Answers:
         usage.completion_tokens += count
         if part.is_last:
             usage.total_time = time.monotonic() - self._begin
+        self._last = part
         return part
+
+
+class _PlainDirect:
+    """Gives a sink the text and ids of an answer of which nothing else is new: this is done for every token
+    of every stream, so it looks at as little as it can."""
+
+    __slots__ = ("_sink", "_text_of", "_usage", "_whole")
+
+    def __init__(
+        self, sink: Sink, text_of: Callable[[Sequence[int]], str], usage: Usage, whole: Direct
+    ):
+        self._sink, self._text_of, self._usage, self._whole = sink, text_of, usage, whole
+
+    def __call__(self, ticket: Ticket, output: api.Output) -> bool:
+        if output.bound is not None:
+            return self._whole(ticket, output)
+        if not self._sink.ready:
+            return False
+        ids = output.token_ids
+        try:
+            self._sink.push_text(self._text_of(ids), ids)
+        except Exception:
+            return _failed(ticket)
+        self._usage.completion_tokens += len(ids)
+        return True
+
+
+def _failed(ticket: Ticket) -> bool:
+    """Ends an answer of which a part could not be sent: others wait behind it in the same step."""
+    logging.exception("sending a part of an answer failed")
+    ticket.fail(RequestError(grpc.StatusCode.INTERNAL, "server: its log says how it failed"))
+    return False

@@ -31,17 +31,21 @@ _MOST_APART = 64
 _UNREAD_SECONDS = 3.0
 
 
+Direct = Callable[["Ticket", api.Output], bool]
+"""Deals with what came for a ticket, if it can now; whether it did."""
+
+
 class Arrivals(asyncio.Event):
     """Set when something came for one of a call's tickets.
 
     Attributes:
-      direct: where somebody waits, is given a ticket and what came for it, before anything else is done
-        with it; where it says that it has dealt with that, nobody is woken.
+      direct: where somebody waits, is given what came before anything else is done with it; where that
+        is dealt with, nobody is woken.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.direct: Callable[[Ticket, api.Output], bool] | None = None
+        self.direct: Direct | None = None
 
     def wake(self) -> None:
         """Something came that `direct` does not take."""

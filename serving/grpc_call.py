@@ -1,7 +1,7 @@
 """Calls as they come over gRPC, and the messages of their answers."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, Literal
 
 import grpc
@@ -9,7 +9,7 @@ import grpc
 from serving.answers import Part, Sink
 from serving.authentication import caller
 from serving.call_info import CallInfo, request_id_of
-from serving.messages import to_bytes
+from serving.messages import constant_of, plain_bytes, to_bytes
 
 
 def grpc_call(
@@ -34,6 +34,7 @@ class Writer(Sink):
 
     def __init__(self, context: grpc.aio.ServicerContext):
         self._context = context
+        self._constant = b""  # What all messages of the answer have.
         self._pushed: Coroutine[Any, Any, None] | None = None  # The write that is under way.
         self._over: asyncio.Future[None] | None = None  # Its end, where somebody waits for it.
 
@@ -44,8 +45,16 @@ class Writer(Sink):
 
     def push(self, part: Part) -> None:
         """See `Sink`."""
-        self._pushed = self._context.write(to_bytes(part))
-        self._go_on()
+        self._push(to_bytes(part))
+
+    def goes_on(self, part: Part) -> bool:
+        """See `Sink`."""
+        self._constant = constant_of(part)
+        return True
+
+    def push_text(self, text: str, token_ids: Sequence[int]) -> None:
+        """See `Sink`."""
+        self._push(plain_bytes(text, token_ids, self._constant))
 
     async def write(self, part: Part) -> None:
         """Writes one, after what was pushed.
@@ -65,6 +74,10 @@ class Writer(Sink):
         if self._pushed is not None:
             self._over = asyncio.get_running_loop().create_future()
             await self._over
+
+    def _push(self, message: bytes) -> None:
+        self._pushed = self._context.write(message)
+        self._go_on()
 
     def _go_on(self, _: object = None) -> None:
         """Runs the write up to what it waits for next, or to its end."""

@@ -15,19 +15,28 @@ _POLICIES = {
 
 
 def to_bytes(part: Part) -> bytes:
-    """The message of a part, encoded. Bytes of messages that follow each other are one message, so what is
-    the same in each is encoded once."""
+    """The message of a part, encoded."""
     output = part.output
     logprobs = output.logprobs or output.prompt_logprobs
     if part.finish_reason or part.tool_calls or logprobs or output.bound:
         return to_message(part).SerializeToString()
-    model, text = part.model, part.text.encode()
-    ids = b"".join(map(_varint, output.token_ids))
-    constant = _constant(model.policy, model.name, model.version, part.index)
+    return plain_bytes(part.text, output.token_ids, constant_of(part))
+
+
+def constant_of(part: Part) -> bytes:
+    """What all messages of an answer have, encoded."""
+    model = part.model
+    return _constant(model.policy, model.name, model.version, part.index)
+
+
+def plain_bytes(text: str, token_ids: Sequence[int], constant: bytes) -> bytes:
+    """A message of text and ids, encoded. Messages one behind the other are one message, so what all of an
+    answer have is encoded once."""
+    data, ids = text.encode(), b"".join(map(_varint, token_ids))
     return b"%b%b%b%b%b%b%b" % (
         _TEXT,
-        _varint(len(text)),
-        text,
+        _varint(len(data)),
+        data,
         _IDS,
         _varint(len(ids)),
         ids,
@@ -54,7 +63,6 @@ _TEXT, _IDS = _tag("text"), _tag("token_ids")
 
 @functools.lru_cache(4096)
 def _constant(policy: str, model: str, version: int, index: int) -> bytes:
-    """What all messages of an answer have."""
     return pb.GenerateStreamResponse(
         policy=_POLICIES[policy], model=model, model_version=version, index=index
     ).SerializeToString()

@@ -5,7 +5,7 @@ import concurrent.futures
 import functools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
@@ -194,6 +194,7 @@ class TextStream:
 
     Attributes:
       may_stop: there are stop strings.
+      push_text: takes new ids, where there are none; the text that may be sent now.
     """
 
     def __init__(self, codec: TextCodec | None, stops: Sequence[str], min_tokens: int = 0):
@@ -203,17 +204,16 @@ class TextStream:
         self._detokenizer = codec.detokenizer.stream() if codec else None
         self._matcher = StopMatcher(stops) if stops else None
         self.may_stop = self._matcher is not None
+        self.push_text: Callable[[Sequence[int]], str]
+        self.push_text = self._detokenizer.push if self._detokenizer else lambda token_ids: ""
         # Special tokens that a stop string names are looked at, though never sent.
         special = codec.special_tokens if codec else {}
         self._special = {i: t for i, t in special.items() if t and any(t in s for s in stops)}
 
     def push(self, token_ids: Sequence[int]) -> Piece:
         """Takes new ids."""
-        if self._detokenizer is None:
-            return Piece(text="", num_tokens=len(token_ids), stopped=False)
-        if self._matcher is None:
-            text = self._detokenizer.push(token_ids)
-            return Piece(text, len(token_ids), False)
+        if self._detokenizer is None or self._matcher is None:
+            return Piece(self.push_text(token_ids), len(token_ids), False)
         text = ""
         for count, token_id in enumerate(token_ids, 1):  # One by one: which id completes a stop?
             more, stopped = self._push(token_id)

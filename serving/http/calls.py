@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from typing import Protocol
 
 import grpc
 from absl import logging
@@ -16,6 +17,7 @@ from serving.generation import Ask, Generator
 from serving.http import errors, events
 from serving.http.connection import SCOPE_KEY
 from serving.http.errors import Headers
+from serving.http.events import Prepared
 from serving.http.exchange import Left, Receive, Scope, Send, Sender, header, read_body, unless_left
 from serving.metrics import Metrics
 from serving.tenants import Tenant, Tenants
@@ -82,14 +84,14 @@ class Calls:
         return self.generator.parts(asks, call.info, field)
 
     async def stream(
-        self, call: Call, asks: Sequence[Ask], events_of: Callable[[Part], bytes], field: str = "n"
+        self, call: Call, asks: Sequence[Ask], answer: "Streamed", field: str = "n"
     ) -> None:
         """Sends the answers to a call as events, but for what comes after the last."""
-        sink = _Sink(call.sender, events_of)
+        sink = _Sink(call.sender, answer)
         parts = self.generator.parts(asks, call.info, field, sink)
         async with contextlib.aclosing(parts):
             async for part in parts:
-                await call.sender.events(events_of(part))
+                await call.sender.events(answer.events(part))
 
     def tenant(self, scope: Scope) -> Tenant:
         """Who asks.
@@ -124,20 +126,41 @@ class Calls:
         return [(n.encode(), v.encode()) for n, v in (("x-request-id", info.request_id), *found)]
 
 
+class Streamed(Protocol):
+    """What makes events of an answer."""
+
+    def events(self, part: Part) -> bytes:
+        """Those of a part."""
+        ...
+
+    def prepared(self, index: int) -> Prepared | None:
+        """That of further text of an answer; None: it has more in it than that."""
+        ...
+
+
 class _Sink:
     """Sends the events of parts as they come."""
 
-    def __init__(self, sender: Sender, events_of: Callable[[Part], bytes]):
-        self._sender, self._events_of = sender, events_of
+    def __init__(self, sender: Sender, answer: Streamed):
+        self._sender, self._answer = sender, answer
+        self._prepared: Prepared | None = None
 
     @property
     def ready(self) -> bool:
         return self._sender.ready
 
     def push(self, part: Part) -> None:
-        body = self._events_of(part)
+        body = self._answer.events(part)
         if body:
             self._sender.push(body)
+
+    def goes_on(self, part: Part) -> bool:
+        self._prepared = self._answer.prepared(part.index)
+        return self._prepared is not None
+
+    def push_text(self, text: str, token_ids: Sequence[int]) -> None:
+        if text and self._prepared is not None:
+            self._sender.push(self._prepared.of(text))
 
 
 class Endpoint:

@@ -38,7 +38,7 @@ class ChatCompletions:
         ask = _ask(name, fields, conversation)
         answer = _Answer(call, fields, model, conversation)
         if fields.stream:
-            await self._calls.stream(call, [ask], answer.events)
+            await self._calls.stream(call, [ask], answer)
             await call.sender.events(answer.last_events())
             await call.sender.done()
             return
@@ -178,6 +178,10 @@ class _Answer:
         if part.finish_reason:
             found.append(event(self._event(index, {}, finish_reason=choice.finish_reason)))
         return b"".join(found)
+
+    def prepared(self, index: int) -> Prepared | None:
+        """See `Streamed`."""
+        return self._choices[index].prepared
 
     def last_events(self) -> bytes:
         """What follows the parts of all answers."""

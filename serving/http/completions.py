@@ -50,7 +50,7 @@ class Completions:
         answer = _Answer(self._calls, call, fields, prompts)
         field = "prompt" if len(prompts) > 1 else "n"
         if fields.stream:
-            await self._calls.stream(call, asks, answer.events, field)
+            await self._calls.stream(call, asks, answer, field)
             await call.sender.events(answer.last_events())
             await call.sender.done()
             return
@@ -175,6 +175,10 @@ class _Answer:
         if not text and not logprobs and not part.finish_reason:
             return b""
         return event(self._event(part.index, text, logprobs, part.finish_reason))
+
+    def prepared(self, index: int) -> Prepared | None:
+        """See `Streamed`."""
+        return self._choices[index].prepared
 
     def last_events(self) -> bytes:
         """What follows the parts of all answers."""

@@ -26,6 +26,8 @@ _MOST_DEATHS = 5
 _BACKOFF_SECONDS, _LONGEST_BACKOFF = 0.5, 30.0
 # How often a process that warms up is looked at.
 _LOOK_SECONDS = 0.05
+# Polls whose tokens are kept as they came before each request is given its own.
+_MOST_NOTED = 16
 
 Start = Callable[[Sequence[str]], ProcessEngine]
 """Starts a process that serves these chains ("name@version"), or of none those of the configuration."""
@@ -50,6 +52,10 @@ class SupervisedEngine(api.Engine):
         self._open: dict[str, Held] = {}
         self._suspects = Suspects()
         self._outputs: list[api.Output] = []
+        self._noted: list[
+            list[api.Output]
+        ] = []  # Passed on, and not yet given to those in `_open`.
+        self._may_submit = False  # One of `_open` may wait to be submitted.
         self._past = api.EngineStats()  # Counters of the processes that are gone.
         self._restarts = self._resumed = 0
         self._barren = self._allowed = (
@@ -107,6 +113,7 @@ class SupervisedEngine(api.Engine):
                 self._outputs.append(error_output(held.id, "INVALID_ARGUMENT", message))
                 return
             self._open[held.id] = held
+            self._may_submit = True
             self._submit_next()
 
     def cancel(self, request_id: str) -> None:
@@ -162,6 +169,7 @@ class SupervisedEngine(api.Engine):
         """Takes up a request of another engine, after the tokens it has; its id must not be in flight."""
         with self._changed:
             self._open[held.id] = held
+            self._may_submit = True
             self._submit_next()
 
     def release(self, wanted: Callable[[Held], bool]) -> list[Held]:
@@ -242,16 +250,20 @@ class SupervisedEngine(api.Engine):
 
     # What follows is called with the lock held, but for `_replace`.
 
-    def _account(self, outputs: Sequence[api.Output]) -> list[api.Output]:
-        """Keeps what a resumed request will need, and passes the outputs on."""
+    def _account(self, outputs: list[api.Output]) -> list[api.Output]:
+        """Keeps what a resumed request will need, and passes the outputs on. Most polls bring a token for
+        each request, and are put aside as they are: looking each up takes longer than all else here."""
+        is_plain = all(output.finish_reason is None for output in outputs)
+        if is_plain and not self._suspects and len(self._noted) < _MOST_NOTED:
+            self._noted.append(outputs)
+            return outputs
+        self._settle()
         passed = []
         for output in outputs:
             held = self._open.get(output.request_id)
             if held is None:
                 continue
-            if output.token_ids:
-                self._barren = self._allowed = 0
-            held.take(output)
+            self._take(held, output)
             if output.finish_reason is not None:
                 del self._open[output.request_id]
                 if held.delivered and output.error_code in ("ABORTED", "NOT_FOUND"):
@@ -262,18 +274,32 @@ class SupervisedEngine(api.Engine):
         self._suspects.look(self._open)
         return passed
 
+    def _settle(self) -> None:
+        """Gives each request what was put aside of it."""
+        for outputs in self._noted:
+            for output in outputs:
+                if (held := self._open.get(output.request_id)) is not None:
+                    self._take(held, output)
+        self._noted.clear()
+
+    def _take(self, held: Held, output: api.Output) -> None:
+        if output.token_ids:
+            self._barren = self._allowed = 0
+        held.take(output)
+
     def _end(self, output: api.Output) -> None:
         del self._open[output.request_id]
         self._outputs.append(output)
 
     def _submit_next(self) -> None:
         """Hands the process what may run now: the next group under suspicion, or all that waits."""
-        if not self._warm or self._engine is None:
+        if not self._warm or self._engine is None or not self._may_submit:
             return
         for held in self._suspects.next(self._open):
             if held.submissions:
                 self._resumed += 1
             self._engine.submit(held.resumed())
+        self._may_submit = bool(self._suspects)  # Then others wait for those.
 
     def _become_warm(self, models: tuple[api.ModelInfo, ...]) -> None:
         self._models, self._warm = models, True
@@ -302,6 +328,8 @@ class SupervisedEngine(api.Engine):
             if not self._models:
                 self._failure = error
                 raise error
+            self._settle()
+            self._may_submit = True
             self._past = _added(self._past, dataclasses.replace(engine.stats(), **_ZERO))
             self._engine, self._warm = None, False
             self._died_at = time.monotonic()
