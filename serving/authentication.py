@@ -79,7 +79,8 @@ class PeerAuthentication(grpc.aio.ServerInterceptor):
             # Nobody learns which methods there are.
             async def refuse(requests: Any, context: grpc.aio.ServicerContext) -> None:
                 await self._admit(metadata, context)
-                await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+                unknown = RequestError(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+                await abort(context, unknown)
 
             return grpc.stream_stream_rpc_method_handler(refuse)
         return _wrapped(handler, checked)

@@ -1,5 +1,6 @@
 """Refusals as gRPC statuses. A request either succeeds or ends with one; there are no flags."""
 
+import asyncio
 import dataclasses
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -100,8 +101,16 @@ def details(error: RequestError) -> tuple[tuple[str, bytes], ...]:
 
 
 async def abort(context: grpc.aio.ServicerContext, error: RequestError) -> None:
-    """Ends a call with a refusal."""
-    await context.abort(error.code, error.message, details(error))
+    """Ends a call with a refusal.
+
+    Raises:
+      CancelledError: the client has gone.
+    """
+    try:
+        await context.abort(error.code, error.message, details(error))
+    except grpc.aio.InternalError as failure:
+        # grpc has not yet cancelled this task for it.
+        raise asyncio.CancelledError from failure
 
 
 def invalid(message: str) -> RequestError:

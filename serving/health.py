@@ -6,7 +6,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from serving.errors import abort, exhausted
+from serving.errors import RequestError, abort, exhausted
 
 # Watchers at a time: each is a stream for as long as its client likes, which a key may not even be
 # needed for.
@@ -38,10 +38,8 @@ class Health(health_pb2_grpc.HealthServicer):
     ) -> health_pb2.HealthCheckResponse:
         """The status of one service."""
         if request.service not in self._services:
-            await context.abort(
-                grpc.StatusCode.NOT_FOUND,
-                f"service: {request.service[:80]!r} is none of this server; leave it empty for all of it",
-            )
+            words = f"service: {request.service[:80]!r} is none of this server; leave it empty for all of it"
+            await abort(context, RequestError(grpc.StatusCode.NOT_FOUND, words))
         return health_pb2.HealthCheckResponse(status=self._status)
 
     async def List(self, request: Any, context: grpc.aio.ServicerContext) -> Any:

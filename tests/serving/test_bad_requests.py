@@ -1,11 +1,14 @@
 """Every bad request gets its status, a message that helps, and leaves the server as it was."""
 
+import asyncio
+
 import grpc
 import pytest
 import server_harness as harness
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from serving import errors
 from serving.client import Client
 from serving.server import ServerConfig
 from serving.v1 import jblock_pb2 as pb
@@ -307,3 +310,14 @@ def test_names_of_any_length_are_refused_in_words(fast, name):
     ):
         with pytest.raises(ClientError, match=r"NOT_FOUND: (model|name): "):
             call()
+
+
+def test_a_refusal_that_a_client_does_not_wait_for_is_no_failure_of_the_server():
+    class Gone:
+        """A call of which grpc has not yet told that its client has gone."""
+
+        async def abort(self, code, message, metadata) -> None:
+            raise grpc.aio.InternalError("Failed execute_batch")
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(errors.abort(Gone(), errors.invalid("n: is 0; ask for one at least")))
