@@ -34,6 +34,11 @@ def median(values: Sequence[float], digits: int = 4) -> float:
     return round(statistics.median(values), digits)
 
 
+def significant(value: float) -> float:
+    """To three digits that say something, however small it is: a share that is not nothing is not 0."""
+    return float(f"{value:.3g}")
+
+
 def percentile(values: Sequence[float], percent: float) -> float:
     """The smallest value that at least `percent` % of them do not exceed (nearest rank)."""
     if not values:

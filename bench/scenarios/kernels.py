@@ -8,7 +8,7 @@ import jax
 
 from bench import timing
 from bench.kernels import OPS, Case
-from bench.report import progress
+from bench.report import progress, significant
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     best[case.shape] = blocks, tried
             lines[case.name] = {
                 "us": round(seconds * 1e6, 1),
-                "of_copy": round(case.moved / seconds / copied, 3),
-                "of_matmul": round(case.flops / seconds / matmul, 3),
+                "of_copy": significant(case.moved / seconds / copied),
+                "of_matmul": significant(case.flops / seconds / matmul),
             }
             if chosen is not None:
                 lines[case.name]["blocks"] = op.describe(chosen)
