@@ -18,11 +18,10 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/python -m examples.demo
 
-# Half of the quick tests' time is XLA compiling programs that run for milliseconds: here without LLVM's optimizer,
-# in test-long with it.
-test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+# Half of the quick tests' time is XLA compiling programs that run for milliseconds: here without what costs most of
+# it, in test-long with all.
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m 'not long and not compilers and not clients' tests
+	XLA_FLAGS="$${XLA_FLAGS-$$($(BIN)/python tests/quick_xla_flags.py)}" $(BIN)/python -m pytest -n 3 --dist loadfile -m 'not long and not compilers and not clients' tests
 
 test-long: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 3 --dist worksteal -m long tests
